@@ -1,0 +1,40 @@
+# make demo   train spatialmamba_micro on handwritten digits, evaluate the checkpoint in a second process, draw both
+# make test   run the tests
+# make lint   run ruff, as CI does
+# Each starts from a bare checkout: it makes .venv, installs, and runs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.installed
+
+DIGITS ?= data/digits
+OUTPUT ?= output
+RUN := $(OUTPUT)/spatialmamba_micro/digits
+
+.PHONY: install demo test lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m classification.data.digits $(DIGITS)
+	$(BIN)/python classification/main.py --cfg classification/configs/spatialmamba/spatialmamba_micro_digits.yaml \
+		--data-path $(DIGITS) --output $(OUTPUT) --tag digits
+	$(BIN)/python classification/main.py --cfg classification/configs/spatialmamba/spatialmamba_micro_digits.yaml \
+		--data-path $(DIGITS) --output $(OUTPUT) --tag digits --pretrained $(RUN)/best.pth
+	$(BIN)/python -m classification.report $(RUN) --data-path $(DIGITS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) data output .pytest_cache .ruff_cache

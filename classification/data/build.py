@@ -1,0 +1,140 @@
+"""ImageFolder data sets with timm's transforms, and loaders that share them among processes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL.Image import Image
+from timm.data import Mixup, create_transform
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+from yacs.config import CfgNode
+
+from classification.errors import UserError
+
+
+def class_names(data_path: str, split: str) -> list[str]:
+    """Names of the class folders of a split, in the order of their labels."""
+    return _image_folder(data_path, split, transform=None).classes
+
+
+def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader:
+    """Shuffled batches of DATA_PATH/train for one process. Call `loader.sampler.set_epoch` before each epoch.
+
+    Raises:
+        UserError: a missing or empty folder, classes other than those of val/, fewer images than one batch each.
+    """
+    dataset = _image_folder(config.DATA.DATA_PATH, "train", _train_transform(config))
+    _check_same_classes(config.DATA.DATA_PATH, dataset.classes)
+    _check_enough(len(dataset), world_size, "train", config.DATA.DATA_PATH)
+    # Mixup needs whole batches, so the last images of an epoch are left for the next one's order.
+    share = len(dataset) // world_size
+    if share < config.DATA.BATCH_SIZE:
+        raise UserError(
+            f"{Path(config.DATA.DATA_PATH, 'train')}: {len(dataset)} images make {share} for each of {world_size} "
+            f"process(es), less than one batch of {config.DATA.BATCH_SIZE}; lower --batch-size"
+        )
+    sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=config.SEED)
+    return _loader(config, dataset, sampler=sampler, drop_last=True)
+
+
+def build_eval_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader:
+    """DATA_PATH/val in order, every image in exactly one process: rank, rank + world_size, ...
+
+    Raises:
+        UserError: a missing or empty folder, or more processes than images.
+    """
+    dataset = _image_folder(config.DATA.DATA_PATH, "val", eval_transform(config))
+    _check_enough(len(dataset), world_size, "val", config.DATA.DATA_PATH)
+    return _loader(config, dataset, sampler=range(rank, len(dataset), world_size), drop_last=False)
+
+
+def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix with label smoothing, or None if both are off."""
+    if config.AUG.MIXUP <= 0 and config.AUG.CUTMIX <= 0:
+        return None
+    return Mixup(
+        mixup_alpha=config.AUG.MIXUP,
+        cutmix_alpha=config.AUG.CUTMIX,
+        prob=config.AUG.MIXUP_PROB,
+        switch_prob=config.AUG.MIXUP_SWITCH_PROB,
+        mode=config.AUG.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=num_classes,
+    )
+
+
+def eval_transform(config: CfgNode) -> Callable:
+    """Resize the short side to IMG_SIZE / CROP_PCT, crop the centre, normalise as ImageNet."""
+    return create_transform(
+        config.DATA.IMG_SIZE, interpolation=config.DATA.INTERPOLATION, crop_pct=config.TEST.CROP_PCT
+    )
+
+
+def _train_transform(config: CfgNode) -> Callable:
+    return create_transform(
+        config.DATA.IMG_SIZE,
+        is_training=True,
+        scale=tuple(config.AUG.SCALE),
+        ratio=tuple(config.AUG.RATIO),
+        hflip=config.AUG.HFLIP,
+        color_jitter=config.AUG.COLOR_JITTER,
+        auto_augment=config.AUG.AUTO_AUGMENT or None,
+        interpolation=config.DATA.INTERPOLATION,
+        re_prob=config.AUG.REPROB,
+        re_mode=config.AUG.REMODE,
+        re_count=config.AUG.RECOUNT,
+    )
+
+
+def _read_image(path: str) -> Image:
+    try:
+        return default_loader(path)
+    except Exception as error:  # Pillow's plugins raise what they like on a damaged file
+        raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def _image_folder(data_path: str, split: str, transform: Callable | None) -> ImageFolder:
+    if not data_path:
+        raise UserError("no data: pass --data-path DIR with the folders train/ and val/, one folder a class in each")
+    root = Path(data_path, split)
+    for folder in (Path(data_path), root):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; --data-path must hold {split}/ with one folder a class")
+    if not any(entry.is_dir() for entry in root.iterdir()):
+        raise UserError(f"{root}: no class folders; expected {root}/CLASS/*.jpg")
+    dataset = ImageFolder(str(root), transform, loader=_read_image, allow_empty=True)
+    empty = sorted(set(range(len(dataset.classes))) - set(dataset.targets))
+    if empty:
+        names = ", ".join(str(root / dataset.classes[i]) for i in empty[:5])
+        raise UserError(f"{names}: no images in {len(empty)} class folder(s); fill or remove them")
+    return dataset
+
+
+def _check_same_classes(data_path: str, train_classes: list[str]) -> None:
+    differing = set(train_classes) ^ set(class_names(data_path, "val"))
+    if differing:
+        names = ", ".join(sorted(differing)[:5])
+        raise UserError(f"{data_path}: train/ and val/ must hold the same classes; only in one of them: {names}")
+
+
+def _check_enough(images: int, world_size: int, split: str, data_path: str) -> None:
+    if images < world_size:
+        raise UserError(
+            f"{Path(data_path, split)}: {images} image(s) for {world_size} processes; start at most {images}"
+        )
+
+
+def _loader(config: CfgNode, dataset: ImageFolder, sampler: object, drop_last: bool) -> DataLoader:
+    workers = min(config.DATA.NUM_WORKERS, os.cpu_count() or 1)
+    return DataLoader(
+        dataset,
+        batch_size=config.DATA.BATCH_SIZE,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=config.DATA.PIN_MEMORY,
+        drop_last=drop_last,
+        persistent_workers=workers > 0,
+    )

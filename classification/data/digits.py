@@ -1,0 +1,78 @@
+"""The embedded data set: scikit-learn's 1,797 handwritten digits as an image folder, without a download.
+
+    python -m classification.data.digits data/digits
+
+writes 1,437 training and 360 validation images, 32x32 PNG, as `train/0` ... `val/9`. The split is stratified and always
+the same. The digits are those of the UCI optical recognition data set (test part), 8x8 with 17 levels of grey.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from classification.errors import UserError
+
+SIZE = 32
+VAL_IMAGES = 360
+SPLIT_SEED = 0
+
+
+def write_digits(root: Path) -> bool:
+    """Write the image folder at `root` if it is not there yet; returns whether it had to be written.
+
+    Raises:
+        UserError: `root` exists but is something else.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if _count(root / "train") + _count(root / "val") == len(load_digits().target):
+            return False
+        raise UserError(f"{root}: exists and is not the digits data set; remove it or name another folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, then renamed: the folder is whole or absent.
+    staging = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
+    try:
+        _write_splits(staging)
+        staging.chmod(0o755)
+        staging.replace(root)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return True
+
+
+def _write_splits(root: Path) -> None:
+    digits = load_digits()
+    everyone = np.arange(len(digits.target))
+    train, val = train_test_split(everyone, test_size=VAL_IMAGES, stratify=digits.target, random_state=SPLIT_SEED)
+    for split, members in (("train", train), ("val", val)):
+        for index in members:
+            folder = root / split / str(digits.target[index])
+            folder.mkdir(parents=True, exist_ok=True)
+            grey = Image.fromarray((digits.images[index] * (255 / 16)).round().astype(np.uint8))
+            grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.png")
+
+
+def _count(split: Path) -> int:
+    return sum(1 for _ in split.glob("?/*.png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as an image folder.")
+    parser.add_argument("root", type=Path, help="folder to make, e.g. data/digits")
+    root = parser.parse_args().root
+    try:
+        written = write_digits(root)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{root}: {_count(root / 'train')} training and {_count(root / 'val')} validation images", end="")
+    print("" if written else " (already there)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,445 @@
+"""Spatial-Mamba (arXiv 2410.15091): one raster scan, its states fused with their neighbours, in a four-stage backbone.
+
+Read from top to bottom: the block's parts, the block, the stages, the classifier and its dense-task form, the sizes.
+Tokens travel channels-last, (B, H, W, C); the two kernel packages work on planes, (B, D, H, W).
+Parameter names are those of the published checkpoints, which load strictly; weight decay rules match on them.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from dwconv2d import state_fusion_output
+from selective_scan import selective_scan_state
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes, log-uniform (Mamba, arXiv 2312.00752, section 3.6)
+
+
+def to_planes(tokens: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), a view."""
+    return tokens.permute(0, 3, 1, 2)
+
+
+def to_tokens(planes: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), a view."""
+    return planes.permute(0, 2, 3, 1)
+
+
+def depthwise_conv3x3(channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+
+class ConvLayer(nn.Module):
+    """Convolution, padded to keep ceil(size / stride), then batch norm and ReLU where asked."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: bool = True,
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Stem(nn.Module):
+    """Image (B, in_chans, H, W) -> tokens (B, ceil(H / 4), ceil(W / 4), dim)."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        mid = dim // 2
+        self.conv1 = ConvLayer(in_chans, mid, 3, stride=2)
+        self.conv2 = nn.Sequential(ConvLayer(mid, mid, 3), ConvLayer(mid, mid, 3, act=False))
+        self.conv3 = nn.Sequential(ConvLayer(mid, 4 * dim, 3, stride=2), ConvLayer(4 * dim, dim, 1, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = x + self.conv2(x)
+        return to_tokens(self.conv3(x))
+
+
+class Downsample(nn.Module):
+    """Tokens (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 C), through 8 C channels."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        wide = 8 * dim
+        self.conv = nn.Sequential(
+            ConvLayer(dim, wide, 1, bias=True, norm=False),
+            ConvLayer(wide, wide, 3, stride=2, groups=wide, bias=True, norm=False),
+            ConvLayer(wide, 2 * dim, 1, bias=True, act=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_tokens(self.conv(to_planes(x)))
+
+
+class StateFusion(nn.Module):
+    """Parameters of structure-aware state fusion and the call that applies it with the observation equation."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.kernel_3 = nn.Parameter(torch.ones(channels, 1, 3, 3))  # dilation 1
+        self.kernel_3_1 = nn.Parameter(torch.ones(channels, 1, 3, 3))  # dilation 3
+        self.kernel_3_2 = nn.Parameter(torch.ones(channels, 1, 3, 3))  # dilation 5
+        self.alpha = nn.Parameter(torch.ones(3))
+
+    def forward(self, h: Tensor, C: Tensor, D: Tensor, x: Tensor) -> Tensor:
+        """States h (B, D, N, H, W), C (B, N, H, W), D (D,), x (B, D, H, W) -> y = sum_n C_n h'_n + D x, like x."""
+        weights = (self.kernel_3, self.kernel_3_1, self.kernel_3_2, self.alpha, D)
+        *kernels, D = (w.to(h.dtype) for w in weights)  # float32 even in a model cast to 16 bits
+        return state_fusion_output(h, *kernels, C, D, x)
+
+
+class StructureAwareSSM(nn.Module):
+    """The structure-aware state space model between two projections, gated: (B, H, W, dim) -> (B, H, W, dim).
+
+    Args:
+        dim: channels in and out; the state space model works on D = expand * dim.
+        d_state: states N per channel.
+        expand: D / dim.
+    """
+
+    def __init__(self, dim: int, d_state: int = 1, expand: int = 2):
+        super().__init__()
+        inner = expand * dim
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16)
+
+        # Bare parameters, not Linear layers: these are the published names.
+        self.x_proj_weight = nn.Parameter(nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False).weight.detach())
+        bound = self.dt_rank**-0.5
+        self.dt_projs_weight = nn.Parameter(torch.empty(inner, self.dt_rank).uniform_(-bound, bound))
+        self.dt_projs_bias = nn.Parameter(self._initial_dt_bias(inner))
+        self.A_logs = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
+        self.Ds = nn.Parameter(torch.ones(inner))
+
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv2d = depthwise_conv3x3(inner)
+        self.state_fusion = StateFusion(inner)
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    @staticmethod
+    def _initial_dt_bias(channels: int) -> Tensor:
+        """The bias for which softplus(bias) is log-uniform in [DT_MIN, DT_MAX]."""
+        log_dt = torch.empty(channels).uniform_(math.log(DT_MIN), math.log(DT_MAX))
+        dt = log_dt.exp().clamp(min=DT_FLOOR)
+        return dt + torch.log(-torch.expm1(-dt))
+
+    def forward(self, u: Tensor) -> Tensor:
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        x = F.silu(self.conv2d(to_planes(x)))  # (B, D, H, W)
+        y = self.ssm(x)
+        return self.out_proj(self.out_norm(to_tokens(y)) * F.silu(z))
+
+    def ssm(self, x: Tensor) -> Tensor:
+        """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W)."""
+        height, width = x.shape[2:]
+        n = self.d_state
+
+        # Input-dependent Delta, B and C from each token.
+        projected = F.linear(to_tokens(x), self.x_proj_weight)
+        dt, B, C = projected.split([self.dt_rank, n, n], dim=-1)
+        dt = F.linear(dt, self.dt_projs_weight)
+
+        # State transition: h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32.
+        state_dtype = torch.promote_types(x.dtype, torch.float32)
+        h = selective_scan_state(
+            x.flatten(2),
+            to_planes(dt).flatten(2),
+            -torch.exp(self.A_logs.to(state_dtype)),
+            to_planes(B).flatten(2),
+            delta_bias=self.dt_projs_bias.to(state_dtype),
+            delta_softplus=True,
+        )
+
+        # Structure-aware state fusion and observation: y = sum_n C_n h'_n + D x.
+        h = h.unflatten(3, (height, width))
+        return self.state_fusion(h, to_planes(C), self.Ds, x)
+
+
+class Block(nn.Module):
+    """One Spatial-Mamba block on tokens (B, H, W, dim): position, state space model, position, MLP, each residual."""
+
+    def __init__(self, dim: int, d_state: int = 1, expand: int = 2, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+        super().__init__()
+        self.cpe1 = depthwise_conv3x3(dim)
+        self.ln_1 = nn.LayerNorm(dim)
+        self.self_attention = StructureAwareSSM(dim, d_state, expand)
+        self.cpe2 = depthwise_conv3x3(dim)
+        self.ln_2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + to_tokens(self.cpe1(to_planes(x)))
+        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+        x = x + to_tokens(self.cpe2(to_planes(x)))
+        return x + self.drop_path(self.mlp(self.ln_2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks, and the downsampling to the next stage: `blocks_out` is what dense tasks read, `forward` goes on."""
+
+    def __init__(self, blocks: Sequence[Block], downsample: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.grad_checkpointing = False
+
+    def blocks_out(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(self.blocks_out(x))
+
+
+class SpatialMamba(nn.Module):
+    """Spatial-Mamba classifier: images (B, in_chans, H, W) of any size -> logits (B, num_classes).
+
+    Args:
+        in_chans: image channels.
+        num_classes: size of the head; 0 for none, then `forward` returns pooled features (B, dims[-1]).
+        depths: blocks in each stage.
+        dims: channels in each stage, each double the one before; or the first stage's.
+        d_state: states N per channel.
+        expand: channels of the state space model over the block's.
+        mlp_ratio: hidden channels of the MLP over the block's.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks.
+
+    Raises:
+        ValueError: sizes that do not fit each other; in `forward`, an image of the wrong rank or channel count.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        dims: Sequence[int] | int = 64,
+        d_state: int = 1,
+        expand: int = 2,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+        _check_sizes(in_chans, num_classes, depths, dims, d_state)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.depths = list(depths)
+        self.dims = dims
+        self.num_features = dims[-1]
+        self.patch_embed = Stem(in_chans, dims[0])
+        self.layers = self._make_stages(d_state, expand, mlp_ratio, drop_path_rate)
+        self._make_outputs(drop_rate)
+        self.apply(_init_weights)
+
+    def _make_stages(self, d_state: int, expand: int, mlp_ratio: float, drop_path_rate: float) -> nn.ModuleList:
+        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        stages = nn.ModuleList()
+        for i, (dim, depth) in enumerate(zip(self.dims, self.depths, strict=True)):
+            blocks = [Block(dim, d_state, expand, mlp_ratio, next(rates)) for _ in range(depth)]
+            stages.append(Stage(blocks, Downsample(dim) if i + 1 < len(self.dims) else nn.Identity()))
+        return stages
+
+    def _make_outputs(self, drop_rate: float) -> None:
+        self.norm = nn.LayerNorm(self.num_features)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(self.num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new, freshly initialised head of `num_classes` (0 for none) in place."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        _init_weights(self.head)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> normalised tokens (B, ceil(H / 32), ceil(W / 32), dims[-1])."""
+        x = self._embed(x)
+        for stage in self.layers:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens from `forward_features` -> logits (B, num_classes), or their mean (B, dims[-1]) if `pre_logits`."""
+        x = self.head_drop(x.mean(dim=(1, 2)))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs before downsampling, strides 4, 8, 16, 32, with timm's arguments and meaning.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages to return; an int for the last so many, None for all; negative ones count from the end.
+            norm: apply the final norm to the last stage's output.
+            stop_early: do not compute stages past the last one returned; needs `intermediates_only`.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the list alone, not `(forward_features(x), list)`.
+
+        Raises:
+            ValueError: an index, format or combination that does not exist.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        if stop_early and not intermediates_only:
+            raise ValueError("stop_early leaves no final features: it needs intermediates_only=True")
+        wanted = _stage_indices(indices, len(self.layers))
+        x = self._embed(x)
+        maps = []
+        for i, stage in enumerate(self.layers):
+            x = stage.blocks_out(x)
+            if i in wanted:
+                out = self.norm(x) if norm and i + 1 == len(self.layers) else x
+                maps.append(to_planes(out) if output_fmt == "NCHW" else out)
+            if stop_early and i == max(wanted):
+                break
+            x = stage.downsample(x)
+        return maps if intermediates_only else (self.norm(x), maps)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
+            raise ValueError(f"images must be (batch, {self.in_chans}, height, width), got shape {tuple(x.shape)}")
+        return self.patch_embed(x)
+
+
+class SpatialMambaBackbone(SpatialMamba):
+    """Dense-task form: images (B, in_chans, H, W) -> the maps of `out_indices`, strides 4, 8, 16, 32.
+
+    Each map is (B, dims[i], ceil(H / 2^(i+2)), ceil(W / 2^(i+2))), through a LayerNorm `outnorm{i}` of its own. There
+    is no final norm and no head.
+
+    Args:
+        out_indices: stages whose maps are returned; the rest of the arguments are `SpatialMamba`'s.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        dims: Sequence[int] | int = 64,
+        d_state: int = 1,
+        expand: int = 2,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+    ):
+        self.out_indices = _stage_indices(out_indices, len(depths))
+        super().__init__(
+            in_chans,
+            num_classes=0,
+            depths=depths,
+            dims=dims,
+            d_state=d_state,
+            expand=expand,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+        )
+
+    def _make_outputs(self, drop_rate: float) -> None:
+        self.norm = nn.Identity()
+        for i in self.out_indices:
+            self.add_module(f"outnorm{i}", nn.LayerNorm(self.dims[i]))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self.forward_intermediates(
+            x, self.out_indices, stop_early=True, output_fmt="NHWC", intermediates_only=True
+        )
+        norms = (getattr(self, f"outnorm{i}") for i in self.out_indices)
+        return [to_planes(norm(m)).contiguous() for norm, m in zip(norms, maps, strict=True)]
+
+
+def _check_sizes(in_chans: int, num_classes: int, depths: Sequence[int], dims: Sequence[int], d_state: int) -> None:
+    if len(depths) != len(dims) or not depths or min(depths) < 1:
+        raise ValueError(f"depths and dims must name as many stages, each of at least one block: {depths}, {dims}")
+    if dims[0] < 2 or dims[0] % 2 or any(b != 2 * a for a, b in pairwise(dims)):
+        raise ValueError(f"dims must start even and double from stage to stage, got {list(dims)}")
+    if in_chans < 1 or num_classes < 0 or d_state < 1:
+        raise ValueError(
+            f"in_chans and d_state must be at least 1, num_classes 0: {in_chans}, {d_state}, {num_classes}"
+        )
+
+
+def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:
+    if indices is None:
+        indices = range(stages)
+    elif isinstance(indices, int):
+        indices = range(stages - indices, stages) if 1 <= indices <= stages else [stages]
+    if not indices or any(not -stages <= i < stages for i in indices):
+        raise ValueError(f"stage indices must lie in [{-stages}, {stages - 1}], got {indices}")
+    return sorted({i % stages for i in indices})
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Linear layers: truncated normal of standard deviation 0.02, bias 0. All else keeps PyTorch's default."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# Published sizes, and `micro` for tests and the digits demo.
+VARIANTS = {
+    "spatialmamba_micro": dict(dims=16, depths=(1, 1, 2, 1)),
+    "spatialmamba_tiny": dict(dims=64, depths=(2, 4, 8, 4)),
+    "spatialmamba_small": dict(dims=64, depths=(2, 4, 21, 5)),
+    "spatialmamba_base": dict(dims=96, depths=(2, 4, 21, 5)),
+}
+
+
+def spatialmamba_micro(**kwargs) -> SpatialMamba:
+    return SpatialMamba(**VARIANTS["spatialmamba_micro"], **kwargs)
+
+
+def spatialmamba_tiny(**kwargs) -> SpatialMamba:
+    return SpatialMamba(**VARIANTS["spatialmamba_tiny"], **kwargs)
+
+
+def spatialmamba_small(**kwargs) -> SpatialMamba:
+    return SpatialMamba(**VARIANTS["spatialmamba_small"], **kwargs)
+
+
+def spatialmamba_base(**kwargs) -> SpatialMamba:
+    return SpatialMamba(**VARIANTS["spatialmamba_base"], **kwargs)

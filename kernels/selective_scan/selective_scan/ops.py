@@ -1,0 +1,91 @@
+"""The operator `selective_scan::selective_scan_state`: schema, fake kernel, autograd, and the plain-PyTorch kernel.
+
+Compiled kernels register for their own device under the same names; PyTorch's dispatcher chooses.
+"""
+
+import torch
+from torch import Tensor
+
+from selective_scan import reference
+
+FORWARD = "selective_scan::selective_scan_state"
+BACKWARD = "selective_scan::selective_scan_state_backward"
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias=None, bool delta_softplus=False"
+
+torch.library.define(FORWARD, f"({_INPUTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(
+    BACKWARD,
+    f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl(FORWARD, "default", reference.selective_scan_state)
+torch.library.impl(BACKWARD, "default", reference.selective_scan_state_backward)
+
+
+@torch.library.register_fake(FORWARD)
+def _forward_fake(u, delta, A, B, delta_bias=None, delta_softplus=False):
+    reference.check_inputs(u, delta, A, B, delta_bias)
+    batch, channels, length = u.shape
+    return u.new_empty((batch, channels, A.shape[1], length), dtype=reference.state_dtype(u))
+
+
+@torch.library.register_fake(BACKWARD)
+def _backward_fake(grad, u, delta, A, B, delta_bias=None, delta_softplus=False):
+    reference.check_inputs(u, delta, A, B, delta_bias)
+    like = (u, delta, A, B)
+    return (*(t.new_empty(t.shape) for t in like), A.new_empty(A.shape[:1]))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.delta_softplus = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    grads = torch.ops.selective_scan.selective_scan_state_backward(grad, *ctx.saved_tensors, ctx.delta_softplus)
+    has_bias = ctx.saved_tensors[-1] is not None
+    return (*grads[:4], grads[4] if has_bias else None, None)
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError("selective_scan_state has no second derivative: its backward cannot be differentiated")
+
+
+torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context)
+torch.library.register_autograd(BACKWARD, _no_double_backward)
+
+
+def selective_scan_state(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = False
+) -> Tensor:
+    """States of a diagonal selective state space model, scanned along the last dimension.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t with h_{-1} = 0 and dt = delta + delta_bias, through softplus if
+    `delta_softplus`: the state transition of Mamba (arXiv 2312.00752, equation 2a) and Spatial-Mamba (arXiv
+    2410.15091), with A discretised by zero-order hold and B by Euler's rule. The state itself is returned, not y = C h.
+
+    Args:
+        u: input, (B, D, L), float16, bfloat16, float32 or float64.
+        delta: step size, (B, D, L), u's dtype.
+        A: decay rates, (D, N), negative for a stable scan; float32 (float64 if u is).
+        B: input matrix, (B, N, L) shared by all channels, or (B, G, N, L) shared within G equal groups of
+            consecutive channels; u's dtype.
+        delta_bias: added to delta, (D,), A's dtype.
+        delta_softplus: apply softplus to the biased delta.
+
+    Returns:
+        h, (B, D, N, L), contiguous, float32 (float64 if u is), whatever the inputs' 16-bit type. Gradients have
+        their input's dtype.
+
+    Under autocast u, delta and B are cast to the autocast dtype, A and delta_bias to float32.
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
+        TypeError: a dtype does not fit; the message names the argument.
+    """
+    device = u.device.type
+    if torch.is_autocast_enabled(device) and u.dtype != torch.float64:
+        half = torch.get_autocast_dtype(device)
+        u, delta, B, A = u.to(half), delta.to(half), B.to(half), A.float()
+        delta_bias = None if delta_bias is None else delta_bias.float()
+    return torch.ops.selective_scan.selective_scan_state(u, delta, A, B, delta_bias, delta_softplus)

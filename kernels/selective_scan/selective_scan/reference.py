@@ -1,0 +1,148 @@
+"""The state scan in plain PyTorch: the specification, and the kernel of any device without its own."""
+
+import torch
+from torch import Tensor
+
+
+def check_inputs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None) -> None:
+    """Raise a ValueError or TypeError that names the first argument that does not fit the others."""
+    if u.dim() != 3:
+        raise ValueError(f"u must be (batch, channels, length), got shape {tuple(u.shape)}")
+    b, d, length = u.shape
+    if delta.shape != u.shape:
+        raise ValueError(f"delta must have u's shape {tuple(u.shape)}, got {tuple(delta.shape)}")
+    if A.dim() != 2 or A.shape[0] != d:
+        raise ValueError(f"A must be (channels={d}, states), got shape {tuple(A.shape)}")
+    n = A.shape[1]
+    if d == 0 or n == 0 or length == 0:
+        raise ValueError(f"channels, states and length must be at least 1, got {d}, {n} and {length}")
+    if B.dim() not in (3, 4) or (B.shape[0], *B.shape[-2:]) != (b, n, length):
+        raise ValueError(
+            f"B must be (batch={b}, states={n}, length={length}) or (batch, groups, states, length), "
+            f"got shape {tuple(B.shape)}"
+        )
+    if B.dim() == 4 and (B.shape[1] == 0 or d % B.shape[1]):
+        raise ValueError(f"B has {B.shape[1]} groups, which do not divide the {d} channels of u")
+    if delta_bias is not None and delta_bias.shape != (d,):
+        raise ValueError(f"delta_bias must be (channels={d},), got shape {tuple(delta_bias.shape)}")
+    _check_dtypes_and_devices(u, delta, A, B, delta_bias)
+
+
+def _check_dtypes_and_devices(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None) -> None:
+    if u.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"u must be float16, bfloat16, float32 or float64, got {u.dtype}")
+    state = state_dtype(u)
+    expected = {"delta": (delta, u.dtype), "A": (A, state), "B": (B, u.dtype), "delta_bias": (delta_bias, state)}
+    for name, (tensor, dtype) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} when u is {u.dtype}, got {tensor.dtype}")
+        if tensor.device != u.device:
+            raise ValueError(f"{name} is on {tensor.device} but u is on {u.device}")
+
+
+def state_dtype(u: Tensor) -> torch.dtype:
+    """The dtype of the states: float32, or float64 for float64 inputs."""
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def selective_scan_state(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = False
+) -> Tensor:
+    """`selective_scan.selective_scan_state` without its gradient."""
+    check_inputs(u, delta, A, B, delta_bias)
+    step_size, _ = _step_size(delta, delta_bias, delta_softplus)
+    decay, drive = _discretise(u, step_size, A, B)
+    return _scan(decay, drive)
+
+
+def selective_scan_state_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `selective_scan_state` for u, delta, A, B and delta_bias, from `grad` of the states (B, D, N, L).
+
+    The states are recomputed, not stored. With lambda the gradient that reaches each state,
+    lambda_t = grad_t + a_{t+1} lambda_{t+1}, every gradient is a product of lambda with terms of the forward pass;
+    the one for delta_bias is returned whether or not there is a bias.
+    """
+    check_inputs(u, delta, A, B, delta_bias)
+    step_size, d_softplus = _step_size(delta, delta_bias, delta_softplus)
+    decay, drive = _discretise(u, step_size, A, B)
+
+    # a_t h_{t-1}, kept as it is: recovering it as h_t - drive_t would cancel.
+    carried = torch.zeros_like(drive)
+    carried[..., 1:] = decay[..., 1:] * _scan(decay.clone(), drive)[..., :-1]
+
+    decay_next = torch.zeros_like(decay)
+    decay_next[..., :-1] = decay[..., 1:]
+    lam = _scan(decay_next, grad.clone(memory_format=torch.contiguous_format), reverse=True)
+
+    wide_B, wide_u, wide_dt = _widen(B, u.shape[1]).to(lam.dtype), u.to(lam.dtype).unsqueeze(2), step_size.unsqueeze(2)
+    lam_B = (lam * wide_B).sum(2)
+    lam_carried = lam * carried
+    grad_u = lam_B * step_size
+    grad_delta = (lam_B * wide_u.squeeze(2) + (lam_carried * A.unsqueeze(-1)).sum(2)) * d_softplus
+    grad_A = (lam_carried * wide_dt).sum((0, 3))
+    grad_B = _sum_groups(lam * (wide_dt * wide_u), B)
+    grad_bias = grad_delta.sum((0, 2))
+    grads = (grad_u.to(u.dtype), grad_delta.to(delta.dtype), grad_A, grad_B.to(B.dtype), grad_bias)
+    return tuple(g.contiguous() for g in grads)
+
+
+def _step_size(delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
+    """Delta after bias and softplus, (B, D, L), and its derivative with respect to delta."""
+    s = delta.to(state_dtype(delta)).contiguous()
+    if delta_bias is not None:
+        s = s + delta_bias[:, None]
+    if not softplus:
+        return s, torch.ones_like(s)
+    # Exact for every s; F.softplus turns linear at 20, which float64 can see.
+    return s.clamp(min=0) + torch.log1p(torch.exp(-s.abs())), torch.sigmoid(s)
+
+
+def _discretise(u: Tensor, step_size: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """a_t = exp(dt_t A) and the drive dt_t B_t u_t, both (B, D, N, L) in the states' dtype."""
+    dt = step_size.unsqueeze(2)
+    decay = torch.exp(dt * A.unsqueeze(-1))
+    drive = (dt * u.to(dt.dtype).contiguous().unsqueeze(2)) * _widen(B, u.shape[1]).to(dt.dtype)
+    return decay, drive.contiguous()
+
+
+def _widen(B: Tensor, channels: int) -> Tensor:
+    """B per channel, (B, D, N, L): consecutive channels share a group."""
+    grouped = B.unsqueeze(1) if B.dim() == 3 else B
+    b, g, n, length = grouped.shape
+    return grouped.unsqueeze(2).expand(b, g, channels // g, n, length).reshape(b, channels, n, length)
+
+
+def _sum_groups(grad: Tensor, B: Tensor) -> Tensor:
+    """The adjoint of `_widen`, in B's shape."""
+    groups = 1 if B.dim() == 3 else B.shape[1]
+    b, d, n, length = grad.shape
+    return grad.view(b, groups, d // groups, n, length).sum(2).view(B.shape)
+
+
+def _scan(decay: Tensor, drive: Tensor, reverse: bool = False) -> Tensor:
+    """h_t = decay_t h_{t-1} + drive_t along the last dimension, from the other end if `reverse`. Overwrites both.
+
+    Doubling (Hillis and Steele, 1986): after k rounds each position has composed the 2^k steps that end there, so
+    ceil(log2 L) vectorised rounds do. Only products of decays appear, never a quotient or exp(-cumsum), so decays
+    that underflow to zero are harmless.
+    """
+    length = drive.shape[-1]
+    step = 1
+    while step < length:
+        late, early = slice(step, None), slice(None, -step)
+        if reverse:
+            late, early = early, late
+        drive[..., late] += decay[..., late] * drive[..., early]
+        decay[..., late] = decay[..., late] * decay[..., early]
+        step *= 2
+    return drive
