@@ -17,7 +17,7 @@ from classification.errors import UserError
 
 def class_names(data_path: str, split: str) -> list[str]:
     """Names of the class folders of a split, in the order of their labels."""
-    return _image_folder(data_path, split, transform=None).classes
+    return image_folder(data_path, split, transform=None).classes
 
 
 def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader:
@@ -26,7 +26,7 @@ def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoade
     Raises:
         UserError: a missing or empty folder, classes other than those of val/, fewer images than one batch each.
     """
-    dataset = _image_folder(config.DATA.DATA_PATH, "train", _train_transform(config))
+    dataset = image_folder(config.DATA.DATA_PATH, "train", _train_transform(config))
     _check_same_classes(config.DATA.DATA_PATH, dataset.classes)
     _check_enough(len(dataset), world_size, "train", config.DATA.DATA_PATH)
     # Mixup needs whole batches, so the last images of an epoch are left for the next one's order.
@@ -46,7 +46,7 @@ def build_eval_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader
     Raises:
         UserError: a missing or empty folder, or more processes than images.
     """
-    dataset = _image_folder(config.DATA.DATA_PATH, "val", eval_transform(config))
+    dataset = image_folder(config.DATA.DATA_PATH, "val", eval_transform(config))
     _check_enough(len(dataset), world_size, "val", config.DATA.DATA_PATH)
     return _loader(config, dataset, sampler=range(rank, len(dataset), world_size), drop_last=False)
 
@@ -96,7 +96,12 @@ def _read_image(path: str) -> Image:
         raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
-def _image_folder(data_path: str, split: str, transform: Callable | None) -> ImageFolder:
+def image_folder(data_path: str, split: str, transform: Callable | None) -> ImageFolder:
+    """DATA_PATH/split, one folder a class.
+
+    Raises:
+        UserError: a missing folder, no class folders, or a class folder without images; reading an image can raise too.
+    """
     if not data_path:
         raise UserError("no data: pass --data-path DIR with the folders train/ and val/, one folder a class in each")
     root = Path(data_path, split)

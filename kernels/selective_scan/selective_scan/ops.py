@@ -42,9 +42,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    grads = torch.ops.selective_scan.selective_scan_state_backward(grad, *ctx.saved_tensors, ctx.delta_softplus)
-    has_bias = ctx.saved_tensors[-1] is not None
-    return (*grads[:4], grads[4] if has_bias else None, None)
+    inputs = ctx.saved_tensors  # once: under gradient checkpointing a second reading is an error
+    grads = torch.ops.selective_scan.selective_scan_state_backward(grad, *inputs, ctx.delta_softplus)
+    return (*grads[:4], None if inputs[-1] is None else grads[4], None)
 
 
 def _no_double_backward(ctx, *grads):

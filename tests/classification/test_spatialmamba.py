@@ -1,0 +1,340 @@
+"""The backbone against the published layout, golden values of an independent implementation, and itself."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from classification import models
+from classification.models import VARIANTS, SpatialMamba, SpatialMambaBackbone, spatialmamba_micro, spatialmamba_tiny
+from classification.models.spatialmamba import Block, StructureAwareSSM
+
+DATA = Path(__file__).parents[1] / "data"
+LAYOUT = json.loads((DATA / "checkpoint_layout.json").read_text())
+GOLDEN = np.load(DATA / "golden_tiny.npz")
+PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
+
+_spec = importlib.util.spec_from_file_location("fill", DATA / "fill.py")
+_fill = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_fill)
+fill, image = _fill.fill, _fill.image
+
+
+def relative(actual: Tensor, expected: Tensor | np.ndarray) -> float:
+    expected = torch.as_tensor(expected)
+    return ((actual.detach() - expected).norm() / expected.norm()).item()
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fusion kernels, alpha and batch norm statistics are constant at first; make every value matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.state_dict().items():
+        if "state_fusion" in name or "running_mean" in name:
+            value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+        elif "running_var" in name:
+            value.copy_(1 + torch.rand(value.shape, generator=generator))
+    return model
+
+
+# ----- the published model
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_state_dict_is_the_published_one(size):
+    name = f"spatialmamba_{size}"
+    classifier = getattr(models, name)()
+    backbone = SpatialMambaBackbone(**VARIANTS[name])
+    for model, key in ((classifier, size), (backbone, f"{size}_backbone")):
+        assert {k: list(v.shape) for k, v in model.state_dict().items()} == LAYOUT[key]
+        # An optimizer's saved state goes by position, so the order matters too.
+        assert list(model.state_dict()) == list(LAYOUT[key])
+    assert sum(p.numel() for p in classifier.parameters()) == PARAMETERS[size]
+
+
+@pytest.mark.parametrize("size", ["224x224", "160x256"])
+def test_golden_logits_in_evaluation(size):
+    model = fill(spatialmamba_tiny()).eval()
+    with torch.no_grad():
+        logits = model(image(2, *map(int, size.split("x"))))
+    assert relative(logits, GOLDEN[f"tiny/eval/{size}"]) < 1e-4
+
+
+def test_golden_backbone_maps():
+    model = fill(SpatialMambaBackbone(**VARIANTS["spatialmamba_tiny"])).eval()
+    with torch.no_grad():
+        maps = model(image(1, 224, 320))
+    for i, m in enumerate(maps):
+        assert m.shape == (1, 64 * 2**i, 224 // 2 ** (i + 2), 320 // 2 ** (i + 2))
+        sample = m[0, :: max(1, m.shape[1] // 16), ::4, ::4]
+        assert relative(sample, GOLDEN[f"tiny/backbone/224x320/{i}"]) < 1e-4
+
+
+def test_golden_training_pass():
+    model = fill(spatialmamba_tiny()).train()
+    logits = model(image(4, 64, 96))
+    assert relative(logits, GOLDEN["tiny/train/64x96"]) < 1e-4
+    target = np.random.RandomState(3).standard_normal(tuple(logits.shape)).astype(np.float32)
+    (logits * torch.from_numpy(target)).sum().backward()
+
+    expected = dict(
+        zip(GOLDEN["tiny/train/64x96/gradnames"].tolist(), GOLDEN["tiny/train/64x96/gradnorms"], strict=True)
+    )
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    assert set(norms) == set(expected)
+    compared = {name: norm for name, norm in expected.items() if norm > 1e-4}
+    assert len(compared) > 500
+    wrong = {n: (norms[n], norm) for n, norm in compared.items() if abs(norms[n] - norm) > 1e-3 * norm}
+    assert not wrong
+
+
+def test_initialisation_follows_the_recipe():
+    torch.manual_seed(0)
+    ssm = StructureAwareSSM(dim=64, d_state=4)
+    assert torch.equal(ssm.A_logs, torch.tensor([1.0, 2.0, 3.0, 4.0]).log().repeat(128, 1))
+    assert torch.all(ssm.Ds == 1)
+    assert all(torch.all(p == 1) for p in ssm.state_fusion.parameters())
+    dt = F.softplus(ssm.dt_projs_bias)
+    assert 1e-3 <= dt.min() < 2e-3
+    assert 5e-2 < dt.max() <= 1e-1
+    assert ssm.dt_projs_weight.abs().max() <= 4**-0.5  # R = 64 / 16
+    model = spatialmamba_micro()
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.all(model.head.bias == 0)
+
+
+# ----- the mathematics, written the slow way
+
+
+def slow_ssm(ssm: StructureAwareSSM, x: Tensor) -> Tensor:
+    """`StructureAwareSSM.ssm` as DESIGN.md writes it: a loop over tokens, three padded convolutions."""
+    b, d, height, width = x.shape
+    n, r = ssm.d_state, ssm.dt_rank
+    tokens = x.flatten(2)
+    dt, B, C = torch.einsum("rd,bdl->brl", ssm.x_proj_weight, tokens).split([r, n, n], dim=1)
+    delta = F.softplus(torch.einsum("dr,brl->bdl", ssm.dt_projs_weight, dt) + ssm.dt_projs_bias[:, None])
+    A = -torch.exp(ssm.A_logs)
+    h, states = torch.zeros(b, d, n, dtype=x.dtype), []
+    for t in range(height * width):
+        step = delta[:, :, t, None]
+        h = torch.exp(step * A) * h + step * B[:, None, :, t] * tokens[:, :, t, None]
+        states.append(h)
+    planes = torch.stack(states, -1).unflatten(-1, (height, width))
+    y = ssm.Ds[:, None, None] * x
+    kernels = (ssm.state_fusion.kernel_3, ssm.state_fusion.kernel_3_1, ssm.state_fusion.kernel_3_2)
+    for i in range(n):
+        for alpha, kernel, k in zip(ssm.state_fusion.alpha, kernels, (1, 3, 5), strict=True):
+            padded = F.pad(planes[:, :, i], (k, k, k, k), mode="replicate")
+            y = y + C[:, i].unflatten(-1, (height, width))[:, None] * alpha * F.conv2d(
+                padded, kernel, dilation=k, groups=d
+            )
+    return y
+
+
+@pytest.mark.parametrize("d_state", [1, 3], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("plane", [(1, 1), (1, 5), (3, 7)], ids=lambda p: f"{p[0]}x{p[1]}")
+def test_ssm_equals_the_loop_with_every_gradient(d_state, plane):
+    torch.manual_seed(0)
+    ssm = randomised(StructureAwareSSM(dim=8, d_state=d_state)).double()
+    x = torch.randn(2, 16, *plane, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 16, *plane, dtype=torch.float64)
+    # The gate, its projections and the output norm lie outside `ssm`.
+    parameters = [p for n, p in ssm.named_parameters() if not n.startswith(("in_proj", "conv2d", "out_"))]
+    results = []
+    for function in (ssm.ssm, lambda x: slow_ssm(ssm, x)):
+        y = function(x)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [x, *parameters])])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+# ----- nothing goes stale, and both modes agree
+
+
+def assert_modes_agree(model: nn.Module, x: Tensor) -> Tensor:
+    """Outputs and gradients are equal in evaluation and training (no drop path, batch norm frozen)."""
+    results = []
+    for mode in (False, True):
+        model.train(mode)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        out = model(x)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    return results[0][0]
+
+
+def test_modes_agree_across_steps_copies_and_loads():
+    torch.manual_seed(0)
+    model, x = randomised(spatialmamba_micro(num_classes=7)), torch.randn(2, 3, 41, 57)
+    before = assert_modes_agree(model, x)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(x).square().sum().backward()
+    optimizer.step()
+    stepped = assert_modes_agree(model, x)
+    assert not torch.allclose(stepped, before, rtol=1e-3)
+
+    copied = copy.deepcopy(model)
+    assert torch.equal(assert_modes_agree(copied, x), stepped)
+
+    other = randomised(spatialmamba_micro(num_classes=7), seed=1)
+    assert not torch.allclose(assert_modes_agree(other, x), stepped, rtol=1e-3)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(assert_modes_agree(other, x), stepped)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    model, x = randomised(spatialmamba_micro(num_classes=7, drop_path_rate=0.5)), torch.randn(4, 3, 33, 47)
+    results = []
+    for enable in (False, True):
+        torch.manual_seed(1)
+        model.set_grad_checkpointing(enable)
+        out = model(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_block_compiles_whole_and_agrees():
+    torch.manual_seed(0)
+    block = randomised(Block(16))
+    x = torch.randn(2, 9, 7, 16, requires_grad=True)
+    compiled = torch.compile(block, fullgraph=True)
+    results = []
+    for function in (block, compiled):
+        out = function(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ----- dtypes
+
+
+def test_double_and_half_models_agree_with_float32():
+    torch.manual_seed(0)
+    model, x = randomised(spatialmamba_micro(num_classes=7)).eval(), torch.randn(2, 3, 32, 48)
+    exact = copy.deepcopy(model).double()(x.double())
+    assert exact.dtype == torch.float64
+    assert relative(model(x), exact.float()) < 1e-5
+    low = copy.deepcopy(model).bfloat16()(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert relative(low.float(), exact.float()) < 0.05
+
+
+def test_states_stay_float32_under_autocast(monkeypatch):
+    seen = []
+    original = models.spatialmamba.state_fusion_output
+
+    def spy(h, *rest):
+        seen.append((h.dtype, rest[-1].dtype))
+        return original(h, *rest)
+
+    monkeypatch.setattr(models.spatialmamba, "state_fusion_output", spy)
+    torch.manual_seed(0)
+    model, x = randomised(spatialmamba_micro(num_classes=7)).eval(), torch.randn(2, 3, 32, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x)
+    assert seen == [(torch.float32, torch.bfloat16)] * 5
+    assert relative(low.float(), model(x)) < 0.05
+
+
+# ----- the interface
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 65), (97, 50)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_any_image_size(size):
+    torch.manual_seed(0)
+    model = spatialmamba_micro(num_classes=3).eval()
+    features, maps = model.forward_intermediates(torch.randn(2, 3, *size))
+    expected = size
+    for i, m in enumerate(maps):
+        for _ in range(2 if i == 0 else 1):
+            expected = tuple(-(-s // 2) for s in expected)
+        assert m.shape == (2, 16 * 2**i, *expected)
+    assert features.shape == (2, *expected, 128)
+    assert torch.isfinite(model.forward_head(features)).all()
+
+
+def test_forward_intermediates_has_timms_meaning():
+    torch.manual_seed(0)
+    model, x = randomised(spatialmamba_micro(num_classes=3)).eval(), torch.randn(2, 3, 40, 56)
+    features, maps = model.forward_intermediates(x, norm=True)
+    assert torch.equal(features, model.forward_features(x))
+    assert torch.equal(maps[-1].permute(0, 2, 3, 1), features)
+    last_two = model.forward_intermediates(x, 2, output_fmt="NHWC", intermediates_only=True)
+    assert torch.equal(last_two[0].permute(0, 3, 1, 2), maps[2])
+    first = model.forward_intermediates(x, [0, -3], stop_early=True, intermediates_only=True)
+    assert [torch.equal(a, b) for a, b in zip(first, maps[:2], strict=True)] == [True, True]
+
+
+def test_backbone_maps_are_the_classifiers_through_their_norms():
+    torch.manual_seed(0)
+    classifier = randomised(spatialmamba_micro()).eval()
+    backbone = SpatialMambaBackbone(**VARIANTS["spatialmamba_micro"], out_indices=(1, 3)).eval()
+    missing, unexpected = backbone.load_state_dict(classifier.state_dict(), strict=False)
+    assert missing == ["outnorm1.weight", "outnorm1.bias", "outnorm3.weight", "outnorm3.bias"]
+    assert set(unexpected) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    x = torch.randn(1, 3, 45, 61)
+    maps = classifier.forward_intermediates(x, [1, 3], intermediates_only=True)
+    for actual, m in zip(backbone(x), maps, strict=True):
+        assert actual.is_contiguous()
+        expected = F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2]).permute(0, 3, 1, 2)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_head_and_pre_logits():
+    model, x = spatialmamba_micro(num_classes=0).eval(), torch.randn(2, 3, 32, 32)
+    pooled = model(x)
+    torch.testing.assert_close(pooled, model.forward_features(x).mean((1, 2)))
+    model.reset_classifier(5)
+    assert model.get_classifier() is model.head
+    torch.testing.assert_close(model(x), F.linear(pooled, model.head.weight, model.head.bias))
+    assert torch.equal(model.forward_head(model.forward_features(x), pre_logits=True), pooled)
+
+
+def test_drop_path_grows_linearly_over_all_blocks():
+    model = spatialmamba_micro(drop_path_rate=0.4)
+    rates = [block.drop_path.drop_prob for stage in model.layers for block in stage.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(depths=(1, 1), dims=(16, 32, 64)), "depths and dims"),
+        (dict(depths=(1, 0), dims=(16, 32)), "at least one block"),
+        (dict(depths=(1, 1), dims=(16, 48)), "double"),
+        (dict(d_state=0), "d_state"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SpatialMamba(**arguments)
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="dim_inner"):
+        spatialmamba_micro(dim_inner=3)
+
+
+def test_wrong_images_are_refused():
+    model = spatialmamba_micro(num_classes=3)
+    for shape in ((2, 1, 32, 32), (3, 32, 32), (2, 3, 0, 32)):
+        with pytest.raises(ValueError, match=r"images must be \(batch, 3, height, width\), got shape"):
+            model(torch.zeros(shape))
+    with pytest.raises(ValueError, match="output_fmt"):
+        model.forward_intermediates(torch.zeros(2, 3, 32, 32), output_fmt="NLC")
+    with pytest.raises(ValueError, match=r"\[-4, 3\]"):
+        model.forward_intermediates(torch.zeros(2, 3, 32, 32), indices=[4])
+    with pytest.raises(ValueError, match="stop_early"):
+        model.forward_intermediates(torch.zeros(2, 3, 32, 32), stop_early=True)
