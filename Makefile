@@ -12,6 +12,9 @@ DIGITS ?= data/digits
 OUTPUT ?= output
 RUN := $(OUTPUT)/spatialmamba_micro/digits
 
+# Threads that wait by spinning make a shared machine ten times slower, an idle one hardly faster.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: install demo test lint clean
 
 install: $(INSTALLED)

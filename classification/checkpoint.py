@@ -1,21 +1,25 @@
 """Checkpoints: read safely, load strictly, save atomically."""
 
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba
 
+# What stands in for the name in a pickle: the safe unpickler fills no subclass of dict but this one.
+CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
 HEAD = ("head.weight", "head.bias")
 StateDict = dict[str, Tensor]
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint file, on the CPU, unpickling nothing but tensors, containers and yacs' CfgNode.
+    """The content of a checkpoint file, on the CPU, unpickling nothing but tensors and containers.
+
+    A yacs CfgNode, as in the published checkpoints, is read as an OrderedDict.
 
     Raises:
         UserError: no such file, or not a checkpoint that can be read safely.
@@ -24,11 +28,11 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        with torch.serialization.safe_globals([CfgNode]):
+        with torch.serialization.safe_globals([CFG_NODE]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no checkpoint can fail anywhere in the unpickler
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(path) if _is_torch_zip(path) else []
-        refused = [name for name in refused if name != "yacs.config.CfgNode"]
+        refused = [name for name in refused if name != CFG_NODE[1]]
         if refused:
             reason = f"holds pickled objects, which are not loaded for safety: {', '.join(refused[:5])}"
         else:

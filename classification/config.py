@@ -167,8 +167,3 @@ def _validate(config: CfgNode) -> None:
         raise UserError(f"TEST.CROP_PCT must be in (0, 1], got {config.TEST.CROP_PCT}")
     if config.TRAIN.MESA.WEIGHT > 0 and not config.TRAIN.EMA.ENABLE:
         raise UserError("MESA distils from the EMA model: set TRAIN.EMA.ENABLE True or TRAIN.MESA.WEIGHT 0")
-    if (config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0) and config.DATA.BATCH_SIZE % 2:
-        raise UserError(
-            f"mixup and cutmix pair the images of a batch: DATA.BATCH_SIZE (--batch-size) must be even, got "
-            f"{config.DATA.BATCH_SIZE}; or set AUG.MIXUP 0 and AUG.CUTMIX 0"
-        )

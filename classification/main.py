@@ -114,14 +114,14 @@ class Run:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def open_log(self) -> None:
-        """Console on the first process; the file beside the checkpoints also gets every printed step."""
+    def open_log(self, to_file: bool = True) -> None:
+        """Console on the first process; log.txt beside the checkpoints also gets every printed step."""
         logger.setLevel(logging.DEBUG if self.is_main else logging.CRITICAL)
         console = logging.StreamHandler(sys.stdout)
         # On a terminal the progress bar shows the steps.
         console.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
         handlers = [console]
-        if self.is_main:
+        if self.is_main and to_file:
             self.folder.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(self.folder / "log.txt"))
         for handler in handlers:
@@ -189,7 +189,7 @@ def measure_throughput(config: CfgNode, run: Run) -> None:
     model = build_model(config, config.MODEL.NUM_CLASSES or IMAGENET_CLASSES).to(run.device).eval()
     size = config.DATA.IMG_SIZE
     images = torch.randn(config.DATA.BATCH_SIZE, model.in_chans, size, size, device=run.device)
-    run.open_log()
+    run.open_log(to_file=False)
 
     @torch.inference_mode()
     def step() -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from PIL.Image import Image
 from timm.data import Mixup, create_transform
 from torch.utils.data import DataLoader
@@ -24,12 +25,18 @@ def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoade
     """Shuffled batches of DATA_PATH/train for one process. Call `loader.sampler.set_epoch` before each epoch.
 
     Raises:
-        UserError: a missing or empty folder, classes other than those of val/, fewer images than one batch each.
+        UserError: a missing or empty folder, classes other than those of val/, fewer images than one batch each, an
+            odd batch for mixup.
     """
     dataset = image_folder(config.DATA.DATA_PATH, "train", _train_transform(config))
     _check_same_classes(config.DATA.DATA_PATH, dataset.classes)
     _check_enough(len(dataset), world_size, "train", config.DATA.DATA_PATH)
-    # Mixup needs whole batches, so the last images of an epoch are left for the next one's order.
+    if (config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0) and config.DATA.BATCH_SIZE % 2:
+        raise UserError(
+            "mixup and cutmix pair the images of a batch: DATA.BATCH_SIZE (--batch-size) must be even, got "
+            f"{config.DATA.BATCH_SIZE}; or set AUG.MIXUP 0 and AUG.CUTMIX 0"
+        )
+    # Only whole batches, which mixup needs: the images left over in one epoch are others in the next.
     share = len(dataset) // world_size
     if share < config.DATA.BATCH_SIZE:
         raise UserError(
@@ -139,7 +146,7 @@ def _loader(config: CfgNode, dataset: ImageFolder, sampler: object, drop_last: b
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=workers,
-        pin_memory=config.DATA.PIN_MEMORY,
+        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=workers > 0,
     )

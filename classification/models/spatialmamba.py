@@ -259,7 +259,8 @@ class SpatialMamba(nn.Module):
         self.apply(_init_weights)
 
     def _make_stages(self, d_state: int, expand: int, mlp_ratio: float, drop_path_rate: float) -> nn.ModuleList:
-        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        total = sum(self.depths)
+        rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
         stages = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(self.dims, self.depths, strict=True)):
             blocks = [Block(dim, d_state, expand, mlp_ratio, next(rates)) for _ in range(depth)]

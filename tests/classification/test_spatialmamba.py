@@ -1,29 +1,19 @@
 """The backbone against the published layout, golden values of an independent implementation, and itself."""
 
 import copy
-import importlib.util
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import GOLDEN, LAYOUT, fill, image
 from torch import Tensor, nn
 
 from classification import models
 from classification.models import VARIANTS, SpatialMamba, SpatialMambaBackbone, spatialmamba_micro, spatialmamba_tiny
 from classification.models.spatialmamba import Block, StructureAwareSSM
 
-DATA = Path(__file__).parents[1] / "data"
-LAYOUT = json.loads((DATA / "checkpoint_layout.json").read_text())
-GOLDEN = np.load(DATA / "golden_tiny.npz")
 PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
-
-_spec = importlib.util.spec_from_file_location("fill", DATA / "fill.py")
-_fill = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_fill)
-fill, image = _fill.fill, _fill.image
 
 
 def relative(actual: Tensor, expected: Tensor | np.ndarray) -> float:

@@ -1,14 +1,20 @@
-"""Deterministic weights and images, so that implementations can be compared without a checkpoint.
+"""The published layout, golden values, and the weights and images they were made with.
 
 A tensor's values follow from its name and shape through NumPy's legacy generator, whose stream is frozen. The recipe
 is the one that `golden_tiny.npz` was made with.
 """
 
+import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+DATA = Path(__file__).parent / "data"
+LAYOUT = json.loads((DATA / "checkpoint_layout.json").read_text())  # name and shape of every state-dict entry
+GOLDEN = np.load(DATA / "golden_tiny.npz")
 
 # (scale, offset) of a standard normal, by the last part of the name
 BY_NAME = {

@@ -1,0 +1,288 @@
+"""Bad input ends in one message that names the thing and says what to do, with nothing written."""
+
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+from running import MICRO, QUICK, run_command
+
+from classification.models import SpatialMamba, spatialmamba_micro
+
+
+def refused(run_main, capsys, *arguments, **options) -> str:
+    """The message main.py ends with."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(*arguments, **options)
+    if stop.value.code == 2:  # argparse prints its own
+        return capsys.readouterr().err
+    assert isinstance(stop.value.code, str), "a message makes the exit status 1"
+    assert "Traceback" not in stop.value.code
+    return stop.value.code
+
+
+@pytest.fixture
+def refuse(run_main, capsys, tmp_path):
+    """Run main.py on arguments that must be refused, check that nothing was written, and return the message."""
+
+    def run(*arguments, **options) -> str:
+        output = tmp_path / "output"
+        message = refused(run_main, capsys, "--output", output, *arguments, **options)
+        assert not output.exists()
+        return message
+
+    return run
+
+
+@pytest.fixture
+def copy(few_digits, tmp_path):
+    """A data folder to damage."""
+    return shutil.copytree(few_digits, tmp_path / "copy")
+
+
+def saved(tmp_path, content, name="weights.pth"):
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+# ----- data
+
+
+def test_no_data_path(refuse):
+    assert "--data-path DIR" in refuse()
+
+
+@pytest.mark.parametrize("missing", ["", "train", "val"])
+def test_missing_folder(missing, refuse, copy):
+    shutil.rmtree(copy / missing)
+    message = refuse("--data-path", copy)
+    assert f"{copy / missing}: no such folder" in message
+
+
+def test_folder_without_classes(refuse, copy):
+    shutil.rmtree(copy / "train")
+    (copy / "train").mkdir()
+    assert f"{copy / 'train'}: no class folders" in refuse("--data-path", copy)
+
+
+def test_class_folder_without_images(refuse, copy):
+    shutil.rmtree(copy / "train" / "7")
+    (copy / "train" / "7").mkdir()
+    (copy / "train" / "7" / "notes.txt").write_text("not an image")
+    assert f"{copy / 'train' / '7'}: no images in 1 class folder" in refuse("--data-path", copy)
+
+
+def test_train_and_val_with_other_classes(refuse, copy):
+    (copy / "val" / "3").rename(copy / "val" / "three")
+    assert "only in one of them: 3, three" in refuse("--data-path", copy)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"not an image", b"", None], ids=["text", "empty", "truncated"])
+def test_unreadable_image(content, workers, copy, run_main, capsys, tmp_path):
+    victim = next((copy / "train" / "4").iterdir())
+    victim.write_bytes(victim.read_bytes()[:60] if content is None else content)
+    arguments = ["--data-path", copy, "--output", tmp_path, "--opts", *QUICK, "DATA.NUM_WORKERS", workers]
+    message = refused(run_main, capsys, *arguments)
+    assert message.startswith(f"error: {victim}: cannot be read as an image")
+    assert "replace or remove it" in message
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_fewer_images_than_a_batch(refuse, few_digits):
+    message = refuse("--data-path", few_digits, "--batch-size", 64)
+    assert "40 images make 40 for each of 1 process(es), less than one batch of 64; lower --batch-size" in message
+
+
+def test_odd_batch_for_mixup(refuse, few_digits):
+    assert "must be even, got 7" in refuse("--data-path", few_digits, "--batch-size", 7)
+
+
+def test_more_processes_than_images(few_digits, tmp_path):
+    few = tmp_path / "data"
+    for label in "01":
+        (few / "val" / label).mkdir(parents=True)
+    shutil.copy(next((few_digits / "val/0").iterdir()), few / "val/0/a.png")
+    shutil.copy(next((few_digits / "val/1").iterdir()), few / "val/1/b.png")
+    weights = saved(tmp_path, {"model": spatialmamba_micro(num_classes=2).state_dict()})
+    main = ["main.py", "--cfg", MICRO, "--data-path", few, "--pretrained", weights, "--output", tmp_path / "output"]
+    done = run_command("torchrun", "--standalone", "--nproc_per_node=3", *main)
+    assert done.returncode != 0
+    assert f"error: {few / 'val'}: 2 image(s) for 3 processes; start at most 2" in done.stderr
+    assert done.stderr.count("start at most 2") == 1
+    assert not (tmp_path / "output").exists()
+
+
+# ----- config and flags
+
+
+def test_unknown_key_in_opts(refuse):
+    assert "no config key TRAIN.EPOCH; did you mean TRAIN.EPOCHS?" in refuse("--opts", "TRAIN.EPOCH", "3")
+
+
+def test_unknown_key_in_file(refuse, tmp_path):
+    (tmp_path / "my.yaml").write_text("MODEL:\n  NAME: spatialmamba_tiny\n  D_INNER: 3\n")
+    message = refuse(cfg=tmp_path / "my.yaml")
+    assert f"{tmp_path / 'my.yaml'}: no config key MODEL.D_INNER" in message
+
+
+def test_missing_config_file(refuse, tmp_path):
+    assert f"--cfg {tmp_path / 'none.yaml'}: no such file" in refuse(cfg=tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("content", ["a: [", "just words"], ids=["broken", "scalar"])
+def test_config_file_that_is_none(content, refuse, tmp_path):
+    (tmp_path / "my.yaml").write_text(content)
+    assert f"--cfg {tmp_path / 'my.yaml'}: " in refuse(cfg=tmp_path / "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-sise", "3"], "unrecognized arguments: --batch-sise 3"),
+        (["--batch-size", "many"], "invalid int value: 'many'"),
+        (["--batch-size", "0"], "DATA.BATCH_SIZE (--batch-size) must be at least 1, got 0"),
+        (["--batch-size", "-4"], "must be at least 1, got -4"),
+        (["--accumulation-steps", "0"], "TRAIN.ACCUMULATION_STEPS (--accumulation-steps) must be at least 1"),
+        (["--opts", "TRAIN.EPOCHS"], "pairs of KEY VALUE"),
+        (["--opts", "TRAIN.EPOCHS", "many"], "TRAIN.EPOCHS must be of type int, got 'many'"),
+        (["--opts", "TRAIN", "3"], "no config key TRAIN"),
+        (["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "2"], "TRAIN.WARMUP_EPOCHS must be in"),
+        (["--opts", "MODEL.NAME", "swin_tiny"], "MODEL.NAME must be one of spatialmamba_micro"),
+        (["--opts", "TRAIN.AMP", "fp8"], "TRAIN.AMP must be float16, bfloat16 or off"),
+        (["--opts", "TRAIN.EMA.ENABLE", "False"], "MESA distils from the EMA model"),
+        (["--finetune"], "--finetune needs --pretrained"),
+        (["--eval"], "--eval needs --pretrained CKPT or --resume CKPT"),
+        (["--pretrained", "a", "--resume", "b"], "pass one of them"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_flags(arguments, message, refuse):
+    assert message in refuse(*arguments)
+
+
+def test_class_count_that_is_not_the_folders(refuse, few_digits):
+    message = refuse("--data-path", few_digits, "--opts", "MODEL.NUM_CLASSES", "11")
+    assert "MODEL.NUM_CLASSES is 11" in message
+    assert "10 class folders" in message
+
+
+# ----- checkpoints
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_missing_checkpoint(refuse, few_digits, tmp_path):
+    for flags in (["--pretrained"], ["--resume"], ["--finetune", "--pretrained"]):
+        message = refuse("--data-path", few_digits, "--batch-size", 8, *flags, tmp_path / "none.pth")
+        assert f"{tmp_path / 'none.pth'}: no such checkpoint file" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"text, not tensors", b"PK\x03\x04 half a zip", pickle.dumps([1])])
+def test_file_that_is_no_checkpoint(content, refuse, few_digits, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    message = refuse("--data-path", few_digits, "--pretrained", tmp_path / "weights.pth")
+    assert f"{tmp_path / 'weights.pth'}: " in message
+    assert "not a checkpoint" in message
+
+
+def test_truncated_checkpoint(refuse, few_digits, tmp_path):
+    path = saved(tmp_path, {"model": spatialmamba_micro(num_classes=10).state_dict()})
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert f"{path}: is not a checkpoint saved by torch.save, or is damaged" in refuse(
+        "--data-path", few_digits, "--pretrained", path
+    )
+
+
+def test_pickled_code_is_named_and_not_run(refuse, few_digits, tmp_path, capsys):
+    path = saved(tmp_path, {"model": {}, "extra": Payload()})
+    message = refuse("--data-path", few_digits, "--pretrained", path)
+    assert "holds pickled objects, which are not loaded for safety: builtins.print" in message
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_checkpoint_without_weights(refuse, few_digits, tmp_path):
+    path = saved(tmp_path, {"epoch": 3, "optimizer": {}})
+    assert "holds no weights under 'model'" in refuse("--data-path", few_digits, "--pretrained", path)
+
+
+def test_checkpoint_of_another_model(refuse, few_digits, tmp_path):
+    deeper = SpatialMamba(num_classes=10, dims=16, depths=(1, 1, 3, 1))
+    path = saved(tmp_path, {"model": deeper.state_dict()})
+    message = refuse("--data-path", few_digits, "--pretrained", path)
+    assert f"{path}: its weights are of another model" in message
+    assert "unexpected (layers.2.blocks.2.cpe1.weight" in message
+
+
+def test_checkpoint_of_another_size_is_recognised(refuse, few_digits, tmp_path):
+    path = saved(tmp_path, {"model": spatialmamba_micro(num_classes=10).state_dict()})
+    tiny = MICRO.with_name("spatialmamba_tiny.yaml")
+    message = refuse("--data-path", few_digits, "--pretrained", path, cfg=tiny)
+    assert "it is a spatialmamba_micro, pass that model's --cfg" in message
+
+
+def test_checkpoint_with_another_class_count(refuse, few_digits, tmp_path):
+    path = saved(tmp_path, {"model": spatialmamba_micro(num_classes=1000).state_dict()})
+    message = refuse("--data-path", few_digits, "--pretrained", path)
+    assert f"{path}: its head has 1000 classes, but 10 are wanted" in message
+    assert "--finetune" in message
+
+
+def test_checkpoint_with_another_channel_count(refuse, few_digits, tmp_path):
+    path = saved(tmp_path, {"model": spatialmamba_micro(num_classes=10, in_chans=1).state_dict()})
+    message = refuse("--data-path", few_digits, "--pretrained", path)
+    assert "patch_embed.conv1.conv.weight is (8, 1, 3, 3), not (8, 3, 3, 3)" in message
+
+
+def test_weights_alone_cannot_be_resumed(refuse, few_digits, tmp_path):
+    path = saved(tmp_path, spatialmamba_micro(num_classes=10).state_dict())
+    message = refuse("--data-path", few_digits, "--batch-size", 8, "--resume", path)
+    assert "has no optimizer, lr_scheduler, epoch" in message
+    assert "--pretrained and --finetune" in message
+
+
+def test_run_that_is_there_is_not_overwritten(few_digits, tmp_path, run_main, capsys):
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK]
+    run_main(*arguments)
+    latest = tmp_path / "spatialmamba_micro/default/latest.pth"
+    before = latest.read_bytes()
+    message = refused(run_main, capsys, *arguments, "TRAIN.AUTO_RESUME", "False")
+    assert "holds a run already; pass another --tag" in message
+    assert latest.read_bytes() == before
+
+
+def test_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path, run_main, capsys):
+    path = saved(tmp_path, {k: v * torch.nan for k, v in spatialmamba_micro(num_classes=10).state_dict().items()})
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--pretrained", path, "--finetune"]
+    message = refused(run_main, capsys, *arguments, "--opts", *QUICK)
+    assert "the loss became nan in epoch 0" in message
+
+
+# ----- as a user sees it
+
+
+def test_no_traceback_and_status_one(tmp_path):
+    done = run_command(sys.executable, "main.py", "--cfg", MICRO, "--data-path", tmp_path / "nothing")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"error: {tmp_path / 'nothing'}: no such folder; --data-path must hold train/ with one " + (
+        "folder a class\n"
+    )
+
+
+@pytest.mark.parametrize("module", ["digits", "report"])
+def test_other_commands_refuse_too(module, tmp_path):
+    (tmp_path / "other.txt").write_text("")
+    commands = {
+        "digits": ["classification.data.digits", tmp_path],
+        "report": ["classification.report", tmp_path, "--data-path", tmp_path],
+    }
+    done = run_command(sys.executable, "-m", *commands[module])
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}")
+    assert "Traceback" not in done.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ["other.txt"]

@@ -1,0 +1,33 @@
+"""The report reads what a run wrote, draws the two pictures, and says the accuracies as they are."""
+
+import json
+
+import numpy as np
+from matplotlib.image import imread
+from running import QUICK, ROOT, run_command
+
+from classification.models import spatialmamba_micro
+from classification.report import read_metrics
+
+
+def test_report_of_a_run(few_digits, tmp_path, run_main):
+    arguments = ["--data-path", few_digits, "--output", tmp_path]
+    run_main(*arguments, "--opts", *QUICK)
+    run = tmp_path / "spatialmamba_micro/default"
+    run_main(*arguments, "--pretrained", run / "best.pth")
+    done = run_command("python", "-m", "classification.report", run, "--data-path", few_digits, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    best = max(m["model"]["top1"] for m in read_metrics(run))
+    assert done.stdout.count(f"{best:.3f} %") == 2
+    parameters = sum(p.numel() for p in spatialmamba_micro(num_classes=10).parameters())
+    assert f"{parameters:,}" in done.stdout
+    for name in ("learning_curve.png", "predictions.png"):
+        picture = imread(run / name)
+        assert min(picture.shape[:2]) > 300
+        assert np.std(picture[..., :3]) > 0.05  # not blank
+
+
+def test_repeated_epoch_counts_as_last_written(tmp_path):
+    lines = [{"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0}, {"epoch": 1, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(tmp_path) == [lines[0], lines[2]]

@@ -1,0 +1,19 @@
+"""How the tests run commands, on what config."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CLASSIFICATION = ROOT / "classification"
+MICRO = CLASSIFICATION / "configs/spatialmamba/spatialmamba_micro_digits.yaml"
+# Small steps on the small folder: what is learnt does not matter, that it is the same does.
+QUICK = ["TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0", "DATA.BATCH_SIZE", "8", "PRINT_FREQ", "2"]
+
+
+def run_command(*command, cwd=CLASSIFICATION, **environment) -> subprocess.CompletedProcess:
+    """A command as a user types it, on this interpreter, one thread a process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)

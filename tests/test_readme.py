@@ -1,0 +1,95 @@
+"""The README's commands, run as they stand but for paths, and with less of everything where a cluster is meant.
+
+Every `bash` and `python` block is either run here or named as run elsewhere; a block that is neither fails.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from running import ROOT, run_command
+
+from classification.data.digits import write_digits
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("bash", "python")}
+MAKE_TEST = "make test\n"  # this very run
+MAKE_DEMO = "make demo\n"  # test_demo
+LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with `imagenet/`, of 16 training and 10 validation images in ten classes."""
+    root = tmp_path_factory.mktemp("readme")
+    write_digits(root / "digits")
+    for split, extra in (("train", 6), ("val", 0)):
+        for label in range(10):
+            target = root / "imagenet" / split / str(label)
+            target.mkdir(parents=True)
+            for file in sorted((root / "digits" / split / str(label)).iterdir())[: 2 if label < extra else 1]:
+                shutil.copy(file, target)
+    return root
+
+
+def reduced(command: str, folder: Path) -> str:
+    """Our paths, two processes, batches of eight, and one epoch on small images."""
+    command = command.replace("/path/to/checkpoint.pth", f"{folder}/output/spatialmamba_tiny/default/best.pth")
+    command = command.replace("/path/to/", f"{folder}/").replace("--nproc_per_node=8", "--nproc_per_node=2")
+    command = command.replace("--batch-size 128", "--batch-size 8")
+    if "main.py" in command and "--flops" not in command:
+        command += f" {LESS}" if "--opts" in command else f" --opts {LESS}"
+    return command
+
+
+def test_commands_for_imagenet(folder):
+    """In the README's order: what is trained first is evaluated and fine-tuned after."""
+    blocks = [block for block in BLOCKS["bash"] if block not in (MAKE_TEST, MAKE_DEMO)]
+    assert len(blocks) == 6
+    for block in blocks:
+        script = "\n".join(reduced(line, folder) for line in block.splitlines())
+        done = run_command("bash", "-euc", script, cwd=ROOT)
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        if "torch.distributed.launch" in block:
+            # So that the next one trains too, and does not find its epochs done.
+            shutil.move(folder / "output", folder / "output-of-launch")
+    runs = folder / "output" / "spatialmamba_tiny"
+    evaluation = json.loads((runs / "default/evaluation.json").read_text())
+    assert evaluation["model"]["images"] == 10
+    assert "starting from the weights of" in (runs / "finetune/log.txt").read_text()
+    assert (runs / "default/predictions.png").exists()
+    assert (folder / "output-of-launch/spatialmamba_tiny/default/best.pth").exists()
+
+
+def test_python_example():
+    (block,) = BLOCKS["python"]
+    scope = {}
+    exec(compile(block, "README.md", "exec"), scope)
+    assert scope["logits"].shape == (1, 1000)
+    assert [m.shape[1:] for m in scope["maps"]] == [(64, 50, 81), (128, 25, 41), (256, 13, 21), (512, 7, 11)]
+    assert scope["c5"].shape == (1, 512, 7, 11)
+
+
+def test_demo(tmp_path):
+    """`make demo` whole, from the data on; only where it writes is changed."""
+    assert MAKE_DEMO in BLOCKS["bash"]
+    arguments = [f"DIGITS={tmp_path / 'digits'}", f"OUTPUT={tmp_path / 'output'}"]
+    done = run_command("make", "demo", *arguments, cwd=ROOT, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "output/spatialmamba_micro/digits"
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    again = json.loads((run / "evaluation.json").read_text())["model"]
+    assert again["images"] == 360
+    assert again["top1"] >= 97
+    assert again in [m["model"] for m in metrics]
+    assert done.stdout.count(f"  {again['top1']:.3f} %") == 2
+    assert (run / "learning_curve.png").exists()
+    assert (run / "predictions.png").exists()
+
+
+def test_ruff_is_the_same_everywhere():
+    pinned = re.search(r"ruff==[\d.]+", (ROOT / "requirements.txt").read_text()).group()
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert hooks.count(pinned) == hooks.count("ruff==") == 2
