@@ -40,4 +40,4 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) data output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build

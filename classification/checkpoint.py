@@ -55,12 +55,16 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
     if "model" not in named:
         keys = ", ".join(map(str, list(content)[:8]))
         raise UserError(f"{path}: holds no weights under 'model' and is no state dict; its keys are {keys}")
+    for key, value in (item for state in named.values() for item in state.items()):
+        if not (isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided):
+            raise UserError(f"{path}: its weights hold {key!r}, which is not a name and a dense tensor")
     return named
 
 
 def num_classes(state: StateDict) -> int | None:
     """Size of the head in a state dict, or None without one."""
-    return state["head.weight"].shape[0] if "head.weight" in state else None
+    weight = state.get("head.weight")
+    return weight.shape[0] if weight is not None and weight.ndim == 2 else None
 
 
 def load_weights(model: SpatialMamba, state: StateDict, path: str | Path, new_head: bool = False) -> bool:
@@ -86,13 +90,22 @@ def load_weights(model: SpatialMamba, state: StateDict, path: str | Path, new_he
 
 
 def save_checkpoint(content: dict, path: Path) -> None:
-    """Write whole or not at all: to a file beside it, flushed to disk, then renamed over `path`."""
+    """Write whole or not at all: to a file beside it, flushed to disk, then renamed over `path`.
+
+    Raises:
+        UserError: the file cannot be written, or the disk is full.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_torch_zip(path: Path) -> bool:

@@ -1,6 +1,8 @@
 """Configuration: yacs defaults, then a YAML file, then command-line flags, then `--opts`. Unknown keys are errors."""
 
+import ast
 import difflib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,7 +96,7 @@ def load_config(path: str, overrides: dict[str, object], opts: Sequence[str] = (
     if len(opts) % 2:
         raise UserError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        _set(config, key, CfgNode._decode_cfg_value(value), "--opts")
+        _set(config, key, value, "--opts")
     _validate(config)
     config.freeze()
     return config
@@ -122,48 +124,101 @@ def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
 
 
 def _set(config: CfgNode, key: str, value: object, source: str) -> None:
-    """Set one leaf; yacs checks the type against the default's."""
+    """Set one leaf to a value of its default's type."""
     known = [k for k, _ in _flatten(config)]
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
+        close = difflib.get_close_matches(str(key), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; classification/config.py lists the keys"
         raise UserError(f"{source}: no config key {key}{hint}")
-    section, _, leaf = key.rpartition(".")
-    node = config
-    for name in filter(None, section.split(".")):
-        node = node[name]
-    if isinstance(node[leaf], float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    *sections, leaf = key.split(".")
+    node = functools.reduce(CfgNode.__getitem__, sections, config)
+    kind = type(node[leaf])
+    if kind is not str and type(value) is str:
+        value = _literal(value)  # YAML reads 5e-5 as a word
+    if (kind is float and type(value) is int) or (kind is str and type(value) in (int, float)):
+        value = kind(value)
+    if type(value) is not kind:
+        raise UserError(f"{source}: {key} must be of type {kind.__name__}, got {value!r}")
+    node[leaf] = value
+
+
+def _literal(text: str) -> object:
+    """A word as Python reads it, or the word itself."""
     try:
-        node.merge_from_list([leaf, value])
-    except ValueError as error:
-        expected = type(node[leaf]).__name__
-        raise UserError(f"{source}: {key} must be of type {expected}, got {value!r}") from error
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+CHOICES = {
+    "MODEL.NAME": tuple(VARIANTS),
+    "DATA.INTERPOLATION": ("bilinear", "bicubic", "nearest", "random"),
+    "TRAIN.AMP": ("float16", "bfloat16", "off"),
+    "AUG.REMODE": ("const", "rand", "pixel"),
+    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+}
+INFINITY = float("inf")
+# Lowest and highest value; for a list, of each of its two ascending numbers.
+RANGES = {
+    "DATA.BATCH_SIZE": (1, INFINITY),
+    "DATA.IMG_SIZE": (1, INFINITY),
+    "DATA.NUM_WORKERS": (0, INFINITY),
+    "MODEL.NUM_CLASSES": (0, INFINITY),
+    "MODEL.DROP_PATH_RATE": (0, 0.999),
+    "MODEL.LABEL_SMOOTHING": (0, 0.999),
+    "TRAIN.EPOCHS": (1, INFINITY),
+    "TRAIN.BASE_LR": (0, INFINITY),
+    "TRAIN.WARMUP_LR": (0, INFINITY),
+    "TRAIN.MIN_LR": (0, INFINITY),
+    "TRAIN.WEIGHT_DECAY": (0, INFINITY),
+    "TRAIN.CLIP_GRAD": (0, INFINITY),
+    "TRAIN.ACCUMULATION_STEPS": (1, INFINITY),
+    "TRAIN.OPTIMIZER.BETAS": (0, 0.999999),
+    "TRAIN.OPTIMIZER.EPS": (0, INFINITY),
+    "TRAIN.EMA.DECAY": (0, 1),
+    "TRAIN.MESA.WEIGHT": (0, INFINITY),
+    "TRAIN.MESA.START": (0, 1),
+    "AUG.SCALE": (1e-6, 1),
+    "AUG.RATIO": (1e-3, 1e3),
+    "AUG.HFLIP": (0, 1),
+    "AUG.COLOR_JITTER": (0, INFINITY),
+    "AUG.REPROB": (0, 1),
+    "AUG.RECOUNT": (1, INFINITY),
+    "AUG.MIXUP": (0, INFINITY),
+    "AUG.CUTMIX": (0, INFINITY),
+    "AUG.MIXUP_PROB": (0, 1),
+    "AUG.MIXUP_SWITCH_PROB": (0, 1),
+    "TEST.CROP_PCT": (0.1, 1),
+    "SAVE_FREQ": (1, INFINITY),
+    "PRINT_FREQ": (1, INFINITY),
+    "SEED": (0, 2**31),
+}
+FLAGS = {"DATA.BATCH_SIZE": "--batch-size", "TRAIN.ACCUMULATION_STEPS": "--accumulation-steps", "SEED": "--seed"}
 
 
 def _validate(config: CfgNode) -> None:
     """Refuse values that could only fail later, or be taken silently for something else."""
-    if config.MODEL.NAME not in VARIANTS:
-        raise UserError(f"MODEL.NAME must be one of {', '.join(VARIANTS)}, got {config.MODEL.NAME!r}")
-    if config.TRAIN.AMP not in ("float16", "bfloat16", "off"):
-        raise UserError(f"TRAIN.AMP must be float16, bfloat16 or off, got {config.TRAIN.AMP!r}")
-    at_least_one = {
-        "DATA.BATCH_SIZE (--batch-size)": config.DATA.BATCH_SIZE,
-        "DATA.IMG_SIZE": config.DATA.IMG_SIZE,
-        "TRAIN.EPOCHS": config.TRAIN.EPOCHS,
-        "TRAIN.ACCUMULATION_STEPS (--accumulation-steps)": config.TRAIN.ACCUMULATION_STEPS,
-        "SAVE_FREQ": config.SAVE_FREQ,
-        "PRINT_FREQ": config.PRINT_FREQ,
-    }
-    for key, value in at_least_one.items():
-        if value < 1:
-            raise UserError(f"{key} must be at least 1, got {value}")
+    values = dict(_flatten(config))
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}")
+    for key, (low, high) in RANGES.items():
+        _check_range(key, values[key], low, high)
     if not 0 <= config.TRAIN.WARMUP_EPOCHS < config.TRAIN.EPOCHS:
         raise UserError(
             f"TRAIN.WARMUP_EPOCHS must be in [0, TRAIN.EPOCHS), got {config.TRAIN.WARMUP_EPOCHS} "
             f"of {config.TRAIN.EPOCHS} epochs"
         )
-    if not 0 < config.TEST.CROP_PCT <= 1:
-        raise UserError(f"TEST.CROP_PCT must be in (0, 1], got {config.TEST.CROP_PCT}")
     if config.TRAIN.MESA.WEIGHT > 0 and not config.TRAIN.EMA.ENABLE:
         raise UserError("MESA distils from the EMA model: set TRAIN.EMA.ENABLE True or TRAIN.MESA.WEIGHT 0")
+
+
+def _check_range(key: str, value: object, low: float, high: float) -> None:
+    name = f"{key} ({FLAGS[key]})" if key in FLAGS else key
+    if isinstance(value, list):
+        numbers = len(value) == 2 and all(type(v) in (int, float) for v in value)
+        if not (numbers and low <= value[0] <= value[1] <= high):
+            raise UserError(f"{name} must be two ascending numbers in [{low}, {high}], got {value}")
+    elif not low <= value <= high:
+        bounds = f"at least {low}" if high == INFINITY else f"in [{low}, {high}]"
+        raise UserError(f"{name} must be {bounds}, got {value}")

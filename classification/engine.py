@@ -38,6 +38,9 @@ class Trainer:
     clip_grad: float = 0.0  # 2-norm; 0 is off
     accumulation_steps: int = 1
 
+    def updates_per_epoch(self, batches: int) -> int:
+        return -(-batches // self.accumulation_steps)
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite."""
@@ -54,7 +57,6 @@ def train_one_epoch(t: Trainer, loader: DataLoader, epoch: int, print_freq: int 
     """
     t.model.train()
     batches = len(loader)
-    updates_per_epoch = -(-batches // t.accumulation_steps)
     total = torch.zeros((), device=t.device)
     start = time.perf_counter()
     bar = _progress(loader, f"epoch {epoch}")
@@ -65,7 +67,7 @@ def train_one_epoch(t: Trainer, loader: DataLoader, epoch: int, print_freq: int 
         total += _accumulate(t, images, targets, group, sync=last_of_group)
         if last_of_group:
             _update(t)
-            t.scheduler.step_update(epoch * updates_per_epoch + step // t.accumulation_steps + 1)
+            t.scheduler.step_update(epoch * t.updates_per_epoch(batches) + step // t.accumulation_steps + 1)
         if (step + 1) % print_freq == 0 or step + 1 == batches:
             _report(t, bar, total.item() / (step + 1), epoch, step + 1, batches)
     return {
@@ -114,7 +116,7 @@ def _report(t: Trainer, bar: Iterable, loss: float, epoch: int, step: int, batch
     if not torch.isfinite(torch.tensor(loss)):
         raise NonFiniteLossError(
             f"the loss became {loss} in epoch {epoch} before step {step}; the last checkpoint is from before it. "
-            "Lower TRAIN.BASE_LR, or set TRAIN.AMP bfloat16 or off"
+            "Lower TRAIN.BASE_LR, or set TRAIN.AMP bfloat16 or off, and pass another --tag to start anew"
         )
     lr = t.optimizer.param_groups[0]["lr"]
     logger.debug("epoch %d step %d/%d loss %.4f lr %.3e", epoch, step, batches, loss, lr)

@@ -10,6 +10,7 @@ The same under torchrun or `python -m torch.distributed.launch`, on GPUs (NCCL) 
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -43,6 +44,7 @@ logger = logging.getLogger("spatialmamba")
 
 IMAGENET_CLASSES = 1000
 THROUGHPUT_SECONDS = 10.0
+NO_ACCURACY = -1.0  # before the first epoch: below any that can be measured
 
 
 def parse_args() -> argparse.Namespace:
@@ -122,8 +124,11 @@ class Run:
         console.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
         handlers = [console]
         if self.is_main and to_file:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(self.folder / "log.txt"))
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                handlers.append(logging.FileHandler(self.folder / "log.txt"))
+            except OSError as error:
+                raise UserError(f"{self.folder}: cannot be written to ({error}); choose another --output") from error
         for handler in handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.handlers = handlers
@@ -170,6 +175,8 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
     for name, state in weights.items():
         load_weights(model, state, path)
         results[name] = evaluate(model, loader, run.device, run.autocast)
+        if not math.isfinite(results[name]["loss"]):
+            raise UserError(f"{path}: its {name} weights give a loss of {results[name]['loss']}; they are not usable")
         _log_accuracy(name, results[name])
     if run.is_main:
         (run.folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -232,13 +239,15 @@ def train(config: CfgNode, run: Run) -> None:
     model.to(run.device)
     ema = ModelEmaV3(model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
     trainer = _build_trainer(config, run, model, ema, classes, len(train_loader))
-    state = {"epoch": -1, "max_accuracy": 0.0, "max_accuracy_ema": 0.0}
+    state = {"epoch": -1, "max_accuracy": NO_ACCURACY, "max_accuracy_ema": NO_ACCURACY}
     if resume_from:
-        state = _resume(resume_from, trainer, model, ema)
+        state = _resume(resume_from, run, trainer, model, ema)
+        # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
+        trainer.scheduler.step_update((state["epoch"] + 1) * trainer.updates_per_epoch(len(train_loader)))
 
     run.open_log()
-    _log_setup(config, run, model, resume_from, new_head)
     first = state["epoch"] + 1
+    _log_setup(config, run, model, resume_from, first, new_head)
     if first >= config.TRAIN.EPOCHS:
         logger.info("all %d epochs are done; raise TRAIN.EPOCHS to go on", config.TRAIN.EPOCHS)
     for epoch in range(first, config.TRAIN.EPOCHS):
@@ -246,6 +255,8 @@ def train(config: CfgNode, run: Run) -> None:
         trainer.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= config.TRAIN.MESA.START * config.TRAIN.EPOCHS)
         metrics = {"epoch": epoch, **train_one_epoch(trainer, train_loader, epoch, config.PRINT_FREQ)}
         metrics |= _validate(run, model, ema, eval_loader)
+        if not math.isfinite(metrics["model"]["loss"]):
+            raise NonFiniteLossError(f"the validation loss of epoch {epoch} is not finite; its weights are not saved")
         state["epoch"] = epoch
         _save(config, run, trainer, model, ema, state, metrics)
 
@@ -299,7 +310,8 @@ def _wrap(config: CfgNode, run: Run, model: SpatialMamba) -> nn.Module:
     on_gpu = run.device.type == "cuda"
     if on_gpu and config.TRAIN.SYNC_BN:  # PyTorch's SyncBatchNorm has no CPU kernels
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: optimizer and EMA keep the same parameters
-    return DistributedDataParallel(model, device_ids=[run.device.index] if on_gpu else None)
+    # Without broadcasting, each process keeps batch norm statistics of its own data for `_validate` to average.
+    return DistributedDataParallel(model, device_ids=[run.device.index] if on_gpu else None, broadcast_buffers=False)
 
 
 def _validate(run: Run, model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader) -> dict[str, dict]:
@@ -341,7 +353,6 @@ def _save(
     content = {
         "model": model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
-        "lr_scheduler": trainer.scheduler.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "config": config.dump(),
         **state,
@@ -355,38 +366,39 @@ def _save(
         file.write(json.dumps(metrics) + "\n")
 
 
-def _resume(path: Path, trainer: Trainer, model: SpatialMamba, ema: ModelEmaV3 | None) -> dict:
-    """Put back everything that `_save` wrote; returns its epoch and best accuracies."""
+def _resume(path: Path, run: Run, trainer: Trainer, model: SpatialMamba, ema: ModelEmaV3 | None) -> dict:
+    """Put back what `_save` wrote. Returns its epoch, and the best accuracies if their checkpoints lie beside it."""
     content = read_checkpoint(path)
     weights = state_dicts(content, path)
-    missing = [key for key in ("optimizer", "lr_scheduler", "epoch") if key not in content]
-    if missing:
-        raise UserError(
-            f"{path}: has no {', '.join(missing)}, so training cannot go on from it; "
-            "start from its weights with --pretrained and --finetune"
-        )
+    start_over = "start from its weights with --pretrained and --finetune"
+    if missing := [key for key in ("optimizer", "epoch") if key not in content]:
+        raise UserError(f"{path}: has no {', '.join(missing)}, so training cannot go on from it; {start_over}")
+    if not isinstance(content["epoch"], int) or content["epoch"] < 0:
+        raise UserError(f"{path}: its epoch is {content['epoch']!r}, so training cannot go on from it; {start_over}")
     load_weights(model, weights["model"], path)
     if ema:
         load_weights(ema.module, weights.get("model_ema", weights["model"]), path)
-    trainer.optimizer.load_state_dict(content["optimizer"])
-    trainer.scheduler.load_state_dict(content["lr_scheduler"])
-    if content.get("scaler") and trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(content["scaler"])
-    # The published checkpoints spell the EMA's key so.
-    ema_best = content.get("max_accuracy_ema", content.get("max_accuray_ema", 0.0))
-    return {
-        "epoch": content["epoch"],
-        "max_accuracy": content.get("max_accuracy", 0.0),
-        "max_accuracy_ema": ema_best,
-    }
+    try:
+        trainer.optimizer.load_state_dict(content["optimizer"])
+        if content.get("scaler") and trainer.scaler.is_enabled():
+            trainer.scaler.load_state_dict(content["scaler"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its optimizer state is not of this model ({error}); {start_over}") from error
+    state = {"epoch": content["epoch"], "max_accuracy": NO_ACCURACY, "max_accuracy_ema": NO_ACCURACY}
+    if path.resolve().parent == run.folder.resolve():
+        state |= {key: content[key] for key in ("max_accuracy", "max_accuracy_ema") if key in content}
+    return state
 
 
-def _log_setup(config: CfgNode, run: Run, model: SpatialMamba, resume_from: Path | None, new_head: bool) -> None:
+def _log_setup(
+    config: CfgNode, run: Run, model: SpatialMamba, resume_from: Path | None, first: int, new_head: bool
+) -> None:
     logger.info("config:\n%s", config.dump().rstrip())
     parameters = sum(p.numel() for p in model.parameters())
     logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, f"{parameters:,}", run.describe(), run.folder)
     if resume_from:
-        logger.info("resuming from %s", resume_from)
+        ignored = "; --pretrained has done its part already" if config.MODEL.PRETRAINED else ""
+        logger.info("resuming from %s, epoch %d%s", resume_from, first, ignored)
     elif config.MODEL.PRETRAINED:
         head = f"; its head has another size, a new one has {model.num_classes} classes" if new_head else ""
         logger.info("starting from the weights of %s%s", config.MODEL.PRETRAINED, head)

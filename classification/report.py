@@ -8,6 +8,7 @@ learning_curve.png and predictions.png beside them.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -32,14 +33,19 @@ def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the folder of a run, OUTPUT/MODEL.NAME/TAG")
-    epochs = {line["epoch"]: line for line in map(json.loads, path.read_text().splitlines())}
+    try:
+        epochs = {line["epoch"]: line for line in map(json.loads, path.read_text().splitlines())}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error!r}); main.py writes one JSON object a line") from error
+    if not epochs:
+        raise UserError(f"{path}: holds no epochs yet")
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def summary(folder: Path, metrics: list[dict], checkpoint: dict) -> str:
     """The run in a table: where training ended, and what a second process measured on the saved weights."""
     weights = state_dicts(checkpoint, folder / "best.pth")["model"]
-    trained = metrics[checkpoint["epoch"]]["model"]["top1"]
+    trained = {m["epoch"]: m["model"]["top1"] for m in metrics}.get(checkpoint["epoch"], math.nan)
     rows = [
         ("parameters", f"{sum(v.numel() for k, v in weights.items() if _is_parameter(k)):,}"),
         ("epochs", f"{len(metrics)} in {sum(m['seconds'] for m in metrics):.0f} s of training"),

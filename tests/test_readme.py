@@ -72,6 +72,17 @@ def test_python_example():
     assert scope["c5"].shape == (1, 512, 7, 11)
 
 
+@pytest.mark.parametrize("package", ["selective_scan", "dwconv2d"])
+def test_operators_equal_the_plain_pytorch_of_their_readme(package, capsys):
+    text = (ROOT / "kernels" / package / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for block in blocks:
+        exec(compile(block, f"{package}/README.md", "exec"), {})
+    differences = [float(d) for d in re.findall(r"tensor\((.*?)\)", capsys.readouterr().out)]
+    assert len(differences) == len(blocks) > 0
+    assert max(differences) < 1e-4
+
+
 def test_demo(tmp_path):
     """`make demo` whole, from the data on; only where it writes is changed."""
     assert MAKE_DEMO in BLOCKS["bash"]

@@ -36,6 +36,8 @@ def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoade
             "mixup and cutmix pair the images of a batch: DATA.BATCH_SIZE (--batch-size) must be even, got "
             f"{config.DATA.BATCH_SIZE}; or set AUG.MIXUP 0 and AUG.CUTMIX 0"
         )
+    if config.DATA.BATCH_SIZE == 1 and config.DATA.IMG_SIZE <= 32:
+        raise UserError("one image a batch leaves batch norm a single value at DATA.IMG_SIZE 32; raise --batch-size")
     # Only whole batches, which mixup needs: the images left over in one epoch are others in the next.
     share = len(dataset) // world_size
     if share < config.DATA.BATCH_SIZE:
@@ -81,19 +83,23 @@ def eval_transform(config: CfgNode) -> Callable:
 
 
 def _train_transform(config: CfgNode) -> Callable:
-    return create_transform(
-        config.DATA.IMG_SIZE,
-        is_training=True,
-        scale=tuple(config.AUG.SCALE),
-        ratio=tuple(config.AUG.RATIO),
-        hflip=config.AUG.HFLIP,
-        color_jitter=config.AUG.COLOR_JITTER,
-        auto_augment=config.AUG.AUTO_AUGMENT or None,
-        interpolation=config.DATA.INTERPOLATION,
-        re_prob=config.AUG.REPROB,
-        re_mode=config.AUG.REMODE,
-        re_count=config.AUG.RECOUNT,
-    )
+    try:
+        return create_transform(
+            config.DATA.IMG_SIZE,
+            is_training=True,
+            scale=tuple(config.AUG.SCALE),
+            ratio=tuple(config.AUG.RATIO),
+            hflip=config.AUG.HFLIP,
+            color_jitter=config.AUG.COLOR_JITTER,
+            auto_augment=config.AUG.AUTO_AUGMENT or None,
+            interpolation=config.DATA.INTERPOLATION,
+            re_prob=config.AUG.REPROB,
+            re_mode=config.AUG.REMODE,
+            re_count=config.AUG.RECOUNT,
+        )
+    except (AssertionError, ValueError) as error:  # all but the policy is checked with the config
+        policy = config.AUG.AUTO_AUGMENT
+        raise UserError(f"AUG.AUTO_AUGMENT is not a policy that timm knows: {policy!r} ({error})") from error
 
 
 def _read_image(path: str) -> Image:

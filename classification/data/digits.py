@@ -28,15 +28,18 @@ def write_digits(root: Path) -> bool:
     """Write the image folder at `root` if it is not there yet; returns whether it had to be written.
 
     Raises:
-        UserError: `root` exists but is something else.
+        UserError: `root` exists but is something else, or cannot be made.
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         if _count(root / "train") + _count(root / "val") == len(load_digits().target):
             return False
         raise UserError(f"{root}: exists and is not the digits data set; remove it or name another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, then renamed: the folder is whole or absent.
-    staging = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
+    except OSError as error:
+        raise UserError(f"{root}: cannot be made ({error}); name another folder") from error
     try:
         _write_splits(staging)
         staging.chmod(0o755)

@@ -247,7 +247,9 @@ class SpatialMamba(nn.Module):
     ):
         super().__init__()
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        _check_sizes(in_chans, num_classes, depths, dims, d_state)
+        _check_sizes(in_chans, num_classes, depths, dims, d_state, expand)
+        if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
+            raise ValueError(f"drop_rate and drop_path_rate must be in [0, 1), got {drop_rate} and {drop_path_rate}")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.depths = list(depths)
@@ -276,6 +278,7 @@ class SpatialMamba(nn.Module):
         """Put a new, freshly initialised head of `num_classes` (0 for none) in place."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.to(self.norm.weight)  # its device and dtype
         _init_weights(self.head)
 
     def get_classifier(self) -> nn.Module:
@@ -380,9 +383,12 @@ class SpatialMambaBackbone(SpatialMamba):
         )
 
     def _make_outputs(self, drop_rate: float) -> None:
-        self.norm = nn.Identity()
+        self.norm = self.head = nn.Identity()
         for i in self.out_indices:
             self.add_module(f"outnorm{i}", nn.LayerNorm(self.dims[i]))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        raise NotImplementedError("the dense-task form has no head; SpatialMamba has")
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.forward_intermediates(
@@ -392,14 +398,17 @@ class SpatialMambaBackbone(SpatialMamba):
         return [to_planes(norm(m)).contiguous() for norm, m in zip(norms, maps, strict=True)]
 
 
-def _check_sizes(in_chans: int, num_classes: int, depths: Sequence[int], dims: Sequence[int], d_state: int) -> None:
+def _check_sizes(
+    in_chans: int, num_classes: int, depths: Sequence[int], dims: Sequence[int], d_state: int, expand: int
+) -> None:
     if len(depths) != len(dims) or not depths or min(depths) < 1:
         raise ValueError(f"depths and dims must name as many stages, each of at least one block: {depths}, {dims}")
     if dims[0] < 2 or dims[0] % 2 or any(b != 2 * a for a, b in pairwise(dims)):
         raise ValueError(f"dims must start even and double from stage to stage, got {list(dims)}")
-    if in_chans < 1 or num_classes < 0 or d_state < 1:
+    if min(in_chans, d_state, expand) < 1 or num_classes < 0:
         raise ValueError(
-            f"in_chans and d_state must be at least 1, num_classes 0: {in_chans}, {d_state}, {num_classes}"
+            "in_chans, d_state and expand must be at least 1, num_classes at least 0, "
+            f"got {in_chans}, {d_state}, {expand} and {num_classes}"
         )
 
 

@@ -150,7 +150,17 @@ def test_config_file_that_is_none(content, refuse, tmp_path):
         (["--opts", "TRAIN", "3"], "no config key TRAIN"),
         (["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "2"], "TRAIN.WARMUP_EPOCHS must be in"),
         (["--opts", "MODEL.NAME", "swin_tiny"], "MODEL.NAME must be one of spatialmamba_micro"),
-        (["--opts", "TRAIN.AMP", "fp8"], "TRAIN.AMP must be float16, bfloat16 or off"),
+        (["--opts", "TRAIN.AMP", "fp8"], "TRAIN.AMP must be one of float16, bfloat16, off, got 'fp8'"),
+        (["--opts", "DATA.INTERPOLATION", "cubic"], "DATA.INTERPOLATION must be one of bilinear"),
+        (["--opts", "AUG.MIXUP_MODE", "foo"], "AUG.MIXUP_MODE must be one of batch"),
+        (["--opts", "AUG.SCALE", "[1]"], "AUG.SCALE must be two ascending numbers in"),
+        (["--opts", "AUG.RATIO", "['a', 2]"], "AUG.RATIO must be two ascending numbers in"),
+        (["--opts", "TRAIN.OPTIMIZER.BETAS", "[0.9, 2]"], "TRAIN.OPTIMIZER.BETAS must be two ascending"),
+        (["--opts", "TRAIN.BASE_LR", "-1"], "TRAIN.BASE_LR must be at least 0, got -1.0"),
+        (["--opts", "TRAIN.CLIP_GRAD", "-1"], "TRAIN.CLIP_GRAD must be at least 0"),
+        (["--opts", "MODEL.DROP_PATH_RATE", "1.0"], "MODEL.DROP_PATH_RATE must be in [0, 0.999], got 1.0"),
+        (["--opts", "TRAIN.USE_CHECKPOINT", "3"], "TRAIN.USE_CHECKPOINT must be of type bool, got 3"),
+        (["--seed", "-1"], "SEED (--seed) must be in"),
         (["--opts", "TRAIN.EMA.ENABLE", "False"], "MESA distils from the EMA model"),
         (["--finetune"], "--finetune needs --pretrained"),
         (["--eval"], "--eval needs --pretrained CKPT or --resume CKPT"),
@@ -166,6 +176,19 @@ def test_class_count_that_is_not_the_folders(refuse, few_digits):
     message = refuse("--data-path", few_digits, "--opts", "MODEL.NUM_CLASSES", "11")
     assert "MODEL.NUM_CLASSES is 11" in message
     assert "10 class folders" in message
+
+
+def test_output_that_cannot_be_written(run_main, capsys, few_digits, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    arguments = ["--data-path", few_digits, "--output", tmp_path / "file", "--opts", *QUICK]
+    message = refused(run_main, capsys, *arguments)
+    assert f"{tmp_path / 'file'}/spatialmamba_micro/default: cannot be written to" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_unknown_augmentation_policy(refuse, few_digits):
+    message = refuse("--data-path", few_digits, "--batch-size", 8, "--opts", "AUG.AUTO_AUGMENT", "foo")
+    assert "AUG.AUTO_AUGMENT is not a policy that timm knows: 'foo'" in message
 
 
 # ----- checkpoints
@@ -241,7 +264,7 @@ def test_checkpoint_with_another_channel_count(refuse, few_digits, tmp_path):
 def test_weights_alone_cannot_be_resumed(refuse, few_digits, tmp_path):
     path = saved(tmp_path, spatialmamba_micro(num_classes=10).state_dict())
     message = refuse("--data-path", few_digits, "--batch-size", 8, "--resume", path)
-    assert "has no optimizer, lr_scheduler, epoch" in message
+    assert "has no optimizer, epoch" in message
     assert "--pretrained and --finetune" in message
 
 
@@ -260,6 +283,35 @@ def test_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path, run_main, c
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--pretrained", path, "--finetune"]
     message = refused(run_main, capsys, *arguments, "--opts", *QUICK)
     assert "the loss became nan in epoch 0" in message
+
+
+@pytest.mark.parametrize("value", ["abc", [1.0], torch.eye(3).to_sparse()], ids=["text", "list", "sparse"])
+def test_weights_that_are_no_tensors(value, refuse, few_digits, tmp_path):
+    path = saved(tmp_path, {"model": spatialmamba_micro(num_classes=10).state_dict() | {"norm.weight": value}})
+    assert "its weights hold 'norm.weight'" in refuse("--data-path", few_digits, "--pretrained", path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(epoch="3"), "its epoch is '3'"),
+        (dict(epoch=-5), "its epoch is -5"),
+        (dict(optimizer={"a": 1}), "its optimizer state is not of this model"),
+        (dict(optimizer=[1]), "its optimizer state is not of this model"),
+    ],
+    ids=["text", "negative", "dict", "list"],
+)
+def test_resume_from_what_cannot_be_resumed(change, message, refuse, few_digits, tmp_path):
+    whole = {"model": spatialmamba_micro(num_classes=10).state_dict(), "epoch": 3, "optimizer": {}}
+    path = saved(tmp_path, whole | change)
+    assert message in refuse("--data-path", few_digits, "--batch-size", 8, "--resume", path)
+
+
+def test_weights_that_are_not_finite_are_not_evaluated(run_main, capsys, few_digits, tmp_path):
+    path = saved(tmp_path, {k: v * torch.nan for k, v in spatialmamba_micro(num_classes=10).state_dict().items()})
+    message = refused(run_main, capsys, "--data-path", few_digits, "--output", tmp_path, "--pretrained", path)
+    assert f"{path}: its model weights give a loss of nan" in message
+    assert not list(tmp_path.rglob("evaluation.json"))
 
 
 # ----- as a user sees it

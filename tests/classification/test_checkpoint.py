@@ -74,3 +74,4 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(TypeError):
         save_checkpoint({"model": {"w": torch.zeros(3)}, "broken": (i for i in range(3))}, path)
     assert torch.equal(read_checkpoint(path)["model"]["w"], torch.ones(3))
+    assert [f.name for f in tmp_path.iterdir()] == ["latest.pth"]

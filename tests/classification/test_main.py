@@ -114,6 +114,28 @@ def test_resumed_run_equals_the_undisturbed_one(few_digits, tmp_path, run_main, 
     assert "all 3 epochs are done" in run_main(*arguments, tmp_path / "halves")
 
 
+def test_more_epochs_follow_the_new_schedule_in_another_folder(few_digits, tmp_path, run_main):
+    """Two epochs, then four more in a new folder: the learning rate is that of six from the start."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path]
+    run_main(*arguments, "--tag", "two", "--opts", *QUICK)
+    six = [*QUICK, "TRAIN.EPOCHS", "6"]
+    run_main(*arguments, "--tag", "whole", "--opts", *six)
+    run = tmp_path / "spatialmamba_micro"
+    run_main(*arguments, "--tag", "more", "--resume", run / "two/latest.pth", "--opts", *six)
+    whole, more = metrics_of(run / "whole"), metrics_of(run / "more")
+    assert [m["epoch"] for m in more] == [2, 3, 4, 5]
+    assert [m["lr"] for m in more] == pytest.approx([m["lr"] for m in whole[2:]])
+    assert whole[-1]["lr"] < whole[2]["lr"]
+    # Its best is one of its own, not the other folder's, so the checkpoint that holds it is there.
+    best = read_checkpoint(run / "more/best.pth")
+    assert best["max_accuracy"] == max(m["model"]["top1"] for m in more)
+
+
+def test_names_that_look_like_numbers_are_names(tmp_path, few_digits, run_main):
+    run_main("--data-path", few_digits, "--output", tmp_path, "--tag", "2024", "--opts", *QUICK, "TRAIN.EPOCHS", "1")
+    assert (tmp_path / "spatialmamba_micro/2024/best.pth").exists()
+
+
 def test_finetune_starts_from_the_weights_with_a_new_head(few_digits, tmp_path, run_main):
     """From ten classes to two; the learning rate is nothing, so all but the head must come out as it went in."""
     run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK)

@@ -3,6 +3,9 @@
 Compiled kernels register for their own device under the same names; PyTorch's dispatcher chooses.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,9 +29,22 @@ _SCHEMAS = {
     "state_fusion_output": f"({_OUTPUT}) -> Tensor",
     "state_fusion_output_backward": f"(Tensor grad, {_OUTPUT}) -> {_returns(8)}",
 }
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """Autocast is still on inside a kernel, and would run its convolutions in 16 bits."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args, **kwargs)
+
+    return run
+
+
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"dwconv2d::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"dwconv2d::{_name}", "default", getattr(reference, _name))
+    torch.library.impl(f"dwconv2d::{_name}", "default", _without_autocast(getattr(reference, _name)))
 
 
 def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -107,7 +123,8 @@ for _name in ("dilated_dwconv2d", "state_fusion", "state_fusion_output"):
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast wants x's activations in, or None where it does not apply."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled and x.dtype != torch.float64 else None
 
 
 def dilated_dwconv2d(

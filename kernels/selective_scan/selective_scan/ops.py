@@ -3,6 +3,9 @@
 Compiled kernels register for their own device under the same names; PyTorch's dispatcher chooses.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,8 +21,21 @@ torch.library.define(
     f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-torch.library.impl(FORWARD, "default", reference.selective_scan_state)
-torch.library.impl(BACKWARD, "default", reference.selective_scan_state_backward)
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """Autocast is still on inside a kernel; what the kernel computes in is its own business."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args, **kwargs)
+
+    return run
+
+
+torch.library.impl(FORWARD, "default", _without_autocast(reference.selective_scan_state))
+torch.library.impl(BACKWARD, "default", _without_autocast(reference.selective_scan_state_backward))
 
 
 @torch.library.register_fake(FORWARD)
@@ -84,7 +100,7 @@ def selective_scan_state(
         TypeError: a dtype does not fit; the message names the argument.
     """
     device = u.device.type
-    if torch.is_autocast_enabled(device) and u.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and u.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
         u, delta, B, A = u.to(half), delta.to(half), B.to(half), A.float()
         delta_bias = None if delta_bias is None else delta_bias.float()

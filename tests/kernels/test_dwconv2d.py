@@ -1,0 +1,467 @@
+import pytest
+import torch
+from dwconv2d import dilated_dwconv2d, state_fusion, state_fusion_output
+from torch import nn
+from torch.library import opcheck
+
+OPERATORS = {"conv": dilated_dwconv2d, "fusion": state_fusion, "output": state_fusion_output}
+FORWARDS = {
+    "conv": torch.ops.dwconv2d.dilated_dwconv2d,
+    "fusion": torch.ops.dwconv2d.state_fusion,
+    "output": torch.ops.dwconv2d.state_fusion_output,
+}
+BACKWARDS = {
+    "conv": torch.ops.dwconv2d.dilated_dwconv2d_backward,
+    "fusion": torch.ops.dwconv2d.state_fusion_backward,
+    "output": torch.ops.dwconv2d.state_fusion_output_backward,
+}
+ACTIVATIONS = ("x", "C", "weight", "bias")  # what has x's dtype; all else has the states'
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+HALVES = [torch.float16, torch.bfloat16]
+PLANES = [(1, 1, 1), (3, 1, 1), (8, 1, 7), (1, 2, 3), (24, 5, 5), (3, 11, 4), (8, 14, 14), (3, 25, 40)]
+KERNELS = [(1, 1), (3, 3), (5, 5), (7, 7), (11, 11), (3, 5), (5, 1)]
+MODES = ["replicate", "zeros"]
+
+each_operator = pytest.mark.parametrize("name", OPERATORS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_plane = pytest.mark.parametrize("plane", PLANES, ids=lambda p: "D{}-{}x{}".format(*p))
+each_states = pytest.mark.parametrize("states", [None, 1, 2, 16], ids=lambda n: f"N{n}")
+
+
+def noise(*shape, dtype):
+    return 1 + torch.randn(shape, dtype=dtype)
+
+
+def make_conv_inputs(plane=(3, 5, 4), kernel=(3, 3), bias=True, dtype=torch.float32, batch=2):
+    channels, height, width = plane
+    inputs = dict(
+        x=noise(batch, channels, height, width, dtype=dtype),
+        weight=noise(channels, 1, *kernel, dtype=dtype),
+    )
+    return inputs | (dict(bias=noise(channels, dtype=dtype)) if bias else {})
+
+
+def make_fusion_inputs(plane=(3, 5, 4), states=None, dtype=torch.float32, batch=2):
+    """States and kernels for activations of `dtype`."""
+    channels, height, width = plane
+    dtype = torch.promote_types(dtype, torch.float32)
+    weights = {name: noise(channels, 1, 3, 3, dtype=dtype) for name in ("weight3", "weight3_d3", "weight3_d5")}
+    h = noise(batch, channels, *([states] if states else []), height, width, dtype=dtype)
+    return dict(h=h, **weights, alpha=noise(3, dtype=dtype))
+
+
+def make_output_inputs(plane=(3, 5, 4), states=None, dtype=torch.float32, batch=2):
+    inputs = make_fusion_inputs(plane, states, dtype, batch)
+    channels, height, width = plane
+    return inputs | dict(
+        C=noise(batch, states or 1, height, width, dtype=dtype),
+        D=noise(channels, dtype=inputs["h"].dtype),
+        x=noise(batch, channels, height, width, dtype=dtype),
+    )
+
+
+def make_inputs(name, **kwargs):
+    return {"conv": make_conv_inputs, "fusion": make_fusion_inputs, "output": make_output_inputs}[name](**kwargs)
+
+
+def exact_conv(x, weight, bias=None, dilation=1, padding_mode="replicate"):
+    """One tap after the other, its place clamped to the plane or, for zeros, masked."""
+    height, width = x.shape[-2:]
+    kernel_height, kernel_width = weight.shape[2:]
+    per_channel = (-1, *[1] * (x.dim() - 2))
+    y = torch.zeros_like(x) if bias is None else bias.view(per_channel)
+    for i in range(kernel_height):
+        for j in range(kernel_width):
+            rows = torch.arange(height)[:, None] + dilation * (i - kernel_height // 2)
+            columns = torch.arange(width) + dilation * (j - kernel_width // 2)
+            shifted = x[..., rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
+            if padding_mode == "zeros":
+                shifted = shifted * ((rows >= 0) & (rows < height) & (columns >= 0) & (columns < width))
+            y = y + weight[:, 0, i, j].view(per_channel) * shifted
+    return y
+
+
+def exact_fusion(h, weight3, weight3_d3, weight3_d5, alpha):
+    kernels = zip(alpha, (weight3, weight3_d3, weight3_d5), (1, 3, 5), strict=True)
+    return sum(a * exact_conv(h, weight, dilation=dilation) for a, weight, dilation in kernels)
+
+
+def exact_output(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x):
+    fused = exact_fusion(h, weight3, weight3_d3, weight3_d5, alpha)
+    fused = fused[:, :, None] if h.dim() == 4 else fused
+    y = D[:, None, None] * x
+    for n in range(C.shape[1]):
+        y = y + C[:, n, None] * fused[:, :, n]
+    return y
+
+
+EXACT = {"conv": exact_conv, "fusion": exact_fusion, "output": exact_output}
+
+
+# ----- values and gradients
+
+
+@each_dtype
+@pytest.mark.parametrize("mode", MODES)
+@each_plane
+def test_conv_planes(compare, plane, mode, dtype):
+    inputs = make_conv_inputs(plane, dtype=dtype)
+    assert dilated_dwconv2d(**inputs).dtype == dtype
+    compare(dilated_dwconv2d, exact_conv, inputs, dilation=2, padding_mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dilation", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "k{}x{}".format(*k))
+def test_conv_kernels(compare, kernel, dilation, mode):
+    """On a plane smaller than most of the windows."""
+    inputs = make_conv_inputs((3, 11, 4), kernel, bias=dilation % 2 == 0)
+    compare(dilated_dwconv2d, exact_conv, inputs, dilation=dilation, padding_mode=mode)
+
+
+@each_dtype
+def test_conv_of_a_large_window(compare, dtype):
+    compare(dilated_dwconv2d, exact_conv, make_conv_inputs((8, 14, 14), (11, 11), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_states
+@each_plane
+def test_fusion(compare, plane, states, dtype):
+    compare(state_fusion, exact_fusion, make_fusion_inputs(plane, states, dtype))
+
+
+@each_dtype
+@each_states
+@each_plane
+def test_output(compare, plane, states, dtype):
+    inputs = make_output_inputs(plane, states, dtype)
+    assert state_fusion_output(**inputs).dtype == dtype
+    compare(state_fusion_output, exact_output, inputs)
+
+
+@each_dtype
+@each_operator
+def test_backward_operator(check, evaluate, name, dtype):
+    """Called by itself it has every input's dtype; the convolution's has a gradient for a bias it has not seen."""
+    inputs = make_inputs(name, dtype=dtype)
+    like = inputs.get("x", inputs.get("h"))
+    grad = 1 + torch.randn_like(like)
+    _, expected = evaluate(EXACT[name], {n: t.double() for n, t in inputs.items()}, {}, grad.double())
+    seen = [t for n, t in inputs.items() if n != "bias"]
+    for (n, t), actual in zip(inputs.items(), BACKWARDS[name](grad, *seen), strict=True):
+        assert actual.dtype == t.dtype, n
+        check(actual, expected[f"gradient of {n}"], n)
+
+
+# ----- worked by hand
+
+
+def plane_of(*rows):
+    return torch.tensor(rows, dtype=torch.float64)[None, None]
+
+
+def test_conv_correlates_by_hand():
+    """A kernel with its one tap above the centre brings each row down; it does not flip, as a convolution would."""
+    x, weight = plane_of([1, 2], [3, 4], [5, 6]), plane_of([0, 1, 0], [0, 0, 0], [0, 0, 0])
+    assert torch.equal(dilated_dwconv2d(x, weight), plane_of([1, 2], [1, 2], [3, 4]))
+    assert torch.equal(dilated_dwconv2d(x, weight, padding_mode="zeros"), plane_of([0, 0], [1, 2], [3, 4]))
+    assert torch.equal(dilated_dwconv2d(x, weight, dilation=2), plane_of([1, 2], [1, 2], [1, 2]))
+    bias = torch.tensor([10.0], dtype=torch.float64)
+    assert torch.equal(dilated_dwconv2d(x, weight, bias), plane_of([11, 12], [11, 12], [13, 14]))
+
+
+def test_conv_of_a_row_by_hand():
+    x, ones = plane_of([1, 2, 4]).requires_grad_(), torch.ones(1, 1, 1, 3, dtype=torch.float64)
+    y = dilated_dwconv2d(x, ones)
+    assert torch.equal(y, plane_of([1 + 1 + 2, 1 + 2 + 4, 2 + 4 + 4]))
+    y.backward(plane_of([1, 10, 100]))
+    assert torch.equal(x.grad, plane_of([1 + 1 + 10, 1 + 10 + 100, 10 + 100 + 100]))
+    assert torch.equal(dilated_dwconv2d(x, ones, padding_mode="zeros"), plane_of([3, 7, 6]))
+
+
+def test_fusion_of_one_pixel_by_hand():
+    """Every tap reads the one pixel: h' = h sum_k alpha_k sum(W_k)."""
+    inputs = make_fusion_inputs((2, 1, 1), dtype=torch.float64)
+    inputs["h"] = torch.tensor([3.0, 5.0], dtype=torch.float64).view(1, 2, 1, 1)
+    for scale, weight in zip((1, 2, 3), ("weight3", "weight3_d3", "weight3_d5"), strict=True):
+        inputs[weight] = torch.full((2, 1, 3, 3), scale, dtype=torch.float64)
+    inputs["alpha"] = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+    assert state_fusion(**inputs).flatten().tolist() == [3 * 9 * 321, 5 * 9 * 321]
+
+
+def test_fusion_of_a_row_by_hand():
+    """Kernels of ones triple the row and sum three columns: 4, 7, 10 at dilation 1; 6, 7, 9 beyond the borders."""
+    ones = torch.ones(1, 1, 3, 3, dtype=torch.float64)
+    alpha = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+    fused = state_fusion(plane_of([1, 2, 4]), ones, ones, ones, alpha)
+    assert torch.equal(fused, 3 * plane_of([4 + 60 + 600, 7 + 70 + 700, 10 + 90 + 900]))
+
+
+def test_output_of_one_pixel_by_hand():
+    """y = C_0 h'_0 + C_1 h'_1 + D x, each h' nine times its h."""
+    one = torch.ones(1, 1, 3, 3)
+    h, C = torch.tensor([2.0, 3.0]).view(1, 1, 2, 1, 1), torch.tensor([5.0, 7.0]).view(1, 2, 1, 1)
+    D, x = torch.tensor([11.0]), torch.tensor([13.0]).view(1, 1, 1, 1)
+    y = state_fusion_output(h, one, one, one, torch.tensor([1.0, 0.0, 0.0]), C, D, x)
+    assert y.item() == 5 * 18 + 7 * 27 + 11 * 13
+
+
+# ----- layouts, transforms, tools
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"states": 2}], ids=["N1", "N2"])
+@pytest.mark.parametrize("plane", [(1, 5, 4), (3, 1, 1), (3, 5, 4)], ids=lambda p: "D{}-{}x{}".format(*p))
+@each_operator
+def test_views(check, evaluate, layout, name, plane, kwargs):
+    inputs = make_inputs(name, plane=plane, **kwargs if name != "conv" else {})
+    views = {n: layout(t) for n, t in inputs.items()}
+    grad = layout(1 + torch.randn_like(inputs.get("x", inputs.get("h"))))
+    _, actual = evaluate(OPERATORS[name], views, {}, grad)
+    _, expected = evaluate(OPERATORS[name], {n: t.contiguous() for n, t in views.items()}, {}, grad.contiguous())
+    for result in expected:
+        check(actual[result], expected[result], result)
+
+
+@pytest.mark.parametrize("plane", [(2, 1, 1), (2, 3, 2)], ids=["1x1", "3x2"])
+@pytest.mark.parametrize("states", [None, 2], ids=["4d", "5d"])
+@pytest.mark.parametrize("name", ["fusion", "output"])
+def test_gradcheck_fusion(name, states, plane):
+    inputs = make_inputs(name, plane=plane, states=states, dtype=torch.float64, batch=1)
+    assert torch.autograd.gradcheck(OPERATORS[name], tuple(t.requires_grad_() for t in inputs.values()))
+
+
+@pytest.mark.parametrize("plane", [(2, 1, 1), (2, 3, 2)], ids=["1x1", "3x2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradcheck_conv(mode, plane):
+    inputs = make_conv_inputs(plane, (3, 5), dtype=torch.float64, batch=1)
+    leaves = tuple(t.requires_grad_() for t in inputs.values())
+    assert torch.autograd.gradcheck(dilated_dwconv2d, (*leaves, 2, mode))
+
+
+@pytest.mark.parametrize(
+    ("layout", "plane", "dtype"),
+    [
+        pytest.param("contiguous", (3, 5, 4), torch.float32, id="contiguous"),
+        pytest.param("channels_last", (3, 5, 4), torch.float32, id="channels_last"),
+        pytest.param("contiguous", (1, 5, 4), torch.bfloat16, id="one_channel-bfloat16"),
+        pytest.param("channels_last", (3, 1, 1), torch.bfloat16, id="one_pixel-bfloat16"),
+    ],
+    indirect=["layout"],
+)
+@each_operator
+def test_opcheck(layout, name, plane, dtype):
+    inputs = {n: layout(t) for n, t in make_inputs(name, plane=plane, dtype=dtype).items()}
+    grad = layout(1 + torch.randn_like(inputs.get("x", inputs.get("h"))))
+    opcheck(BACKWARDS[name], (grad, *(t for n, t in inputs.items() if n != "bias")))
+    opcheck(FORWARDS[name], tuple(t.requires_grad_() for t in inputs.values()))
+
+
+@pytest.mark.parametrize("name", ["fusion", "output"])
+def test_opcheck_of_several_states(name):
+    inputs = make_inputs(name, states=2)
+    opcheck(BACKWARDS[name], (torch.randn_like(inputs.get("x", inputs["h"])), *inputs.values()))
+    opcheck(FORWARDS[name], tuple(t.requires_grad_() for t in inputs.values()))
+
+
+def test_opcheck_of_conv_options():
+    inputs, options = make_conv_inputs(bias=False), dict(dilation=3, padding_mode="zeros")
+    opcheck(BACKWARDS["conv"], (torch.randn_like(inputs["x"]), *inputs.values()), options)
+    opcheck(FORWARDS["conv"], tuple(t.requires_grad_() for t in inputs.values()), options)
+
+
+@pytest.mark.parametrize("plane", [(1, 5, 4), (3, 1, 1), (3, 5, 4)], ids=lambda p: "D{}-{}x{}".format(*p))
+@each_operator
+def test_compile(check, evaluate, name, plane):
+    torch.compiler.reset()
+    inputs = make_inputs(name, plane=plane)
+    grad, expected = evaluate(OPERATORS[name], inputs, {})
+    _, actual = evaluate(torch.compile(OPERATORS[name], fullgraph=True), inputs, {}, grad)
+    for result in expected:
+        check(actual[result], expected[result], result)
+
+
+class Fusion(nn.Module):
+    """The three operators in a row."""
+
+    def __init__(self):
+        super().__init__()
+        inputs = make_output_inputs()
+        self.kernels = nn.ParameterList([inputs[n] for n in ("weight3", "weight3_d3", "weight3_d5", "alpha")])
+        self.D = nn.Parameter(inputs["D"])
+
+    def forward(self, h, C, x):
+        x = dilated_dwconv2d(x, self.kernels[0], dilation=2, padding_mode="zeros")
+        return state_fusion_output(state_fusion(h, *self.kernels), *self.kernels, C, self.D, x)
+
+
+def test_export(check):
+    inputs, model = make_output_inputs(states=2), Fusion()
+    args = inputs["h"], inputs["C"], inputs["x"]
+    exported = torch.export.export(model, args)
+    targets = {node.target for node in exported.graph.nodes}
+    assert {op.default for op in FORWARDS.values()} <= targets
+    check(exported.module()(*args), model(*args))
+
+
+@each_dtype
+@each_operator
+def test_meta_tensors(name, dtype):
+    inputs = make_inputs(name, dtype=dtype)
+    actual = OPERATORS[name](**{n: t.to("meta") for n, t in inputs.items()})
+    expected = OPERATORS[name](**inputs)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+
+
+# ----- autocast
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@each_operator
+def test_autocast(check, evaluate, name, half, compiled):
+    """Activations pass through the autocast dtype; states and their kernels do not, nor what is computed inside."""
+    torch.compiler.reset()
+    inputs = make_inputs(name)
+    operator = torch.compile(OPERATORS[name], fullgraph=True) if compiled else OPERATORS[name]
+    with torch.autocast("cpu", half):
+        grad, actual = evaluate(operator, inputs, {})
+    assert actual["value"].dtype == (torch.float32 if name == "fusion" else half)
+    rounded = {n: (t.to(half) if n in ACTIVATIONS else t).double() for n, t in inputs.items()}
+    _, expected = evaluate(EXACT[name], rounded, {}, grad.double())
+    check(actual.pop("value"), expected["value"])
+    for n, t in inputs.items():
+        result = actual[f"gradient of {n}"]
+        assert result.dtype == t.dtype
+        check(result.to(half) if n in ACTIVATIONS else result, expected[f"gradient of {n}"], n)
+
+
+@each_operator
+def test_autocast_leaves_float64_alone(compare, name):
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(OPERATORS[name], EXACT[name], make_inputs(name, dtype=torch.float64))
+
+
+# ----- edges, errors, repeatability
+
+
+@each_operator
+def test_empty_batch(evaluate, name):
+    inputs = make_inputs(name, batch=0)
+    _, results = evaluate(OPERATORS[name], inputs, {})
+    assert results["value"].shape == (0, 3, 5, 4)
+    for n, t in inputs.items():
+        assert results[f"gradient of {n}"].shape == t.shape
+        assert results[f"gradient of {n}"].eq(0).all()
+
+
+def test_empty_batch_of_several_states(evaluate):
+    _, results = evaluate(state_fusion, make_fusion_inputs(batch=0, states=2), {})
+    assert results["value"].shape == (0, 3, 2, 5, 4)
+    assert results["gradient of alpha"].eq(0).all()
+
+
+@each_operator
+def test_second_derivative_is_refused(name):
+    inputs = make_inputs(name)
+    first = next(iter(inputs.values())).requires_grad_()
+    (grad,) = torch.autograd.grad(OPERATORS[name](**inputs).square().sum(), first, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.sum().backward()
+
+
+CONV_BAD = {
+    "x_rank": (ValueError, r"^x\b", dict(x=torch.ones(3, 5, 4))),
+    "x_no_channels": (ValueError, r"^x\b", dict(x=torch.ones(2, 0, 5, 4))),
+    "x_no_rows": (ValueError, r"^x\b", dict(x=torch.ones(2, 3, 0, 4))),
+    "x_integer": (TypeError, r"^x\b", dict(x=torch.ones(2, 3, 5, 4, dtype=torch.int32))),
+    "weight_rank": (ValueError, r"^weight\b", dict(weight=torch.ones(3, 3, 3))),
+    "weight_channels": (ValueError, r"^weight\b", dict(weight=torch.ones(2, 1, 3, 3))),
+    "weight_dense": (ValueError, r"^weight\b", dict(weight=torch.ones(3, 3, 3, 3))),
+    "weight_even_rows": (ValueError, r"^weight\b", dict(weight=torch.ones(3, 1, 2, 3))),
+    "weight_even_columns": (ValueError, r"^weight\b", dict(weight=torch.ones(3, 1, 3, 4))),
+    "weight_empty": (ValueError, r"^weight\b", dict(weight=torch.ones(3, 1, 0, 3))),
+    "weight_dtype": (TypeError, r"^weight\b", dict(weight=torch.ones(3, 1, 3, 3).half())),
+    "bias_shape": (ValueError, r"^bias\b", dict(bias=torch.ones(2))),
+    "bias_rank": (ValueError, r"^bias\b", dict(bias=torch.ones(3, 1))),
+    "bias_dtype": (TypeError, r"^bias\b", dict(bias=torch.ones(3).double())),
+    "dilation_zero": (ValueError, r"^dilation\b", dict(dilation=0)),
+    "dilation_negative": (ValueError, r"^dilation\b", dict(dilation=-1)),
+    "padding_mode": (ValueError, r"^padding_mode\b", dict(padding_mode="reflect")),
+}
+FUSION_BAD = {
+    "h_rank_3": (ValueError, r"^h\b", dict(h=torch.ones(3, 5, 4))),
+    "h_rank_6": (ValueError, r"^h\b", dict(h=torch.ones(2, 3, 1, 1, 5, 4))),
+    "h_no_states": (ValueError, r"^h\b", dict(h=torch.ones(2, 3, 0, 5, 4))),
+    "h_no_columns": (ValueError, r"^h\b", dict(h=torch.ones(2, 3, 5, 0))),
+    "h_half": (TypeError, r"^h\b", dict(h=torch.ones(2, 3, 5, 4).half())),
+    "h_integer": (TypeError, r"^h\b", dict(h=torch.ones(2, 3, 5, 4).int())),
+    "weight3_channels": (ValueError, r"^weight3\b", dict(weight3=torch.ones(1, 1, 3, 3))),
+    "weight3_size": (ValueError, r"^weight3\b", dict(weight3=torch.ones(3, 1, 5, 5))),
+    "weight3_d3_rank": (ValueError, r"^weight3_d3\b", dict(weight3_d3=torch.ones(3, 3, 3))),
+    "weight3_d5_size": (ValueError, r"^weight3_d5\b", dict(weight3_d5=torch.ones(3, 1, 3, 1))),
+    "weight3_dtype": (TypeError, r"^weight3\b", dict(weight3=torch.ones(3, 1, 3, 3).bfloat16())),
+    "weight3_d3_dtype": (TypeError, r"^weight3_d3\b", dict(weight3_d3=torch.ones(3, 1, 3, 3).double())),
+    "weight3_d5_dtype": (TypeError, r"^weight3_d5\b", dict(weight3_d5=torch.ones(3, 1, 3, 3).half())),
+    "alpha_shape": (ValueError, r"^alpha\b", dict(alpha=torch.ones(2))),
+    "alpha_rank": (ValueError, r"^alpha\b", dict(alpha=torch.ones(3, 1))),
+    "alpha_dtype": (TypeError, r"^alpha\b", dict(alpha=torch.ones(3).double())),
+}
+OUTPUT_BAD = FUSION_BAD | {
+    "C_rank": (ValueError, r"^C\b", dict(C=torch.ones(2, 5, 4))),
+    "C_states": (ValueError, r"^C\b", dict(C=torch.ones(2, 2, 5, 4))),
+    "C_batch": (ValueError, r"^C\b", dict(C=torch.ones(1, 1, 5, 4))),
+    "C_plane": (ValueError, r"^C\b", dict(C=torch.ones(2, 1, 4, 5))),
+    "C_dtype": (TypeError, r"^C\b", dict(C=torch.ones(2, 1, 5, 4).half())),
+    "D_shape": (ValueError, r"^D\b", dict(D=torch.ones(1))),
+    "D_dtype": (TypeError, r"^D\b", dict(D=torch.ones(3).half())),
+    "x_shape": (ValueError, r"^x\b", dict(x=torch.ones(2, 1, 5, 4))),
+    "x_rank": (ValueError, r"^x\b", dict(x=torch.ones(2, 3, 1, 5, 4))),
+    "x_integer": (TypeError, r"^x\b", dict(x=torch.ones(2, 3, 5, 4).int(), C=torch.ones(2, 1, 5, 4).int())),
+    "x_double": (TypeError, r"^x\b", dict(x=torch.ones(2, 3, 5, 4).double(), C=torch.ones(2, 1, 5, 4).double())),
+}
+BAD = [
+    pytest.param(name, *case, id=f"{name}-{case_id}")
+    for name, cases in {"conv": CONV_BAD, "fusion": FUSION_BAD, "output": OUTPUT_BAD}.items()
+    for case_id, case in cases.items()
+]
+CALLS = {
+    "forward": lambda name, inputs: OPERATORS[name](**inputs),
+    "backward": lambda name, inputs: BACKWARDS[name](inputs.get("x", inputs.get("h")), **inputs),
+    "fake": lambda name, inputs: FORWARDS[name](
+        **{n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in inputs.items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("name", "error", "message", "change"), BAD)
+def test_bad_input(name, error, message, change, call):
+    inputs = make_inputs(name) | change
+    if name == "conv" and call == "backward":
+        if "bias" in change:
+            pytest.skip("the backward has no bias")
+        del inputs["bias"]
+    with pytest.raises(error, match=message):
+        CALLS[call](name, inputs)
+
+
+@pytest.mark.parametrize("argument", ["weight3", "weight3_d3", "weight3_d5", "alpha", "C", "D", "x"])
+def test_inputs_on_two_devices(argument):
+    inputs = make_output_inputs()
+    named = "C" if argument == "x" else argument  # x is what C is compared with
+    with pytest.raises(ValueError, match=rf"^{named} is on"):
+        FORWARDS["output"](**inputs | {argument: inputs[argument].to("meta")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_operator
+def test_bitwise_repeatable(evaluate, threads, name, dtype):
+    """Across runs and numbers of threads; large enough for PyTorch to use them."""
+    inputs, results = make_inputs(name, plane=(32, 33, 31), batch=3, dtype=dtype), []
+    grad = 1 + torch.randn_like(inputs.get("x", inputs.get("h")))
+    for count in (1, 2, 2):
+        threads(count)
+        results.append(evaluate(OPERATORS[name], inputs, {}, grad)[1])
+    for result, first in results[0].items():
+        assert all(torch.equal(first, other[result]) for other in results[1:]), result
