@@ -100,7 +100,7 @@ def selective_scan_state(
         TypeError: a dtype does not fit; the message names the argument.
     """
     device = u.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and u.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and u.dtype != torch.float64:
         half = torch.get_autocast_dtype(device)
         u, delta, B, A = u.to(half), delta.to(half), B.to(half), A.float()
         delta_bias = None if delta_bias is None else delta_bias.float()
