@@ -102,7 +102,7 @@ def report(folder: Path, data_path: str) -> None:
     metrics = read_metrics(folder)
     path = folder / "best.pth"
     checkpoint = read_checkpoint(path)
-    if "config" not in checkpoint:
+    if not isinstance(checkpoint.get("config"), str):
         raise UserError(f"{path}: has no 'config', so it was not saved by main.py")
     config = CfgNode.load_cfg(checkpoint["config"])
     state = state_dicts(checkpoint, path)["model"]
