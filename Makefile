@@ -12,8 +12,9 @@ DIGITS ?= data/digits
 OUTPUT ?= output
 RUN := $(OUTPUT)/spatialmamba_micro/digits
 
-# Threads that wait by spinning make a shared machine ten times slower, an idle one hardly faster.
-export OMP_WAIT_POLICY ?= PASSIVE
+# The tensors of the demo and the tests are small: a second thread is only waited for, the tests use two processes.
+export OMP_NUM_THREADS ?= 1
+PYTEST_ARGS ?= -n 2
 
 .PHONY: install demo test lint clean
 
