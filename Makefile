@@ -20,9 +20,11 @@ PYTEST_ARGS ?= -n 2
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.toml)
+# Two steps: the kernels are compiled against the PyTorch that the first one installs.
+$(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.toml kernels/*/setup.py kernels/*/csrc/*.h kernels/*/csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install -e kernels/selective_scan -e kernels/dwconv2d -e .
 	touch $@
 
 demo: $(INSTALLED)
@@ -41,4 +43,4 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build kernels/*/*/*.so

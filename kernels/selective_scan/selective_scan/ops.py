@@ -1,6 +1,6 @@
-"""The operator `selective_scan::selective_scan_state`: schema, fake kernel, autograd, and the plain-PyTorch kernel.
+"""The operator `selective_scan::selective_scan_state`: schema, kernels, fake kernel, autograd.
 
-Compiled kernels register for their own device under the same names; PyTorch's dispatcher chooses.
+PyTorch's dispatcher chooses among the kernels registered here: compiled ones, Triton's, plain PyTorch's.
 """
 
 import functools
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selective_scan import reference
+from selective_scan import loading, reference
 
 FORWARD = "selective_scan::selective_scan_state"
 BACKWARD = "selective_scan::selective_scan_state_backward"
@@ -23,19 +23,42 @@ torch.library.define(
 )
 
 
-def _without_autocast(kernel: Callable) -> Callable:
+def _kernel(function: Callable) -> Callable:
     """Autocast is still on inside a kernel; what the kernel computes in is its own business."""
 
-    @functools.wraps(kernel)
+    @functools.wraps(function)
     def run(first: Tensor, *args, **kwargs):
         with torch.autocast(first.device.type, enabled=False):
-            return kernel(first, *args, **kwargs)
+            return function(first, *args, **kwargs)
 
     return run
 
 
-torch.library.impl(FORWARD, "default", _without_autocast(reference.selective_scan_state))
-torch.library.impl(BACKWARD, "default", _without_autocast(reference.selective_scan_state_backward))
+def _plain(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(first: Tensor, *args, **kwargs):
+        loading.warn_of_plain_pytorch(first.device.type)
+        return function(first, *args, **kwargs)
+
+    return _kernel(run)
+
+
+def _triton(name: str) -> Callable:
+    def run(*args, **kwargs):
+        from selective_scan import triton_kernels  # here, for a process that runs on a CPU need not import Triton
+
+        return getattr(triton_kernels, name)(*args, **kwargs)
+
+    return _kernel(run)
+
+
+for name, plain in (
+    (FORWARD, reference.selective_scan_state),
+    (BACKWARD, reference.selective_scan_state_backward),
+):
+    torch.library.impl(name, "default", _plain(plain))
+    if loading.TRITON_RUNS_ON_CUDA:
+        torch.library.impl(name, "cuda", _triton(plain.__name__))
 
 
 @torch.library.register_fake(FORWARD)
@@ -48,6 +71,7 @@ def _forward_fake(u, delta, A, B, delta_bias=None, delta_softplus=False):
 @torch.library.register_fake(BACKWARD)
 def _backward_fake(grad, u, delta, A, B, delta_bias=None, delta_softplus=False):
     reference.check_inputs(u, delta, A, B, delta_bias)
+    reference.check_grad(grad, u, A)
     like = (u, delta, A, B)
     return (*(t.new_empty(t.shape) for t in like), A.new_empty(A.shape[:1]))
 

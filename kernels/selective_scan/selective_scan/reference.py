@@ -25,21 +25,30 @@ def check_inputs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Ten
         raise ValueError(f"B has {B.shape[1]} groups, which do not divide the {d} channels of u")
     if delta_bias is not None and delta_bias.shape != (d,):
         raise ValueError(f"delta_bias must be (channels={d},), got shape {tuple(delta_bias.shape)}")
-    _check_dtypes_and_devices(u, delta, A, B, delta_bias)
 
-
-def _check_dtypes_and_devices(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None) -> None:
     if u.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"u must be float16, bfloat16, float32 or float64, got {u.dtype}")
     state = state_dtype(u)
-    expected = {"delta": (delta, u.dtype), "A": (A, state), "B": (B, u.dtype), "delta_bias": (delta_bias, state)}
-    for name, (tensor, dtype) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} when u is {u.dtype}, got {tensor.dtype}")
-        if tensor.device != u.device:
-            raise ValueError(f"{name} is on {tensor.device} but u is on {u.device}")
+    _check_dtype_and_device("delta", delta, u.dtype, u)
+    _check_dtype_and_device("A", A, state, u)
+    _check_dtype_and_device("B", B, u.dtype, u)
+    if delta_bias is not None:
+        _check_dtype_and_device("delta_bias", delta_bias, state, u)
+
+
+def check_grad(grad: Tensor, u: Tensor, A: Tensor) -> None:
+    """The same for the gradient of the states."""
+    shape = (*u.shape[:2], A.shape[1], u.shape[2])
+    if grad.shape != shape:
+        raise ValueError(f"grad must be {tuple(shape)}, got shape {tuple(grad.shape)}")
+    _check_dtype_and_device("grad", grad, state_dtype(u), u)
+
+
+def _check_dtype_and_device(name: str, tensor: Tensor, dtype: torch.dtype, u: Tensor) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} when u is {u.dtype}, got {tensor.dtype}")
+    if tensor.device != u.device:
+        raise ValueError(f"{name} is on {tensor.device} but u is on {u.device}")
 
 
 def state_dtype(u: Tensor) -> torch.dtype:
@@ -53,8 +62,7 @@ def selective_scan_state(
     """`selective_scan.selective_scan_state` without its gradient."""
     check_inputs(u, delta, A, B, delta_bias)
     step_size, _ = _step_size(delta, delta_bias, delta_softplus)
-    decay, drive = _discretise(u, step_size, A, B)
-    return _scan(decay, drive)
+    return _scan(*_discretise(u, step_size, A, B))
 
 
 def selective_scan_state_backward(
@@ -73,16 +81,18 @@ def selective_scan_state_backward(
     the one for delta_bias is returned whether or not there is a bias.
     """
     check_inputs(u, delta, A, B, delta_bias)
+    check_grad(grad, u, A)
     step_size, d_softplus = _step_size(delta, delta_bias, delta_softplus)
-    decay, drive = _discretise(u, step_size, A, B)
+    loss, drive = _discretise(u, step_size, A, B)
 
     # a_t h_{t-1}, kept as it is: recovering it as h_t - drive_t would cancel.
-    carried = torch.zeros_like(drive)
-    carried[..., 1:] = decay[..., 1:] * _scan(decay.clone(), drive)[..., :-1]
+    before = _scan(loss.clone(), drive)[..., :-1]
+    carried = torch.zeros_like(loss)
+    carried[..., 1:] = before + loss[..., 1:] * before
 
-    decay_next = torch.zeros_like(decay)
-    decay_next[..., :-1] = decay[..., 1:]
-    lam = _scan(decay_next, grad.clone(memory_format=torch.contiguous_format), reverse=True)
+    loss_next = torch.zeros_like(loss)
+    loss_next[..., :-1] = loss[..., 1:]
+    lam = _scan(loss_next, grad.clone(memory_format=torch.contiguous_format), reverse=True)
 
     wide_B, wide_u, wide_dt = _widen(B, u.shape[1]).to(lam.dtype), u.to(lam.dtype).unsqueeze(2), step_size.unsqueeze(2)
     lam_B = (lam * wide_B).sum(2)
@@ -108,11 +118,11 @@ def _step_size(delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> tupl
 
 
 def _discretise(u: Tensor, step_size: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """a_t = exp(dt_t A) and the drive dt_t B_t u_t, both (B, D, N, L) in the states' dtype."""
+    """exp(dt_t A) - 1 and the drive dt_t B_t u_t, both (B, D, N, L) in the states' dtype."""
     dt = step_size.unsqueeze(2)
-    decay = torch.exp(dt * A.unsqueeze(-1))
+    loss = torch.expm1(dt * A.unsqueeze(-1))
     drive = (dt * u.to(dt.dtype).contiguous().unsqueeze(2)) * _widen(B, u.shape[1]).to(dt.dtype)
-    return decay, drive.contiguous()
+    return loss, drive.contiguous()
 
 
 def _widen(B: Tensor, channels: int) -> Tensor:
@@ -129,12 +139,13 @@ def _sum_groups(grad: Tensor, B: Tensor) -> Tensor:
     return grad.view(b, groups, d // groups, n, length).sum(2).view(B.shape)
 
 
-def _scan(decay: Tensor, drive: Tensor, reverse: bool = False) -> Tensor:
-    """h_t = decay_t h_{t-1} + drive_t along the last dimension, from the other end if `reverse`. Overwrites both.
+def _scan(loss: Tensor, drive: Tensor, reverse: bool = False) -> Tensor:
+    """h_t = h_{t-1} + loss_t h_{t-1} + drive_t along the last dimension, or from its end. Overwrites both.
 
     Doubling (Hillis and Steele, 1986): after k rounds each position has composed the 2^k steps that end there, so
     ceil(log2 L) vectorised rounds do. Only products of decays appear, never a quotient or exp(-cumsum), so decays
-    that underflow to zero are harmless.
+    that underflow to zero are harmless. A decay is stored as what it takes away, decay - 1: next to 1 a decay itself
+    would have lost the digits that matter after thousands of tokens.
     """
     length = drive.shape[-1]
     step = 1
@@ -142,7 +153,7 @@ def _scan(decay: Tensor, drive: Tensor, reverse: bool = False) -> Tensor:
         late, early = slice(step, None), slice(None, -step)
         if reverse:
             late, early = early, late
-        drive[..., late] += decay[..., late] * drive[..., early]
-        decay[..., late] = decay[..., late] * decay[..., early]
+        drive[..., late] += drive[..., early] + loss[..., late] * drive[..., early]
+        loss[..., late] += loss[..., early] + loss[..., late] * loss[..., early]
         step *= 2
     return drive

@@ -1,0 +1,46 @@
+// The interface between scan.cpp, which sees tensors, and the kernels, which are compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace selective_scan {
+
+// Tokens are taken in chunks that stay in the first-level cache; a multiple of every vector length.
+constexpr int64_t kChunk = 64;
+
+enum DType { kFloat32, kFloat64, kFloat16, kBFloat16, kDTypes };
+
+// Pointers and strides, in elements. What a pass does not use stays null.
+struct Problem {
+  int64_t batch, channels, states, length, groups;
+  bool softplus;
+  const void *u, *delta, *A, *B, *bias, *grad;
+  int64_t u_strides[3], delta_strides[3], A_strides[2], B_strides[4], bias_stride, grad_strides[4];
+
+  void* h;                     // (B, D, N, L)
+  void *grad_u, *grad_delta;   // (B, D, L)
+  double *grad_A, *grad_bias;  // (B, D, N) and (B, D), still to be summed over the batch
+  void* grad_B;                // (B, G, blocks, N, L) of the states' dtype, still to be summed over blocks
+
+  // One lane of a vector is one channel, and a block is as many consecutive channels of one group as fit a vector.
+  int64_t blocks(int64_t lanes) const { return (channels / groups + lanes - 1) / lanes; }
+  int64_t chunks() const { return (length + kChunk - 1) / kChunk; }
+};
+
+// A task is one image and one block of channels; whatever thread runs it, it writes the same numbers.
+struct Kernel {
+  int64_t lanes;
+  int64_t (*scratch_bytes)(const Problem&);
+  void (*run)(const Problem&, int64_t task, void* scratch);
+};
+
+struct Kernels {
+  Kernel forward[kDTypes], backward[kDTypes];
+};
+
+extern const Kernels kPortable;
+#ifdef SELECTIVE_SCAN_X86
+extern const Kernels kAvx2, kAvx512;
+#endif
+
+}  // namespace selective_scan

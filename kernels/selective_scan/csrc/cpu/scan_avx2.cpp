@@ -1,0 +1,6 @@
+#define VECTOR_BYTES 32
+#include "scan_kernel.h"
+
+namespace selective_scan {
+const Kernels kAvx2 = kKernels;
+}
