@@ -1,5 +1,16 @@
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when Triton is first imported, so it cannot wait for the tests that use it
+    )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--random-cases", type=int, default=200, help="random cases for each compared implementation")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,5 +15,6 @@ QUICK = ["TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0", "DATA.BATCH_SIZE", "8"
 def run_command(*command, cwd=CLASSIFICATION, **environment) -> subprocess.CompletedProcess:
     """A command as a user types it, on this interpreter, one thread a process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "", **environment}
+    env.pop("TRITON_INTERPRET", None)  # of the tests in this process
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)

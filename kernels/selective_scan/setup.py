@@ -86,7 +86,7 @@ class BuildKernels(build_ext):
             lib += ["-ltorch_cuda", "-lc10_cuda", f"-L{nvcc.parents[1]}/lib64", "-lcudart"]
         common = ["-O3", "-std=c++17", *(["-DSELECTIVE_SCAN_X86"] if X86 else [])]
         host = [*self.cxx, *common, "-fPIC", "-fopenmp", "-Wall", f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi:d}"]
-        device = [nvcc, *common, "-Xcompiler=-fPIC", *(gencode(nvcc) if nvcc else [])]
+        device = [nvcc, *common, "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", *(gencode(nvcc) if nvcc else [])]
         steps, objects = [], []
         for source in map(Path, extension.sources):
             vectors = VECTORS.get(source.stem.removeprefix("scan"))

@@ -34,6 +34,12 @@ def layout(request):
     return LAYOUTS[request.param]
 
 
+@pytest.fixture
+def layouts():
+    """All of these functions, by name."""
+    return LAYOUTS
+
+
 @pytest.fixture(autouse=True)
 def threads():
     """`torch.set_num_threads`, 1 at first: on tensors this small a second thread is only waited for."""

@@ -1,8 +1,12 @@
+"""Every test here runs once for each backend: the compiled kernels, plain PyTorch, and Triton's interpreter."""
+
+import importlib
 import math
+import random
 
 import pytest
 import torch
-from selective_scan import selective_scan_state
+from selective_scan import backends, ops, selective_scan_state
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -11,6 +15,8 @@ FORWARD = torch.ops.selective_scan.selective_scan_state
 BACKWARD = torch.ops.selective_scan.selective_scan_state_backward
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
+GPU = torch.cuda.is_available()
+BACKENDS = ["cpu", "reference", *(["cuda", "reference_on_cuda"] if GPU else []), "triton"]
 
 # batch, channels, states, length, groups of B (None: B has no group dimension)
 SIZES = [
@@ -25,6 +31,34 @@ SIZES = [
     (1, 24, 16, 1023, 8),
     (1, 3, 1, 3136, 3),
 ]
+
+
+@pytest.fixture(scope="module", params=BACKENDS, autouse=True)
+def backend(request):
+    """The name of the backend that the operators run on while the test does.
+
+    Compiled kernels and Triton on a GPU run there, tensors being made there by default; all else on the CPU, Triton's
+    kernels by its interpreter.
+    """
+    name = request.param
+    device = "cuda" if name in ("cuda", "reference_on_cuda") or (name == "triton" and GPU) else "cpu"
+    with torch.device(device):
+        if name in ("cpu", "cuda"):
+            assert backends()[name].startswith("available"), f"{name} kernels are not compiled: make install"
+            yield name
+            return
+        module = importlib.import_module(f"selective_scan.{'triton_kernels' if name == 'triton' else 'reference'}")
+        library = torch.library.Library("selective_scan", "IMPL")
+        for op in ("selective_scan_state", "selective_scan_state_backward"):
+            library.impl(op, ops.without_autocast(getattr(module, op)), device.upper(), allow_override=True)
+        yield name
+        library._destroy()
+
+
+@pytest.fixture
+def interpreted(backend) -> bool:
+    """Whether a program takes a tenth of a second, and sizes must be small."""
+    return backend == "triton" and not GPU
 
 
 def make_inputs(
@@ -66,8 +100,11 @@ def make_grad(inputs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "B{}-D{}-N{}-L{}-G{}".format(*s))
-def test_sizes(compare, size, dtype):
-    inputs = make_inputs(*size, dtype=dtype)
+def test_sizes(compare, size, dtype, interpreted):
+    batch, channels, states, length, groups = size
+    if interpreted:
+        length = min(length, max(67, 2000 // (batch * channels * states)))  # still more than a chunk of 64
+    inputs = make_inputs(batch, channels, states, length, groups, dtype=dtype)
     assert selective_scan_state(**inputs).dtype == inputs["A"].dtype
     compare(selective_scan_state, exact_scan, inputs, delta_softplus=True)
 
@@ -123,6 +160,81 @@ def test_softplus_far_from_zero(compare, s, step, dtype):
     inputs["u"], inputs["B"] = scale * inputs["u"], scale * inputs["B"]
     inputs["A"] = inputs["A"] / max(s, 1)
     compare(selective_scan_state, exact_scan, inputs, delta_softplus=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", ["constant", "varied"])
+def test_slow_decays(compare, dtype, steps, interpreted):
+    """States that last for a thousand tokens: every rounding of a decay next to 1 would be felt as often."""
+    inputs = make_inputs(1, 2, 1, 200 if interpreted else 3136, bias=False, dtype=dtype)
+    inputs["A"] = -torch.ones_like(inputs["A"])
+    inputs["delta"] = torch.ones_like(inputs["delta"]) if steps == "constant" else 1 + torch.rand_like(inputs["delta"])
+    inputs["delta"] *= 1e-3
+    compare(selective_scan_state, exact_scan, inputs)
+
+
+def test_outlier_is_forgotten(check, backend):
+    """A huge state, and then a decay that leaves nothing of it: the ones after are exact by themselves."""
+    inputs = make_inputs(1, 3, 1, 64, bias=False, softplus=False)
+    inputs["u"][..., 7] = 1e6
+    inputs["delta"][..., 9], inputs["A"] = 40, torch.full_like(inputs["A"], -1)
+    h, exact = selective_scan_state(**inputs), exact_scan(**{name: t.double() for name, t in inputs.items()})
+    check(h[..., 9:].contiguous(), exact[..., 9:])
+
+
+@pytest.mark.parametrize("delta", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("softplus", [True, False], ids=["softplus", "no_softplus"])
+def test_non_finite_delta(delta, softplus):
+    """It reaches the states after it and no others; a step of softplus(-inf) = 0 reaches none."""
+    inputs = make_inputs(2, 5, 2, 70, softplus=softplus)
+    expected = selective_scan_state(**inputs, delta_softplus=softplus)
+    inputs["delta"][1, 3, 40] = delta
+    h = selective_scan_state(**inputs, delta_softplus=softplus)
+    if softplus and delta == -math.inf:
+        assert h.isfinite().all()
+        torch.testing.assert_close(h[1, 3, :, 40], h[1, 3, :, 39])
+    else:
+        assert not h[1, 3, :, 40 : None if math.isnan(delta) else 41].isfinite().any()
+    h[1, 3, :, 40:] = expected[1, 3, :, 40:]
+    torch.testing.assert_close(h, expected, rtol=0, atol=0)
+
+
+# ----- random cases
+
+
+def random_inputs(seed: int, largest: int, layouts: dict) -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
+    """Inputs of up to about `largest` states, in any dtype and layout, with steps from tiny to stiff; and options."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    batch, channels = rng.choice([0, 1, 1, 2, 2, 3]), rng.choice([1, 2, 3, 7, 8, 15, 16, 17, 24, 33, 64])
+    states = rng.choice([1, 1, 1, 2, 3, 5, 16])
+    most = max(largest // (max(batch, 1) * channels * states), 1)
+    length = round(math.exp(rng.uniform(0, math.log(most))))
+    groups = rng.choice([None, *(g for g in range(1, channels + 1) if channels % g == 0)])
+    softplus, dtype = rng.random() < 0.6, rng.choice(DTYPES)
+    inputs = make_inputs(batch, channels, states, length, groups, rng.random() < 0.5, softplus, dtype)
+    slow = dtype != torch.float64  # else the exact scan, which multiplies by decays next to 1, is the less exact one
+    if softplus:
+        inputs["delta"] += rng.choice([*([-9, -6] if slow else []), -2, 0, 3])
+    else:
+        inputs["delta"] *= 10 ** rng.uniform(-4 if slow else -1, 1)
+        inputs["u"] /= inputs["delta"].clamp(1)
+    inputs["A"] *= 10 ** rng.uniform(-2 if slow else 0, 1)
+    views = {name: rng.choice(list(layouts.values()))(t) if t.numel() else t for name, t in inputs.items()}
+    return views, dict(delta_softplus=softplus)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_cases(request, evaluate, check, layouts, interpreted, part):
+    """`--random-cases 2000` for all that are asked of a release."""
+    cases = request.config.getoption("--random-cases") // (10 if interpreted else 1)
+    for seed in range(part, cases, 4):
+        inputs, options = random_inputs(seed, 1000 if interpreted else 20000, layouts)
+        grad, actual = evaluate(selective_scan_state, inputs, options)
+        wide = {name: t.double() for name, t in inputs.items()}
+        _, exact = evaluate(exact_scan, wide, options, grad.double())
+        for name in exact:
+            check(actual[name], exact[name], name if name == "value" else f"seed {seed}: {name}")
 
 
 # ----- worked by hand
@@ -274,7 +386,7 @@ def test_autocast(check, evaluate, half, compiled):
     torch.compiler.reset()
     inputs, options = make_inputs(length=31, groups=2), dict(delta_softplus=True)
     operator = torch.compile(selective_scan_state, fullgraph=True) if compiled else selective_scan_state
-    with torch.autocast("cpu", half):
+    with torch.autocast(torch.get_default_device().type, half):
         grad, actual = evaluate(operator, inputs, options)
     rounded = {name: (t if name in ("A", "delta_bias") else t.to(half)).double() for name, t in inputs.items()}
     _, expected = evaluate(exact_scan, rounded, options, grad.double())
@@ -285,7 +397,7 @@ def test_autocast(check, evaluate, half, compiled):
 
 
 def test_autocast_leaves_float64_alone(compare):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         compare(selective_scan_state, exact_scan, make_inputs(dtype=torch.float64), delta_softplus=True)
 
 

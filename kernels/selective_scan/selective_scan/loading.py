@@ -34,7 +34,9 @@ def _load_compiled() -> bool:
 
 
 COMPILED = _load_compiled()
-COMPILED_FOR_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("selective_scan::selective_scan_state", "CUDA")
+COMPILED_FOR_CUDA = COMPILED and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "selective_scan::selective_scan_state", "CUDA"
+)
 TRITON_RUNS_ON_CUDA = not COMPILED_FOR_CUDA and importlib.util.find_spec("triton") is not None
 
 

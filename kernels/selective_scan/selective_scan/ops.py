@@ -23,7 +23,7 @@ torch.library.define(
 )
 
 
-def _kernel(function: Callable) -> Callable:
+def without_autocast(function: Callable) -> Callable:
     """Autocast is still on inside a kernel; what the kernel computes in is its own business."""
 
     @functools.wraps(function)
@@ -40,7 +40,7 @@ def _plain(function: Callable) -> Callable:
         loading.warn_of_plain_pytorch(first.device.type)
         return function(first, *args, **kwargs)
 
-    return _kernel(run)
+    return without_autocast(run)
 
 
 def _triton(name: str) -> Callable:
@@ -49,7 +49,7 @@ def _triton(name: str) -> Callable:
 
         return getattr(triton_kernels, name)(*args, **kwargs)
 
-    return _kernel(run)
+    return without_autocast(run)
 
 
 for name, plain in (

@@ -85,10 +85,9 @@ def selective_scan_state_backward(
     step_size, d_softplus = _step_size(delta, delta_bias, delta_softplus)
     loss, drive = _discretise(u, step_size, A, B)
 
-    # a_t h_{t-1}, kept as it is: recovering it as h_t - drive_t would cancel.
-    before = _scan(loss.clone(), drive)[..., :-1]
+    # a_t h_{t-1}, as the product it is: h_t - drive_t would cancel, and so would h_{t-1} + loss_t h_{t-1}.
     carried = torch.zeros_like(loss)
-    carried[..., 1:] = before + loss[..., 1:] * before
+    carried[..., 1:] = _decay(step_size, A)[..., 1:] * _scan(loss.clone(), drive)[..., :-1]
 
     loss_next = torch.zeros_like(loss)
     loss_next[..., :-1] = loss[..., 1:]
@@ -123,6 +122,11 @@ def _discretise(u: Tensor, step_size: Tensor, A: Tensor, B: Tensor) -> tuple[Ten
     loss = torch.expm1(dt * A.unsqueeze(-1))
     drive = (dt * u.to(dt.dtype).contiguous().unsqueeze(2)) * _widen(B, u.shape[1]).to(dt.dtype)
     return loss, drive.contiguous()
+
+
+def _decay(step_size: Tensor, A: Tensor) -> Tensor:
+    """a_t = exp(dt_t A), (B, D, N, L)."""
+    return torch.exp(step_size.unsqueeze(2) * A.unsqueeze(-1))
 
 
 def _widen(B: Tensor, channels: int) -> Tensor:

@@ -1,9 +1,7 @@
 // Forward and backward of the state scan for one vector length.
 //
-// Lanes are channels and tokens are taken one after the other, so the recurrence needs no scan across lanes. With
-// e_t = exp(dt_t A) - 1, h_t = h_{t-1} + (e_t h_{t-1} + dt_t B_t u_t): the small change is rounded relative to itself,
-// and `Sum` keeps what the addition rounds away, so that a state which decays slowly over thousands of tokens stays
-// exact to the last bits. The gradient lambda_t = grad_t + exp(dt_{t+1} A) lambda_{t+1} is the same from the other end.
+// Lanes are channels and tokens are taken one after the other, so the recurrence needs no scan across lanes. The
+// gradient lambda_t = grad_t + exp(dt_{t+1} A) lambda_{t+1} is the same recurrence from the other end.
 #pragma once
 
 #include "scan.h"
@@ -12,16 +10,31 @@
 namespace selective_scan {
 namespace {
 
-// A running value and the part of it that did not fit, after Kahan (1965).
+// exp(dt A) as a factor and, less 1, as a change: the one is exact where little of the state is left, the other where
+// little is taken away.
 template <class S>
-struct Sum {
+struct Decay {
+  Vec<S> factor, change;
+
+  static INLINE Decay of(Vec<S> x) {
+    const auto e = exponential(x);
+    return {exp(e), expm1(e)};
+  }
+};
+
+// A state that may decay so slowly that it lasts for thousands of tokens. h + (change h + b) rounds what is small
+// relative to itself, and `rest` keeps what the sum rounds away (Kahan, 1965). Where more than half is lost, the old
+// state may be far larger than the new one, and its rounding errors too: there factor h + b is right.
+template <class S>
+struct Running {
   Vec<S> value, rest;
 
-  INLINE void add(Vec<S> x) {
-    x += rest;
-    const Vec<S> sum = value + x;
-    rest = x - (sum - value);
-    value = sum;
+  INLINE void step(const Decay<S>& decay, Vec<S> b) {
+    const Vec<S> added = decay.change * value + b + rest;
+    const Vec<S> slow = value + added, fast = decay.factor * value + b;
+    const auto loses = decay.factor < S(0.5);
+    rest = loses ? Vec<S>{} : added - (slow - value);
+    value = loses ? fast : slow;
   }
 };
 
@@ -113,7 +126,7 @@ struct Task {
 
 template <class T>
 int64_t forward_scratch(const Problem& p) {
-  return VECTOR_BYTES * (p.states * 3 + 2 + kChunk * 5);
+  return VECTOR_BYTES * (p.states * (1 + 2) + 1 + kChunk * 4);
 }
 
 template <class T>
@@ -124,18 +137,18 @@ void forward(const Problem& p, int64_t index, void* memory) {
   constexpr int W = Task<T>::W;
   S *dt = scratch.take<S>(kChunk), *drive = scratch.take<S>(kChunk), *states = scratch.take<S>(kChunk);
   S *u = states, *B = scratch.take<S>(kChunk / W);
-  Sum<S>* carries = (Sum<S>*)scratch.take<S>(2 * p.states);
-  memset((void*)carries, 0, p.states * sizeof(Sum<S>));
+  Running<S>* carries = (Running<S>*)scratch.take<S>(2 * p.states);
+  memset((void*)carries, 0, p.states * sizeof(Running<S>));
 
   for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
     const int tokens = task.tokens(chunk);
     task.load_steps(dt, drive, u, nullptr, chunk);
     for (int64_t n = 0; n < p.states; ++n) {
       const Vec<S> A = load(task.A + n * W);
-      Sum<S> h = carries[n];
+      Running<S> h = carries[n];
       task.load_B(B, n, chunk);
       for (int t = 0; t < tokens; ++t) {
-        h.add(expm1(load(dt + t * W) * A) * h.value + load(drive + t * W) * B[t]);
+        h.step(Decay<S>::of(load(dt + t * W) * A), load(drive + t * W) * B[t]);
         store(states + t * W, h.value);
       }
       carries[n] = h;
@@ -155,10 +168,10 @@ INLINE void scan_carries(const Task<T>& task, S* carries, S* dt, S* drive, S* u,
     task.load_steps(dt, drive, u, nullptr, chunk);
     for (int64_t n = 0; n < states; ++n) {
       const Vec<S> A = load(task.A + n * W);
-      Sum<S> h{load(carries + n * W), {}};
+      Running<S> h{load(carries + n * W), {}};
       task.load_B(B, n, chunk);
       for (int t = 0; t < kChunk; ++t)
-        h.add(expm1(load(dt + t * W) * A) * h.value + load(drive + t * W) * B[t]);
+        h.step(Decay<S>::of(load(dt + t * W) * A), load(drive + t * W) * B[t]);
       store(carries + (states + n) * W, h.value);
     }
   }
@@ -166,14 +179,14 @@ INLINE void scan_carries(const Task<T>& task, S* carries, S* dt, S* drive, S* u,
 
 template <class T>
 int64_t backward_scratch(const Problem& p) {
-  return VECTOR_BYTES * (p.states * (1 + 3 + 2 + p.chunks()) + 1 + 2 + kChunk * 12);
+  return VECTOR_BYTES * (p.states * (1 + 4 + 2 + p.chunks()) + 1 + kChunk * 12);
 }
 
-// lambda and exp(dt A) - 1 of the token after the ones at hand.
+// lambda and the decay of the token after the ones at hand.
 template <class S>
 struct Later {
-  Sum<S> lambda;
-  Vec<S> e;
+  Running<S> lambda;
+  Decay<S> decay;
 };
 
 template <class S>
@@ -189,10 +202,11 @@ void backward(const Problem& p, int64_t index, void* memory) {
   constexpr int W = Task<T>::W;
   S *dt = scratch.take<S>(kChunk), *drive = scratch.take<S>(kChunk), *u = scratch.take<S>(kChunk);
   S *sigmoid = scratch.take<S>(kChunk), *grad_drive = scratch.take<S>(kChunk), *grad_s = scratch.take<S>(kChunk);
-  S *es = scratch.take<S>(kChunk), *carried = scratch.take<S>(kChunk), *grad = scratch.take<S>(kChunk);
+  S *carried = scratch.take<S>(kChunk), *grad = scratch.take<S>(kChunk);
+  Decay<S>* decays = (Decay<S>*)scratch.take<S>(kChunk * 2);
   S *products = scratch.take<S>(kChunk), *B = scratch.take<S>(kChunk / W), *sums = scratch.take<S>(kChunk / W);
   S* carries = scratch.take<S>(p.states * p.chunks());
-  Later<S>* laters = (Later<S>*)scratch.take<S>(3 * p.states);
+  Later<S>* laters = (Later<S>*)scratch.take<S>(4 * p.states);
   memset((void*)laters, 0, p.states * sizeof(Later<S>));
   double* grad_A = (double*)scratch.take<S>(p.states * 2);
   double grad_bias[W] = {};
@@ -209,19 +223,18 @@ void backward(const Problem& p, int64_t index, void* memory) {
       task.load_B(B, n, chunk);
       task.load_grad(grad, n, chunk);
 
-      Sum<S> h{load(carries + (chunk * p.states + n) * W), {}};
+      Running<S> h{load(carries + (chunk * p.states + n) * W), {}};
       for (int t = 0; t < tokens; ++t) {
-        const Vec<S> e = expm1(load(dt + t * W) * A), change = e * h.value;
-        store(es + t * W, e);
-        store(carried + t * W, h.value + change);  // exp(dt A) h_{t-1}; h_t - dt B u would cancel
-        h.add(change + load(drive + t * W) * B[t]);
+        decays[t] = Decay<S>::of(load(dt + t * W) * A);
+        store(carried + t * W, decays[t].factor * h.value);  // not as h_t - dt B u, which cancels
+        h.step(decays[t], load(drive + t * W) * B[t]);
       }
 
       Later<S> later = laters[n];
       Vec<S> grad_An = {};
       for (int t = tokens - 1; t >= 0; --t) {
-        later.lambda.add(later.e * later.lambda.value + load(grad + t * W));
-        later.e = load(es + t * W);
+        later.lambda.step(later.decay, load(grad + t * W));
+        later.decay = decays[t];
         const Vec<S> lambda = later.lambda.value, through = lambda * load(carried + t * W);
         store(grad_drive + t * W, load(grad_drive + t * W) + lambda * B[t]);
         store(grad_s + t * W, load(grad_s + t * W) + through * A);

@@ -132,15 +132,9 @@ INLINE Exponential exponential(Floats x) {
   return {r * r * q + r, (Floats)(((Ints)shifted << 23) + (126 << 23))};
 }
 
-INLINE Floats exp(Floats x) {
-  const Exponential e = exponential(x);
-  return 2.0f * (e.half_scale * e.p + e.half_scale);
-}
-
-INLINE Floats expm1(Floats x) {
-  const Exponential e = exponential(x);
-  return 2.0f * (e.half_scale * e.p + (e.half_scale - 0.5f));
-}
+INLINE Floats exp(Exponential e) { return 2.0f * (e.half_scale * e.p + e.half_scale); }
+INLINE Floats expm1(Exponential e) { return 2.0f * (e.half_scale * e.p + (e.half_scale - 0.5f)); }
+INLINE Floats exp(Floats x) { return exp(exponential(x)); }
 
 // log(1 + y) for y in [0, 1], to 3e-8 of the result.
 INLINE Floats log1p(Floats y) {
@@ -163,6 +157,7 @@ INLINE Doubles each(Doubles x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = function(x[j]);
   return x;
 }
+INLINE Doubles exponential(Doubles x) { return x; }
 INLINE Doubles exp(Doubles x) { return each<::exp>(x); }
 INLINE Doubles expm1(Doubles x) { return each<::expm1>(x); }
 INLINE Doubles log1p(Doubles x) { return each<::log1p>(x); }

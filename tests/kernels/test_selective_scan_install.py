@@ -1,0 +1,208 @@
+"""The package installed as users install it, each time into an environment of its own, and what it says of itself."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from running import ROOT, run_command
+
+PACKAGE = ROOT / "kernels/selective_scan"
+SCAN = """
+import torch, selective_scan
+u, B = torch.rand(2, 5, 49), torch.rand(2, 1, 49)
+A, dt, h = -torch.rand(5, 1), torch.nn.functional.softplus(u), torch.zeros(2, 5, 1)
+states = [h := torch.exp(dt[..., t, None] * A) * h + dt[..., t, None] * B[:, None, :, t] * u[..., t, None]
+          for t in range(49)]
+leaf = u.clone().requires_grad_()
+ours = selective_scan.selective_scan_state(leaf, u, A, B, delta_softplus=True)
+ours.sum().backward()
+torch.testing.assert_close(ours, torch.stack(states, -1))
+assert leaf.grad.isfinite().all()
+for name, state in selective_scan.backends(u).items():
+    print(f"{name}: {state}")
+"""
+WITHOUT_NVCC = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "nvcc").exists())
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A copy of the package's folder as it is in a checkout: nothing built."""
+    return Path(
+        shutil.copytree(
+            PACKAGE, tmp_path / "checkout/selective_scan", ignore=shutil.ignore_patterns("*.so", "build*", "*.egg-info")
+        )
+    )
+
+
+class Environment:
+    """A new virtual environment in which PyTorch is installed, which is ours, and nothing else."""
+
+    def __init__(self, folder: Path, *options: str):
+        subprocess.run([sys.executable, "-m", "venv", *options, folder], check=True)
+        self.python = folder / "bin/python"
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "torch.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read: not editable
+
+    def run(self, *arguments, cwd, path=os.environ["PATH"], **environment) -> subprocess.CompletedProcess:
+        environment = {"CUDA_HOME": "", "CXX": "", "FORCE_ONLY_CPU": "", **environment}
+        environment = {**{k: v for k, v in os.environ.items() if k not in environment}, **environment}
+        environment = {k: v for k, v in environment.items() if v} | {"PATH": f"{self.python.parent}{os.pathsep}{path}"}
+        return subprocess.run(
+            [self.python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200
+        )
+
+    def install(self, source: Path, **environment) -> subprocess.CompletedProcess:
+        """What the README says: `pip install .` in the folder."""
+        return self.run("-m", "pip", "install", "--no-deps", ".", cwd=source, **environment)
+
+    def scan(self, folder: Path) -> tuple[dict[str, str], str]:
+        """The backends that a script finds which compares the operator with plain PyTorch, and its warnings."""
+        done = self.run("-c", SCAN, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return dict(line.split(": ", 1) for line in done.stdout.splitlines()), done.stderr
+
+
+@pytest.fixture
+def environment(tmp_path) -> Environment:
+    return Environment(tmp_path / "venv")
+
+
+# ----- the three situations
+
+
+@needs_nvcc
+def test_with_nvcc(environment, source, tmp_path):
+    done = environment.install(source, TORCH_CUDA_ARCH_LIST="9.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, warnings = environment.scan(tmp_path)
+    assert found["cpu"].startswith("available")
+    assert found["cuda"] == ("available" if torch.cuda.is_available() else "compiled, but no GPU is found")
+    assert found["selected"] == "cpu"
+    assert "slowly" not in warnings
+
+
+def test_without_nvcc(environment, source, tmp_path):
+    done = environment.install(source, path=WITHOUT_NVCC)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, warnings = environment.scan(tmp_path)
+    assert found["cpu"].startswith("available")
+    assert found["cuda"].startswith("not compiled: pip install")
+    assert found["selected"] == "cpu"
+    assert "slowly" not in warnings
+
+
+def test_without_a_compiler(environment, source, tmp_path):
+    """Installs, and says so: when it is used, in `backends()`, and in the log of a verbose installation."""
+    done = environment.run("-m", "pip", "install", "-v", "--no-deps", ".", cwd=source, path="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compiles no kernels" in done.stdout + done.stderr
+    found, warnings = environment.scan(tmp_path)
+    assert found["cpu"].startswith("not compiled: pip install")
+    assert found["selected"] == "reference"
+    assert warnings.count("plain PyTorch, slowly, on cpu") == 1
+
+
+# ----- other ways in
+
+
+def test_setup_py_install_user(tmp_path, source):
+    environment = Environment(tmp_path / "venv", "--system-site-packages")
+    base = {"PYTHONUSERBASE": str(tmp_path / "user")}
+    done = environment.run("setup.py", "install", "--user", cwd=source, path=WITHOUT_NVCC, **base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = environment.run("-c", SCAN, cwd=tmp_path, **base)
+    assert done.returncode == 0, done.stderr
+    assert "cpu: available" in done.stdout
+    assert list((tmp_path / "user").rglob("_C_torch*.so"))
+
+
+def test_editable_install_without_build_isolation(environment, source, tmp_path):
+    """For those who build against a PyTorch that is not in the environment by pip's lights."""
+    environment.run("-m", "pip", "install", "--upgrade", "setuptools", cwd=tmp_path)
+    options = ("--no-build-isolation", "--no-deps", "-e", ".")
+    done = environment.run("-m", "pip", "install", *options, cwd=source, FORCE_ONLY_CPU="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert environment.scan(tmp_path)[0]["selected"] == "cpu"
+
+
+# ----- broken builds
+
+
+def test_source_that_does_not_compile_is_an_error(environment, source, tmp_path):
+    (source / "csrc/cpu/scan.cpp").write_text("#error broken on purpose\n")
+    done = environment.install(source, path=WITHOUT_NVCC)
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stdout + done.stderr
+    assert environment.run("-c", "import selective_scan", cwd=tmp_path).returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (dict(CXX="no-such-compiler"), "no-such-compiler"),
+        pytest.param(dict(TORCH_CUDA_ARCH_LIST="Hopper"), "TORCH_CUDA_ARCH_LIST must be like", marks=needs_nvcc),
+    ],
+    ids=["CXX", "TORCH_CUDA_ARCH_LIST"],
+)
+def test_variables_that_make_no_sense(environment, source, variables, message):
+    done = environment.install(source, **variables)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("cuda", ["11.8", "12.4"])
+def test_nvcc_of_another_cuda_than_pytorch(environment, source, tmp_path, cuda):
+    toolkit = tmp_path / "cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {cuda}, V{cuda}.1'\n")
+    (toolkit / "bin/nvcc").chmod(0o755)
+    done = environment.install(source, CUDA_HOME=str(toolkit))
+    assert done.returncode != 0
+    assert f"{toolkit}/bin/nvcc is of CUDA {cuda.split('.')[0]}" in done.stdout + done.stderr
+    assert "FORCE_ONLY_CPU=1" in done.stdout + done.stderr
+
+
+def loaded(tmp_path, library: str, content: bytes) -> str:
+    """What `import selective_scan` says when this is its compiled library."""
+    folder = tmp_path / "selective_scan"
+    shutil.copytree(PACKAGE / "selective_scan", folder, ignore=shutil.ignore_patterns("*.so"))
+    (folder / library).write_bytes(content)
+    done = run_command(sys.executable, "-c", "import selective_scan", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_library_for_another_pytorch_is_an_error(tmp_path):
+    said = loaded(tmp_path, "_C_torch1_0.so", b"")
+    assert "ImportError: selective_scan has _C_torch1_0.so" in said
+    assert f"this is torch {torch.__version__}" in said
+    assert "pip install --force-reinstall" in said
+
+
+def test_library_that_does_not_load_is_an_error(tmp_path):
+    name = "_C_torch{}_{}.so".format(*torch.__version__.split(".")[:2])
+    said = loaded(tmp_path, name, b"not a library")
+    assert re.search(rf"ImportError: .*{name} does not load", said)
+    assert "pip install --force-reinstall" in said
+
+
+# ----- what it says of itself
+
+
+def test_module_prints_the_backends(tmp_path):
+    done = run_command(sys.executable, "-m", "selective_scan", cwd=tmp_path)
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["cpu", "cuda", "triton", "reference"]
+
+
+def test_backends_of_a_device_without_kernels():
+    from selective_scan import backends
+
+    assert backends(torch.empty(1, device="meta"))["selected"] == "reference"
