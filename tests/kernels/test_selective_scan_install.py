@@ -1,5 +1,6 @@
 """The package installed as users install it, each time into an environment of its own, and what it says of itself."""
 
+import json
 import os
 import re
 import shutil
@@ -206,3 +207,59 @@ def test_backends_of_a_device_without_kernels():
     from selective_scan import backends
 
     assert backends(torch.empty(1, device="meta"))["selected"] == "reference"
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability):
+    """The comparisons with float64 again, as on a lesser processor; PyTorch chooses once, when it is imported."""
+    if capability.upper() == torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this processor's own")
+    done = run_command(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_selective_scan.py"),
+        *("-k", "cpu and (sizes or options or decays or softplus or views or random or repeatable)"),
+        cwd=ROOT,
+        ATEN_CPU_CAPABILITY=capability,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d\d+ passed", done.stdout)
+
+
+def test_benchmark(tmp_path):
+    """The README's command on a small shape; every backend is timed, which means that it agrees with float64."""
+    out = tmp_path / "rows.json"
+    arguments = (
+        "--device=cpu",
+        "--shapes",
+        "T/7 batch 1",
+        "--dtypes",
+        "float32",
+        "bfloat16",
+        "--threads",
+        1,
+        "--json",
+        out,
+    )
+    done = run_command(sys.executable, "kernels/benchmark.py", *arguments, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "NOT TIMED" not in done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {(r["backend"], r["direction"], r["dtype"]) for r in rows} == {
+        (backend, direction, dtype)
+        for backend in ("cpu", "reference", "loop")
+        for direction in ("forward", "backward")
+        for dtype in ("float32", "bfloat16")
+    }
+    assert all(r["milliseconds"] > 0 and r["times_loop"] > 0 for r in rows)
+
+
+def test_benchmark_does_not_time_what_is_wrong(tmp_path):
+    script = (ROOT / "kernels/benchmark.py").read_text()
+    found = 'found["reference"] = (reference.selective_scan_state, '
+    assert found in script
+    wrong = script.replace(found, 'found["reference"] = (lambda **k: 1.00001 * reference.selective_scan_state(**k), ')
+    (tmp_path / "benchmark.py").write_text(wrong)
+    done = run_command(
+        sys.executable, "benchmark.py", "--shapes", "T/7 batch 1", "--backends", "reference", cwd=tmp_path
+    )
+    assert "NOT TIMED: T/7 batch 1 float32 reference disagrees with float64 in value" in done.stderr
+    assert "| reference |" not in done.stdout
