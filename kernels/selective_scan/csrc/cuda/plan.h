@@ -1,0 +1,191 @@
+// What the kernels are given: sizes, strided views, and how the rows are divided among blocks and threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace selective_scan {
+
+enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
+
+inline int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
+
+// A tensor with strides in elements; dimensions that it does not have, and those of size 1, have stride 0.
+struct View {
+  const void* data = nullptr;
+  int64_t batch = 0, channel = 0, state = 0, token = 0;  // `channel` is B's group
+  // How a tile is loaded: lanes along rows rather than tokens, and 16 bytes at once.
+  bool along_rows = false, wide = false;
+};
+
+// Division by a number known on the host: n / by = n * factor >> shift for 0 <= n < 2^31 (Granlund and Montgomery,
+// Division by invariant integers using multiplication, 1994).
+struct Divisor {
+  uint32_t factor = 0;
+  int shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int by) {
+    int bits = 0;
+    while (int64_t(1) << bits < by) ++bits;
+    shift = 31 + bits;
+    factor = uint32_t((uint64_t(1) << shift) / by + 1);
+  }
+  constexpr int divide(int n) const { return int(uint64_t(n) * factor >> shift); }
+};
+
+// A row is one channel of one image. A block works on `rows` rows of one (image, group), each held by
+// `threads_per_row` threads of `items` consecutive tokens; longer rows are walked in `chunks`. A block may take several
+// such sets of rows, in `passes`.
+struct Plan {
+  int items = 0, rows = 0, threads_per_row = 0, threads = 0, passes = 1, channels_per_group = 0;
+  int sets = 0, row_blocks = 0;  // sets of rows, and blocks, per (image, group)
+  int chunks = 1;
+  bool flat = false;  // every tile of u, delta, grad and the outputs is one run of memory in units of 16 bytes
+  Divisor by_threads_per_row, by_row_blocks, by_groups;
+
+  constexpr int chunk() const { return threads_per_row * items; }
+};
+
+struct Params {
+  int64_t batch = 0;
+  int channels = 0, states = 0, length = 0, groups = 0;
+  bool softplus = false;
+  View u, delta, A, B, bias, grad;  // bias.data is null without a bias, grad.data in the forward pass
+  // Forward: the states (B, D, N, L), or null if only `boundaries` are wanted.
+  void* h = nullptr;
+  // The state that enters each chunk (B, D, N, chunks), where a row of the backward pass takes several.
+  void* boundaries = nullptr;
+  void *grad_u = nullptr, *grad_delta = nullptr;  // (B, D, L)
+  // Terms of the other gradients, still to be summed over images or row blocks.
+  void* terms_A = nullptr;     // (B, D, N)
+  void* terms_bias = nullptr;  // (B, D)
+  void* terms_B = nullptr;     // (B, G, row_blocks, N, L)
+  Plan plan;
+
+  int64_t blocks() const { return batch * groups * plan.row_blocks; }
+};
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 224;
+constexpr int kManyItems = 14, kFewItems = 7;  // 3136 = 224 * 14, 784 = 56 * 14, 196 = 14 * 14, 49 = 7 * 7
+
+template <typename T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// A loop over states takes registers that 14 items do not leave, nor do items of double precision.
+inline int best_items(const Params& p, Dtype dtype) {
+  const bool many = p.states == 1 && dtype != Dtype::kDouble;
+  return many && (p.length % kManyItems == 0 || p.length > 16 * kFewItems) ? kManyItems : kFewItems;
+}
+
+// Fewest rows for which lanes that run along channels use whole 32-byte sectors; 1 if lanes run along tokens.
+inline int rows_per_sector(const Params& p, Dtype dtype) {
+  const auto by_channel = [](const View& view) { return view.channel == 1 && view.token != 1; };
+  const bool channels_last = by_channel(p.u) && by_channel(p.delta);
+  return channels_last ? std::min(32 / size_of(dtype), p.channels / p.groups) : 1;
+}
+
+// As many rows as leave the fewest idle lanes, the blocks of one group taken together.
+inline int best_rows(int threads_per_row, int channels, int multiple) {
+  const int most = std::max(std::min(kMaxThreads / threads_per_row, channels), multiple);
+  int best = multiple;
+  int64_t least = INT64_MAX;
+  for (int rows = multiple; rows <= most; rows += multiple) {
+    const int64_t warps = int64_t(ceil_div(channels, rows)) * ceil_div(rows * threads_per_row, kWarp);
+    if (warps <= least) {
+      best = rows;
+      least = warps;
+    }
+  }
+  return best;
+}
+
+// At most `most`, a power of two, and so few that there are blocks enough for the largest GPUs.
+inline int best_passes(const Params& p, const Plan& plan, int most) {
+  int passes = 1;
+  while (2 * passes <= std::min(most, plan.sets) && p.batch * p.groups * plan.sets >= 2048 * passes) passes *= 2;
+  return passes;
+}
+
+inline void set_passes(Plan& plan, int passes) {
+  plan.passes = passes;
+  plan.row_blocks = ceil_div(plan.sets, passes);
+  plan.by_row_blocks = Divisor(plan.row_blocks);
+}
+
+inline bool starts_at_units(const View& view, int unit, int64_t channels) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % unit == 0 && view.state % unit == 0 &&
+         view.channel * channels % unit == 0;
+}
+
+// With outputs as new allocations, and states that are one.
+inline bool is_flat(const Params& p, const Plan& plan, Dtype dtype) {
+  const int unit = 16 / size_of(dtype);
+  const bool one_row = plan.rows == 1;
+  const bool whole_row = p.length % unit == 0 && plan.chunk() % unit == 0;
+  const bool whole_set = plan.chunk() == p.length && plan.channels_per_group % plan.rows == 0 &&
+                         plan.rows * p.length % unit == 0;
+  const auto fits = [&](const View& view) {
+    return view.token == 1 && (one_row || view.channel == p.length) && starts_at_units(view, unit, plan.rows);
+  };
+  return p.states == 1 && dtype != Dtype::kDouble && (one_row ? whole_row : whole_set) && fits(p.u) && fits(p.delta) &&
+         (p.grad.data == nullptr || fits(p.grad));
+}
+
+inline void choose_access(View& view, int size, int rows, int tokens, const Plan& plan) {
+  const int unit = 16 / size;
+  view.along_rows = rows > 1 && view.channel < view.token;
+  const int64_t channels = view.along_rows ? plan.channels_per_group : 1;
+  const int64_t chunk_step = plan.chunks > 1 ? plan.chunk() * view.token : 0;
+  const bool starts = starts_at_units(view, unit, channels) && chunk_step % unit == 0;
+  const bool along_tokens = view.token == 1 && (rows == 1 || plan.chunk() % unit == 0) && tokens >= unit;
+  const bool along_rows = view.channel == 1 && view.token % unit == 0 && rows % unit == 0 && channels % unit == 0;
+  view.wide = starts && (view.along_rows ? along_rows : along_tokens);
+}
+
+// Chooses p.plan and how p.u, p.delta, p.B and p.grad are loaded.
+inline void make_plan(Params& p, Dtype dtype, bool backward) {
+  Plan plan;
+  plan.channels_per_group = p.channels / p.groups;
+  plan.items = best_items(p, dtype);
+
+  const int multiple = rows_per_sector(p, dtype);
+  const int most_threads = kMaxThreads / multiple;
+  plan.chunks = ceil_div(p.length, most_threads * plan.items);
+  plan.threads_per_row = ceil_div(ceil_div(p.length, plan.chunks), plan.items);
+  if (plan.chunks > 1) {
+    // Chunks that start at a multiple of 16 bytes, where lanes along tokens load as much at once.
+    const int whole = multiple > 1 ? 2 : 8;
+    plan.threads_per_row = std::min(most_threads, ceil_div(plan.threads_per_row, whole) * whole);
+    plan.chunks = ceil_div(p.length, plan.chunk());
+    plan.rows = multiple;
+  } else {
+    plan.rows = best_rows(plan.threads_per_row, plan.channels_per_group, multiple);
+  }
+  plan.threads = ceil_div(plan.rows * plan.threads_per_row, kWarp) * kWarp;
+  plan.sets = ceil_div(plan.channels_per_group, plan.rows);
+  plan.flat = is_flat(p, plan, dtype);
+  const bool one_state_kernel = plan.items == kManyItems || plan.flat;
+  // Forward, a block's first instructions and B's tile serve several passes; backward, so does a block's share of B's
+  // gradient, of which few are to be written.
+  set_passes(plan, one_state_kernel ? best_passes(p, plan, backward ? std::max(1, 8 / plan.rows) : 4) : 1);
+
+  plan.by_threads_per_row = Divisor(plan.threads_per_row);
+  plan.by_groups = Divisor(p.groups);
+  for (View* view : {&p.u, &p.delta}) choose_access(*view, size_of(dtype), plan.rows, p.length, plan);
+  choose_access(p.grad, std::max(4, size_of(dtype)), plan.rows, p.length, plan);
+  choose_access(p.B, size_of(dtype), 1, p.length, plan);
+  p.plan = plan;
+}
+
+// Of a backward pass, the forward pass over the same chunks that finds the states that enter them.
+inline Params boundary_pass(Params p) {
+  set_passes(p.plan, 1);
+  p.h = nullptr;
+  return p;
+}
+
+}  // namespace selective_scan

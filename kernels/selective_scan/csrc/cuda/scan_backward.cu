@@ -1,0 +1,24 @@
+#include "launch.cuh"
+
+namespace selective_scan {
+
+cudaError_t launch_backward(const Params& p, Dtype dtype, cudaStream_t stream) {
+  return with_instance(p.plan, dtype, [&](auto instance) {
+    using I = decltype(instance);
+    return launch(scan_backward<typename I::Input, I::kItems, I::kOneState, I::kFlat>, p.blocks(), p.plan.threads,
+                  Layout<typename I::Input>(p.plan, true).total, stream, p);
+  });
+}
+
+cudaError_t launch_sum(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner, Dtype dtype,
+                       cudaStream_t stream) {
+  return with_instance(Plan(), dtype, [&](auto instance) {
+    using Output = typename decltype(instance)::Input;
+    using State = typename decltype(instance)::State;
+    return launch(sum_terms<State, Output>, ceil_div<int64_t>(outer * inner, kWarp), kMaxThreads,
+                  kMaxThreads * sizeof(State), stream, static_cast<const State*>(terms), static_cast<Output*>(to),
+                  outer, count, inner);
+  });
+}
+
+}  // namespace selective_scan

@@ -1,0 +1,872 @@
+// The state scan and its gradient, in CUDA C++ that a host compiler can also run (tests/kernels/cuda_emulation).
+//
+// Each thread owns `kItems` consecutive tokens of a row and reduces them to a step x -> value + 2^exponent x. Steps
+// compose; a scan over them, by shuffles within a warp and through shared memory across warps, gives every thread the
+// state that enters its tokens. Exponents are sums of dt A log2(e), so that no error of a decay is multiplied along a
+// row, and decays that underflow are zeros like any other.
+//
+// A block's tile is `rows` x `chunk` elements, row after row, so that thread k owns the elements from k kItems on
+// whatever the shape. Both factors of kItems, 7 and 14, make those accesses free of bank conflicts.
+#pragma once
+
+#ifdef __CUDACC__
+#include "device.cuh"
+#endif
+#include <type_traits>
+
+#include "plan.h"
+
+namespace selective_scan {
+
+// ----- element types
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename Input>
+struct StateOf {
+  using type = float;
+};
+
+template <>
+struct StateOf<double> {
+  using type = double;
+};
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(Half x) { return half_to_float(x.bits); }
+__device__ __forceinline__ float widen(BFloat16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
+
+// Two numbers in 32 bits, in the order of their addresses.
+__device__ __forceinline__ void widen_pair(uint32_t bits, Half, float& first, float& second) {
+  first = half_to_float(uint16_t(bits));
+  second = half_to_float(uint16_t(bits >> 16));
+}
+__device__ __forceinline__ void widen_pair(uint32_t bits, BFloat16, float& first, float& second) {
+  first = float_of_bits(bits << 16);
+  second = float_of_bits(bits & 0xffff0000);
+}
+
+__device__ __forceinline__ uint32_t narrow_pair(float first, float second, Half) { return to_halves(first, second); }
+__device__ __forceinline__ uint32_t narrow_pair(float first, float second, BFloat16) {
+  return to_bfloat16s(first, second);
+}
+
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+__device__ __forceinline__ void narrow(float x, Half& to) { to.bits = uint16_t(to_halves(x, 0)); }
+__device__ __forceinline__ void narrow(float x, BFloat16& to) { to.bits = uint16_t(to_bfloat16s(x, 0)); }
+
+// ----- functions
+
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+__device__ __forceinline__ float exp2_of(float x) { return exp2_approx(x); }
+
+// exp(x) for x <= 0, to a relative 2e-7 down to underflow: the rounding of x log2(e) is undone to first order.
+__device__ __forceinline__ float exp_of_negative(float x) {
+  x = fmaxf(x, -104.0f);  // or -inf would meet itself below
+  const float power = x * float(kLog2e);
+  const float y = exp2_approx(power);
+  return fmaf(y, fmaf(power, -float(kLn2), x), y);
+}
+__device__ __forceinline__ double exp_of_negative(double x) { return exp(x); }
+
+// log(1 + z) for 0 <= z <= 1, to a relative 1.4e-7: z times the minimax polynomial of log(1 + z) / z.
+__device__ __forceinline__ float log1p_of(float z) {
+  float y = 0.0052326940931379795f;
+  y = fmaf(y, z, -0.029505237936973572f);
+  y = fmaf(y, z, 0.07822595536708832f);
+  y = fmaf(y, z, -0.13663245737552643f);
+  y = fmaf(y, z, 0.19106006622314453f);
+  y = fmaf(y, z, -0.2484298199415207f);
+  y = fmaf(y, z, 0.3331909775733948f);
+  y = fmaf(y, z, -0.4999949336051941f);
+  y = fmaf(y, z, 0.9999999403953552f);
+  return z * y;
+}
+__device__ __forceinline__ double log1p_of(double z) { return log1p(z); }
+
+// A NaN passes through the first term.
+template <typename State>
+__device__ __forceinline__ State softplus(State s) {
+  return max_or_nan(s, State(0)) + log1p_of(exp_of_negative(-fabs(s)));
+}
+
+template <typename State>
+__device__ __forceinline__ State sigmoid(State s) {
+  const State z = exp_of_negative(-fabs(s));
+  return (s > 0 ? State(1) : z) * reciprocal(1 + z);
+}
+
+// ----- who a thread is
+
+struct Thread {
+  int index, lane, warp;
+  int row, place;  // row of the tile, and place among the threads of that row
+  int per_row;
+  int left, right;  // threads of the same row and warp on either side
+
+  __device__ __forceinline__ explicit Thread(const Plan& plan) : index(threadIdx.x), per_row(plan.threads_per_row) {
+    lane = index % kWarp;
+    warp = index / kWarp;
+    row = plan.by_threads_per_row.divide(index);
+    place = index - row * per_row;
+    left = min(lane, place);
+    right = min(kWarp - 1 - lane, per_row - 1 - place);
+  }
+  __device__ __forceinline__ int first_warp() const { return (index - place) / kWarp; }
+  __device__ __forceinline__ int last_warp() const { return (index - place + per_row - 1) / kWarp; }
+};
+
+// A block's rows, consecutive channels of one group, and those of one of its passes.
+struct BlockRows {
+  int batch, group, channel, count;
+
+  __device__ __forceinline__ explicit BlockRows(const Params& p) {
+    const int image_group = p.plan.by_row_blocks.divide(blockIdx.x);
+    const int first = (blockIdx.x - image_group * p.plan.row_blocks) * p.plan.passes * p.plan.rows;
+    batch = p.plan.by_groups.divide(image_group);
+    group = image_group - batch * p.groups;
+    channel = group * p.plan.channels_per_group + first;
+    count = min(p.plan.passes * p.plan.rows, p.plan.channels_per_group - first);
+  }
+};
+
+struct Rows {
+  int channel, count;
+
+  __device__ __forceinline__ Rows(const Params& p, const BlockRows& block, int pass)
+      : channel(block.channel + pass * p.plan.rows), count(min(p.plan.rows, block.count - pass * p.plan.rows)) {}
+};
+
+// Where a block is in its work, and the tokens there.
+struct Place {
+  int chunk, pass, state;
+  int start, tokens;
+
+  __device__ __forceinline__ Place(const Params& p, int chunk, int pass, int state)
+      : chunk(chunk), pass(pass), state(state), start(chunk * p.plan.chunk()) {
+    tokens = min(p.plan.chunk(), p.length - start);
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ const T* at(const View& view, int64_t batch, int64_t channel, int64_t state, int64_t token) {
+  return static_cast<const T*>(view.data) + batch * view.batch + channel * view.channel + state * view.state +
+         token * view.token;
+}
+
+// ----- shared memory
+
+constexpr size_t padded(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Byte offsets of the arrays. `states` is what a tile of the output or of its gradient takes.
+template <typename Input>
+struct Layout {
+  using State = typename StateOf<Input>::type;
+  size_t u, delta, B, states, left_tails, right_tails, parts, total;
+
+  __device__ __host__ Layout(const Plan& plan, bool backward) {
+    const size_t tile = plan.threads * plan.items, warps = plan.threads / kWarp;
+    u = 0;
+    delta = u + padded(tile * sizeof(Input));
+    states = delta + padded(tile * sizeof(Input));
+    B = states + padded(tile * sizeof(State));
+    left_tails = B + padded(plan.chunk() * sizeof(Input));
+    right_tails = left_tails + 2 * warps * sizeof(State);
+    parts = right_tails + (backward ? 2 * warps * sizeof(State) : 0);
+    total = parts + (backward ? 2 * plan.threads * sizeof(State) : 0);
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ T* shared_at(size_t offset) {
+  return reinterpret_cast<T*>(shared_memory() + offset);
+}
+
+// ----- between global and shared memory
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T values[kWidth];
+};
+
+__device__ __forceinline__ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Walks a table of `width` columns, row after row, from element `start` on, each `step`th.
+struct Walk {
+  int row, column, row_step, column_step, width;
+
+  __device__ __forceinline__ Walk(int start, int step, int width, bool one_row) : width(width) {
+    row = one_row ? 0 : start / width;
+    row_step = one_row ? 0 : step / width;
+    column = start - row * width;
+    column_step = step - row_step * width;
+  }
+  __device__ __forceinline__ void next() {
+    row += row_step;
+    column += column_step;
+    if (column >= width) {
+      column -= width;
+      ++row;
+    }
+  }
+};
+
+// Lanes along tokens, kWidth of each at once.
+template <int kWidth, typename T>
+__device__ __forceinline__ void load_along_tokens(
+    T* tile, const T* from, const View& view, int rows, int tokens, int pitch) {
+  const int width = tokens / kWidth;
+  Walk walk(threadIdx.x, blockDim.x, width, rows == 1);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * width; i += blockDim.x, walk.next()) {
+    const int token = walk.column * kWidth;
+    T* const to = tile + walk.row * pitch + token;
+    const T* const source = from + walk.row * view.channel + token * view.token;
+    if constexpr (kWidth > 1) {
+      copy_16_bytes_async(to, source);
+    } else {
+      *to = *source;
+    }
+  }
+}
+
+// Lanes along rows, kWidth of them at once.
+template <int kWidth, typename T>
+__device__ __forceinline__ void load_along_rows(
+    T* tile, const T* from, const View& view, int rows, int tokens, int pitch) {
+  const int width = rows / kWidth;
+  Walk walk(threadIdx.x, blockDim.x, width, false);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tokens * width; i += blockDim.x, walk.next()) {
+    const int row = walk.column * kWidth;
+    const T* const source = from + row * view.channel + walk.row * view.token;
+    const auto values = *reinterpret_cast<const Pack<T, kWidth>*>(source);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) tile[(row + k) * pitch + walk.row] = values.values[k];
+  }
+}
+
+// `rows` x `tokens` elements into a tile whose rows are `pitch` apart, by the whole block. Complete after
+// `wait_for_copies` and a barrier.
+template <typename T>
+__device__ __forceinline__ void load_tile(T* tile, const T* from, const View& view, int rows, int tokens, int pitch) {
+  constexpr int kWidth = 16 / sizeof(T);
+  if (view.along_rows) {
+    if (view.wide) {
+      load_along_rows<kWidth>(tile, from, view, rows, tokens, pitch);
+    } else {
+      load_along_rows<1>(tile, from, view, rows, tokens, pitch);
+    }
+    return;
+  }
+  const int whole = view.wide ? tokens / kWidth * kWidth : 0;
+  if (whole > 0) load_along_tokens<kWidth>(tile, from, view, rows, whole, pitch);
+  if (whole < tokens) {
+    load_along_tokens<1>(tile + whole, from + whole * view.token, view, rows, tokens - whole, pitch);
+  }
+}
+
+// Neighbours in the tile and in memory: `count` elements in units of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void load_run(T* tile, const T* from, int count) {
+  constexpr int kWidth = 16 / sizeof(T);
+  const int first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
+  tile += first;
+  from += first;
+#pragma unroll 1
+  for (int left = count - first; left > 0; left -= step) {
+    copy_16_bytes_async(tile, from);
+    tile += step;
+    from += step;
+  }
+}
+
+// One row, with zeros from `tokens` to `size`.
+template <typename T>
+__device__ __forceinline__ void load_row(T* tile, const T* from, const View& view, int tokens, int size) {
+  constexpr int kWidth = 16 / sizeof(T);
+  const int whole = view.wide ? tokens / kWidth * kWidth : 0;
+  load_run(tile, from, whole);
+#pragma unroll 1
+  for (int i = whole + threadIdx.x; i < size; i += blockDim.x) tile[i] = i < tokens ? from[i * view.token] : T();
+}
+
+// Zeros where a tile has none of the tensor's elements: without u, B and grad nothing comes of an item.
+template <typename T>
+__device__ __forceinline__ void fill_rest(T* tile, int rows, int tokens, const Plan& plan) {
+  const int pitch = plan.chunk();
+  if (rows == plan.rows && tokens == pitch) return;
+  Walk walk(threadIdx.x, blockDim.x, pitch, false);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < plan.rows * pitch; i += blockDim.x, walk.next()) {
+    if (walk.row >= rows || walk.column >= tokens) tile[i] = T();
+  }
+}
+
+template <bool kFlat, typename T>
+__device__ __forceinline__ void load_tile(
+    T* tile, const T* from, const View& view, int rows, int tokens, const Plan& plan) {
+  if constexpr (kFlat) {
+    load_run(tile, from, rows * tokens);
+  } else {
+    load_tile(tile, from, view, rows, tokens, plan.chunk());
+  }
+  fill_rest(tile, rows, tokens, plan);
+}
+
+// A warp's elements, from `begin` of the tile to `end`, as far as they lie in the tensor; kWidth of them at once.
+template <int kWidth, typename T>
+__device__ __forceinline__ void store_along_tokens(
+    T* to, int64_t row_stride, const T* tile, int rows, int tokens, int pitch, int begin, int end) {
+  using Unit = Pack<T, kWidth>;
+  const int start = begin + int(threadIdx.x % kWarp) * kWidth;
+  Walk walk(start, kWarp * kWidth, pitch, rows == 1);
+#pragma unroll 1
+  for (int i = start; i < end; i += kWarp * kWidth, walk.next()) {
+    if (walk.row < rows && walk.column < tokens) {
+      *reinterpret_cast<Unit*>(to + walk.row * row_stride + walk.column) = *reinterpret_cast<const Unit*>(tile + i);
+    }
+  }
+}
+
+// The elements of a tile that the warp's own threads have written, `size` of them, to rows `row_stride` apart.
+template <bool kFlat, typename T>
+__device__ __forceinline__ void store_tile(
+    T* to, int64_t row_stride, const T* tile, int rows, int tokens, int pitch, int size) {
+  constexpr int kWidth = 16 / sizeof(T);
+  __syncwarp();
+  const int begin = int(threadIdx.x / kWarp) * size;
+  const int end = min(begin + size, rows == 1 ? tokens : rows * pitch);
+  if constexpr (kFlat) {
+    using Unit = Pack<T, kWidth>;
+#pragma unroll 1
+    for (int i = begin + int(threadIdx.x % kWarp) * kWidth; i < end; i += kWarp * kWidth) {
+      *reinterpret_cast<Unit*>(to + i) = *reinterpret_cast<const Unit*>(tile + i);
+    }
+  } else if (aligned(to) && (rows == 1 || row_stride % kWidth == 0) && pitch % kWidth == 0 && tokens % kWidth == 0) {
+    store_along_tokens<kWidth>(to, row_stride, tile, rows, tokens, pitch, begin, end);
+  } else {
+    store_along_tokens<1>(to, row_stride, tile, rows, tokens, pitch, begin, end);
+  }
+}
+
+// ----- between shared memory and registers
+
+// Items that are read at once.
+template <int kItems>
+constexpr int kGroup = kItems % 2 == 0 ? 2 : 1;
+
+template <int kWidth, typename T, typename State>
+__device__ __forceinline__ void read_group(const T* tile, State* items) {
+  if constexpr (kWidth == 2 && sizeof(T) == 2) {
+    widen_pair(*reinterpret_cast<const uint32_t*>(tile), T(), items[0], items[1]);
+  } else {
+    const auto group = *reinterpret_cast<const Pack<T, kWidth>*>(tile);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) items[k] = widen(group.values[k]);
+  }
+}
+
+template <int kWidth, typename T, typename State>
+__device__ __forceinline__ void write_group(T* tile, const State* items) {
+  if constexpr (kWidth == 2 && sizeof(T) == 2) {
+    *reinterpret_cast<uint32_t*>(tile) = narrow_pair(items[0], items[1], T());
+  } else {
+    Pack<T, kWidth> group;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) narrow(items[k], group.values[k]);
+    *reinterpret_cast<Pack<T, kWidth>*>(tile) = group;
+  }
+}
+
+template <int kItems, typename T, typename State>
+__device__ __forceinline__ void read_items(const T* tile, State (&items)[kItems]) {
+#pragma unroll
+  for (int i = 0; i < kItems; i += kGroup<kItems>) read_group<kGroup<kItems>>(tile + i, items + i);
+}
+
+template <int kItems, typename T, typename State>
+__device__ __forceinline__ void write_items(T* tile, const State (&items)[kItems]) {
+#pragma unroll
+  for (int i = 0; i < kItems; i += kGroup<kItems>) write_group<kGroup<kItems>>(tile + i, items + i);
+}
+
+// dt = delta + bias, through softplus if asked, in place.
+template <int kItems, typename State>
+__device__ __forceinline__ void step_sizes(State (&delta)[kItems], State bias, bool through_softplus) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) delta[i] += bias;
+  if (through_softplus) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) delta[i] = softplus(delta[i]);
+  }
+}
+
+// ----- the scan across threads
+
+// x -> value + 2^exponent x
+template <typename State>
+struct Step {
+  State exponent, value;
+};
+
+template <typename State>
+__device__ __forceinline__ State apply(const Step<State>& step, State x) {
+  return step.value + exp2_of(step.exponent) * x;
+}
+
+// The steps of `reach` lanes before this one and its own, composed; kUp: "before" is to the left.
+template <bool kUp, typename State>
+__device__ __forceinline__ Step<State> scan_warp(Step<State> step, int reach) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const Step<State> before{shuffle<kUp>(step.exponent, distance), shuffle<kUp>(step.value, distance)};
+    if (reach >= distance) {
+      step.value = apply(step, before.value);
+      step.exponent += before.exponent;
+    }
+  }
+  return step;
+}
+
+// Everything before this lane, in its row and warp.
+template <bool kUp, typename State>
+__device__ __forceinline__ Step<State> steps_before(const Step<State>& scanned, int reach) {
+  const Step<State> before{shuffle<kUp>(scanned.exponent, 1), shuffle<kUp>(scanned.value, 1)};
+  return reach > 0 ? before : Step<State>{0, 0};
+}
+
+// What enters the thread's tokens from the left, given what enters the row's chunk.
+template <typename State>
+__device__ __forceinline__ State enter_from_left(
+    const Thread& me, const Step<State>* tails, const Step<State>& before, State entering) {
+  if (me.place > me.lane) {
+#pragma unroll 1
+    for (int warp = me.first_warp(); warp < me.warp; ++warp) entering = apply(tails[warp], entering);
+  }
+  return apply(before, entering);
+}
+
+template <typename State>
+__device__ __forceinline__ State enter_from_right(
+    const Thread& me, const Step<State>* tails, const Step<State>& before, State entering) {
+  if (me.per_row - 1 - me.place > kWarp - 1 - me.lane) {
+#pragma unroll 1
+    for (int warp = me.last_warp(); warp > me.warp; --warp) entering = apply(tails[warp], entering);
+  }
+  return apply(before, entering);
+}
+
+// to[row] += or = the sum over the threads of that row of what each has left in `parts`; the first row is `to`'s.
+template <typename State>
+__device__ __forceinline__ void sum_parts(
+    const Thread& me, const State* parts, const Plan& plan, int rows, bool add, State* to, int64_t stride) {
+#pragma unroll 1
+  for (int row = me.warp; row < rows; row += plan.threads / kWarp) {
+    State sum = 0;
+#pragma unroll 1
+    for (int i = me.lane; i < me.per_row; i += kWarp) sum += parts[row * me.per_row + i];
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += shuffle<false>(sum, distance);
+    if (me.lane == 0) to[row * stride] = add ? to[row * stride] + sum : sum;
+  }
+}
+
+// ----- kernels
+
+// Blocks that an SM should hold, which bounds a thread's registers: as many as no architecture has to spill for.
+template <typename Input, int kItems, bool kFlat>
+constexpr int kBlocksForward = sizeof(Input) == 8 ? 1 : kFlat ? 4 : kItems == kManyItems ? 3 : 2;
+template <typename Input, int kItems, bool kFlat>
+constexpr int kBlocksBackward = sizeof(Input) == 8 ? 1 : kFlat && kItems == kFewItems ? 3 : 2;
+
+// What the forward pass needs at a place and did not need at the one before.
+template <bool kFlat, typename Input>
+__device__ __forceinline__ void load_place(
+    const Params& p, const BlockRows& block, const Place& place, Input* u, Input* delta, Input* B) {
+  const Rows rows(p, block, place.pass);
+  const int start = place.start, tokens = place.tokens;
+  if (place.state == 0) {
+    const Input* const from_u = at<Input>(p.u, block.batch, rows.channel, 0, start);
+    const Input* const from_delta = at<Input>(p.delta, block.batch, rows.channel, 0, start);
+    load_tile<kFlat>(u, from_u, p.u, rows.count, tokens, p.plan);
+    load_tile<kFlat>(delta, from_delta, p.delta, rows.count, tokens, p.plan);
+  }
+  if (place.pass == 0) {
+    load_row(B, at<Input>(p.B, block.batch, block.group, place.state, start), p.B, tokens, p.plan.chunk());
+  }
+}
+
+// Forward. With `h` null it leaves the states that enter each chunk in `boundaries` instead.
+template <typename Input, int kItems, bool kOneState, bool kFlat>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFlat>) scan_forward(const Params p) {
+  using State = typename StateOf<Input>::type;
+  const Layout<Input> layout(p.plan, false);
+  Input* const u_tile = shared_at<Input>(layout.u);
+  Input* const delta_tile = shared_at<Input>(layout.delta);
+  Input* const B_tile = shared_at<Input>(layout.B);
+  State* const h_tile = shared_at<State>(layout.states);
+  Step<State>* const tails = shared_at<Step<State>>(layout.left_tails);
+
+  const Thread me(p.plan);
+  const BlockRows block(p);
+  const int first_item = me.index * kItems, chunk = p.plan.chunk();
+  const int states = kOneState ? 1 : p.states;
+  State dt[kItems], drive[kItems];  // drive: dt u
+
+  Place place(p, 0, 0, 0);
+  load_place<kFlat>(p, block, place, u_tile, delta_tile, B_tile);
+#pragma unroll 1
+  while (place.chunk < p.plan.chunks) {
+    wait_for_copies();
+    __syncthreads();
+    const Rows rows(p, block, place.pass);
+    const bool mine = me.row < rows.count;
+    const int channel = rows.channel + (mine ? me.row : 0), n = place.state;
+    if (n == 0) {
+      const State bias = p.bias.data ? *at<State>(p.bias, 0, channel, 0, 0) : State(0);
+      read_items(delta_tile + first_item, dt);
+      step_sizes(dt, bias, p.softplus);
+      read_items(u_tile + first_item, drive);
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) drive[i] *= dt[i];
+    }
+
+    const State rate = *at<State>(p.A, 0, channel, n, 0) * State(kLog2e);
+    const int64_t row = (int64_t(block.batch) * p.channels + channel) * states + n;
+    State entering = 0;
+    if (mine && place.chunk > 0) {
+      entering = p.h ? static_cast<State*>(p.h)[row * p.length + place.start - 1]
+                     : static_cast<State*>(p.boundaries)[row * p.plan.chunks + place.chunk];
+    }
+
+    // Every item's state if none entered the thread, and the exponent that takes one there.
+    State exponents[kItems], values[kItems];
+    read_items(B_tile + me.place * kItems, values);
+    Step<State> step{0, 0};
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const State exponent = dt[i] * rate;
+      step.exponent += exponent;
+      step.value = exp2_of(exponent) * step.value + drive[i] * values[i];
+      exponents[i] = step.exponent;
+      values[i] = step.value;
+    }
+    step = scan_warp<true>(step, me.left);
+    const Step<State> before = steps_before<true>(step, me.left);
+    if (me.lane == kWarp - 1) tails[me.warp] = step;
+    __syncthreads();
+
+    // All threads have read their inputs: the next may come in.
+    Place next = place;
+    if (n + 1 < states) {
+      next.state = n + 1;
+    } else if ((place.pass + 1) * p.plan.rows < block.count) {
+      next.pass = place.pass + 1;
+      next.state = 0;
+    } else {
+      next = Place(p, place.chunk + 1, 0, 0);
+    }
+    if (next.chunk < p.plan.chunks) load_place<kFlat>(p, block, next, u_tile, delta_tile, B_tile);
+
+    entering = enter_from_left(me, tails, before, entering);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) values[i] += exp2_of(exponents[i]) * entering;
+    if (p.h) {
+      write_items(h_tile + first_item, values);
+      const int64_t first_row = (int64_t(block.batch) * p.channels + rows.channel) * states + n;
+      State* const to = static_cast<State*>(p.h) + first_row * p.length + place.start;
+      store_tile<kFlat>(to, int64_t(states) * p.length, h_tile, rows.count, place.tokens, chunk, kWarp * kItems);
+    } else if (mine && me.place == me.per_row - 1 && place.chunk + 1 < p.plan.chunks) {
+      static_cast<State*>(p.boundaries)[row * p.plan.chunks + place.chunk + 1] = values[kItems - 1];
+    }
+    place = next;
+  }
+}
+
+// The two scans of the backward pass over a thread's items. With mu_t = a_t lambda_t, what token t hands to the one
+// before it, lambda_t = grad_t + mu_{t+1}: steps of the same exponents as those of h, from the other side.
+template <int kItems, typename State>
+struct Items {
+  State decay[kItems];
+  State drive[kItems];  // dt B u, until `carry`
+
+  __device__ __forceinline__ Step<State> step_of_h(const State (&dt)[kItems], State rate) {
+    Step<State> step{0, 0};
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const State exponent = dt[i] * rate;
+      decay[i] = exp2_of(exponent);
+      step.exponent += exponent;
+      step.value = decay[i] * step.value + drive[i];
+    }
+    return step;
+  }
+
+  __device__ __forceinline__ State leaving_mu(const State (&grad)[kItems]) const {
+    State mu = 0;
+#pragma unroll
+    for (int i = kItems - 1; i >= 0; --i) mu = decay[i] * (grad[i] + mu);
+    return mu;
+  }
+
+  // Puts a_t h_{t-1} in place of the drive, carried as it is: recovering it as h_t - drive_t would cancel.
+  __device__ __forceinline__ void carry(State h) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const State carried = decay[i] * h;
+      h = carried + drive[i];
+      drive[i] = carried;
+    }
+  }
+};
+
+// The derivative of dt with respect to delta is sigmoid(factor delta + offset), also without softplus: then it is 1.
+template <typename State>
+struct Slope {
+  State factor, offset;
+
+  __device__ __forceinline__ Slope(bool through_softplus, State bias)
+      : factor(through_softplus ? 1 : 0), offset(through_softplus ? bias : State(200)) {}
+};
+
+// An item's gradients, in the place of u and delta, from the sums over n of lambda B and of A lambda a h.
+template <typename State>
+__device__ __forceinline__ void input_gradients(
+    const Slope<State>& slope, State dt, State from_drive, State from_decay, State& u, State& delta) {
+  delta = (from_drive * u + from_decay) * sigmoid(slope.factor * delta + slope.offset);
+  u = from_drive * dt;
+}
+
+// Sums the tile over its rows: one row block's terms of B's gradient.
+template <typename State>
+__device__ __forceinline__ void sum_rows(const State* tile, int rows, int tokens, int pitch, State* to) {
+  for (int token = threadIdx.x; token < tokens; token += blockDim.x) {
+    State sum = 0;
+    for (int row = 0; row < rows; ++row) sum += tile[row * pitch + token];
+    to[token] = sum;
+  }
+}
+
+// Backward; the chunks from the last to the first. A boundary's state is replaced, once used, by the mu that crosses
+// it.
+template <typename Input, int kItems, bool kOneState, bool kFlat>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kFlat>) scan_backward(const Params p) {
+  using State = typename StateOf<Input>::type;
+  const Layout<Input> layout(p.plan, true);
+  Input* const u_tile = shared_at<Input>(layout.u);
+  Input* const delta_tile = shared_at<Input>(layout.delta);
+  Input* const B_tile = shared_at<Input>(layout.B);
+  State* const grad_tile = shared_at<State>(layout.states);
+  Step<State>* const left_tails = shared_at<Step<State>>(layout.left_tails);
+  Step<State>* const right_tails = shared_at<Step<State>>(layout.right_tails);
+  State* const parts_A = shared_at<State>(layout.parts);
+  State* const parts_bias = parts_A + p.plan.threads;
+
+  const Thread me(p.plan);
+  const BlockRows block(p);
+  const int first_item = me.index * kItems, first_of_B = me.place * kItems, chunk = p.plan.chunk();
+  const int states = kOneState ? 1 : p.states;
+
+#pragma unroll 1
+  for (int c = p.plan.chunks - 1; c >= 0; --c) {
+    const int start = c * chunk, tokens = min(chunk, p.length - start);
+    const bool first_visit = c == p.plan.chunks - 1;
+    State* const terms_B = static_cast<State*>(p.terms_B) + int64_t(blockIdx.x) * states * p.length + start;
+    State grad_B[kItems] = {};
+
+#pragma unroll 1
+    for (int pass = 0; pass * p.plan.rows < block.count; ++pass) {
+      const Rows rows(p, block, pass);
+      const bool mine = me.row < rows.count;
+      const int channel = rows.channel + (mine ? me.row : 0);
+      const State bias = p.bias.data ? *at<State>(p.bias, 0, channel, 0, 0) : State(0);
+      const int64_t first_row = int64_t(block.batch) * p.channels + rows.channel;
+      const int64_t row = first_row + (mine ? me.row : 0);
+      State* const terms_A = static_cast<State*>(p.terms_A) + first_row * states;
+      const Input* const from_u = at<Input>(p.u, block.batch, rows.channel, 0, start);
+      const Input* const from_delta = at<Input>(p.delta, block.batch, rows.channel, 0, start);
+      load_tile<kFlat>(u_tile, from_u, p.u, rows.count, tokens, p.plan);
+      load_tile<kFlat>(delta_tile, from_delta, p.delta, rows.count, tokens, p.plan);
+
+      State dt[kItems];
+      State from_drive[kItems] = {}, from_decay[kItems] = {};  // sums over n of lambda B and of A lambda a h
+      const Slope<State> slope(p.softplus, bias);
+      State term_bias = 0;
+      for (int n = 0; n < states; ++n) {
+        const State* const from_grad = at<State>(p.grad, block.batch, rows.channel, n, start);
+        load_tile<kFlat>(grad_tile, from_grad, p.grad, rows.count, tokens, p.plan);
+        if (!kOneState || pass == 0) {
+          load_row(B_tile, at<Input>(p.B, block.batch, block.group, n, start), p.B, tokens, chunk);
+        }
+        wait_for_copies();
+        __syncthreads();
+        if (n == 0) {
+          read_items(delta_tile + first_item, dt);
+          step_sizes(dt, bias, p.softplus);
+        }
+
+        const State A = *at<State>(p.A, 0, channel, n, 0);
+        State* const boundary = static_cast<State*>(p.boundaries) + (row * states + n) * p.plan.chunks + c;
+        const State entering_h = mine && c > 0 ? boundary[0] : State(0);
+        const State entering_mu = mine && !first_visit ? boundary[1] : State(0);
+
+        Items<kItems, State> items;
+        State other[kItems];
+        read_items(u_tile + first_item, items.drive);
+        read_items(B_tile + first_of_B, other);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) items.drive[i] *= dt[i] * other[i];
+        const Step<State> own = items.step_of_h(dt, A * State(kLog2e));
+        read_items(grad_tile + first_item, other);
+        const Step<State> own_mu{own.exponent, items.leaving_mu(other)};
+
+        const Step<State> from_left = scan_warp<true>(own, me.left);
+        const Step<State> from_right = scan_warp<false>(own_mu, me.right);
+        const Step<State> before = steps_before<true>(from_left, me.left);
+        const Step<State> after = steps_before<false>(from_right, me.right);
+        if (me.lane == kWarp - 1) left_tails[me.warp] = from_left;
+        if (me.lane == 0) right_tails[me.warp] = from_right;
+        __syncthreads();
+        items.carry(enter_from_left(me, left_tails, before, entering_h));
+        State mu = enter_from_right(me, right_tails, after, entering_mu);
+
+        // The inputs are read again rather than held in registers, a group at a time, from the right.
+        constexpr int kWidth = kGroup<kItems>;
+        State term_A = 0;
+#pragma unroll
+        for (int i = kItems - kWidth; i >= 0; i -= kWidth) {
+          State u[kWidth], B[kWidth], grad[kWidth], delta[kWidth];
+          read_group<kWidth>(u_tile + first_item + i, u);
+          read_group<kWidth>(B_tile + first_of_B + i, B);
+          read_group<kWidth>(grad_tile + first_item + i, grad);
+          if constexpr (kOneState) read_group<kWidth>(delta_tile + first_item + i, delta);
+#pragma unroll
+          for (int k = kWidth - 1; k >= 0; --k) {
+            const int j = i + k;
+            const State lambda = grad[k] + mu;
+            mu = items.decay[j] * lambda;
+            const State lambda_carried = lambda * items.drive[j];
+            term_A += lambda_carried * dt[j];
+            from_drive[j] += lambda * B[k];
+            from_decay[j] += A * lambda_carried;
+            const State term_B = lambda * (dt[j] * u[k]);
+            grad_B[j] = kOneState ? grad_B[j] + term_B : term_B;
+            if constexpr (kOneState) {
+              input_gradients(slope, dt[j], from_drive[j], from_decay[j], u[k], delta[k]);
+              term_bias += delta[k];
+            }
+          }
+          if constexpr (kOneState) {
+            write_group<kWidth>(u_tile + first_item + i, u);
+            write_group<kWidth>(delta_tile + first_item + i, delta);
+          }
+        }
+        if (mine && me.place == 0 && c > 0) boundary[0] = mu;
+        parts_A[me.index] = term_A;
+
+        if constexpr (!kOneState) {
+          write_items(grad_tile + first_item, grad_B);
+          __syncthreads();
+          sum_rows(grad_tile, p.plan.rows, tokens, chunk, terms_B + int64_t(n) * p.length);
+          sum_parts(me, parts_A, p.plan, rows.count, !first_visit, terms_A + n, states);
+          __syncthreads();
+        }
+      }
+
+      if constexpr (!kOneState) {
+        State u[kItems], delta[kItems];
+        read_items(u_tile + first_item, u);
+        read_items(delta_tile + first_item, delta);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          input_gradients(slope, dt[i], from_drive[i], from_decay[i], u[i], delta[i]);
+          term_bias += delta[i];
+        }
+        write_items(u_tile + first_item, u);
+        write_items(delta_tile + first_item, delta);
+      }
+      parts_bias[me.index] = term_bias;
+      const int64_t offset = first_row * p.length + start;
+      Input* const to_u = static_cast<Input*>(p.grad_u) + offset;
+      Input* const to_delta = static_cast<Input*>(p.grad_delta) + offset;
+      store_tile<kFlat>(to_u, p.length, u_tile, rows.count, tokens, chunk, kWarp * kItems);
+      store_tile<kFlat>(to_delta, p.length, delta_tile, rows.count, tokens, chunk, kWarp * kItems);
+      __syncthreads();
+      if constexpr (kOneState) sum_parts(me, parts_A, p.plan, rows.count, !first_visit, terms_A, 1);
+      sum_parts(me, parts_bias, p.plan, rows.count, !first_visit, static_cast<State*>(p.terms_bias) + first_row, 1);
+    }
+
+    if constexpr (kOneState) {
+      write_items(grad_tile + first_item, grad_B);
+      __syncthreads();
+      sum_rows(grad_tile, p.plan.rows, tokens, chunk, terms_B);
+      if (c > 0) __syncthreads();
+    }
+  }
+}
+
+// to[o, i] = sum over t of terms[o, t, i], in an order that depends on the sizes alone.
+template <typename State, typename Output>
+__global__ void __launch_bounds__(kMaxThreads)
+    sum_terms(const State* terms, Output* to, int64_t outer, int64_t count, int64_t inner) {
+  constexpr int kSlices = kMaxThreads / kWarp;
+  State* const sums = shared_at<State>(0);
+  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
+  const int64_t output = int64_t(blockIdx.x) * kWarp + lane, o = output / inner, i = output - o * inner;
+  State sum = 0;
+  if (o < outer) {
+    for (int64_t t = slice; t < count; t += kSlices) sum += terms[(o * count + t) * inner + i];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (slice == 0 && o < outer) {
+    for (int k = 1; k < kSlices; ++k) sum += sums[k * kWarp + lane];
+    narrow(sum, to[output]);
+  }
+}
+
+// ----- which kernel
+
+template <typename T, int kItemsOfThread, bool kIsOneState, bool kIsFlat>
+struct Instance {
+  using Input = T;
+  using State = typename StateOf<T>::type;
+  static constexpr int kItems = kItemsOfThread;
+  static constexpr bool kOneState = kIsOneState, kFlat = kIsFlat;
+};
+
+// Calls `function` with the Instance to use.
+template <typename Input, typename Function>
+auto with_instance(const Plan& plan, Function function) {
+  if constexpr (!std::is_same_v<Input, double>) {
+    if (plan.items == kManyItems) {
+      return plan.flat ? function(Instance<Input, kManyItems, true, true>())
+                       : function(Instance<Input, kManyItems, true, false>());
+    }
+    if (plan.flat) return function(Instance<Input, kFewItems, true, true>());
+  }
+  return function(Instance<Input, kFewItems, false, false>());
+}
+
+template <typename Function>
+auto with_instance(const Plan& plan, Dtype dtype, Function function) {
+  switch (dtype) {
+    case Dtype::kDouble: return with_instance<double>(plan, function);
+    case Dtype::kFloat: return with_instance<float>(plan, function);
+    case Dtype::kHalf: return with_instance<Half>(plan, function);
+    default: return with_instance<BFloat16>(plan, function);
+  }
+}
+
+}  // namespace selective_scan

@@ -1,0 +1,138 @@
+// The CUDA kernels of selective_scan on a host, behind two C functions for ctypes. Allocation and the order of the
+// launches follow csrc/cuda/scan.cpp.
+#include "emulation.h"
+// After it:
+#include "scan_kernel.cuh"
+
+namespace selective_scan {
+namespace {
+
+std::string message;
+
+// Memory that starts as NaN and whose surroundings are looked after.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes), memory_(bytes + 2 * kMargin, 0xff) {}
+  void* data() { return memory_.data() + kMargin; }
+  void check() const {
+    for (size_t i = 0; i < kMargin; ++i) {
+      if (memory_[i] != 0xff || memory_[kMargin + bytes_ + i] != 0xff) throw std::runtime_error("write out of bounds");
+    }
+  }
+
+ private:
+  static constexpr size_t kMargin = 4096;
+  size_t bytes_;
+  std::vector<unsigned char> memory_;
+};
+
+template <typename I>
+void forward(const Params& p, emulation::Order order) {
+  emulation::launch(p.blocks(), p.plan.threads, Layout<typename I::Input>(p.plan, false).total, order,
+                    [&] { scan_forward<typename I::Input, I::kItems, I::kOneState, I::kFlat>(p); });
+}
+
+template <typename I>
+void backward(const Params& p, emulation::Order order) {
+  emulation::launch(p.blocks(), p.plan.threads, Layout<typename I::Input>(p.plan, true).total, order,
+                    [&] { scan_backward<typename I::Input, I::kItems, I::kOneState, I::kFlat>(p); });
+}
+
+template <typename State, typename Output>
+void sum(void* terms, void* to, int64_t outer, int64_t count, int64_t inner, emulation::Order order) {
+  emulation::launch(ceil_div<int64_t>(outer * inner, kWarp), kMaxThreads, kMaxThreads * sizeof(State), order, [&] {
+    sum_terms(static_cast<const State*>(terms), static_cast<Output*>(to), outer, count, inner);
+  });
+}
+
+// Passes enough to matter take more rows than a host has time for.
+void plan_with_passes(Params& p, Dtype dtype, bool is_backward, int passes) {
+  make_plan(p, dtype, is_backward);
+  if (passes > 0 && (p.plan.items == kManyItems || p.plan.flat)) set_passes(p.plan, passes);
+}
+
+View view(const void* const* pointers, const int64_t* strides, int i) {
+  return {pointers[i], strides[4 * i], strides[4 * i + 1], strides[4 * i + 2], strides[4 * i + 3]};
+}
+
+Params make_params(const int64_t* sizes, const void* const* inputs, const int64_t* strides) {
+  Params p;
+  p.batch = sizes[0], p.channels = int(sizes[1]), p.states = int(sizes[2]), p.length = int(sizes[3]);
+  p.groups = int(sizes[4]), p.softplus = sizes[5];
+  View* const views[] = {&p.u, &p.delta, &p.A, &p.B, &p.bias, &p.grad};
+  for (int i = 0; i < 6; ++i) *views[i] = view(inputs, strides, i);
+  return p;
+}
+
+template <typename Function>
+const char* guarded(Function function) {
+  try {
+    function();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+}  // namespace selective_scan
+
+using namespace selective_scan;
+
+// sizes: batch, channels, states, length, groups, softplus, passes (0: the plan's). inputs and strides: u, delta, A, B,
+// bias, grad, by batch, channel, state and token. Returns an error's message or null.
+extern "C" const char* emulated_forward(
+    int dtype, int order, const int64_t* sizes, const void* const* inputs, const int64_t* strides, void* h) {
+  return guarded([&] {
+    Params p = make_params(sizes, inputs, strides);
+    p.h = h;
+    plan_with_passes(p, Dtype(dtype), false, int(sizes[6]));
+    with_instance(p.plan, Dtype(dtype), [&](auto instance) {
+      forward<decltype(instance)>(p, emulation::Order(order));
+    });
+  });
+}
+
+// outputs: gradients of u, delta, A, B, bias.
+extern "C" const char* emulated_backward(
+    int dtype, int order, const int64_t* sizes, const void* const* inputs, const int64_t* strides, void** outputs) {
+  return guarded([&] {
+    Params p = make_params(sizes, inputs, strides);
+    p.grad_u = outputs[0];
+    p.grad_delta = outputs[1];
+    const auto turn = emulation::Order(order);
+    plan_with_passes(p, Dtype(dtype), true, int(sizes[6]));
+    const int64_t rows = p.batch * p.channels;
+    with_instance(p.plan, Dtype(dtype), [&](auto instance) {
+      using I = decltype(instance);
+      using Input = typename I::Input;
+      using State = typename I::State;
+      Guarded boundaries(size_t(rows) * p.states * p.plan.chunks * sizeof(State));
+      Guarded terms_A(rows * p.states * sizeof(State)), terms_bias(rows * sizeof(State));
+      Guarded terms_B(size_t(p.blocks()) * p.states * p.length * sizeof(State));
+      p.boundaries = boundaries.data();
+      p.terms_A = terms_A.data();
+      p.terms_bias = terms_bias.data();
+      p.terms_B = terms_B.data();
+      if (p.plan.chunks > 1) forward<I>(boundary_pass(p), turn);
+      backward<I>(p, turn);
+      sum<State, State>(p.terms_A, outputs[2], 1, p.batch, int64_t(p.channels) * p.states, turn);
+      const int64_t images = p.batch * p.groups, tokens = int64_t(p.states) * p.length;
+      sum<State, Input>(p.terms_B, outputs[3], images, p.plan.row_blocks, tokens, turn);
+      sum<State, State>(p.terms_bias, outputs[4], 1, p.batch, p.channels, turn);
+      for (const Guarded* memory : {&boundaries, &terms_A, &terms_bias, &terms_B}) memory->check();
+    });
+  });
+}
+
+// items, rows, threads per row, threads, passes, chunks, flat
+extern "C" void emulated_plan(int dtype, int backward, const int64_t* sizes, const int64_t* strides, int64_t* numbers) {
+  const void* const aligned_but_null[6] = {};
+  Params p = make_params(sizes, aligned_but_null, strides);
+  make_plan(p, Dtype(dtype), backward);
+  const Plan& plan = p.plan;
+  const int64_t values[] = {plan.items,  plan.rows,   plan.threads_per_row, plan.threads,
+                            plan.passes, plan.chunks, plan.flat};
+  std::copy(std::begin(values), std::end(values), numbers);
+}
