@@ -26,6 +26,7 @@ dist.all_gather(own, bn.running_mean)
 distribute_bn(model, run.world_size, reduce=True)
 if run.is_main:
     torch.save({"own": own, "mean": bn.running_mean}, sys.argv[2])
+del wrapped  # while it lives so do gloo's threads, and one of them in Python when that ends is an abort
 dist.destroy_process_group()
 """
 
