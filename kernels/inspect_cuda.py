@@ -46,8 +46,8 @@ def inspect(source: Path, arch: str, folder: Path) -> Iterator[tuple[str, int, i
     """Mangled name, registers, bytes spilled and instructions of each kernel."""
     number = arch.replace(".", "")
     binary = folder / f"{source.stem}.{number}.cubin"
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Werror=all-warnings", f"-arch=sm_{number}"]
-    report = run("nvcc", *flags, "-cubin", source, "-o", binary)
+    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Werror=all-warnings"]
+    report = run("nvcc", *flags, f"-arch=sm_{number}", "-cubin", source, "-o", binary)
     tool, counts = cuobjdump(), {}
     if tool:
         for part in run(tool, "--dump-sass", binary).split("Function : ")[1:]:
