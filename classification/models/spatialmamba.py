@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from dwconv2d import state_fusion_output
+from dwconv2d import DilatedDWConv2d, state_fusion_output
 from selective_scan import selective_scan_state
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,8 +30,35 @@ def to_tokens(planes: Tensor) -> Tensor:
     return planes.permute(0, 2, 3, 1)
 
 
-def depthwise_conv3x3(channels: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+class DepthwiseConv3x3(DilatedDWConv2d):
+    """Depthwise 3x3 convolution of planes (B, C, H, W), laid out as they come."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, kernel_size=3, padding_mode="zeros")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:  # cuDNN's, until ours is measured on a GPU
+            return F.conv2d(x, self.weight, self.bias, padding=1, groups=x.shape[1])
+        return super().forward(x)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` for tokens (B, H, W, C), in float32 on a CPU as a 1x1 convolution.
+
+    PyTorch multiplies float32 matrices by MKL, which on processors that are not Intel's leaves half of their vector
+    units idle, and convolves by oneDNN, which does not: twice as fast on an AMD EPYC with AVX-512.
+    """
+
+    FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless there are channels to share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_exporting():
+            return super().forward(x)
+        if self.out_features < self.in_features and x.shape[:-1].numel() < self.FEW_TOKENS:
+            return super().forward(x)
+        row = x.reshape(1, 1, -1, self.in_features)
+        y = F.conv2d(to_planes(row), self.weight[..., None, None], self.bias)
+        return to_tokens(y).view(*x.shape[:-1], self.out_features)
 
 
 class ConvLayer(nn.Module):
@@ -68,7 +95,7 @@ class Stem(nn.Module):
         self.conv3 = nn.Sequential(ConvLayer(mid, 4 * dim, 3, stride=2), ConvLayer(4 * dim, dim, 1, act=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # as tokens are, to the end
         x = x + self.conv2(x)
         return to_tokens(self.conv3(x))
 
@@ -129,11 +156,11 @@ class StructureAwareSSM(nn.Module):
         self.A_logs = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
         self.Ds = nn.Parameter(torch.ones(inner))
 
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv2d = depthwise_conv3x3(inner)
+        self.in_proj = Linear(dim, 2 * inner, bias=False)
+        self.conv2d = DepthwiseConv3x3(inner)
         self.state_fusion = StateFusion(inner)
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim, bias=False)
 
     @staticmethod
     def _initial_dt_bias(channels: int) -> Tensor:
@@ -174,15 +201,28 @@ class StructureAwareSSM(nn.Module):
         return self.state_fusion(h, to_planes(C), self.Ds, x)
 
 
+class Mlp(nn.Module):
+    """Linear, GELU, Linear: (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class Block(nn.Module):
     """One Spatial-Mamba block on tokens (B, H, W, dim): position, state space model, position, MLP, each residual."""
 
     def __init__(self, dim: int, d_state: int = 1, expand: int = 2, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
-        self.cpe1 = depthwise_conv3x3(dim)
+        self.cpe1 = DepthwiseConv3x3(dim)
         self.ln_1 = nn.LayerNorm(dim)
         self.self_attention = StructureAwareSSM(dim, d_state, expand)
-        self.cpe2 = depthwise_conv3x3(dim)
+        self.cpe2 = DepthwiseConv3x3(dim)
         self.ln_2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)

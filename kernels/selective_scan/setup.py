@@ -1,5 +1,7 @@
 """Builds csrc/ into one shared library of PyTorch operators, where there are a PyTorch and a compiler to build with.
 
+Both kernel packages have this file, dwconv2d by a link; the name comes from pyproject.toml.
+
 Without either the package installs all the same, and `selective_scan.backends()` tells what is missing; with both, a
 build that fails is an error. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to PyTorch's own
 extensions; FORCE_ONLY_CPU=1 leaves the CUDA part out.
@@ -20,11 +22,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NAME = "selective_scan"
+NAME = re.search(r'^name = "(\w+)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
 PROBE = """import json, torch
 print(json.dumps([*torch.__path__, torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi()]))"""
 X86 = platform.machine() in ("x86_64", "AMD64")
 VECTORS = {"_avx2": "-mavx2 -mfma", "_avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma"}
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
@@ -41,17 +44,26 @@ def find_torch():
 
 
 def find_nvcc(torch_cuda):
-    """CUDA_HOME's, or the one that the nvcc on PATH, which may be a wrapper, says it is."""
-    nvcc = shutil.which(Path(os.environ["CUDA_HOME"], "bin/nvcc") if "CUDA_HOME" in os.environ else "nvcc")
-    if not nvcc or not torch_cuda or os.environ.get("FORCE_ONLY_CPU", "0") != "0":
+    """Where PyTorch looks: CUDA_HOME or CUDA_PATH, else PATH, whose nvcc may be a wrapper, else the usual place."""
+    if not torch_cuda or os.environ.get("FORCE_ONLY_CPU", "0").lower() not in ("", "0", "false", "no", "off"):
         return None
-    version = re.search(r"release (\d+)", run(nvcc, "--version").stdout)[1]
-    if version != torch_cuda.split(".")[0]:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which(Path(home, "bin/nvcc")) if home else shutil.which("nvcc")
+    if home and not nvcc:
+        sys.exit(f"{NAME}: {home}, which CUDA_HOME names, has no bin/nvcc; unset it, or set FORCE_ONLY_CPU=1")
+    nvcc = nvcc or shutil.which(USUAL_NVCC)
+    if not nvcc:
+        return None
+    version = re.search(r"release (\d+)", run(nvcc, "--version").stdout)
+    top = re.search(r"TOP=(.+)", run(nvcc, "-v", "--dryrun", "x.cu").stderr)
+    if not version or not top:
+        sys.exit(f"{NAME}: {nvcc} --version does not work; repair it, or set FORCE_ONLY_CPU=1")
+    if version[1] != torch_cuda.split(".")[0]:
         sys.exit(
-            f"{NAME}: {nvcc} is of CUDA {version}, but PyTorch of CUDA {torch_cuda}: point CUDA_HOME to a toolkit of "
-            "PyTorch's version, or set FORCE_ONLY_CPU=1 to install without the CUDA kernels"
+            f"{NAME}: {nvcc} is of CUDA {version[1]}, but PyTorch of CUDA {torch_cuda}: point CUDA_HOME to a toolkit "
+            "of PyTorch's version, or set FORCE_ONLY_CPU=1 to install without the CUDA kernels"
         )
-    return Path(re.search(r"TOP=(.+)", run(nvcc, "-v", "--dryrun", "x.cu").stderr)[1], "bin/nvcc").resolve()
+    return Path(top[1], "bin/nvcc").resolve()
 
 
 def gencode(nvcc):
@@ -71,10 +83,14 @@ class BuildKernels(build_ext):
         if sys.platform != "linux" or not self.cxx or not find_torch():
             print(f"{NAME}: compiles no kernels, which takes Linux, a C++ compiler and an installed PyTorch")
             self.extensions = []
+        for old in Path(self.build_lib, NAME).glob("_C_torch*.so"):
+            old.unlink()  # or one of another PyTorch would be installed again
         super().run()
 
     def get_ext_filename(self, name):
         """Says which PyTorch it is for, so that another one does not load it."""
+        if not find_torch():
+            return super().get_ext_filename(name)
         return f"{name.replace('.', '/')}_torch{'_'.join(find_torch()[1].split('.')[:2])}.so"
 
     def build_extension(self, extension):
@@ -84,12 +100,12 @@ class BuildKernels(build_ext):
         if nvcc:
             include += [f"-isystem{nvcc.parents[1]}/include"]
             lib += ["-ltorch_cuda", "-lc10_cuda", f"-L{nvcc.parents[1]}/lib64", "-lcudart"]
-        common = ["-O3", "-std=c++17", *(["-DSELECTIVE_SCAN_X86"] if X86 else [])]
+        common = ["-O3", "-std=c++17", *(["-DKERNELS_X86"] if X86 else [])]
         host = [*self.cxx, *common, "-fPIC", "-fopenmp", "-Wall", f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi:d}"]
         device = [nvcc, *common, "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", *(gencode(nvcc) if nvcc else [])]
         steps, objects = [], []
         for source in map(Path, extension.sources):
-            vectors = VECTORS.get(source.stem.removeprefix("scan"))
+            vectors = next((flags for suffix, flags in VECTORS.items() if source.stem.endswith(suffix)), None)
             if (vectors and not X86) or (source.parent.name == "cuda" and not nvcc):
                 continue
             compiler = device if source.suffix == ".cu" else [*host, *include, *(vectors or "").split()]

@@ -1,6 +1,12 @@
+"""Every test here runs once for each backend: the compiled kernels, plain PyTorch, and Triton's interpreter."""
+
+import random
+
 import pytest
 import torch
-from dwconv2d import dilated_dwconv2d, state_fusion, state_fusion_output
+from dwconv2d import DilatedDWConv2d, backends, dilated_dwconv2d, state_fusion, state_fusion_output
+from kernel_backends import BACKENDS, running_on
+from kernel_backends import interpreted as is_interpreted
 from torch import nn
 from torch.library import opcheck
 
@@ -26,6 +32,26 @@ each_operator = pytest.mark.parametrize("name", OPERATORS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_plane = pytest.mark.parametrize("plane", PLANES, ids=lambda p: "D{}-{}x{}".format(*p))
 each_states = pytest.mark.parametrize("states", [None, 1, 2, 16], ids=lambda n: f"N{n}")
+
+
+@pytest.fixture(scope="module", params=BACKENDS, autouse=True)
+def backend(request):
+    """The name of the backend that the operators run on while the test does."""
+    with running_on(request.param, "dwconv2d"):
+        yield request.param
+
+
+@pytest.fixture
+def interpreted(backend) -> bool:
+    """Whether a program takes a tenth of a second, and sizes must be small."""
+    return is_interpreted(backend)
+
+
+@pytest.fixture
+def large(interpreted):
+    """Skips what would take Triton's interpreter minutes; its own random cases are small ones of the same kinds."""
+    if interpreted:
+        pytest.skip("too large for the interpreter")
 
 
 def noise(*shape, dtype):
@@ -98,6 +124,13 @@ def exact_output(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x):
 EXACT = {"conv": exact_conv, "fusion": exact_fusion, "output": exact_output}
 
 
+def smaller(plane, states):
+    """For an interpreter that takes a tenth of a second for each program: of the largest planes a part."""
+    channels, height, width = plane
+    few = states and min(states, 2)
+    return (min(channels, 3), min(height, 14), min(width, 15)), few
+
+
 # ----- values and gradients
 
 
@@ -127,17 +160,37 @@ def test_conv_of_a_large_window(compare, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @each_states
 @each_plane
-def test_fusion(compare, plane, states, dtype):
+def test_fusion(compare, plane, states, dtype, interpreted):
+    plane, states = smaller(plane, states) if interpreted else (plane, states)
     compare(state_fusion, exact_fusion, make_fusion_inputs(plane, states, dtype))
 
 
 @each_dtype
 @each_states
 @each_plane
-def test_output(compare, plane, states, dtype):
+def test_output(compare, plane, states, dtype, interpreted):
+    plane, states = smaller(plane, states) if interpreted else (plane, states)
     inputs = make_output_inputs(plane, states, dtype)
     assert state_fusion_output(**inputs).dtype == dtype
     compare(state_fusion_output, exact_output, inputs)
+
+
+# Strips of rows, rows longer than a tile, a window wider than the plane, several blocks of channels.
+LARGE = [(1, 70, 71), (2, 3, 1100), (3, 201, 321), (64, 31, 9), (1024, 7, 7), (24, 12, 40), (40, 56, 56)]
+
+
+@pytest.mark.parametrize("plane", LARGE, ids=lambda p: "D{}-{}x{}".format(*p))
+@pytest.mark.parametrize("name", OPERATORS)
+def test_large_planes(compare, large, name, plane):
+    compare(OPERATORS[name], EXACT[name], make_inputs(name, plane=plane, batch=1))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("side", range(1, 13))
+def test_small_planes(compare, side, batch):
+    """Every row and column is a border to some tap."""
+    compare(state_fusion_output, exact_output, make_output_inputs((2, side, side), batch=batch))
+    compare(state_fusion, exact_fusion, make_fusion_inputs((1, side, 13 - side), batch=batch))
 
 
 @each_dtype
@@ -152,6 +205,44 @@ def test_backward_operator(check, evaluate, name, dtype):
     for (n, t), actual in zip(inputs.items(), BACKWARDS[name](grad, *seen), strict=True):
         assert actual.dtype == t.dtype, n
         check(actual, expected[f"gradient of {n}"], n)
+
+
+# ----- random cases
+
+
+def random_case(seed: int, largest: int, layouts: dict):
+    """Operator, inputs, options and gradient, of a random size, dtype and layout."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    name, dtype = rng.choice(list(OPERATORS)), rng.choice(DTYPES)
+    dtype = torch.promote_types(dtype, torch.float32) if name == "fusion" else dtype
+    batch, channels = rng.choice([1, 1, 2, 3]), rng.choice([1, 2, 3, 7, 8, 16, 17, 24, 33, 64])
+    states = rng.choice([None, 1, 2, 5]) if name != "conv" else None
+    most = max(1, largest // (batch * channels * (states or 1)))
+    height = rng.randint(1, min(most, 40))
+    width = rng.randint(1, max(1, min(most // height, 80)))
+    options = {}
+    if name == "conv":
+        kernel = rng.choice([1, 3, 5, 7, 9, 11]), rng.choice([1, 3, 3, 5])
+        inputs = make_conv_inputs((channels, height, width), kernel, rng.random() < 0.5, dtype, batch)
+        options = dict(dilation=rng.randint(1, 4), padding_mode=rng.choice(MODES))
+    else:
+        inputs = make_inputs(name, plane=(channels, height, width), states=states, dtype=dtype, batch=batch)
+    inputs = {n: rng.choice(list(layouts.values()))(t) for n, t in inputs.items()}
+    grad = rng.choice(list(layouts.values()))(1 + torch.randn_like(inputs.get("x", inputs.get("h"))).contiguous())
+    return name, inputs, options, grad
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_cases(request, evaluate, check, layouts, interpreted, part):
+    """`--random-cases 2000` for all that are asked of a release."""
+    cases = request.config.getoption("--random-cases") // (20 if interpreted else 1)
+    for seed in range(part, cases, 4):
+        name, inputs, options, grad = random_case(seed, 600 if interpreted else 20000, layouts)
+        _, actual = evaluate(OPERATORS[name], inputs, options, grad)
+        _, expected = evaluate(EXACT[name], {n: t.double() for n, t in inputs.items()}, options, grad.double())
+        for result in expected:
+            check(actual[result], expected[result], result if result == "value" else f"{result} of case {seed}")
 
 
 # ----- worked by hand
@@ -313,7 +404,18 @@ def test_export(check):
 
 
 def assert_alike(fake, real):
-    assert (fake.shape, fake.dtype, fake.is_contiguous()) == (real.shape, real.dtype, real.is_contiguous())
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("name", ["conv", "output"])
+def test_results_are_laid_out_as_x(name):
+    inputs = make_inputs(name, plane=(3, 5, 4))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = inputs["x"].contiguous(memory_format=memory_format).requires_grad_()
+        y = OPERATORS[name](**inputs | {"x": x})
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert y.is_contiguous(memory_format=memory_format)
+        assert grad.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"], indirect=True)
@@ -326,6 +428,47 @@ def test_meta_tensors(layout, name, dtype):
     args = inputs.get("x", inputs.get("h")), *(t for n, t in inputs.items() if n != "bias")
     for fake, real in zip(BACKWARDS[name](*(t.to("meta") for t in args)), BACKWARDS[name](*args), strict=True):
         assert_alike(fake, real)
+
+
+# ----- the module
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(("kernel", "dilation"), [(3, 1), ((5, 3), 2)])
+def test_module_is_a_depthwise_convolution(check, kernel, dilation, bias):
+    """Its parameters are nn.Conv2d's, which computes the same."""
+    ours = DilatedDWConv2d(6, kernel, dilation, bias, dtype=torch.float64)
+    margins = tuple(dilation * (k // 2) for k in ours.kernel_size)
+    theirs = nn.Conv2d(6, 6, ours.kernel_size, 1, margins, dilation, 6, bias, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 6, 9, 7, dtype=torch.float64)
+    check(ours(x), theirs(x).detach())
+    assert "padding_mode='zeros'" in repr(ours)
+    bound = theirs.weight[0].numel() ** -0.5
+    assert all(0 < p.abs().max() <= bound for p in ours.parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(kernel_size=4),
+        dict(kernel_size=(3, 3, 3)),
+        dict(dilation=0),
+        dict(channels=0),
+        dict(padding_mode="reflect"),
+    ],
+    ids=str,
+)
+def test_module_of_no_such_size(arguments):
+    name = "kernel_size" if "kernel_size" in arguments else next(iter(arguments))
+    with pytest.raises(ValueError, match=name):
+        DilatedDWConv2d(**dict(channels=4, kernel_size=3) | arguments)
+
+
+def test_backends(backend):
+    selected = backends(torch.empty(1))["selected"]
+    assert selected == ("cuda" if backend == "cuda" else selected)
+    assert set(backends()) == {"cpu", "cuda", "triton", "reference"}
 
 
 # ----- autocast
@@ -349,6 +492,17 @@ def test_autocast(check, evaluate, name, half, compiled):
         result = actual[f"gradient of {n}"]
         assert result.dtype == t.dtype
         check(result.to(half) if n in ACTIVATIONS else result, expected[f"gradient of {n}"], n)
+
+
+@each_operator
+def test_autocast_hides_no_wrong_dtype(name):
+    inputs = make_inputs(name)
+    for argument in inputs:
+        for dtype in (torch.int64, torch.complex64, torch.float64):
+            if dtype == torch.float64 and argument in ("x", "h"):
+                continue  # then it is the others that do not fit
+            with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError):
+                OPERATORS[name](**inputs | {argument: inputs[argument].to(dtype)})
 
 
 @each_operator
@@ -383,6 +537,35 @@ def test_second_derivative_is_refused(name):
     (grad,) = torch.autograd.grad(OPERATORS[name](**inputs).square().sum(), first, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         grad.sum().backward()
+
+
+@each_operator
+def test_forward_mode_is_refused(name):
+    inputs = make_inputs(name)
+    first, *others = inputs.values()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda t: OPERATORS[name](t, *others), (first,), (torch.ones_like(first),))
+
+
+@pytest.mark.parametrize("value", [None, [1.0], torch.eye(3).to_sparse()], ids=["None", "list", "sparse"])
+@each_operator
+def test_arguments_that_are_no_dense_tensors(name, value):
+    inputs = make_inputs(name)
+    for argument in inputs:
+        if argument == "bias" and value is None:
+            continue
+        with pytest.raises(TypeError, match=rf"^{argument} must be a"):
+            OPERATORS[name](**inputs | {argument: value})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@each_operator
+def test_gradient_that_does_not_fit(name, device):
+    inputs = {n: t.to(device) for n, t in make_inputs(name).items() if n != "bias"}
+    like = inputs.get("x", inputs.get("h"))
+    for error, grad in [(ValueError, like[:, :1]), (TypeError, like.double())]:
+        with pytest.raises(error, match="grad"):
+            BACKWARDS[name](grad, *inputs.values())
 
 
 CONV_BAD = {
@@ -470,9 +653,10 @@ def test_inputs_on_two_devices(argument):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_operator
-def test_bitwise_repeatable(evaluate, threads, name, dtype):
+def test_bitwise_repeatable(evaluate, threads, name, dtype, interpreted):
     """Across runs and numbers of threads; large enough for PyTorch to use them."""
-    inputs, results = make_inputs(name, plane=(32, 33, 31), batch=3, dtype=dtype), []
+    plane = (3, 7, 9) if interpreted else (32, 33, 31)
+    inputs, results = make_inputs(name, plane=plane, batch=3, dtype=dtype), []
     grad = 1 + torch.randn_like(inputs.get("x", inputs.get("h")))
     for count in (1, 2, 2):
         threads(count)

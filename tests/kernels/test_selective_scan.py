@@ -1,12 +1,13 @@
 """Every test here runs once for each backend: the compiled kernels, plain PyTorch, and Triton's interpreter."""
 
-import importlib
 import math
 import random
 
 import pytest
 import torch
-from selective_scan import backends, ops, selective_scan_state
+from kernel_backends import BACKENDS, running_on
+from kernel_backends import interpreted as is_interpreted
+from selective_scan import selective_scan_state
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -15,10 +16,9 @@ FORWARD = torch.ops.selective_scan.selective_scan_state
 BACKWARD = torch.ops.selective_scan.selective_scan_state_backward
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 HALVES = [torch.float16, torch.bfloat16]
-GPU = torch.cuda.is_available()
-BACKENDS = ["cpu", "reference", *(["cuda", "reference_on_cuda"] if GPU else []), "triton"]
 
 # batch, channels, states, length, groups of B (None: B has no group dimension)
+# The last ones are for the CUDA kernels: sets of rows that fill a block, several chunks of a row, a block's passes.
 SIZES = [
     (1, 1, 1, 1, None),
     (2, 3, 16, 1, 1),
@@ -30,35 +30,25 @@ SIZES = [
     (3, 3, 2, 196, None),
     (1, 24, 16, 1023, 8),
     (1, 3, 1, 3136, 3),
+    (2, 100, 1, 49, None),
+    (2, 40, 1, 196, 2),
+    (1, 3, 2, 2049, None),
+    (1, 16, 1, 3585, 2),
+    *([(16, 1024, 1, 196, None)] if torch.cuda.is_available() else []),
 ]
 
 
 @pytest.fixture(scope="module", params=BACKENDS, autouse=True)
 def backend(request):
-    """The name of the backend that the operators run on while the test does.
-
-    Compiled kernels and Triton on a GPU run there, tensors being made there by default; all else on the CPU, Triton's
-    kernels by its interpreter.
-    """
-    name = request.param
-    device = "cuda" if name in ("cuda", "reference_on_cuda") or (name == "triton" and GPU) else "cpu"
-    with torch.device(device):
-        if name in ("cpu", "cuda"):
-            assert backends()[name].startswith("available"), f"{name} kernels are not compiled: make install"
-            yield name
-            return
-        module = importlib.import_module(f"selective_scan.{'triton_kernels' if name == 'triton' else 'reference'}")
-        library = torch.library.Library("selective_scan", "IMPL")
-        for op in ("selective_scan_state", "selective_scan_state_backward"):
-            library.impl(op, ops.without_autocast(getattr(module, op)), device.upper(), allow_override=True)
-        yield name
-        library._destroy()
+    """The name of the backend that the operators run on while the test does."""
+    with running_on(request.param, "selective_scan"):
+        yield request.param
 
 
 @pytest.fixture
 def interpreted(backend) -> bool:
     """Whether a program takes a tenth of a second, and sizes must be small."""
-    return backend == "triton" and not GPU
+    return is_interpreted(backend)
 
 
 def make_inputs(
@@ -106,6 +96,14 @@ def test_sizes(compare, size, dtype, interpreted):
         length, channels = min(length, 200 if states == 1 else 67), min(channels, 8)  # still more than a chunk of 64
     inputs = make_inputs(batch, channels, states, length, groups, dtype=dtype)
     assert selective_scan_state(**inputs).dtype == inputs["A"].dtype
+    compare(selective_scan_state, exact_scan, inputs, delta_softplus=True)
+
+
+@pytest.mark.parametrize("size", [(2, 40, 1, 196, 2), (1, 16, 1, 3585, 2), (1, 24, 2, 1023, None)], ids=str)
+def test_sizes_of_channels_last(compare, size, interpreted):
+    batch, channels, states, length, groups = size
+    inputs = make_inputs(batch, channels, states, min(length, 67) if interpreted else length, groups)
+    inputs |= {name: inputs[name].mT.contiguous().mT for name in ("u", "delta", "B")}
     compare(selective_scan_state, exact_scan, inputs, delta_softplus=True)
 
 
@@ -418,6 +416,31 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(selective_scan_state(u, **inputs).square().sum(), u, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused():
+    inputs = make_inputs()
+    u = inputs.pop("u")
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda t: selective_scan_state(t, **inputs), (u,), (torch.ones_like(u),))
+
+
+@pytest.mark.parametrize("value", [None, [1.0], torch.eye(3).to_sparse()], ids=["None", "list", "sparse"])
+@pytest.mark.parametrize("argument", ["u", "delta", "A", "B", "delta_bias"])
+def test_arguments_that_are_no_dense_tensors(argument, value):
+    if argument == "delta_bias" and value is None:
+        return
+    with pytest.raises(TypeError, match=rf"^{argument} must be a"):
+        selective_scan_state(**make_inputs() | {argument: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float64], ids=str)
+@pytest.mark.parametrize("argument", ["u", "delta", "A", "B", "delta_bias"])
+def test_autocast_hides_no_wrong_dtype(argument, dtype):
+    inputs = make_inputs()
+    device = torch.get_default_device().type
+    with torch.autocast(device, torch.bfloat16), pytest.raises(TypeError, match=r"^(u|delta|A|B|delta_bias) must be"):
+        selective_scan_state(**inputs | {argument: inputs[argument].to(dtype)})
 
 
 BAD = {

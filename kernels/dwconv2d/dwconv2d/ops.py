@@ -1,15 +1,14 @@
-"""The operators of `dwconv2d`: schemas, fake kernels, autograd, and the plain-PyTorch kernels.
+"""The operators of `dwconv2d`: schemas, kernels, fake kernels, autograd.
 
-Compiled kernels register for their own device under the same names; PyTorch's dispatcher chooses.
+PyTorch's dispatcher chooses among the kernels registered here: compiled ones, Triton's, plain PyTorch's.
 """
 
-import functools
-from collections.abc import Callable
+import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dwconv2d import reference
+from dwconv2d import loading, reference
 
 _CONV = "Tensor x, Tensor weight, Tensor? bias=None, int dilation=1, str padding_mode='replicate'"
 _CONV_BACKWARD = "Tensor grad, Tensor x, Tensor weight, int dilation=1, str padding_mode='replicate'"
@@ -31,35 +30,30 @@ _SCHEMAS = {
 }
 
 
-def _without_autocast(kernel: Callable) -> Callable:
-    """Autocast is still on inside a kernel, and would run its convolutions in 16 bits."""
-
-    @functools.wraps(kernel)
-    def run(first: Tensor, *args, **kwargs):
-        with torch.autocast(first.device.type, enabled=False):
-            return kernel(first, *args, **kwargs)
-
-    return run
+for name, schema in _SCHEMAS.items():
+    torch.library.define(f"dwconv2d::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    loading.register(getattr(reference, name))
 
 
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"dwconv2d::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"dwconv2d::{_name}", "default", _without_autocast(getattr(reference, _name)))
-
-
-def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+def _laid_out_as(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=reference.memory_format(x))
 
 
 @torch.library.register_fake("dwconv2d::dilated_dwconv2d")
 def _conv_fake(x, weight, bias=None, dilation=1, padding_mode="replicate"):
     reference.check_conv_inputs(x, weight, bias, dilation, padding_mode)
-    return x.new_empty(x.shape)
+    return _laid_out_as(x)
 
 
 @torch.library.register_fake("dwconv2d::dilated_dwconv2d_backward")
 def _conv_backward_fake(grad, x, weight, dilation=1, padding_mode="replicate"):
-    return (*_empty_like(x, weight), weight.new_empty(weight.shape[:1]))
+    reference.check_conv_inputs(x, weight, None, dilation, padding_mode)
+    reference.check_grad(grad, x)
+    return _laid_out_as(x), *_contiguous(weight), weight.new_empty(weight.shape[:1])
 
 
 @torch.library.register_fake("dwconv2d::state_fusion")
@@ -69,20 +63,24 @@ def _fusion_fake(h, *weights):
 
 
 @torch.library.register_fake("dwconv2d::state_fusion_backward")
-def _fusion_backward_fake(grad, *inputs):
-    return _empty_like(*inputs)
+def _fusion_backward_fake(grad, h, *weights):
+    reference.check_fusion_inputs(h, *weights)
+    reference.check_grad(grad, h)
+    return _contiguous(h, *weights)
 
 
 @torch.library.register_fake("dwconv2d::state_fusion_output")
 def _output_fake(*inputs):
     reference.check_output_inputs(*inputs)
-    x = inputs[-1]
-    return x.new_empty(x.shape)
+    return _laid_out_as(inputs[-1])
 
 
 @torch.library.register_fake("dwconv2d::state_fusion_output_backward")
 def _output_backward_fake(grad, *inputs):
-    return _empty_like(*inputs)
+    reference.check_output_inputs(*inputs)
+    *others, x = inputs
+    reference.check_grad(grad, x)
+    return *_contiguous(*others), _laid_out_as(x)
 
 
 def _conv_setup(ctx, inputs, output):
@@ -120,13 +118,6 @@ for _name in ("dilated_dwconv2d", "state_fusion", "state_fusion_output"):
     torch.library.register_autograd(f"dwconv2d::{_name}_backward", _no_double_backward)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast wants x's activations in, or None where it does not apply."""
-    device = x.device.type
-    enabled = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if enabled and x.dtype != torch.float64 else None
-
-
 def dilated_dwconv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1, padding_mode: str = "replicate"
 ) -> Tensor:
@@ -143,14 +134,18 @@ def dilated_dwconv2d(
         padding_mode: "replicate" or "zeros".
 
     Returns:
-        y, (B, D, H, W), contiguous, x's dtype. Under autocast everything is cast to the autocast dtype first.
+        y, (B, D, H, W), x's dtype, channels-last if x is, else contiguous. Under autocast everything is cast to the
+        autocast dtype first.
 
     Raises:
         ValueError: a shape, device, dilation or padding mode does not fit; the message names the argument.
-        TypeError: a dtype does not fit; the message names the argument.
+        TypeError: a type or dtype does not fit; the message names the argument.
+        NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
-    if (half := _autocast_dtype(x)) is not None:
-        x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
+    loading.check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    if (half := loading.autocast_dtype(x)) is not None:
+        x, weight = loading.cast(x, half), loading.cast(weight, half)
+        bias = None if bias is None else loading.cast(bias, half)
     return torch.ops.dwconv2d.dilated_dwconv2d(x, weight, bias, dilation, padding_mode)
 
 
@@ -170,12 +165,14 @@ def state_fusion(h: Tensor, weight3: Tensor, weight3_d3: Tensor, weight3_d5: Ten
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.
-        TypeError: a dtype does not fit; the message names the argument.
+        TypeError: a type or dtype does not fit; the message names the argument.
+        NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
-    inputs = (h, weight3, weight3_d3, weight3_d5, alpha)
-    if _autocast_dtype(h) is not None:
-        inputs = tuple(t.float() for t in inputs)
-    return torch.ops.dwconv2d.state_fusion(*inputs)
+    inputs = dict(h=h, weight3=weight3, weight3_d3=weight3_d3, weight3_d5=weight3_d5, alpha=alpha)
+    loading.check_tensors(**inputs)
+    if loading.autocast_dtype(h) is not None:
+        inputs = {name: loading.cast(t, torch.float32) for name, t in inputs.items()}
+    return torch.ops.dwconv2d.state_fusion(**inputs)
 
 
 def state_fusion_output(
@@ -199,16 +196,70 @@ def state_fusion_output(
         x: the scan's input, (B, D, H, W), float16, bfloat16, float32, or float64 if h is.
 
     Returns:
-        y, (B, D, H, W), contiguous, x's dtype; computed in h's dtype. Under autocast C and x are cast to the
-        autocast dtype, all else to float32.
+        y, (B, D, H, W), x's dtype, channels-last if x is, else contiguous; computed in h's dtype. Under autocast C and
+        x are cast to the autocast dtype, all else to float32.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.
-        TypeError: a dtype does not fit; the message names the argument.
+        TypeError: a type or dtype does not fit; the message names the argument.
+        NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
-    weights = (weight3, weight3_d3, weight3_d5, alpha, D)
-    if (half := _autocast_dtype(x)) is not None:
-        h, C, x = h.float(), C.to(half), x.to(half)
-        weights = tuple(t.float() for t in weights)
-    *kernels, D = weights
-    return torch.ops.dwconv2d.state_fusion_output(h, *kernels, C, D, x)
+    states = dict(h=h, weight3=weight3, weight3_d3=weight3_d3, weight3_d5=weight3_d5, alpha=alpha, D=D)
+    loading.check_tensors(**states, C=C, x=x)
+    if (half := loading.autocast_dtype(x)) is not None:
+        states = {name: loading.cast(t, torch.float32) for name, t in states.items()}
+        C, x = loading.cast(C, half), loading.cast(x, half)
+    return torch.ops.dwconv2d.state_fusion_output(**states, C=C, x=x)
+
+
+class DilatedDWConv2d(nn.Module):
+    """`dilated_dwconv2d` with its weight and bias, named, shaped and initialised as `nn.Conv2d(groups=channels)` does.
+
+    Args:
+        channels: D, of input and output.
+        kernel_size: odd, or two odd numbers for height and width.
+        dilation: distance between taps, at least 1.
+        bias: whether there is one.
+        padding_mode: "zeros" or "replicate".
+
+    Raises:
+        ValueError: a size or mode that does not exist.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        dilation: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(kernel) != 2 or any(k < 1 or k % 2 == 0 for k in kernel):
+            raise ValueError(f"kernel_size must be one or two odd numbers, got {kernel_size}")
+        if channels < 1 or dilation < 1:
+            raise ValueError(f"channels and dilation must be at least 1, got {channels} and {dilation}")
+        if padding_mode not in reference.PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {reference.PADDING_MODES}, got {padding_mode!r}")
+        self.kernel_size, self.dilation, self.padding_mode = kernel, dilation, padding_mode
+        self.weight = nn.Parameter(torch.empty(channels, 1, *kernel, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within one over the square root of the kernel's size, PyTorch's default for convolutions."""
+        bound = math.prod(self.kernel_size) ** -0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dilated_dwconv2d(x, self.weight, self.bias, self.dilation, self.padding_mode)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.weight.shape[0]}, kernel_size={self.kernel_size}, dilation={self.dilation}, "
+            f"bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
+        )

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 DILATIONS = (1, 3, 5)
 PADDING_MODES = ("replicate", "zeros")
@@ -84,6 +85,18 @@ def check_output_inputs(
     _check_like(h, "h", x.dtype, x=x)
 
 
+def check_grad(grad: Tensor, like: Tensor) -> None:
+    """Raise a ValueError or TypeError if `grad` has not the shape, dtype and device of the forward pass's result."""
+    if grad.shape != like.shape:
+        raise ValueError(f"grad must be {tuple(like.shape)}, got shape {tuple(grad.shape)}")
+    _check_like(like, "the result", like.dtype, grad=grad)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Of what is laid out as x is: channels-last if it is, else contiguous."""
+    return suggest_memory_format(x)
+
+
 def _check_float(x: Tensor, name: str) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
@@ -110,7 +123,7 @@ def dilated_dwconv2d(
     compute = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(compute)
     y = _conv(x.to(compute), weight.to(compute), dilation, padding_mode, bias)
-    return y.to(x.dtype).contiguous()
+    return _laid_out_as(y.to(x.dtype), x)
 
 
 def dilated_dwconv2d_backward(
@@ -118,17 +131,21 @@ def dilated_dwconv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `dilated_dwconv2d` for x, weight and bias (whether or not there is one), from `grad` of y."""
     check_conv_inputs(x, weight, None, dilation, padding_mode)
+    check_grad(grad, x)
     compute = torch.promote_types(x.dtype, torch.float32)
     margins = _margins(weight.shape[2:], dilation)
     grad = grad.to(compute)
     padded = _pad(x.to(compute), margins, padding_mode)
-    grad_x = _conv_adjoint(grad, weight.to(compute), dilation, padding_mode).to(x.dtype).contiguous()
+    grad_x = _conv_adjoint(grad, weight.to(compute), dilation, padding_mode).to(x.dtype)
     grad_weight = _weight_grad(grad, padded, margins, weight.shape[2:], dilation)
-    return grad_x, grad_weight.to(weight.dtype), grad.sum((0, 2, 3)).to(weight.dtype)
+    return _laid_out_as(grad_x, x), grad_weight.to(weight.dtype), grad.sum((0, 2, 3)).to(weight.dtype)
 
 
 def _conv(x: Tensor, weight: Tensor, dilation: int, padding_mode: str, bias: Tensor | None = None) -> Tensor:
-    padded = _pad(x, _margins(weight.shape[2:], dilation), padding_mode)
+    margins = _margins(weight.shape[2:], dilation)
+    if padding_mode == "zeros":
+        return F.conv2d(x, weight, bias, padding=margins, dilation=dilation, groups=x.shape[1])
+    padded = _pad(x, margins, padding_mode)
     return F.conv2d(padded, weight, bias, dilation=dilation, groups=x.shape[1])
 
 
@@ -157,6 +174,10 @@ def _weight_grad(
             torch.mul(grad, padded[:, y : y + height, x : x + width], out=product)
             out[:, 0, i, j] = product.sum((0, 1, 2))
     return out
+
+
+def _laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def _margins(kernel: tuple[int, int], dilation: int) -> tuple[int, int]:
@@ -207,6 +228,7 @@ def state_fusion_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `state_fusion` for h, the three kernels and alpha, from `grad` of the fused states."""
     check_fusion_inputs(h, weight3, weight3_d3, weight3_d5, alpha)
+    check_grad(grad, h)
     weights = (weight3, weight3_d3, weight3_d5)
     grad = _fold_states(grad)
     grad_h = _conv_adjoint(grad, _merge(weights, alpha), 1, "replicate")
@@ -254,7 +276,7 @@ def state_fusion_output(
     check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x)
     fused = _with_states(state_fusion(h, weight3, weight3_d3, weight3_d5, alpha))
     y = (fused * C.to(h.dtype).unsqueeze(1)).sum(2) + D[:, None, None] * x.to(h.dtype)
-    return y.to(x.dtype).contiguous()
+    return _laid_out_as(y.to(x.dtype), x)
 
 
 def state_fusion_output_backward(
@@ -270,12 +292,13 @@ def state_fusion_output_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `state_fusion_output` for its eight inputs, from `grad` of y. The fused states are recomputed."""
     check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x)
+    check_grad(grad, x)
     weights = (weight3, weight3_d3, weight3_d5, alpha)
     grad = grad.to(h.dtype)
     fused = _with_states(state_fusion(h, *weights))
     grad_C = (grad.unsqueeze(2) * fused).sum(1).to(C.dtype).contiguous()
     grad_D = (grad * x).sum((0, 2, 3))
-    grad_x = (grad * D[:, None, None]).to(x.dtype).contiguous()
+    grad_x = _laid_out_as((grad * D[:, None, None]).to(x.dtype), x)
     grad_fused = (grad.unsqueeze(2) * C.to(h.dtype).unsqueeze(1)).reshape(h.shape)
     return *state_fusion_backward(grad_fused, h, *weights), grad_C, grad_D, grad_x
 

@@ -1,6 +1,7 @@
-"""`python -m selective_scan` prints which kernels this installation has."""
+"""`python -m selective_scan` and `python -m dwconv2d`, which has this by a link, print what each installation has."""
 
-from selective_scan import backends
+import importlib
 
-for name, state in backends().items():
+package = importlib.import_module(__package__)
+for name, state in package.backends().items():
     print(f"{name:10} {state}")

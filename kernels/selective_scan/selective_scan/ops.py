@@ -3,9 +3,6 @@
 PyTorch's dispatcher chooses among the kernels registered here: compiled ones, Triton's, plain PyTorch's.
 """
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -21,44 +18,8 @@ torch.library.define(
     f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-
-
-def without_autocast(function: Callable) -> Callable:
-    """Autocast is still on inside a kernel; what the kernel computes in is its own business."""
-
-    @functools.wraps(function)
-    def run(first: Tensor, *args, **kwargs):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **kwargs)
-
-    return run
-
-
-def _plain(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def run(first: Tensor, *args, **kwargs):
-        loading.warn_of_plain_pytorch(first.device.type)
-        return function(first, *args, **kwargs)
-
-    return without_autocast(run)
-
-
-def _triton(name: str) -> Callable:
-    def run(*args, **kwargs):
-        from selective_scan import triton_kernels  # here, for a process that runs on a CPU need not import Triton
-
-        return getattr(triton_kernels, name)(*args, **kwargs)
-
-    return without_autocast(run)
-
-
-for name, plain in (
-    (FORWARD, reference.selective_scan_state),
-    (BACKWARD, reference.selective_scan_state_backward),
-):
-    torch.library.impl(name, "default", _plain(plain))
-    if loading.TRITON_RUNS_ON_CUDA:
-        torch.library.impl(name, "cuda", _triton(plain.__name__))
+for plain in (reference.selective_scan_state, reference.selective_scan_state_backward):
+    loading.register(plain)
 
 
 @torch.library.register_fake(FORWARD)
@@ -117,15 +78,17 @@ def selective_scan_state(
         h, (B, D, N, L), contiguous, float32 (float64 if u is), whatever the inputs' 16-bit type. Gradients have
         their input's dtype.
 
+    Defined for finite inputs and dt A <= 0: what follows an infinity is not, and states that grow may overflow.
     Under autocast u, delta and B are cast to the autocast dtype, A and delta_bias to float32.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.
-        TypeError: a dtype does not fit; the message names the argument.
+        TypeError: a type or dtype does not fit; the message names the argument.
+        NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
-    device = u.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and u.dtype != torch.float64:
-        half = torch.get_autocast_dtype(device)
-        u, delta, B, A = u.to(half), delta.to(half), B.to(half), A.float()
-        delta_bias = None if delta_bias is None else delta_bias.float()
+    loading.check_tensors(u=u, delta=delta, A=A, B=B, **({} if delta_bias is None else {"delta_bias": delta_bias}))
+    if (half := loading.autocast_dtype(u)) is not None:
+        u, delta, B = (loading.cast(t, half) for t in (u, delta, B))
+        A = loading.cast(A, torch.float32)
+        delta_bias = None if delta_bias is None else loading.cast(delta_bias, torch.float32)
     return torch.ops.selective_scan.selective_scan_state(u, delta, A, B, delta_bias, delta_softplus)

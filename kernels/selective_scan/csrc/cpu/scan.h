@@ -39,7 +39,7 @@ struct Kernels {
 };
 
 extern const Kernels kPortable;
-#ifdef SELECTIVE_SCAN_X86
+#ifdef KERNELS_X86
 extern const Kernels kAvx2, kAvx512;
 #endif
 

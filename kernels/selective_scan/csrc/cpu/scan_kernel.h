@@ -10,6 +10,8 @@
 namespace selective_scan {
 namespace {
 
+using namespace simd;
+
 // exp(dt A) as a factor and, less 1, as a change: the one is exact where little of the state is left, the other where
 // little is taken away.
 template <class S>
@@ -153,7 +155,7 @@ void forward(const Problem& p, int64_t index, void* memory) {
       }
       carries[n] = h;
       S* out = (S*)p.h + ((task.batch * p.channels + task.channel) * p.states + n) * p.length + chunk * kChunk;
-      store_tile(out, states, p.states * p.length, task.channels, tokens);
+      store_tile(out, states, p.states * p.length, 1, task.channels, tokens);
     }
   }
 }
@@ -259,8 +261,8 @@ void backward(const Problem& p, int64_t index, void* memory) {
     }
     add_lanes<S>(grad_bias, grad_bias_chunk);
     const int64_t first = (task.batch * p.channels + task.channel) * p.length + chunk * kChunk;
-    store_tile((T*)p.grad_u + first, grad_drive, p.length, task.channels, tokens);
-    store_tile((T*)p.grad_delta + first, grad_s, p.length, task.channels, tokens);
+    store_tile((T*)p.grad_u + first, grad_drive, p.length, 1, task.channels, tokens);
+    store_tile((T*)p.grad_delta + first, grad_s, p.length, 1, task.channels, tokens);
   }
 
   for (int j = 0; j < task.channels; ++j) {

@@ -1,4 +1,5 @@
-// Vectors of VECTOR_BYTES, what the scan computes with them, and tiles of (tokens, lanes) in their layout.
+// Vectors of VECTOR_BYTES, functions of them, and tiles of (tokens, lanes): lanes are channels. Both kernel packages
+// have this file, dwconv2d by a link.
 //
 // Included once by each file that is compiled for one instruction set. Everything here has internal linkage and no
 // template of the standard library is used: the linker would keep one of several copies of an inline function, and
@@ -13,7 +14,7 @@
 #error "define VECTOR_BYTES before this header"
 #endif
 
-namespace selective_scan {
+namespace simd {
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
@@ -208,18 +209,23 @@ INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
   if constexpr (Step > 1) transpose<S, Step / 2>(rows);
 }
 
-// ----- tiles: up to kChunk tokens of up to kLanes channels, the channels of a token side by side
+// ----- tiles: tokens of up to kLanes channels, the channels of a token side by side
+
+// The first of the next W tokens to transpose: the last ones overlap those before rather than being fewer. -1 at the end.
+INLINE int64_t next_square(int64_t t, int64_t tokens, int W) {
+  if (t >= tokens) return -1;
+  return t + W <= tokens ? t : tokens - W;
+}
 
 // Channels that do not exist become zero.
 template <class T, class S>
-INLINE void load_tile(S* tile, const T* p, int64_t stride_d, int64_t stride_l, int channels, int tokens) {
+INLINE void load_tile(S* tile, const T* p, int64_t stride_d, int64_t stride_l, int channels, int64_t tokens) {
   constexpr int W = kLanes<S>;
-  int t = 0;
   if (channels == W && stride_d == 1) {
-    for (; t < tokens; ++t)
+    for (int64_t t = 0; t < tokens; ++t)
       for (int j = 0; j < W; ++j) tile[t * W + j] = widen(p[t * stride_l + j]);
-  } else if (channels == W && stride_l == 1) {
-    for (; t + W <= tokens; t += W) {
+  } else if (channels == W && stride_l == 1 && tokens >= W) {
+    for (int64_t next = 0, t; (t = next_square(next, tokens, W)) >= 0; next = t + W) {
       S square[W][W];
       Vec<S> rows[W];
       for (int j = 0; j < W; ++j)
@@ -228,34 +234,39 @@ INLINE void load_tile(S* tile, const T* p, int64_t stride_d, int64_t stride_l, i
       transpose<S>(rows);
       for (int i = 0; i < W; ++i) store(tile + (t + i) * W, rows[i]);
     }
+  } else {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int j = 0; j < W; ++j) tile[t * W + j] = j < channels ? widen(p[j * stride_d + t * stride_l]) : S(0);
   }
-  for (; t < tokens; ++t)
-    for (int j = 0; j < W; ++j) tile[t * W + j] = j < channels ? widen(p[j * stride_d + t * stride_l]) : S(0);
 }
 
-// Into rows of consecutive tokens, `stride_d` apart.
 template <class T, class S>
-INLINE void store_tile(T* p, const S* tile, int64_t stride_d, int channels, int tokens) {
+INLINE void store_tile(T* p, const S* tile, int64_t stride_d, int64_t stride_l, int channels, int64_t tokens) {
   constexpr int W = kLanes<S>;
-  int t = 0;
-  for (; t + W <= tokens; t += W) {
-    S square[W][W];
-    Vec<S> rows[W];
-    for (int i = 0; i < W; ++i) rows[i] = load(tile + (t + i) * W);
-    transpose<S>(rows);
-    for (int j = 0; j < W; ++j) store(square[j], rows[j]);
-    for (int j = 0; j < channels; ++j)
-      for (int i = 0; i < W; ++i) narrow(square[j][i], p[j * stride_d + t + i]);
+  if (channels == W && stride_d == 1) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int j = 0; j < W; ++j) narrow(tile[t * W + j], p[t * stride_l + j]);
+  } else if (channels == W && stride_l == 1 && tokens >= W) {
+    for (int64_t next = 0, t; (t = next_square(next, tokens, W)) >= 0; next = t + W) {
+      S square[W][W];
+      Vec<S> rows[W];
+      for (int i = 0; i < W; ++i) rows[i] = load(tile + (t + i) * W);
+      transpose<S>(rows);
+      for (int j = 0; j < W; ++j) store(square[j], rows[j]);
+      for (int j = 0; j < W; ++j)
+        for (int i = 0; i < W; ++i) narrow(square[j][i], p[j * stride_d + t + i]);
+    }
+  } else {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int j = 0; j < channels; ++j) narrow(tile[t * W + j], p[j * stride_d + t * stride_l]);
   }
-  for (; t < tokens; ++t)
-    for (int j = 0; j < channels; ++j) narrow(tile[t * W + j], p[j * stride_d + t]);
 }
 
 // The sum of the lanes for each token, always in the order of the channels.
 template <class S>
-INLINE void sum_lanes(S* sums, const S* tile, int tokens) {
+INLINE void sum_lanes(S* sums, const S* tile, int64_t tokens) {
   constexpr int W = kLanes<S>;
-  int t = 0;
+  int64_t t = 0;
   for (; t + W <= tokens; t += W) {
     Vec<S> rows[W];
     for (int i = 0; i < W; ++i) rows[i] = load(tile + (t + i) * W);
@@ -272,4 +283,4 @@ INLINE void sum_lanes(S* sums, const S* tile, int tokens) {
 }
 
 }  // namespace
-}  // namespace selective_scan
+}  // namespace simd

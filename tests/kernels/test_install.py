@@ -2,11 +2,13 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from running import ROOT, run_command
 
 PACKAGE = ROOT / "kernels/selective_scan"
+# Each prints the backends of a package whose operator it has compared with plain PyTorch.
 SCAN = """
 import torch, selective_scan
 u, B = torch.rand(2, 5, 49), torch.rand(2, 1, 49)
@@ -28,31 +31,62 @@ assert leaf.grad.isfinite().all()
 for name, state in selective_scan.backends(u).items():
     print(f"{name}: {state}")
 """
+FUSION = """
+import torch, dwconv2d
+from torch.nn.functional import conv2d, pad
+h, x, C, D = torch.rand(2, 5, 9, 7), torch.rand(2, 5, 9, 7), torch.rand(2, 1, 9, 7), torch.rand(5)
+weights, alpha = [torch.rand(5, 1, 3, 3) for _ in range(3)], torch.rand(3)
+fused = sum(a * conv2d(pad(h, (k,) * 4, mode="replicate"), w, dilation=k, groups=5)
+            for a, w, k in zip(alpha, weights, (1, 3, 5)))
+leaf = h.clone().requires_grad_()
+ours = dwconv2d.state_fusion_output(leaf, *weights, alpha, C, D, x)
+ours.sum().backward()
+torch.testing.assert_close(ours, fused * C + D[:, None, None] * x)
+assert leaf.grad.isfinite().all()
+for name, state in dwconv2d.backends(h).items():
+    print(f"{name}: {state}")
+"""
+SCRIPTS = {"selective_scan": SCAN, "dwconv2d": FUSION}
 WITHOUT_NVCC = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "nvcc").exists())
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
 
 
 @pytest.fixture
-def source(tmp_path) -> Path:
-    """A copy of the package's folder as it is in a checkout: nothing built."""
-    return Path(
-        shutil.copytree(
-            PACKAGE, tmp_path / "checkout/selective_scan", ignore=shutil.ignore_patterns("*.so", "build*", "*.egg-info")
-        )
-    )
+def package() -> str:
+    return "selective_scan"
+
+
+@pytest.fixture
+def source(tmp_path, package) -> Path:
+    """A copy of the package's folder as it is in a checkout: nothing built, and links followed."""
+    ignored = shutil.ignore_patterns("*.so", "build*", "*.egg-info")
+    return Path(shutil.copytree(ROOT / "kernels" / package, tmp_path / "checkout" / package, ignore=ignored))
+
+
+def hide_nvcc(source: Path) -> str:
+    """As on a machine without it: changes the source's setup.py, and returns the PATH to run it with."""
+    text = (source / "setup.py").read_text()
+    assert '"/usr/local/cuda/bin/nvcc"' in text
+    (source / "setup.py").write_text(text.replace('"/usr/local/cuda/bin/nvcc"', '"/nowhere/nvcc"'))
+    return WITHOUT_NVCC
+
+
+both_packages = pytest.mark.parametrize("package", list(SCRIPTS))
 
 
 class Environment:
     """A new virtual environment in which PyTorch is installed, which is ours, and nothing else."""
 
-    def __init__(self, folder: Path, *options: str):
+    def __init__(self, folder: Path, *options: str, torch: bool = True):
         subprocess.run([sys.executable, "-m", "venv", *options, folder], check=True)
         self.python = folder / "bin/python"
+        if not torch:
+            return
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "torch.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read: not editable
 
     def run(self, *arguments, cwd, path=os.environ["PATH"], **environment) -> subprocess.CompletedProcess:
-        environment = {"CUDA_HOME": "", "CXX": "", "FORCE_ONLY_CPU": "", **environment}
+        environment = {"CUDA_HOME": "", "CUDA_PATH": "", "CXX": "", "FORCE_ONLY_CPU": "", **environment}
         environment = {**{k: v for k, v in os.environ.items() if k not in environment}, **environment}
         environment = {k: v for k, v in environment.items() if v} | {"PATH": f"{self.python.parent}{os.pathsep}{path}"}
         return subprocess.run(
@@ -63,9 +97,9 @@ class Environment:
         """What the README says: `pip install .` in the folder."""
         return self.run("-m", "pip", "install", "--no-deps", ".", cwd=source, **environment)
 
-    def scan(self, folder: Path) -> tuple[dict[str, str], str]:
-        """The backends that a script finds which compares the operator with plain PyTorch, and its warnings."""
-        done = self.run("-c", SCAN, cwd=folder)
+    def try_out(self, folder: Path, package: str = "selective_scan") -> tuple[dict[str, str], str]:
+        """The backends that a script finds which compares an operator with plain PyTorch, and its warnings."""
+        done = self.run("-c", SCRIPTS[package], cwd=folder)
         assert done.returncode == 0, done.stderr
         return dict(line.split(": ", 1) for line in done.stdout.splitlines()), done.stderr
 
@@ -79,35 +113,50 @@ def environment(tmp_path) -> Environment:
 
 
 @needs_nvcc
-def test_with_nvcc(environment, source, tmp_path):
+@both_packages
+def test_with_nvcc(environment, source, tmp_path, package):
     done = environment.install(source, TORCH_CUDA_ARCH_LIST="9.0")
     assert done.returncode == 0, done.stdout + done.stderr
-    found, warnings = environment.scan(tmp_path)
+    found, warnings = environment.try_out(tmp_path, package)
     assert found["cpu"].startswith("available")
     assert found["cuda"] == ("available" if torch.cuda.is_available() else "compiled, but no GPU is found")
     assert found["selected"] == "cpu"
     assert "slowly" not in warnings
 
 
-def test_without_nvcc(environment, source, tmp_path):
-    done = environment.install(source, path=WITHOUT_NVCC)
+@both_packages
+def test_without_nvcc(environment, source, tmp_path, package):
+    done = environment.install(source, path=hide_nvcc(source))
     assert done.returncode == 0, done.stdout + done.stderr
-    found, warnings = environment.scan(tmp_path)
+    found, warnings = environment.try_out(tmp_path, package)
     assert found["cpu"].startswith("available")
     assert found["cuda"].startswith("not compiled: pip install")
     assert found["selected"] == "cpu"
     assert "slowly" not in warnings
 
 
-def test_without_a_compiler(environment, source, tmp_path):
+@both_packages
+def test_without_a_compiler(environment, source, tmp_path, package):
     """Installs, and says so: when it is used, in `backends()`, and in the log of a verbose installation."""
     done = environment.run("-m", "pip", "install", "-v", "--no-deps", ".", cwd=source, path="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "compiles no kernels" in done.stdout + done.stderr
-    found, warnings = environment.scan(tmp_path)
+    found, warnings = environment.try_out(tmp_path, package)
     assert found["cpu"].startswith("not compiled: pip install")
     assert found["selected"] == "reference"
     assert warnings.count("plain PyTorch, slowly, on cpu") == 1
+
+
+def test_without_pytorch(source, tmp_path):
+    """Whatever builds a wheel or an archive of the source need not have PyTorch."""
+    environment = Environment(tmp_path / "venv", torch=False)
+    done = environment.install(source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    environment.run("-m", "pip", "install", "--upgrade", "setuptools", cwd=tmp_path)
+    done = environment.run("setup.py", "sdist", cwd=source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    assert any(name.endswith("csrc/cpu/simd.h") for name in tarfile.open(archive).getnames())
 
 
 # ----- other ways in
@@ -116,7 +165,7 @@ def test_without_a_compiler(environment, source, tmp_path):
 def test_setup_py_install_user(tmp_path, source):
     environment = Environment(tmp_path / "venv", "--system-site-packages")
     base = {"PYTHONUSERBASE": str(tmp_path / "user")}
-    done = environment.run("setup.py", "install", "--user", cwd=source, path=WITHOUT_NVCC, **base)
+    done = environment.run("setup.py", "install", "--user", cwd=source, path=hide_nvcc(source), **base)
     assert done.returncode == 0, done.stdout + done.stderr
     done = environment.run("-c", SCAN, cwd=tmp_path, **base)
     assert done.returncode == 0, done.stderr
@@ -130,7 +179,17 @@ def test_editable_install_without_build_isolation(environment, source, tmp_path)
     options = ("--no-build-isolation", "--no-deps", "-e", ".")
     done = environment.run("-m", "pip", "install", *options, cwd=source, FORCE_ONLY_CPU="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert environment.scan(tmp_path)[0]["selected"] == "cpu"
+    assert environment.try_out(tmp_path)[0]["selected"] == "cpu"
+
+
+def test_reinstalling_drops_what_was_built_before(environment, source, tmp_path):
+    """The advice that a library for another PyTorch comes with: `build/` still has that library."""
+    stale = source / "build" / f"lib.linux-{platform.machine()}-cpython-{sys.version_info[0]}{sys.version_info[1]}"
+    (stale / "selective_scan").mkdir(parents=True)
+    (stale / "selective_scan" / "_C_torch1_0.so").write_bytes(b"")
+    done = environment.run("-m", "pip", "install", "--no-deps", ".", cwd=source, path="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert environment.try_out(tmp_path)[0]["selected"] == "reference"
 
 
 # ----- broken builds
@@ -138,7 +197,7 @@ def test_editable_install_without_build_isolation(environment, source, tmp_path)
 
 def test_source_that_does_not_compile_is_an_error(environment, source, tmp_path):
     (source / "csrc/cpu/scan.cpp").write_text("#error broken on purpose\n")
-    done = environment.install(source, path=WITHOUT_NVCC)
+    done = environment.install(source, path=hide_nvcc(source))
     assert done.returncode != 0
     assert "broken on purpose" in done.stdout + done.stderr
     assert environment.run("-c", "import selective_scan", cwd=tmp_path).returncode != 0
@@ -149,8 +208,10 @@ def test_source_that_does_not_compile_is_an_error(environment, source, tmp_path)
     [
         (dict(CXX="no-such-compiler"), "no-such-compiler"),
         pytest.param(dict(TORCH_CUDA_ARCH_LIST="Hopper"), "TORCH_CUDA_ARCH_LIST must be like", marks=needs_nvcc),
+        (dict(CUDA_HOME="/nonexistent"), "/nonexistent, which CUDA_HOME names, has no bin/nvcc"),
+        (dict(CUDA_PATH="/nonexistent"), "has no bin/nvcc"),
     ],
-    ids=["CXX", "TORCH_CUDA_ARCH_LIST"],
+    ids=["CXX", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"],
 )
 def test_variables_that_make_no_sense(environment, source, variables, message):
     done = environment.install(source, **variables)
@@ -162,7 +223,9 @@ def test_variables_that_make_no_sense(environment, source, variables, message):
 def test_nvcc_of_another_cuda_than_pytorch(environment, source, tmp_path, cuda):
     toolkit = tmp_path / "cuda"
     (toolkit / "bin").mkdir(parents=True)
-    (toolkit / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {cuda}, V{cuda}.1'\n")
+    (toolkit / "bin/nvcc").write_text(
+        f"#!/bin/sh\necho 'Cuda compilation tools, release {cuda}, V{cuda}.1'\necho '#$ TOP=/' >&2\n"
+    )
     (toolkit / "bin/nvcc").chmod(0o755)
     done = environment.install(source, CUDA_HOME=str(toolkit))
     assert done.returncode != 0

@@ -1,0 +1,629 @@
+// Depthwise convolution of planes, forward and backward, for one vector length.
+//
+// Lanes are channels, so a plane needs no care for its width. A strip of it is copied into a buffer with margins; every
+// tap is then a pointer, and a few neighbouring pixels share each load of a weight.
+#pragma once
+
+#include "planes.h"
+#include "simd.h"
+
+namespace dwconv2d {
+namespace {
+
+using namespace simd;
+
+#define NOINLINE __attribute__((noinline))
+
+constexpr int kPixels = 8;      // accumulators of a convolution: enough to hide an addition's latency
+constexpr int kTapsAtOnce = 8;  // and of a weight's gradient
+constexpr int64_t kColumns = 16;  // as many at once as leave all rows that taps reach in the first-level cache
+constexpr int64_t kTokens = 1024;  // pixels that are read, computed and written at once, or more if a row has more
+constexpr int64_t kSumInFloat = 512;  // pixels after which a sum goes on in double precision
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t clamp(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
+
+// Room for one task, in vectors.
+struct Scratch {
+  char* next;
+
+  template <class S>
+  INLINE S* take(int64_t vectors) {
+    S* piece = (S*)next;
+    next += vectors * VECTOR_BYTES;
+    return piece;
+  }
+};
+
+// A strip with margins on all sides, of rows from `first` on, each of `pitch` pixels.
+template <class S>
+struct Buffer {
+  S* data;
+  int64_t first, pitch;
+  int margin;
+
+  // The pixel of column 0.
+  INLINE S* row(int64_t y) const { return data + ((y - first) * pitch + margin) * kLanes<S>; }
+};
+
+template <class S>
+INLINE void fill(S* to, Vec<S> value, int64_t pixels) {
+  for (int64_t i = 0; i < pixels; ++i) store(to + i * kLanes<S>, value);
+}
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// Pixels of some rows, one after the other: in a tile or, where they are vectors already, in the tensor.
+template <class S>
+struct Pixels {
+  S* data;
+  int64_t step;
+
+  INLINE auto get(int64_t i) const { return load(data + i * step); }
+  template <class V>
+  INLINE void set(int64_t i, V v) const {
+    store(data + i * step, v);
+  }
+};
+
+// A task's place in the problem. T is the type of `in`, U that of what is beside it.
+template <class T, class U>
+struct Task {
+  using S = typename State<T>::type;
+  static constexpr int W = kLanes<S>;
+
+  const Problem& p;
+  int64_t batch, block, strip, channel, begin, end;  // rows of the strip
+  int channels;                                      // fewer than W in the last block
+
+  INLINE Task(const Problem& p, int64_t task) : p(p) {
+    strip = task % p.strips;
+    block = task / p.strips % p.blocks(W);
+    batch = task / p.strips / p.blocks(W);
+    channel = block * W;
+    channels = least(W, p.channels - channel);
+    begin = strip * p.strip_rows;
+    end = least(begin + p.strip_rows, p.height);
+  }
+
+  template <class V>
+  INLINE const V* at(const View& v, int64_t n, int64_t y) const {
+    return (const V*)v.data + batch * v.batch + channel * v.channel + n * v.state + y * v.row;
+  }
+
+  // Rows that are read, computed and written at once.
+  INLINE int64_t rows_at_once() const { return most(1, kTokens / p.width); }
+
+  // The rows of the strip and, within the plane, of its margins.
+  INLINE int64_t first_row() const { return most(0, begin - p.reach_rows); }
+  INLINE int64_t last_row() const { return least(p.height, end + p.reach_rows); }
+
+  // `rows` rows of a view as a tile of (rows width, lanes), whatever its strides.
+  template <class V>
+  INLINE void read(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
+    const bool one_run = rows == 1 || v.row == p.width * v.column;
+    const int64_t runs = one_run ? 1 : rows, tokens = one_run ? rows * p.width : p.width;
+    for (int64_t i = 0; i < runs; ++i)
+      load_tile(tile + i * tokens * W, at<V>(v, n, y + i), v.channel, v.column, channels, tokens);
+  }
+
+  template <class V>
+  INLINE void write(const S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
+    const bool one_run = rows == 1 || v.row == p.width * v.column;
+    const int64_t runs = one_run ? 1 : rows, tokens = one_run ? rows * p.width : p.width;
+    for (int64_t i = 0; i < runs; ++i)
+      store_tile(const_cast<V*>(at<V>(v, n, y + i)), tile + i * tokens * W, v.channel, v.column, channels, tokens);
+  }
+
+  // Whether those rows of a view are vectors one after the other.
+  template <class V>
+  INLINE bool is_direct(const View& v, int64_t rows) const {
+    return kSame<V, S> && channels == W && v.channel == 1 && (rows == 1 || v.row == p.width * v.column);
+  }
+
+  // Rows of a view to read: where they are, or copied to the tile.
+  template <class V>
+  INLINE Pixels<const S> look(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
+    if (is_direct<V>(v, rows)) return {(const S*)at<V>(v, n, y), v.column};
+    read<V>(tile, v, n, y, rows);
+    return {tile, W};
+  }
+
+  // Rows of a view to write: where they are, or the tile, which `write` then copies there.
+  template <class V>
+  INLINE Pixels<S> place_for(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
+    if (is_direct<V>(v, rows)) return {(S*)at<V>(v, n, y), v.column};
+    return {tile, W};
+  }
+
+  template <class V>
+  INLINE void write(const Pixels<S>& pixels, const S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
+    if (pixels.data == tile) write<V>(tile, v, n, y, rows);
+  }
+
+  // C for each pixel of some rows, the same for all channels.
+  INLINE void read_C(S* numbers, int64_t n, int64_t y, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const U* from = (const U*)p.C.data + batch * p.C.batch + n * p.C.state + (y + i) * p.C.row;
+      for (int64_t x = 0; x < p.width; ++x) numbers[i * p.width + x] = widen(from[x * p.C.column]);
+    }
+  }
+
+  // One number a channel, zeros after the last.
+  template <class V>
+  INLINE Vec<S> per_channel(const View& v) const {
+    S lanes[W] = {};
+    for (int j = 0; j < channels && v.data; ++j) lanes[j] = widen(((const V*)v.data)[(channel + j) * v.channel]);
+    return load(lanes);
+  }
+
+  INLINE Buffer<S> buffer(S* data) const {
+    return {data, begin - p.reach_rows, p.width + 2 * p.reach_columns, p.reach_columns};
+  }
+
+  // Whether single rows are read as fast as several at once.
+  INLINE bool fills_vectors(const View& v) const { return v.channel == 1 || p.width >= 2 * W; }
+
+  // Fills a row's margins with its border values or with zeros.
+  INLINE void continue_row(const Buffer<S>& to, int64_t y, bool replicate) const {
+    S *row = to.row(y), *end = row + p.width * W;
+    const Vec<S> zero = {}, left = replicate ? load(row) : zero, right = replicate ? load(end - W) : zero;
+    fill(row - to.margin * W, left, to.margin);
+    fill(end, right, to.margin);
+  }
+
+  // The rows beyond the plane: copies of the nearest, or zeros.
+  INLINE void continue_plane(const Buffer<S>& to, bool replicate) const {
+    for (int64_t y = begin - p.reach_rows; y < end + p.reach_rows; ++y) {
+      if (0 <= y && y < p.height) continue;
+      S* row = to.row(y) - to.margin * W;
+      if (replicate) {
+        memcpy(row, to.row(clamp(y, p.height)) - to.margin * W, to.pitch * VECTOR_BYTES);
+      } else {
+        fill(row, Vec<S>{}, to.pitch);
+      }
+    }
+  }
+
+  // The strip of in_n.
+  INLINE void read_strip(const Buffer<S>& to, S* tile, int64_t n) const {
+    const bool direct = fills_vectors(p.in);
+    for (int64_t y = first_row(), rows; y < last_row(); y += rows) {
+      rows = direct ? 1 : least(rows_at_once(), last_row() - y);
+      read<T>(direct ? to.row(y) : tile, p.in, n, y, rows);
+      for (int64_t i = 0; i < rows; ++i) {
+        if (!direct) memcpy(to.row(y + i), tile + i * p.width * W, p.width * VECTOR_BYTES);
+        continue_row(to, y + i, p.replicate);
+      }
+    }
+    continue_plane(to, p.replicate);
+  }
+
+  INLINE const S* weights(S* room) const {
+    for (int k = 0; k < p.taps; ++k)
+      memcpy(room + k * W, (const S*)p.weights + k * p.weight_pitch + channel, VECTOR_BYTES);
+    return room;
+  }
+};
+
+// What becomes of a convolution's sums: out(i) is the sum of pixel i, C(i) sum + factor other(i), or sum other(i).
+template <class S>
+struct Finish {
+  enum { kSum, kObserve, kMultiply } what;
+  Pixels<S> out;
+  const S* C = nullptr;
+  Vec<S> factor = {};
+  Pixels<const S> other = {};
+
+  template <int Pixels>
+  INLINE void operator()(int64_t first, const Vec<S> (&sums)[Pixels]) const {
+    const auto to = out;  // copies, which no store can change
+    const auto from = other;
+    if (what == kSum) {
+      for (int j = 0; j < Pixels; ++j) to.set(first + j, sums[j]);
+    } else if (what == kObserve) {
+      const S* numbers = C + first;
+      const Vec<S> multiple = factor;
+      for (int j = 0; j < Pixels; ++j) to.set(first + j, numbers[j] * sums[j] + multiple * from.get(first + j));
+    } else {
+      for (int j = 0; j < Pixels; ++j) to.set(first + j, sums[j] * from.get(first + j));
+    }
+  }
+};
+
+// Any taps: the sums over k of weight_k from(offset_k) for some neighbours.
+struct Any {
+  template <int Sign, int Pixels, class S>
+  static INLINE void add(Vec<S> (&sums)[Pixels], const S* from, const int64_t* offsets, const S* weights, int taps) {
+    constexpr int W = kLanes<S>;
+    for (int k = 0; k < taps; ++k) {
+      const Vec<S> weight = load(weights + k * W);
+      for (int i = 0; i < Pixels; ++i) sums[i] += weight * load(from + offsets[k] + i * W);
+    }
+  }
+};
+
+// Taps that are known when compiling: what several of them take from a row is loaded once. Sign is that of the columns,
+// -1 in an adjoint.
+template <class Taps>
+struct Known {
+  template <int Sign, int Pixels, class S>
+  static INLINE void add(Vec<S> (&sums)[Pixels], const S* from, const int64_t* offsets, const S* weights, int) {
+    constexpr int W = kLanes<S>;
+#pragma GCC unroll 8
+    for (int r = 0, k = 0; r < Taps::rows; k += Taps::counts[r++]) {
+      const S* row = from + offsets[k] - Sign * Taps::columns[r][0] * W;
+#pragma GCC unroll 32
+      for (int j = -Taps::reach; j < Pixels + Taps::reach; ++j) {
+#pragma GCC unroll 8
+        for (int c = 0; c < Taps::counts[r]; ++c) {
+          const int i = j - Sign * Taps::columns[r][c];
+          if (0 <= i && i < Pixels) sums[i] += load(weights + (k + c) * W) * load(row + j * W);
+        }
+      }
+    }
+  }
+};
+
+struct Square3 {
+  static constexpr int rows = 3, counts[] = {3, 3, 3}, columns[][3] = {{-1, 0, 1}, {-1, 0, 1}, {-1, 0, 1}}, reach = 1;
+};
+struct Fusion {
+  static constexpr int rows = 7, counts[] = {3, 3, 3, 7, 3, 3, 3}, reach = 5;
+  static constexpr int columns[][7] = {{-5, 0, 5}, {-3, 0, 3}, {-1, 0, 1}, {-5, -3, -1, 0, 1, 3, 5},
+                                       {-1, 0, 1}, {-3, 0, 3}, {-5, 0, 5}};
+};
+
+template <class Taps, int Sign, int Pixels, class S>
+INLINE void convolve_pixels(const S* from, const int64_t* offsets, const S* weights, int taps, int pixels, Vec<S> start,
+                            int64_t first, const Finish<S>& finish) {
+  if (pixels == Pixels) {
+    Vec<S> sums[Pixels];
+    for (int i = 0; i < Pixels; ++i) sums[i] = start;
+    Taps::template add<Sign>(sums, from, offsets, weights, taps);
+    finish(first, sums);
+  } else if constexpr (Pixels > 1) {
+    convolve_pixels<Taps, Sign, Pixels - 1>(from, offsets, weights, taps, pixels, start, first, finish);
+  }
+}
+
+// All pixels of `rows` rows `pitch` apart. Columns are taken in blocks, and those in pieces, that differ by one at most.
+template <class Taps, int Sign, class S>
+NOINLINE void convolve(const S* from, int64_t pitch, const int64_t* offsets, const S* weights, int taps, int64_t rows,
+                       int64_t width, Vec<S> start, const Finish<S>& finish) {
+  int64_t begin = 0, end;
+  for (int64_t blocks = (width + kColumns - 1) / kColumns; blocks > 0; --blocks, begin = end) {
+    end = begin + (width - begin) / blocks;
+    for (int64_t y = 0; y < rows; ++y) {
+      int64_t x = begin;
+      for (int64_t pieces = (end - begin + kPixels - 1) / kPixels; pieces > 0; --pieces) {
+        const int pixels = (end - x) / pieces;
+        convolve_pixels<Taps, Sign, kPixels>(from + (y * pitch + x) * kLanes<S>, offsets, weights, taps, pixels, start,
+                                             y * width + x, finish);
+        x += pixels;
+      }
+    }
+  }
+}
+
+template <int Sign, class S>
+INLINE void convolve(const Problem& p, const S* from, int64_t pitch, const int64_t* offsets, const S* weights,
+                     int64_t rows, Vec<S> start, const Finish<S>& finish) {
+  auto run = convolve<Any, 1, S>;
+  if constexpr (kSame<S, float>) {  // double precision is for checking gradients
+    if (p.pattern == kSquare3) run = convolve<Known<Square3>, Sign, S>;
+    if (p.pattern == kFusion) run = convolve<Known<Fusion>, Sign, S>;
+  }
+  run(from, pitch, offsets, weights, p.taps, rows, p.width, start, finish);
+}
+
+// What both passes have at hand: a strip of `in`, weights, and where the taps are.
+template <class T, class U>
+struct Convolution {
+  using S = typename State<T>::type;
+  static constexpr int W = kLanes<S>;
+
+  const Task<T, U> task;
+  Buffer<S> in;
+  S* tile;
+  const S* weights;
+  int64_t* offsets;  // of the taps, in elements of the buffer
+
+  static INLINE int64_t tile_vectors(const Problem& p) { return most(kTokens, p.width); }
+  static INLINE int64_t pitch(const Problem& p) { return p.width + 2 * p.reach_columns; }
+  static INLINE int64_t buffer_vectors(const Problem& p) { return pitch(p) * (p.strip_rows + 2 * p.reach_rows); }
+  static INLINE int64_t offset_vectors(const Problem& p) { return p.taps * sizeof(int64_t) / VECTOR_BYTES + 1; }
+  static INLINE int64_t vectors(const Problem& p) {
+    return buffer_vectors(p) + tile_vectors(p) + p.taps + offset_vectors(p);
+  }
+
+  INLINE Convolution(const Problem& p, int64_t index, Scratch& scratch) : task(p, index) {
+    in = task.buffer(scratch.take<S>(buffer_vectors(p)));
+    tile = scratch.take<S>(tile_vectors(p));
+    weights = task.weights(scratch.take<S>(p.taps));
+    offsets = (int64_t*)scratch.take<S>(offset_vectors(p));
+    for (int k = 0; k < p.taps; ++k) offsets[k] = (p.tap_rows[k] * in.pitch + p.tap_columns[k]) * W;
+  }
+
+  // Finishes start + conv_n for the pixels of rows, counted from 0.
+  INLINE void rows(int64_t y, int64_t count, Vec<S> start, const Finish<S>& finish) const {
+    convolve<1>(task.p, in.row(y), in.pitch, offsets, weights, count, start, finish);
+  }
+};
+
+template <class T, class U>
+int64_t forward_scratch(const Problem& p) {
+  using Conv = Convolution<T, U>;
+  const int64_t sums = p.C.data && p.states > 1 ? p.strip_rows * p.width : 0;
+  return VECTOR_BYTES * (Conv::vectors(p) + 3 * Conv::tile_vectors(p) + sums);
+}
+
+template <class T, class U>
+void forward(const Problem& p, int64_t index, void* memory) {
+  Scratch scratch{(char*)memory};
+  const Convolution<T, U> conv(p, index, scratch);
+  const Task<T, U>& task = conv.task;
+  using S = typename Task<T, U>::S;
+  constexpr int W = Task<T, U>::W;
+  const int64_t size = conv.tile_vectors(p);
+  S *room = scratch.take<S>(size), *room_of_x = scratch.take<S>(size), *C = scratch.take<S>(size);
+  S* sums = scratch.take<S>(0);  // of a strip, where there are several states to sum over
+  const Vec<S> bias = task.template per_channel<U>(p.bias), D = task.template per_channel<S>(p.D);
+
+  for (int64_t n = 0; n < p.states; ++n) {
+    task.read_strip(conv.in, conv.tile, n);
+    const bool first = n == 0, last = n + 1 == p.states;
+    for (int64_t y = task.begin, rows; y < task.end; y += rows) {
+      rows = least(task.rows_at_once(), task.end - y);
+      if (!p.C.data) {
+        const Pixels<S> out = task.template place_for<U>(room, p.out, n, y, rows);
+        conv.rows(y, rows, bias, {Finish<S>::kSum, out});
+        task.template write<U>(out, room, p.out, n, y, rows);
+        continue;
+      }
+      const Pixels<const S> x = task.template look<U>(room_of_x, p.x, 0, y, rows);
+      const Pixels<const S> before = first ? x : Pixels<const S>{sums + (y - task.begin) * p.width * W, W};
+      const Pixels<S> out = last ? task.template place_for<U>(room, p.out, 0, y, rows)
+                                 : Pixels<S>{sums + (y - task.begin) * p.width * W, W};
+      const Vec<S> factor = first ? D : D * S(0) + 1;
+      task.read_C(C, n, y, rows);
+      conv.rows(y, rows, Vec<S>{}, {Finish<S>::kObserve, out, C, factor, before});
+      if (last) task.template write<U>(out, room, p.out, 0, y, rows);
+    }
+  }
+}
+
+// The gradient of `in` is the same computation with taps that point the other way, but at a border that stands for the
+// rows or columns beyond it too. There it takes sums of rows, and for the columns sums within each row.
+template <class T, class U>
+struct Adjoint {
+  using S = typename State<T>::type;
+  static constexpr int W = kLanes<S>;
+
+  const Convolution<T, U>& conv;
+  const Task<T, U>& task;
+  Buffer<S> grad;  // zeros beyond the plane
+  S* sums;         // for each row of taps, what a border row takes
+  int64_t *offsets, *border_offsets;
+
+  static INLINE int64_t vectors(const Problem& p) {
+    using Conv = Convolution<T, U>;
+    return Conv::buffer_vectors(p) + p.distinct_rows * Conv::pitch(p) + 2 * Conv::offset_vectors(p);
+  }
+
+  INLINE Adjoint(const Convolution<T, U>& conv, Scratch& scratch) : conv(conv), task(conv.task) {
+    const Problem& p = task.p;
+    grad = task.buffer(scratch.take<S>(conv.buffer_vectors(p)));
+    sums = scratch.take<S>(p.distinct_rows * grad.pitch);
+    offsets = (int64_t*)scratch.take<S>(conv.offset_vectors(p));
+    border_offsets = (int64_t*)scratch.take<S>(conv.offset_vectors(p));
+    for (int k = 0; k < p.taps; ++k) offsets[k] = -conv.offsets[k];
+  }
+
+  // The sum of the rows whose tap in a row `offset` away is the border row y.
+  INLINE void sum_rows(S* to, int64_t y, int offset) const {
+    const Problem& p = task.p;
+    fill(to, Vec<S>{}, grad.pitch);
+    const int64_t last = least(p.height, y + p.reach_rows + 1);
+    for (int64_t from = most(0, y - p.reach_rows); from < last; ++from) {
+      if (clamp(from + offset, p.height) != y) continue;
+      const S* row = grad.row(from);
+      S* sum = to + grad.margin * W;
+      for (int64_t x = 0; x < p.width; ++x) store(sum + x * W, load(sum + x * W) + load(row + x * W));
+    }
+  }
+
+  // Where each tap of the border row y takes what had gone to it, as an offset to row y of the gradients.
+  INLINE void aim_at_sums(int64_t y) const {
+    const Problem& p = task.p;
+    S* sum = sums - grad.pitch * W;
+    for (int k = 0; k < p.taps; ++k) {
+      if (k == 0 || p.tap_rows[k] != p.tap_rows[k - 1]) sum_rows(sum += grad.pitch * W, y, p.tap_rows[k]);
+      border_offsets[k] = sum + (grad.margin - p.tap_columns[k]) * W - grad.row(y);
+    }
+  }
+
+  // What comes back to the columns at the plane's borders from those beyond.
+  INLINE void add_columns(const Pixels<S>& out, const S* row, const int64_t* offsets) const {
+    const Problem& p = task.p;
+    Vec<S> left = {}, right = {};
+    for (int k = 0; k < p.taps; ++k) {
+      const bool is_left = p.tap_columns[k] < 0;
+      const int64_t beyond = least(p.width, is_left ? -p.tap_columns[k] : p.tap_columns[k]);
+      const S* from = row + offsets[k] + (p.tap_columns[k] + (is_left ? 0 : p.width - beyond)) * W;
+      Vec<S> sum = {};
+      for (int64_t i = 0; i < beyond; ++i) sum += load(from + i * W);
+      (is_left ? left : right) += sum * load(conv.weights + k * W);
+    }
+    out.set(0, out.get(0) + left);
+    out.set(p.width - 1, out.get(p.width - 1) + right);
+  }
+
+  // Rows of the gradient.
+  INLINE void rows(const Pixels<S>& out, int64_t begin, int64_t count) const {
+    const Problem& p = task.p;
+    for (int64_t y = begin, some; y < begin + count; y += some) {
+      const bool border = p.replicate && (y == 0 || y == p.height - 1);
+      const int64_t inner = p.replicate ? least(begin + count, p.height - 1) - y : count;
+      some = border ? 1 : inner;
+      if (border) aim_at_sums(y);
+      const int64_t* const taps = border ? border_offsets : offsets;
+      const Pixels<S> to = {out.data + (y - begin) * p.width * out.step, out.step};
+      convolve<-1>(p, grad.row(y), grad.pitch, taps, conv.weights, some, Vec<S>{}, Finish<S>{Finish<S>::kSum, to});
+      for (int64_t i = 0; i < some && p.replicate; ++i)
+        add_columns({to.data + i * p.width * to.step, to.step}, grad.row(y + i), taps);
+    }
+  }
+};
+
+// Sums over many pixels, a vector each: in floats for a while, then in double precision.
+struct Sums {
+  double* data;
+  int64_t lanes;
+
+  template <class S>
+  INLINE void add(int64_t i, Vec<S> v) const {
+    for (int j = 0; j < kLanes<S>; ++j) data[i * lanes + j] += v[j];
+  }
+};
+
+// Adds to the sums of `Taps` taps what the rows from `begin` to `end` have for the gradients of their weights.
+template <int Taps, class S>
+INLINE void add_some_weight_gradients(const Sums& sums, int tap, const int64_t* offsets, const Buffer<S>& in,
+                                      const Buffer<S>& grad, int64_t begin, int64_t end, int64_t width) {
+  constexpr int W = kLanes<S>;
+  Vec<S> totals[Taps] = {};
+  int64_t pixels = 0;
+  for (int64_t first = 0, last; first < width; first = last) {
+    last = least(width, first + kColumns);
+    for (int64_t y = begin; y < end; ++y) {
+      const S *const from = in.row(y), *const g = grad.row(y);
+      for (int64_t x = first; x < last; ++x) {
+        const Vec<S> gradient = load(g + x * W);
+        for (int k = 0; k < Taps; ++k) totals[k] += gradient * load(from + x * W + offsets[tap + k]);
+      }
+      pixels += last - first;
+      if (pixels < kSumInFloat && (last < width || y + 1 < end)) continue;
+      for (int k = 0; k < Taps; ++k) {
+        sums.add<S>(tap + k, totals[k]);
+        totals[k] = Vec<S>{};
+      }
+      pixels = 0;
+    }
+  }
+}
+
+template <int Taps = kTapsAtOnce, class S>
+NOINLINE void add_weight_gradients(const Sums& sums, int tap, int taps, const int64_t* offsets, const Buffer<S>& in,
+                                   const Buffer<S>& grad, int64_t begin, int64_t end, int64_t width) {
+  for (; tap + Taps <= taps; tap += Taps)
+    add_some_weight_gradients<Taps>(sums, tap, offsets, in, grad, begin, end, width);
+  if constexpr (Taps > 1) {
+    if (tap < taps) add_weight_gradients<Taps - 1>(sums, tap, taps, offsets, in, grad, begin, end, width);
+  }
+}
+
+template <class T, class U>
+int64_t backward_scratch(const Problem& p) {
+  using Conv = Convolution<T, U>;
+  const int64_t wide = sizeof(double) / sizeof(typename Conv::S);
+  return VECTOR_BYTES * (Conv::vectors(p) + Adjoint<T, U>::vectors(p) + 3 * Conv::tile_vectors(p) + wide * (p.taps + 1));
+}
+
+template <class T, class U>
+void backward(const Problem& p, int64_t index, void* memory) {
+  Scratch scratch{(char*)memory};
+  const Convolution<T, U> conv(p, index, scratch);
+  const Adjoint<T, U> adjoint(conv, scratch);
+  const Task<T, U>& task = conv.task;
+  const Buffer<typename Task<T, U>::S>& grad = adjoint.grad;
+  using S = typename Task<T, U>::S;
+  constexpr int W = Task<T, U>::W;
+  const int64_t size = conv.tile_vectors(p);
+  S *tile = scratch.take<S>(size), *other = scratch.take<S>(size), *numbers = scratch.take<S>(size);
+  const Sums sums{(double*)scratch.take<S>((p.taps + 1) * (sizeof(double) / sizeof(S))), W};
+  memset(sums.data, 0, (p.taps + 1) * W * sizeof(double));
+  const Vec<S> D = task.template per_channel<S>(p.D);
+
+  // D x, or the bias.
+  for (int64_t y = task.begin, rows; y < task.end; y += rows) {
+    rows = least(task.rows_at_once(), task.end - y);
+    const Pixels<const S> g = task.template look<U>(tile, p.grad, 0, y, rows);
+    const bool has_x = p.x.data;
+    const Pixels<const S> x = has_x ? task.template look<U>(other, p.x, 0, y, rows) : g;
+    const Pixels<S> grad_x = has_x ? task.template place_for<U>(tile, p.grad_x, 0, y, rows) : Pixels<S>{tile, W};
+    for (int64_t begin = 0, end; begin < rows * p.width; begin = end) {
+      end = least(rows * p.width, begin + kSumInFloat);
+      Vec<S> sum = {};
+      for (int64_t i = begin; i < end; ++i) {
+        const Vec<S> gradient = g.get(i);
+        sum += has_x ? gradient * x.get(i) : gradient;
+        if (has_x) grad_x.set(i, gradient * D);
+      }
+      sums.add<S>(p.taps, sum);
+    }
+    if (has_x) task.template write<U>(grad_x, tile, p.grad_x, 0, y, rows);
+  }
+
+  for (int64_t n = 0; n < p.states; ++n) {
+    task.read_strip(conv.in, conv.tile, n);
+    for (int64_t y = task.first_row(), rows; y < task.last_row(); y += rows) {
+      rows = least(task.rows_at_once(), task.last_row() - y);
+      const Pixels<const S> g = task.template look<U>(tile, p.grad, p.C.data ? 0 : n, y, rows);
+      if (p.C.data) {
+        task.read_C(numbers, n, y, rows);
+      } else {
+        for (int64_t i = 0; i < rows * p.width; ++i) numbers[i] = 1;
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        S* row = grad.row(y + i);
+        for (int64_t x = 0; x < p.width; ++x)
+          store(row + x * W, numbers[i * p.width + x] * g.get(i * p.width + x));
+        task.continue_row(grad, y + i, false);
+      }
+    }
+    task.continue_plane(grad, false);
+
+    // C's gradient is the sum over channels of grad conv_n.
+    for (int64_t y = task.begin, rows; p.C.data && y < task.end; y += rows) {
+      rows = least(task.rows_at_once(), task.end - y);
+      const Pixels<const S> g = task.template look<U>(other, p.grad, 0, y, rows);
+      conv.rows(y, rows, Vec<S>{}, {Finish<S>::kMultiply, {tile, W}, nullptr, Vec<S>{}, g});
+      sum_lanes(numbers, tile, rows * p.width);
+      const int64_t plane = (task.batch * p.states + n) * p.blocks(W) + task.block;
+      memcpy((S*)p.grad_C + (plane * p.height + y) * p.width, numbers, rows * p.width * sizeof(S));
+    }
+
+    add_weight_gradients(sums, 0, p.taps, conv.offsets, conv.in, grad, task.begin, task.end, p.width);
+
+    for (int64_t y = task.begin, rows; y < task.end; y += rows) {
+      rows = least(task.rows_at_once(), task.end - y);
+      const Pixels<S> out = task.template place_for<T>(tile, p.out, n, y, rows);
+      adjoint.rows(out, y, rows);
+      task.template write<T>(out, tile, p.out, n, y, rows);
+    }
+  }
+
+  S* terms = (S*)p.grad_weights + (task.batch * p.strips + task.strip) * (p.taps + 1) * p.channels;
+  for (int k = 0; k <= p.taps; ++k)
+    for (int j = 0; j < task.channels; ++j) terms[k * p.channels + task.channel + j] = sums.data[k * W + j];
+}
+
+template <class T, class U>
+constexpr Kernel kForward = {kLanes<typename State<T>::type>, VECTOR_BYTES, forward_scratch<T, U>, forward<T, U>};
+template <class T, class U>
+constexpr Kernel kBackward = {kLanes<typename State<T>::type>, VECTOR_BYTES, backward_scratch<T, U>, backward<T, U>};
+
+constexpr Kernels kKernels = {
+    {kForward<float, float>, kForward<double, double>, kForward<Half, Half>, kForward<BFloat16, BFloat16>,
+     kForward<float, Half>, kForward<float, BFloat16>},
+    {kBackward<float, float>, kBackward<double, double>, kBackward<Half, Half>, kBackward<BFloat16, BFloat16>,
+     kBackward<float, Half>, kBackward<float, BFloat16>},
+};
+
+}  // namespace
+}  // namespace dwconv2d

@@ -1,0 +1,37 @@
+"""Runs the operators of a kernel package on one of its backends, for the tests that every backend must pass."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+
+import torch
+
+GPU = torch.cuda.is_available()
+BACKENDS = ["cpu", "reference", *(["cuda", "reference_on_cuda"] if GPU else []), "triton"]
+
+
+@contextlib.contextmanager
+def running_on(backend: str, package: str) -> Iterator[None]:
+    """Compiled kernels and Triton on a GPU run there, tensors being made there by default; all else on the CPU.
+
+    Without a GPU, Triton's kernels run in its interpreter.
+    """
+    device = "cuda" if backend in ("cuda", "reference_on_cuda") or (backend == "triton" and GPU) else "cpu"
+    loading = importlib.import_module(f"{package}.loading")
+    with torch.device(device):
+        if backend in ("cpu", "cuda"):
+            state = loading.backends()[backend]
+            assert state.startswith("available"), f"{package}: {backend} kernels are {state}; make install"
+            yield
+            return
+        module = importlib.import_module(f"{package}.{'triton_kernels' if backend == 'triton' else 'reference'}")
+        library = torch.library.Library(package, "IMPL")
+        for name in loading.OPERATORS:
+            library.impl(name, loading.without_autocast(getattr(module, name)), device.upper(), allow_override=True)
+        yield
+        library._destroy()
+
+
+def interpreted(backend: str) -> bool:
+    """Whether a program takes a tenth of a second, and sizes must be small."""
+    return backend == "triton" and not GPU
