@@ -37,6 +37,7 @@ from classification.data import build_eval_loader, build_mixup, build_train_load
 from classification.engine import NonFiniteLossError, Trainer, evaluate, train_one_epoch
 from classification.errors import UserError
 from classification.flops import flops_table
+from classification.memory import keep_freed_memory
 from classification.models import VARIANTS, SpatialMamba
 from classification.optim import build_optimizer, build_scheduler
 
@@ -107,6 +108,8 @@ class Run:
         info = init_distributed_device_so("cuda" if gpus else "cpu")
         self.rank, self.world_size = info["global_rank"], info["world_size"]
         self.device = torch.device(info["device"])
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
         self.is_main = self.rank == 0
         amp = {"float16": torch.float16, "bfloat16": torch.bfloat16, "off": None}[config.TRAIN.AMP]

@@ -1,17 +1,24 @@
 """Times the operators of kernels/ at the shapes they run at, beside plain PyTorch and the bandwidth of a copy.
 
-    python kernels/benchmark.py                                      every shape, on the GPU if there is one
+    python kernels/benchmark.py                               every operator and shape, on the GPU if there is one
     python kernels/benchmark.py --shapes "T/56 batch 1" --threads 1 --instruction-sets
+    python kernels/benchmark.py --ops fusion --layout contiguous
 
 A row is timed only if value and gradients agree with float64. Its bytes are those that must move, each input read once
 and each output written once; "% of copy" is that rate over the rate at which the machine copies, measured in the same
-run. The backends are the compiled kernels ("cpu", "cuda"), "triton", "reference" (plain PyTorch, a scan by doubling)
-and "loop" (plain PyTorch, one token after the other, gradients by autograd).
+run. The backends are the compiled kernels ("cpu", "cuda"), "triton", "reference" (the package's plain PyTorch) and
+"naive", which is how the operator is written without the package:
+
+    scan     selective_scan_state; naive is a loop over tokens, its gradients by autograd
+    fusion   state_fusion_output; naive is three pads, three convolutions, their sum and the output equation
+    dwconv   dilated_dwconv2d, 3x3 with zeros; naive is torch.nn.functional.conv2d, which is oneDNN's or cuDNN's
 """
 
 import argparse
 import datetime
 import fnmatch
+import importlib
+import itertools
 import json
 import os
 import platform
@@ -20,27 +27,29 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import dwconv2d
+import selective_scan
 import torch
 import torch.nn.functional as F
-from selective_scan import backends, reference
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-# The scans of the backbone: channels (twice the features) and tokens of each stage, one state.
+# The planes of the backbone's scans: channels (twice the features) and side of each stage, one state.
 LAYERS = {
-    **{f"T/{side}": (channels, side**2) for side, channels in ((56, 128), (28, 256), (14, 512), (7, 1024))},
-    **{f"B/{side}": (channels, side**2) for side, channels in ((56, 192), (28, 384), (14, 768), (7, 1536))},
+    **{f"T/{side}": (channels, side, side) for side, channels in ((56, 128), (28, 256), (14, 512), (7, 1024))},
+    **{f"B/{side}": (channels, side, side) for side, channels in ((56, 192), (28, 384), (14, 768), (7, 1536))},
 }
 SHAPES = {f"{name} batch {batch}": (batch, *layer) for batch in (1, 128) for name, layer in LAYERS.items()}
-SHAPES |= {"detection 200x320": (1, 128, 200 * 320), "segmentation 128x128": (1, 128, 128 * 128)}
+SHAPES |= {"detection 200x320": (1, 128, 200, 320), "segmentation 128x128": (1, 128, 128, 128)}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Largest relative L2 errors, those of tests/kernels/conftest.py; results of 16 bits may add 1.2 roundings.
 TOLERANCE = {"forward": 1e-6, "backward": 5e-6}
-# The loop is the yardstick, no kernel of ours: its decays, rounded next to 1, lose digits that the others keep.
-LOOP_TOLERANCE = {"forward": 1e-5, "backward": 5e-5}
+# Naive forms are yardsticks, no kernels of ours: a loop's decays, rounded next to 1, lose digits that the others keep.
+NAIVE_TOLERANCE = {"forward": 1e-5, "backward": 5e-5}
 INSTRUCTION_SETS = ("avx512", "avx2", "default")
 
 Inputs = dict[str, Tensor | bool]
@@ -51,6 +60,7 @@ Results = dict[str, Tensor]
 class Row:
     """One line of the table; the ratios are to the backends of that name, None where they were not timed."""
 
+    op: str
     shape: str
     dtype: str
     backend: str
@@ -61,33 +71,57 @@ class Row:
     gigabytes_per_second: float
     percent_of_copy: float
     times_reference: float | None = None
-    times_loop: float | None = None
+    times_naive: float | None = None
 
 
 # ----- what is timed
 
 
-def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str, channels_last: bool) -> Inputs:
-    """As the backbone calls the scan: u, delta and B channels-last, softplus of a biased delta."""
-    batch, channels, length = shape
-    torch.manual_seed(0)
+def planes(batch: int, channels: int, height: int, width: int, like: Tensor, channels_last: bool) -> Tensor:
+    x = torch.randn(batch, channels, height, width, dtype=like.dtype, device=like.device)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def scan_inputs(batch: int, channels: int, height: int, width: int, like: Tensor, channels_last: bool) -> Inputs:
+    """As the backbone calls the scan, softplus of a biased delta; all over one row of tokens."""
 
     def activation(rows: int) -> Tensor:
-        if channels_last:
-            return torch.randn(batch, length, rows, dtype=dtype, device=device).mT
-        return torch.randn(batch, rows, length, dtype=dtype, device=device)
+        return planes(batch, rows, height, width, like, channels_last).flatten(2)
 
     return dict(
         u=activation(channels) + 1,
         delta=activation(channels),
-        A=-torch.rand(channels, 1, device=device),
+        A=-torch.rand(channels, 1, device=like.device),
         B=activation(1) + 1,
-        delta_bias=torch.rand(channels, device=device),
+        delta_bias=torch.rand(channels, device=like.device),
         delta_softplus=True,
     )
 
 
-def loop_forward(u, delta, A, B, delta_bias, delta_softplus) -> Tensor:
+def fusion_inputs(batch: int, channels: int, height: int, width: int, like: Tensor, channels_last: bool) -> Inputs:
+    states = torch.empty(0, device=like.device)
+    weights = ("weight3", "weight3_d3", "weight3_d5")
+    return dict(
+        h=1 + planes(batch, channels, height, width, states, channels_last),
+        **{name: 1 + torch.randn(channels, 1, 3, 3, device=like.device) for name in weights},
+        alpha=torch.rand(3, device=like.device) / 9,
+        C=1 + planes(batch, 1, height, width, like, channels_last),
+        D=torch.rand(channels, device=like.device),
+        x=1 + planes(batch, channels, height, width, like, channels_last),
+    )
+
+
+def dwconv_inputs(batch: int, channels: int, height: int, width: int, like: Tensor, channels_last: bool) -> Inputs:
+    return dict(
+        x=1 + planes(batch, channels, height, width, like, channels_last),
+        weight=1 + torch.randn(channels, 1, 3, 3, device=like.device, dtype=like.dtype),
+        bias=torch.randn(channels, device=like.device, dtype=like.dtype),
+        dilation=1,
+        padding_mode="zeros",
+    )
+
+
+def naive_scan(u, delta, A, B, delta_bias, delta_softplus) -> Tensor:
     """The recurrence as it is written; `delta_softplus` is True in all that is timed."""
     dt = F.softplus(delta.to(A.dtype) + delta_bias[:, None])
     h, states = torch.zeros_like(dt[:, :, None, 0]), []
@@ -97,34 +131,78 @@ def loop_forward(u, delta, A, B, delta_bias, delta_softplus) -> Tensor:
     return torch.stack(states, dim=-1)
 
 
-def loop_backward(grad: Tensor, **inputs) -> tuple[Tensor, ...]:
-    leaves = [t.detach().requires_grad_() for t in inputs.values() if isinstance(t, Tensor)]
-    return torch.autograd.grad(loop_forward(*leaves, inputs["delta_softplus"]), leaves, grad)
+def naive_fusion(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x) -> Tensor:
+    fused = 0
+    for a, weight, dilation in zip(alpha, (weight3, weight3_d3, weight3_d5), (1, 3, 5), strict=True):
+        padded = F.pad(h, (dilation,) * 4, mode="replicate")
+        fused = fused + a * F.conv2d(padded, weight, dilation=dilation, groups=h.shape[1])
+    return (fused * C.to(h.dtype) + D[:, None, None] * x.to(h.dtype)).to(x.dtype)
 
 
-def implementations(device: str) -> dict[str, tuple[Callable, Callable]]:
-    """Forward and backward of each backend that runs on `device`."""
-    found = {}
-    available = backends()
-    if available[device].startswith("available"):
-        ops = torch.ops.selective_scan
-        found[device] = (ops.selective_scan_state, ops.selective_scan_state_backward)
-    if device == "cuda" and available["triton"] == "available":
-        from selective_scan import triton_kernels
+def naive_dwconv(x, weight, bias, dilation, padding_mode) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
 
-        found["triton"] = (triton_kernels.selective_scan_state, triton_kernels.selective_scan_state_backward)
-    found["reference"] = (reference.selective_scan_state, reference.selective_scan_state_backward)
-    found["loop"] = (loop_forward, loop_backward)
-    return found
+
+def backward_of(naive: Callable) -> Callable:
+    """Its gradients by autograd, for which the forward pass runs too: as a user of it pays."""
+
+    def backward(grad: Tensor, **inputs) -> tuple[Tensor, ...]:
+        leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if isinstance(t, Tensor)}
+        return torch.autograd.grad(naive(**inputs | leaves), list(leaves.values()), grad)
+
+    return backward
+
+
+@dataclass
+class Operator:
+    """What is timed under a name of `--ops`."""
+
+    package: str
+    name: str
+    make_inputs: Callable[..., Inputs]
+    naive: Callable[..., Tensor]
+    images: tuple[str, ...]  # the inputs that have a part for each image
+    not_for_backward: tuple[str, ...] = ()  # inputs that its backward operator does not take
+
+    def of(self, functions) -> tuple[Callable, Callable]:
+        """Forward and backward among `functions`: operators, or a module of implementations."""
+        backward = getattr(functions, f"{self.name}_backward")
+
+        def without_some(grad: Tensor, **inputs):
+            return backward(grad, **{n: t for n, t in inputs.items() if n not in self.not_for_backward})
+
+        return getattr(functions, self.name), without_some
+
+    def reference(self) -> tuple[Callable, Callable]:
+        return self.of(importlib.import_module(f"{self.package}.reference"))
+
+    def implementations(self, device: str) -> dict[str, tuple[Callable, Callable]]:
+        """Forward and backward of each backend that runs on `device`."""
+        found = {}
+        available = importlib.import_module(self.package).backends()
+        if available[device].startswith("available"):
+            found[device] = self.of(getattr(torch.ops, self.package))
+        if device == "cuda" and available["triton"] == "available":
+            found["triton"] = self.of(importlib.import_module(f"{self.package}.triton_kernels"))
+        found["reference"] = self.reference()
+        found["naive"] = (self.naive, backward_of(self.naive))
+        return found
+
+
+OPERATORS = {
+    "scan": Operator("selective_scan", "selective_scan_state", scan_inputs, naive_scan, ("u", "delta", "B")),
+    "fusion": Operator("dwconv2d", "state_fusion_output", fusion_inputs, naive_fusion, ("h", "C", "x")),
+    "dwconv": Operator("dwconv2d", "dilated_dwconv2d", dwconv_inputs, naive_dwconv, ("x",), ("bias",)),
+}
 
 
 # ----- agreement with float64
 
 
-def ends(inputs: Inputs) -> Inputs:
+def ends(op: Operator, inputs: Inputs) -> Inputs:
     """The first and the last image: where the offsets are smallest and largest."""
-    batch = len(inputs["u"])
-    return {k: v[:: max(batch - 1, 1)] if k in ("u", "delta", "B") else v for k, v in inputs.items()}
+    batch = len(inputs[op.images[0]])
+    return {n: t[:: max(batch - 1, 1)] if n in op.images else t for n, t in inputs.items()}
 
 
 def evaluate(forward: Callable, backward: Callable, inputs: Inputs, grad: Tensor) -> Results:
@@ -144,15 +222,15 @@ def disagreement(actual: Results, exact: Results, tolerance: dict[str, float]) -
     return None
 
 
-def verify(forward: Callable, backward: Callable, inputs: Inputs, grad: Tensor, exact: Results) -> str | None:
+def verify(op: Operator, backend: str, calls: tuple[Callable, Callable], inputs: Inputs, grad: Tensor, exact: Results):
     """All results for the first and the last image alone, and what belongs to them in the whole batch."""
-    few, few_grad = ends(inputs), grad[:: max(len(grad) - 1, 1)]
-    tolerance = LOOP_TOLERANCE if forward is loop_forward else TOLERANCE
-    wrong = disagreement(evaluate(forward, backward, few, few_grad), exact, tolerance)
+    few, few_grad = ends(op, inputs), grad[:: max(len(grad) - 1, 1)]
+    tolerance = NAIVE_TOLERANCE if backend == "naive" else TOLERANCE
+    wrong = disagreement(evaluate(*calls, few, few_grad), exact, tolerance)
     if wrong or len(grad) <= 2:
         return wrong
-    whole = evaluate(forward, backward, inputs, grad)
-    per_image = ("value", "u", "delta", "B")
+    whole = evaluate(*calls, inputs, grad)
+    per_image = ("value", *op.images)
     whole = {name: whole[name][:: len(grad) - 1] for name in per_image}
     return disagreement(whole, {name: exact[name] for name in per_image}, tolerance)
 
@@ -171,103 +249,97 @@ def median_seconds(call: Callable, threads: int) -> float:
     return Timer("call()", globals={"call": call}, num_threads=threads).blocked_autorange(min_run_time=0.3).median
 
 
-def bytes_per_element(inputs: Inputs, direction: str) -> float:
-    """u and delta, their gradients, and the states or their gradient; B, one value for all channels, counts too."""
-    activation, state, channels = inputs["u"].element_size(), inputs["A"].element_size(), inputs["u"].shape[1]
-    passes = 1 if direction == "forward" else 2
-    return passes * (2 * activation + activation / channels) + state
+def bytes_to_move(inputs: Inputs, output: Tensor, direction: str) -> int:
+    """Forward, inputs and output; backward, inputs, their gradients and that of the output."""
+    sizes = sum(t.nbytes for t in inputs.values() if isinstance(t, Tensor))
+    return output.nbytes + sizes * (1 if direction == "forward" else 2)
 
 
-def time_shape(name: str, dtype: str, chosen: list[str], copy: float, args: argparse.Namespace) -> Iterator[Row]:
-    inputs = make_inputs(SHAPES[name], DTYPES[dtype], args.device, args.layout == "channels_last")
-    few = {k: v.double() if isinstance(v, Tensor) else v for k, v in ends(inputs).items()}
-    batch, channels, length = SHAPES[name]
-    grad = 1 + torch.randn(batch, channels, 1, length, device=args.device)
-    exact_grad = grad[:: max(batch - 1, 1)].double()
-    exact = evaluate(reference.selective_scan_state, reference.selective_scan_state_backward, few, exact_grad)
-    for backend, (forward, backward) in implementations(args.device).items():
-        if backend not in chosen:
+def time_shape(op_name: str, shape: str, dtype: str, copy: float, args: argparse.Namespace) -> Iterator[Row]:
+    op, like = OPERATORS[op_name], torch.empty(0, dtype=DTYPES[dtype], device=args.device)
+    torch.manual_seed(0)
+    inputs = op.make_inputs(*SHAPES[shape], like, args.layout == "channels_last")
+    few = {n: t.double() if isinstance(t, Tensor) else t for n, t in ends(op, inputs).items()}
+    exact_forward, exact_backward = op.reference()
+    output = exact_forward(**inputs)
+    grad = 1 + torch.randn_like(output)
+    exact = evaluate(exact_forward, exact_backward, few, grad[:: max(len(grad) - 1, 1)].double())
+    for backend, calls in op.implementations(args.device).items():
+        if args.backends and backend not in args.backends:
             continue
-        wrong = verify(forward, backward, inputs, grad, exact)
-        if wrong:
-            print(f"NOT TIMED: {name} {dtype} {backend} disagrees with float64 in {wrong}", file=sys.stderr)
+        if wrong := verify(op, backend, calls, inputs, grad, exact):
+            print(f"NOT TIMED: {op_name} {shape} {dtype} {backend} disagrees with float64 in {wrong}", file=sys.stderr)
             continue
-        calls = {"forward": lambda f=forward: f(**inputs), "backward": lambda f=backward: f(grad, **inputs)}
-        for direction, call in calls.items():
-            seconds, size = median_seconds(call, args.threads), bytes_per_element(inputs, direction)
-            rate = size * grad.numel() / seconds
+        timed = {"forward": partial(calls[0], **inputs), "backward": partial(calls[1], grad, **inputs)}
+        for direction, call in timed.items():
+            seconds, size = median_seconds(call, args.threads), bytes_to_move(inputs, output, direction)
             yield Row(
-                shape=name,
+                op=op_name,
+                shape=shape,
                 dtype=dtype,
                 backend=backend,
                 direction=direction,
                 milliseconds=1e3 * seconds,
-                nanoseconds_per_element=1e9 * seconds / grad.numel(),
-                bytes_per_element=size,
-                gigabytes_per_second=rate / 1e9,
-                percent_of_copy=100 * rate / copy,
+                nanoseconds_per_element=1e9 * seconds / output.numel(),
+                bytes_per_element=size / output.numel(),
+                gigabytes_per_second=size / seconds / 1e9,
+                percent_of_copy=100 * size / seconds / copy,
             )
 
 
 def add_ratios(rows: list[Row]) -> None:
     times = {(r.shape, r.dtype, r.direction, r.backend): r.milliseconds for r in rows}
     for row in rows:
-        for backend in ("reference", "loop"):
-            naive = times.get((row.shape, row.dtype, row.direction, backend))
-            setattr(row, f"times_{backend}", naive and naive / row.milliseconds)
+        for backend in ("reference", "naive"):
+            other = times.get((row.shape, row.dtype, row.direction, backend))
+            setattr(row, f"times_{backend}", other and other / row.milliseconds)
 
 
-def time_instruction_set(name: str, dtype: str, isa: str, args: argparse.Namespace) -> list[Row]:
+def time_instruction_set(op: str, shape: str, dtype: str, isa: str, args: argparse.Namespace) -> list[Row]:
     """The compiled kernels for a lesser processor, in a process of their own, which is when PyTorch chooses."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
-        command = [sys.executable, __file__, "--device=cpu", "--backends=cpu", f"--json={out}", f"--shapes={name}"]
-        command += [f"--dtypes={dtype}", f"--threads={args.threads}", f"--layout={args.layout}"]
+        command = [sys.executable, __file__, "--device=cpu", "--backends=cpu", f"--json={out}", f"--shapes={shape}"]
+        command += [f"--ops={op}", f"--dtypes={dtype}", f"--threads={args.threads}", f"--layout={args.layout}"]
         subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": isa}, check=True, stdout=subprocess.DEVNULL)
         return [Row(**{**row, "backend": f"cpu {isa}"}) for row in json.loads(out.read_text())["rows"]]
 
 
 # ----- output
 
-COLUMNS = (
-    "shape",
-    "dtype",
-    "backend",
-    "direction",
-    "ms",
-    "ns/element",
-    "B/element",
-    "GB/s",
-    "% of copy",
-    "x reference",
-)
-COLUMNS += ("x loop",)
+COLUMNS = ("op", "shape", "dtype", "backend", "direction", "ms", "ns/element", "B/element", "GB/s", "% of copy")
+COLUMNS += ("x reference", "x naive")
 
 
 def line(row: Row) -> str:
-    ratios = ["" if r is None else f"{r:.1f}" for r in (row.times_reference, row.times_loop)]
+    ratios = ["" if r is None else f"{r:.1f}" for r in (row.times_reference, row.times_naive)]
     numbers = (row.nanoseconds_per_element, row.bytes_per_element, row.gigabytes_per_second, row.percent_of_copy)
-    cells = [row.shape, row.dtype, row.backend, row.direction, f"{row.milliseconds:.3f}"]
+    cells = [row.op, row.shape, row.dtype, row.backend, row.direction, f"{row.milliseconds:.3f}"]
     cells += [f"{numbers[0]:.3f}", *(f"{x:.1f}" for x in numbers[1:]), *ratios]
     return "| " + " | ".join(cells) + " |"
 
 
 def describe(device: str, threads: int) -> dict[str, str | int]:
     cpu = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-    return {
+    header = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "torch": torch.__version__,
-        "backends": ", ".join(name for name, state in backends().items() if state.startswith("available")),
     }
+    for package in (selective_scan, dwconv2d):
+        header[package.__name__] = ", ".join(
+            n for n, state in package.backends().items() if state.startswith("available")
+        )
+    return header
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ops", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--shapes", nargs="+", default=["*"], help="patterns, such as 'T/*'")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32; on a GPU also bfloat16")
-    parser.add_argument("--backends", nargs="+", choices=("cpu", "cuda", "triton", "reference", "loop"))
+    parser.add_argument("--backends", nargs="+", choices=("cpu", "cuda", "triton", "reference", "naive"))
     parser.add_argument("--layout", choices=("channels_last", "contiguous"), default="channels_last")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--instruction-sets", action="store_true", help="on a CPU, the lesser ones too")
@@ -288,17 +360,15 @@ def main() -> None:
     print(*(f"{key}: {value}" for key, value in header.items()), sep="\n")
     print("\n| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     everything = []
-    for name in args.shapes:
-        for dtype in args.dtypes:
-            chosen = args.backends or list(implementations(args.device))
-            rows = list(time_shape(name, dtype, chosen, copy, args))
-            if args.instruction_sets and args.device == "cpu":
-                here = torch.backends.cpu.get_cpu_capability().lower()
-                for isa in INSTRUCTION_SETS[INSTRUCTION_SETS.index(here) + 1 :]:
-                    rows += time_instruction_set(name, dtype, isa, args)
-            add_ratios(rows)
-            print(*map(line, rows), sep="\n", flush=True)
-            everything += rows
+    for op, name, dtype in itertools.product(args.ops, args.shapes, args.dtypes):
+        rows = list(time_shape(op, name, dtype, copy, args))
+        if args.instruction_sets and args.device == "cpu":
+            here = torch.backends.cpu.get_cpu_capability().lower()
+            for isa in INSTRUCTION_SETS[INSTRUCTION_SETS.index(here) + 1 :] if here in INSTRUCTION_SETS else ():
+                rows += time_instruction_set(op, name, dtype, isa, args)
+        add_ratios(rows)
+        print(*map(line, rows), sep="\n", flush=True)
+        everything += rows
     if args.json:
         args.json.write_text(json.dumps({**header, "rows": list(map(asdict, everything))}, indent=1) + "\n")
 

@@ -26,6 +26,7 @@ RESOURCES = re.compile(
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
+TILE = 7 * 7
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", re.MULTILINE)
 
 
@@ -66,7 +67,9 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def items_of(name: str) -> int | None:
-    """The first number among a kernel's template arguments."""
+    """What a thread computes: tokens, the first number among the scan's template arguments, or a tile of pixels."""
+    if name.startswith("tiled_"):
+        return TILE
     numbers = re.search(r"<.*?\b(\d+)\b", name)
     return int(numbers[1]) if numbers else None
 

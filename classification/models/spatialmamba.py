@@ -42,23 +42,27 @@ class DepthwiseConv3x3(DilatedDWConv2d):
         return super().forward(x)
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` for tokens (B, H, W, C), in float32 on a CPU as a 1x1 convolution.
+FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless there are channels to share
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for tokens (..., C), in float32 on a CPU as a 1x1 convolution.
 
     PyTorch multiplies float32 matrices by MKL, which on processors that are not Intel's leaves half of their vector
     units idle, and convolves by oneDNN, which does not: twice as fast on an AMD EPYC with AVX-512.
     """
+    channels_out, channels_in = weight.shape
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_exporting():
+        return F.linear(x, weight, bias)
+    if channels_out < channels_in and x.shape[:-1].numel() < FEW_TOKENS:
+        return F.linear(x, weight, bias)
+    row = x.reshape(1, 1, -1, channels_in).contiguous()
+    return to_tokens(F.conv2d(to_planes(row), weight[..., None, None], bias)).view(*x.shape[:-1], channels_out)
 
-    FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless there are channels to share
 
+class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_exporting():
-            return super().forward(x)
-        if self.out_features < self.in_features and x.shape[:-1].numel() < self.FEW_TOKENS:
-            return super().forward(x)
-        row = x.reshape(1, 1, -1, self.in_features)
-        y = F.conv2d(to_planes(row), self.weight[..., None, None], self.bias)
-        return to_tokens(y).view(*x.shape[:-1], self.out_features)
+        return linear(x, self.weight, self.bias)
 
 
 class ConvLayer(nn.Module):
@@ -78,7 +82,7 @@ class ConvLayer(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
-        self.act = nn.ReLU() if act else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -181,9 +185,9 @@ class StructureAwareSSM(nn.Module):
         n = self.d_state
 
         # Input-dependent Delta, B and C from each token.
-        projected = F.linear(to_tokens(x), self.x_proj_weight)
+        projected = linear(to_tokens(x), self.x_proj_weight)
         dt, B, C = projected.split([self.dt_rank, n, n], dim=-1)
-        dt = F.linear(dt, self.dt_projs_weight)
+        dt = linear(dt, self.dt_projs_weight)
 
         # State transition: h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32.
         state_dtype = torch.promote_types(x.dtype, torch.float32)

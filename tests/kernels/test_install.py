@@ -156,7 +156,8 @@ def test_without_pytorch(source, tmp_path):
     done = environment.run("setup.py", "sdist", cwd=source)
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = (source / "dist").glob("*.tar.gz")
-    assert any(name.endswith("csrc/cpu/simd.h") for name in tarfile.open(archive).getnames())
+    with tarfile.open(archive) as content:
+        assert any(name.endswith("csrc/cpu/simd.h") for name in content.getnames())
 
 
 # ----- other ways in
@@ -278,8 +279,12 @@ def test_other_instruction_sets(capability):
     if capability.upper() == torch.backends.cpu.get_cpu_capability():
         pytest.skip("this processor's own")
     done = run_command(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_selective_scan.py"),
-        *("-k", "cpu and (sizes or options or decays or softplus or views or random or repeatable)"),
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *("tests/kernels/test_selective_scan.py", "tests/kernels/test_dwconv2d.py"),
+        *(
+            "-k",
+            "cpu and (sizes or options or decays or softplus or views or random or repeatable or planes or kernels)",
+        ),
         cwd=ROOT,
         ATEN_CPU_CAPABILITY=capability,
     )
@@ -306,23 +311,24 @@ def test_benchmark(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "NOT TIMED" not in done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert {(r["backend"], r["direction"], r["dtype"]) for r in rows} == {
-        (backend, direction, dtype)
-        for backend in ("cpu", "reference", "loop")
+    assert {(r["op"], r["backend"], r["direction"], r["dtype"]) for r in rows} == {
+        (op, backend, direction, dtype)
+        for op in ("scan", "fusion", "dwconv")
+        for backend in ("cpu", "reference", "naive")
         for direction in ("forward", "backward")
         for dtype in ("float32", "bfloat16")
     }
-    assert all(r["milliseconds"] > 0 and r["times_loop"] > 0 for r in rows)
+    assert all(r["milliseconds"] > 0 and r["times_naive"] > 0 for r in rows)
 
 
 def test_benchmark_does_not_time_what_is_wrong(tmp_path):
     script = (ROOT / "kernels/benchmark.py").read_text()
-    found = 'found["reference"] = (reference.selective_scan_state, '
+    found = 'found["naive"] = (self.naive, '
     assert found in script
-    wrong = script.replace(found, 'found["reference"] = (lambda **k: 1.00001 * reference.selective_scan_state(**k), ')
+    wrong = script.replace(found, 'found["naive"] = (lambda **k: 1.0001 * self.naive(**k), ')
     (tmp_path / "benchmark.py").write_text(wrong)
     done = run_command(
-        sys.executable, "benchmark.py", "--shapes", "T/7 batch 1", "--backends", "reference", cwd=tmp_path
+        sys.executable, "benchmark.py", "--ops", "scan", "--shapes", "T/7 batch 1", "--backends", "naive", cwd=tmp_path
     )
-    assert "NOT TIMED: T/7 batch 1 float32 reference disagrees with float64 in value" in done.stderr
-    assert "| reference |" not in done.stdout
+    assert "NOT TIMED: scan T/7 batch 1 float32 naive disagrees with float64 in value" in done.stderr
+    assert "| naive |" not in done.stdout

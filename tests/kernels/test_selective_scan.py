@@ -359,7 +359,15 @@ def test_export(check):
 
 
 def assert_alike(fake, real):
-    assert (fake.shape, fake.dtype, fake.is_contiguous()) == (real.shape, real.dtype, real.is_contiguous())
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_gradients_are_laid_out_as_activations():
+    inputs = make_inputs(channels=6, length=9)
+    inputs["u"] = inputs["u"].mT.contiguous().mT
+    grad_u, grad_delta, *_ = BACKWARD(make_grad(inputs), **inputs)
+    assert grad_u.stride() == inputs["u"].stride()
+    assert grad_delta.stride() == inputs["delta"].stride()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"], indirect=True)

@@ -29,7 +29,7 @@ def library(tmp_path_factory):
         pytest.skip("no g++ to compile the emulated CUDA kernels with")
     path = tmp_path_factory.mktemp("cuda_emulation") / "emulated.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared", f"-I{SOURCES}"]
-    subprocess.run([compiler, *flags, HERE / "cuda_emulation" / "driver.cpp", "-o", path], check=True)
+    subprocess.run([compiler, *flags, HERE / "cuda_emulation" / "selective_scan_driver.cpp", "-o", path], check=True)
     library = ctypes.CDLL(path)
     library.emulated_forward.restype = library.emulated_backward.restype = ctypes.c_char_p
     return library
@@ -263,6 +263,14 @@ def test_little_is_carried_over(compare, scan, states, length):
     inputs = make_inputs(2, 3, states, length, bias=False)
     inputs |= dict(delta=6 + 4 * torch.rand(2, 3, length), A=torch.full((3, states), -1.0))
     compare(scan, exact_scan, inputs)
+
+
+@pytest.mark.parametrize("size", [(2, 4, 1, 197), (1, 3, 1, 3200), (2, 5, 1, 10), (2, 5, 2, 33)])
+def test_bias_beyond_the_tokens(compare, scan, size):
+    """Tiles have places without a token; the bias alone, -100 of a step near 0, would let the state there explode."""
+    inputs = make_inputs(*size)
+    inputs |= dict(delta=100 + torch.rand_like(inputs["delta"]), A=torch.full_like(inputs["A"], -1))
+    compare(scan, exact_scan, inputs | dict(delta_bias=torch.full_like(inputs["delta_bias"], -100)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

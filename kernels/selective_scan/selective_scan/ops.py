@@ -33,8 +33,8 @@ def _forward_fake(u, delta, A, B, delta_bias=None, delta_softplus=False):
 def _backward_fake(grad, u, delta, A, B, delta_bias=None, delta_softplus=False):
     reference.check_inputs(u, delta, A, B, delta_bias)
     reference.check_grad(grad, u, A)
-    like = (u, delta, A, B)
-    return (*(t.new_empty(t.shape) for t in like), A.new_empty(A.shape[:1]))
+    activations = torch.empty_like(u), torch.empty_like(delta)
+    return (*activations, A.new_empty(A.shape), B.new_empty(B.shape), A.new_empty(A.shape[:1]))
 
 
 def _setup_context(ctx, inputs, output):
@@ -76,7 +76,7 @@ def selective_scan_state(
 
     Returns:
         h, (B, D, N, L), contiguous, float32 (float64 if u is), whatever the inputs' 16-bit type. Gradients have
-        their input's dtype.
+        their input's dtype, those for u and delta its memory format too.
 
     Defined for finite inputs and dt A <= 0: what follows an infinity is not, and states that grow may overflow.
     Under autocast u, delta and B are cast to the autocast dtype, A and delta_bias to float32.

@@ -101,8 +101,14 @@ def selective_scan_state_backward(
     grad_A = (lam_carried * wide_dt).sum((0, 3))
     grad_B = _sum_groups(lam * (wide_dt * wide_u), B)
     grad_bias = grad_delta.sum((0, 2))
-    grads = (grad_u.to(u.dtype), grad_delta.to(delta.dtype), grad_A, grad_B.to(B.dtype), grad_bias)
-    return tuple(g.contiguous() for g in grads)
+    grad_u, grad_delta = laid_out_as(u, grad_u), laid_out_as(delta, grad_delta)
+    return grad_u, grad_delta, grad_A.contiguous(), grad_B.to(B.dtype).contiguous(), grad_bias.contiguous()
+
+
+def laid_out_as(activation: Tensor, grad: Tensor) -> Tensor:
+    """A gradient in its activation's dtype and memory format."""
+    out = torch.empty_like(activation)
+    return grad if grad.dtype == out.dtype and grad.stride() == out.stride() else out.copy_(grad)
 
 
 def _step_size(delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:

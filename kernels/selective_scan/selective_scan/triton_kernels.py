@@ -415,8 +415,8 @@ def selective_scan_state_backward(
     if tiling.group_tiles > 1:
         grad_B = grad_B.sum(2)
     return (
-        grad_u.to(u.dtype),
-        grad_delta.to(u.dtype),
+        reference.laid_out_as(u, grad_u),
+        reference.laid_out_as(delta, grad_delta),
         grad_A.sum(0),
         grad_B.view(B.shape).to(B.dtype),
         grad_bias.sum(0),

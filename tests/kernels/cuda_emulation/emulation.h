@@ -85,12 +85,12 @@ class Block {
     return result;
   }
 
-  void copy_later(void* to, const void* from) {
-    fibers_[current_].copies.push_back({to, from});
+  void copy_later(void* to, const void* from, size_t bytes) {
+    fibers_[current_].copies.push_back({to, from, bytes});
     if (order_ != kAscending) copy_now();
   }
   void copy_now() {
-    for (const auto& [to, from] : fibers_[current_].copies) std::memcpy(to, from, 16);
+    for (const Copy& copy : fibers_[current_].copies) std::memcpy(copy.to, copy.from, copy.bytes);
     fibers_[current_].copies.clear();
   }
 
@@ -102,6 +102,12 @@ class Block {
  private:
   enum State { kReady, kWaiting, kDone };
 
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+
   struct Fiber {
     ucontext_t context;
     std::vector<unsigned char> stack = std::vector<unsigned char>(kStack);
@@ -109,7 +115,7 @@ class Block {
     Scope scope;
     int line, exchanges;
     unsigned char slots[2][8];
-    std::vector<std::pair<void*, const void*>> copies;
+    std::vector<Copy> copies;
   };
 
   static void enter(unsigned high, unsigned low) {
@@ -190,9 +196,41 @@ inline void launch(int64_t blocks, int threads, size_t shared, Order order, cons
   for (unsigned index : indices) block().run(index, threads, shared, order, random, kernel);
 }
 
+// Memory that starts as NaN and whose surroundings are looked after.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes), memory_(bytes + 2 * kMargin, kPoison) {}
+  void* data() { return memory_.data() + kMargin; }
+  void check() const {
+    for (size_t i = 0; i < kMargin; ++i) {
+      if (memory_[i] != kPoison || memory_[kMargin + bytes_ + i] != kPoison) {
+        throw std::runtime_error("write out of bounds");
+      }
+    }
+  }
+
+ private:
+  static constexpr size_t kMargin = 4096;
+  size_t bytes_;
+  std::vector<unsigned char> memory_;
+};
+
+// Runs a function; an error's message or null.
+template <typename Function>
+const char* guarded(Function function) {
+  static std::string message;
+  try {
+    function();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
 }  // namespace emulation
 
-namespace selective_scan {
+namespace gpu {
 
 // As coarse as the GPU's may be at worst: rounded towards zero, so that errors add up, and without denormals.
 inline float exp2_approx(float x) {
@@ -255,6 +293,8 @@ inline uint32_t to_bfloat16s(float first, float second) {
   return float_to_bfloat16(first) | uint32_t(float_to_bfloat16(second)) << 16;
 }
 
+inline int opaque(int x) { return x; }
+
 template <bool kUp, typename T>
 T shuffle(T value, int distance) {
   const int lane = threadIdx.x % emulation::kWarpSize;
@@ -265,13 +305,15 @@ T shuffle(T value, int distance) {
 
 inline unsigned char* shared_memory() { return emulation::block().memory(); }
 
-inline void copy_16_bytes_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
-    emulation::block().fail("misaligned 16-byte copy");
+inline void copy_async(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
+    emulation::block().fail("misaligned copy of " + std::to_string(bytes) + " bytes");
   } else {
-    emulation::block().copy_later(to, from);
+    emulation::block().copy_later(to, from, bytes);
   }
 }
+inline void copy_16_bytes_async(void* to, const void* from) { copy_async(to, from, 16); }
+inline void copy_4_bytes_async(void* to, const void* from) { copy_async(to, from, 4); }
 inline void wait_for_copies() { emulation::block().copy_now(); }
 
-}  // namespace selective_scan
+}  // namespace gpu

@@ -14,7 +14,7 @@ using namespace simd;
 
 #define NOINLINE __attribute__((noinline))
 
-constexpr int kPixels = 8;      // accumulators of a convolution: enough to hide an addition's latency
+constexpr int kPixels = VECTOR_BYTES == 64 ? 14 : 8;  // accumulators of a convolution, of 32 or 16 registers
 constexpr int kTapsAtOnce = 8;  // and of a weight's gradient
 constexpr int64_t kColumns = 16;  // as many at once as leave all rows that taps reach in the first-level cache
 constexpr int64_t kTokens = 1024;  // pixels that are read, computed and written at once, or more if a row has more

@@ -1,6 +1,7 @@
 // The state scan on the CPU: arguments, memory, threads and the choice of an instruction set.
 #include "scan.h"
 
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "../check.h"
@@ -68,11 +69,15 @@ Gradients backward(const Tensor& grad, const Tensor& u, const Tensor& delta, con
 
   const int64_t blocks = p.blocks(kernel.lanes);
   const auto partial = A.options().dtype(at::kDouble);
-  const Tensor grad_u = at::empty(u.sizes(), u.options()), grad_delta = at::empty(u.sizes(), u.options());
+  const Tensor grad_u = at::empty_like(u), grad_delta = at::empty_like(delta);
   const Tensor grad_A = at::empty({p.batch, p.channels, p.states}, partial);
   const Tensor grad_bias = at::empty({p.batch, p.channels}, partial);
   const Tensor grad_B = at::empty({p.batch, p.groups, blocks, p.states, p.length}, A.options());
   p.grad_u = grad_u.mutable_data_ptr(), p.grad_delta = grad_delta.mutable_data_ptr();
+  for (int i = 0; i < 3; ++i) {
+    p.grad_u_strides[i] = grad_u.stride(i);
+    p.grad_delta_strides[i] = grad_delta.stride(i);
+  }
   p.grad_A = grad_A.mutable_data_ptr<double>(), p.grad_bias = grad_bias.mutable_data_ptr<double>();
   p.grad_B = grad_B.mutable_data_ptr();
   host::run(kernel, p, tasks(kernel, p));

@@ -19,6 +19,7 @@ struct Problem {
 
   void* h;                     // (B, D, N, L)
   void *grad_u, *grad_delta;   // (B, D, L)
+  int64_t grad_u_strides[3], grad_delta_strides[3];
   double *grad_A, *grad_bias;  // (B, D, N) and (B, D), still to be summed over the batch
   void* grad_B;                // (B, G, blocks, N, L) of the states' dtype, still to be summed over blocks
 

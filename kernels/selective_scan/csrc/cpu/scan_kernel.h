@@ -99,6 +99,11 @@ struct Task {
     load_tile(tile, first, strides[1], strides[2], channels, tokens(chunk));
   }
 
+  INLINE void store_activation(void* data, const int64_t (&strides)[3], const S* tile, int64_t chunk) const {
+    T* first = (T*)data + batch * strides[0] + channel * strides[1] + chunk * kChunk * strides[2];
+    store_tile(first, tile, strides[1], strides[2], channels, tokens(chunk));
+  }
+
   INLINE void load_B(S* row, int64_t n, int64_t chunk) const {
     const int64_t(&s)[4] = p.B_strides;
     const T* first = (const T*)p.B + batch * s[0] + group * s[1] + n * s[2] + chunk * kChunk * s[3];
@@ -260,9 +265,8 @@ void backward(const Problem& p, int64_t index, void* memory) {
       store(grad_drive + t * W, from_drive * load(dt + t * W));
     }
     add_lanes<S>(grad_bias, grad_bias_chunk);
-    const int64_t first = (task.batch * p.channels + task.channel) * p.length + chunk * kChunk;
-    store_tile((T*)p.grad_u + first, grad_drive, p.length, 1, task.channels, tokens);
-    store_tile((T*)p.grad_delta + first, grad_s, p.length, 1, task.channels, tokens);
+    task.store_activation(p.grad_u, p.grad_u_strides, grad_drive, chunk);
+    task.store_activation(p.grad_delta, p.grad_delta_strides, grad_s, chunk);
   }
 
   for (int j = 0; j < task.channels; ++j) {

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace selective_scan {
+namespace gpu {
 
 // Relative error about 2^-22, also next to 1; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -49,6 +49,12 @@ __device__ __forceinline__ uint32_t to_bfloat16s(float first, float second) {
   return __bfloat16_as_ushort(pair.x) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
 }
 
+// The same number, of which the compiler knows nothing: what is computed from it stays in its loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The value of the lane `distance` to the left (kUp) or right; the lane's own where there is none.
 template <bool kUp, typename T>
 __device__ __forceinline__ T shuffle(T value, int distance) {
@@ -61,13 +67,21 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
-// From global to shared memory, both 16-byte aligned; complete after `wait_for_copies`.
+// From global to shared memory, both aligned to as many bytes; complete after `wait_for_copies`.
 __device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 #else
   *static_cast<int4*>(to) = *static_cast<const int4*>(from);
+#endif
+}
+__device__ __forceinline__ void copy_4_bytes_async(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+#else
+  *static_cast<int*>(to) = *static_cast<const int*>(from);
 #endif
 }
 
@@ -77,4 +91,4 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-}  // namespace selective_scan
+}  // namespace gpu

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "types.h"
+
 namespace selective_scan {
 
-enum class Dtype { kFloat, kDouble, kHalf, kBFloat16 };
-
-inline int size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
+using namespace gpu;
 
 // A tensor with strides in elements; dimensions that it does not have, and those of size 1, have stride 0.
 struct View {
@@ -16,22 +16,6 @@ struct View {
   int64_t batch = 0, channel = 0, state = 0, token = 0;  // `channel` is B's group
   // How a tile is loaded: lanes along rows rather than tokens, and 16 bytes at once.
   bool along_rows = false, wide = false;
-};
-
-// Division by a number known on the host: n / by = n * factor >> shift for 0 <= n < 2^31 (Granlund and Montgomery,
-// Division by invariant integers using multiplication, 1994).
-struct Divisor {
-  uint32_t factor = 0;
-  int shift = 0;
-
-  Divisor() = default;
-  explicit Divisor(int by) {
-    int bits = 0;
-    while (int64_t(1) << bits < by) ++bits;
-    shift = 31 + bits;
-    factor = uint32_t((uint64_t(1) << shift) / by + 1);
-  }
-  constexpr int divide(int n) const { return int(uint64_t(n) * factor >> shift); }
 };
 
 // A row is one channel of one image. A block works on `rows` rows of one (image, group), each held by
@@ -66,14 +50,8 @@ struct Params {
   int64_t blocks() const { return batch * groups * plan.row_blocks; }
 };
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 224;
 constexpr int kManyItems = 14, kFewItems = 7;  // 3136 = 224 * 14, 784 = 56 * 14, 196 = 14 * 14, 49 = 7 * 7
-
-template <typename T>
-constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
-}
 
 // A loop over states takes registers that 14 items do not leave, nor do items of double precision.
 inline int best_items(const Params& p, Dtype dtype) {

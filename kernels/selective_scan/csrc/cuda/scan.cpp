@@ -1,6 +1,7 @@
 // The CUDA kernels as kernels of the operators: checks, allocations, launches.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -66,6 +67,12 @@ Params params_of(const Sizes& sizes, const Tensor& u, const Tensor& delta, const
   return p;
 }
 
+// A gradient, contiguous as the kernels write it, as `at::empty_like` lays out its input's.
+Tensor laid_out_as(const Tensor& input, const Tensor& grad) {
+  const Tensor out = at::empty_like(input);
+  return out.strides() == grad.strides() ? grad : out.copy_(grad);
+}
+
 Tensor empty_states(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return at::empty(sizes, like.options().dtype(state_dtype(like)));
 }
@@ -95,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   const Tensor grad_u = like(u), grad_delta = like(delta), grad_A = like(A), grad_B = like(B);
   const Tensor grad_bias = empty_states(u, {sizes.channels});
-  if (sizes.batch == 0) return {grad_u, grad_delta, grad_A.zero_(), grad_B, grad_bias.zero_()};
+  if (sizes.batch == 0) return {at::empty_like(u), at::empty_like(delta), grad_A.zero_(), grad_B, grad_bias.zero_()};
 
   const Tensor tokens_of_B = with_adjacent_tokens(B, sizes);
   Params p = params_of(sizes, u, delta, A, tokens_of_B, bias, softplus);
@@ -127,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   sum(terms_A, grad_A, 1, sizes.batch, sizes.channels * sizes.states, state);
   sum(terms_bias, grad_bias, 1, sizes.batch, sizes.channels, state);
   sum(terms_B, grad_B, sizes.batch * sizes.groups, p.plan.row_blocks, sizes.states * sizes.length, dtype);
-  return {grad_u, grad_delta, grad_A, grad_B, grad_bias};
+  return {laid_out_as(u, grad_u), laid_out_as(delta, grad_delta), grad_A, grad_B, grad_bias};
 }
 
 TORCH_LIBRARY_IMPL(selective_scan, CUDA, m) {

@@ -1,4 +1,6 @@
 #include "launch.cuh"
+#include "launch.h"
+#include "scan_kernel.cuh"
 
 namespace selective_scan {
 
@@ -15,9 +17,7 @@ cudaError_t launch_sum(const void* terms, void* to, int64_t outer, int64_t count
   return with_instance(Plan(), dtype, [&](auto instance) {
     using Output = typename decltype(instance)::Input;
     using State = typename decltype(instance)::State;
-    return launch(sum_terms<State, Output>, ceil_div<int64_t>(outer * inner, kWarp), kMaxThreads,
-                  kMaxThreads * sizeof(State), stream, static_cast<const State*>(terms), static_cast<Output*>(to),
-                  outer, count, inner);
+    return launch_sum_of<State, Output>(terms, to, outer, count, inner, stream);
   });
 }
 

@@ -1,4 +1,6 @@
 #include "launch.cuh"
+#include "launch.h"
+#include "scan_kernel.cuh"
 
 namespace selective_scan {
 

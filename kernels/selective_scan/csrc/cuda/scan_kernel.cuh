@@ -9,59 +9,12 @@
 // whatever the shape. Both factors of kItems, 7 and 14, make those accesses free of bank conflicts.
 #pragma once
 
-#ifdef __CUDACC__
-#include "device.cuh"
-#endif
 #include <type_traits>
 
+#include "elements.cuh"
 #include "plan.h"
 
 namespace selective_scan {
-
-// ----- element types
-
-struct Half {
-  uint16_t bits;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <typename Input>
-struct StateOf {
-  using type = float;
-};
-
-template <>
-struct StateOf<double> {
-  using type = double;
-};
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(Half x) { return half_to_float(x.bits); }
-__device__ __forceinline__ float widen(BFloat16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
-
-// Two numbers in 32 bits, in the order of their addresses.
-__device__ __forceinline__ void widen_pair(uint32_t bits, Half, float& first, float& second) {
-  first = half_to_float(uint16_t(bits));
-  second = half_to_float(uint16_t(bits >> 16));
-}
-__device__ __forceinline__ void widen_pair(uint32_t bits, BFloat16, float& first, float& second) {
-  first = float_of_bits(bits << 16);
-  second = float_of_bits(bits & 0xffff0000);
-}
-
-__device__ __forceinline__ uint32_t narrow_pair(float first, float second, Half) { return to_halves(first, second); }
-__device__ __forceinline__ uint32_t narrow_pair(float first, float second, BFloat16) {
-  return to_bfloat16s(first, second);
-}
-
-__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
-__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
-__device__ __forceinline__ void narrow(float x, Half& to) { to.bits = uint16_t(to_halves(x, 0)); }
-__device__ __forceinline__ void narrow(float x, BFloat16& to) { to.bits = uint16_t(to_bfloat16s(x, 0)); }
 
 // ----- functions
 
@@ -166,8 +119,6 @@ __device__ __forceinline__ const T* at(const View& view, int64_t batch, int64_t 
 
 // ----- shared memory
 
-constexpr size_t padded(size_t bytes) { return (bytes + 15) / 16 * 16; }
-
 // Byte offsets of the arrays. `states` is what a tile of the output or of its gradient takes.
 template <typename Input>
 struct Layout {
@@ -187,17 +138,7 @@ struct Layout {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ T* shared_at(size_t offset) {
-  return reinterpret_cast<T*>(shared_memory() + offset);
-}
-
 // ----- between global and shared memory
-
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T values[kWidth];
-};
 
 __device__ __forceinline__ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -401,14 +342,19 @@ __device__ __forceinline__ void write_items(T* tile, const State (&items)[kItems
   for (int i = 0; i < kItems; i += kGroup<kItems>) write_group<kGroup<kItems>>(tile + i, items + i);
 }
 
-// dt = delta + bias, through softplus if asked, in place.
+// dt = delta + bias, through softplus if asked, in place. From `items` on, where a tile has none of the tensor's elements,
+// it is 0: with the bias alone a decay could overflow there, and what comes from the right be NaN.
 template <int kItems, typename State>
-__device__ __forceinline__ void step_sizes(State (&delta)[kItems], State bias, bool through_softplus) {
+__device__ __forceinline__ void step_sizes(State (&delta)[kItems], State bias, bool through_softplus, int items) {
 #pragma unroll
   for (int i = 0; i < kItems; ++i) delta[i] += bias;
   if (through_softplus) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) delta[i] = softplus(delta[i]);
+  }
+  if (items < kItems) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) delta[i] = i < items ? delta[i] : State(0);
   }
 }
 
@@ -536,7 +482,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFl
     if (n == 0) {
       const State bias = p.bias.data ? *at<State>(p.bias, 0, channel, 0, 0) : State(0);
       read_items(delta_tile + first_item, dt);
-      step_sizes(dt, bias, p.softplus);
+      step_sizes(dt, bias, p.softplus, mine ? place.tokens - me.place * kItems : 0);
       read_items(u_tile + first_item, drive);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) drive[i] *= dt[i];
@@ -713,7 +659,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
         __syncthreads();
         if (n == 0) {
           read_items(delta_tile + first_item, dt);
-          step_sizes(dt, bias, p.softplus);
+          step_sizes(dt, bias, p.softplus, mine ? tokens - me.place * kItems : 0);
         }
 
         const State A = *at<State>(p.A, 0, channel, n, 0);
@@ -813,26 +759,6 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
       sum_rows(grad_tile, p.plan.rows, tokens, chunk, terms_B);
       if (c > 0) __syncthreads();
     }
-  }
-}
-
-// to[o, i] = sum over t of terms[o, t, i], in an order that depends on the sizes alone.
-template <typename State, typename Output>
-__global__ void __launch_bounds__(kMaxThreads)
-    sum_terms(const State* terms, Output* to, int64_t outer, int64_t count, int64_t inner) {
-  constexpr int kSlices = kMaxThreads / kWarp;
-  State* const sums = shared_at<State>(0);
-  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
-  const int64_t output = int64_t(blockIdx.x) * kWarp + lane, o = output / inner, i = output - o * inner;
-  State sum = 0;
-  if (o < outer) {
-    for (int64_t t = slice; t < count; t += kSlices) sum += terms[(o * count + t) * inner + i];
-  }
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (slice == 0 && o < outer) {
-    for (int k = 1; k < kSlices; ++k) sum += sums[k * kWarp + lane];
-    narrow(sum, to[output]);
   }
 }
 

@@ -7,24 +7,8 @@
 namespace selective_scan {
 namespace {
 
-std::string message;
-
-// Memory that starts as NaN and whose surroundings are looked after.
-class Guarded {
- public:
-  explicit Guarded(size_t bytes) : bytes_(bytes), memory_(bytes + 2 * kMargin, 0xff) {}
-  void* data() { return memory_.data() + kMargin; }
-  void check() const {
-    for (size_t i = 0; i < kMargin; ++i) {
-      if (memory_[i] != 0xff || memory_[kMargin + bytes_ + i] != 0xff) throw std::runtime_error("write out of bounds");
-    }
-  }
-
- private:
-  static constexpr size_t kMargin = 4096;
-  size_t bytes_;
-  std::vector<unsigned char> memory_;
-};
+using emulation::Guarded;
+using emulation::guarded;
 
 template <typename I>
 void forward(const Params& p, emulation::Order order) {
@@ -40,7 +24,7 @@ void backward(const Params& p, emulation::Order order) {
 
 template <typename State, typename Output>
 void sum(void* terms, void* to, int64_t outer, int64_t count, int64_t inner, emulation::Order order) {
-  emulation::launch(ceil_div<int64_t>(outer * inner, kWarp), kMaxThreads, kMaxThreads * sizeof(State), order, [&] {
+  emulation::launch(ceil_div<int64_t>(outer * inner, kWarp), kSumThreads, kSumThreads * sizeof(State), order, [&] {
     sum_terms(static_cast<const State*>(terms), static_cast<Output*>(to), outer, count, inner);
   });
 }
@@ -62,17 +46,6 @@ Params make_params(const int64_t* sizes, const void* const* inputs, const int64_
   View* const views[] = {&p.u, &p.delta, &p.A, &p.B, &p.bias, &p.grad};
   for (int i = 0; i < 6; ++i) *views[i] = view(inputs, strides, i);
   return p;
-}
-
-template <typename Function>
-const char* guarded(Function function) {
-  try {
-    function();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
 }
 
 }  // namespace

@@ -1,0 +1,204 @@
+// Depthwise convolutions and their gradients for what there are no tiles for: a thread for each result, straight from
+// global memory. Any taps, planes of any size, and double precision.
+#pragma once
+
+#include "elements.cuh"
+#include "plan.h"
+#include "taps.cuh"
+
+namespace dwconv2d {
+
+constexpr int kDirectThreads = 128;
+
+__device__ __forceinline__ int64_t global_index() { return int64_t(blockIdx.x) * kDirectThreads + threadIdx.x; }
+
+// An element of a tensor of planes, counted row after row, state after state, channel (or channel block) after channel.
+struct Pixel {
+  int64_t batch;
+  int channel, state, row, column;
+  int64_t place;  // in its plane
+
+  __device__ __forceinline__ Pixel(int64_t index, int channels, int states, const Params& p) {
+    const int64_t rows = index / p.width, planes = rows / p.height, outer = planes / states;
+    column = int(index - rows * p.width);
+    row = int(rows - planes * p.height);
+    place = int64_t(row) * p.width + column;
+    state = int(planes - outer * states);
+    batch = outer / channels;
+    channel = int(outer - batch * channels);
+  }
+};
+
+// Where in the plane a tap looks, or -1 for a zero outside.
+__device__ __forceinline__ int seen(int position, int size, bool zeros) {
+  const int inside = min(max(position, 0), size - 1);
+  return zeros && inside != position ? -1 : inside;
+}
+
+template <typename Taps, typename Element, typename Input, typename State = typename StateOf<Input>::type>
+__device__ __forceinline__ State convolve_at(const Params& p, const Element* plane, int channel, int row, int column) {
+  State sum = 0;
+  for (int a = 0; a < Taps::rows(p); ++a) {
+    const int y = seen(row + Taps::row(p, a), p.height, p.zeros);
+    if (y < 0) continue;
+    const Element* const from = plane + int64_t(y) * p.width;
+    for (int b = 0; b < Taps::columns(p, a); ++b) {
+      const int x = seen(column + Taps::column(p, a, b), p.width, p.zeros);
+      if (x >= 0) sum += Taps::template weight<State, Input>(p, channel, a, b) * widen(from[x]);
+    }
+  }
+  return sum;
+}
+
+template <typename Taps, typename Element, typename Input, bool kOutput>
+__global__ void __launch_bounds__(kDirectThreads) direct_forward(const Params p) {
+  using State = typename StateOf<Input>::type;
+  const Pixel me(global_index(), p.channels, kOutput ? 1 : p.states, p);
+  if (me.batch >= p.batch) return;
+  const auto convolved = [&](int n) {
+    const Element* const plane = at<Element>(p.input, me.batch, me.channel, n);
+    return convolve_at<Taps, Element, Input>(p, plane, me.channel, me.row, me.column);
+  };
+  State sum;
+  if constexpr (kOutput) {
+    sum = static_cast<const State*>(p.D)[me.channel] * widen(at<Input>(p.x, me.batch, me.channel, 0)[me.place]);
+    for (int n = 0; n < p.states; ++n) sum += widen(at<Input>(p.C, me.batch, 0, n)[me.place]) * convolved(n);
+  } else {
+    sum = convolved(me.state);
+    if (p.bias) sum += widen(static_cast<const Input*>(p.bias)[me.channel]);
+  }
+  narrow(sum, at<Input>(p.result, me.batch, me.channel, me.state)[me.place]);
+}
+
+// Positions whose tap at an offset sees `target`.
+struct Range {
+  int first, last;
+
+  __device__ __forceinline__ Range(int target, int offset, int size, bool zeros) {
+    first = !zeros && target == 0 ? 0 : max(target - offset, 0);
+    last = !zeros && target == size - 1 ? size - 1 : min(target - offset, size - 1);
+  }
+};
+
+template <typename Taps, typename Element, typename Input, bool kOutput>
+__global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p) {
+  using State = typename StateOf<Input>::type;
+  const Pixel me(global_index(), p.channels, p.states, p);
+  if (me.batch >= p.batch) return;
+  const Input* const grad = at<Input>(p.grad, me.batch, me.channel, kOutput ? 0 : me.state);
+  const Input* const C = kOutput ? at<Input>(p.C, me.batch, 0, me.state) : nullptr;
+  State sum = 0;
+  for (int a = 0; a < Taps::rows(p); ++a) {
+    const Range rows(me.row, Taps::row(p, a), p.height, p.zeros);
+    if (rows.first > rows.last) continue;
+    for (int b = 0; b < Taps::columns(p, a); ++b) {
+      const Range columns(me.column, Taps::column(p, a, b), p.width, p.zeros);
+      State of_tap = 0;
+      for (int y = rows.first; y <= rows.last; ++y) {
+        State of_row = 0;
+        for (int x = columns.first; x <= columns.last; ++x) {
+          const int64_t pixel = int64_t(y) * p.width + x;
+          if constexpr (kOutput) {
+            of_row += widen(grad[pixel]) * widen(C[pixel]);
+          } else {
+            of_row += widen(grad[pixel]);
+          }
+        }
+        of_tap += of_row;
+      }
+      if (columns.first <= columns.last) sum += Taps::template weight<State, Input>(p, me.channel, a, b) * of_tap;
+    }
+  }
+  narrow(sum, at<Element>(p.grad_input, me.batch, me.channel, me.state)[me.place]);
+  if (kOutput && me.state == 0) {
+    const State D = static_cast<const State*>(p.D)[me.channel];
+    narrow(D * widen(grad[me.place]), at<Input>(p.grad_x, me.batch, me.channel, 0)[me.place]);
+  }
+}
+
+// Terms of the gradients for the taps and for D or the bias: one of them, for one channel and slice of an image.
+template <typename Taps, typename Element, typename Input, bool kOutput>
+__global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params p) {
+  using State = typename StateOf<Input>::type;
+  const int taps = p.taps(), numbers = taps + (p.terms_other ? 1 : 0);
+  const int64_t index = global_index(), place = index / numbers, slice_of_all = place / p.channels;
+  const int64_t batch = slice_of_all / p.slices;
+  if (batch >= p.batch) return;
+  const int tap = int(index - place * numbers), channel = int(place - slice_of_all * p.channels);
+  const int64_t first = (slice_of_all - batch * p.slices) * kSlice, last = min(first + kSlice, p.pixels());
+
+  const bool is_tap = tap < taps;
+  const int a = is_tap ? Taps::row_of(p, tap) : 0, b = is_tap ? tap - Taps::tap(p, a, 0) : 0;
+  const int row_offset = Taps::row(p, a), column_offset = Taps::column(p, a, b);
+  State sum = 0;
+  for (int n = 0; n < (is_tap ? p.states : 1); ++n) {
+    const Input* const grad = at<Input>(p.grad, batch, channel, kOutput ? 0 : n);
+    const Element* const plane = at<Element>(p.input, batch, channel, n);
+    State of_state = 0;
+    for (int64_t pixel = first; pixel < last; ++pixel) {
+      State term = widen(grad[pixel]);
+      if (is_tap) {
+        const int row = int(pixel / p.width), column = int(pixel - int64_t(row) * p.width);
+        const int y = seen(row + row_offset, p.height, p.zeros), x = seen(column + column_offset, p.width, p.zeros);
+        if (y < 0 || x < 0) continue;
+        if constexpr (kOutput) term *= widen(at<Input>(p.C, batch, 0, n)[pixel]);
+        term *= widen(plane[int64_t(y) * p.width + x]);
+      } else if constexpr (kOutput) {
+        term *= widen(at<Input>(p.x, batch, channel, 0)[pixel]);
+      }
+      of_state += term;
+    }
+    sum += of_state;
+  }
+  if (is_tap) {
+    static_cast<State*>(p.terms_taps)[place * taps + tap] = sum;
+  } else {
+    static_cast<State*>(p.terms_other)[place] = sum;
+  }
+}
+
+// Terms of C's gradient: sums over a block of channels.
+template <typename Element, typename Input>
+__global__ void __launch_bounds__(kDirectThreads) direct_C_gradient(const Params p) {
+  using State = typename StateOf<Input>::type;
+  const int64_t index = global_index();
+  const Pixel me(index, p.plan.channel_blocks, p.states, p);
+  if (me.batch >= p.batch) return;
+  const int first = me.channel * kChannelBlock, last = min(first + kChannelBlock, p.channels);
+  State sum = 0;
+  for (int channel = first; channel < last; ++channel) {
+    const Element* const plane = at<Element>(p.input, me.batch, channel, me.state);
+    const State fused = convolve_at<FusionTaps, Element, Input>(p, plane, channel, me.row, me.column);
+    sum += widen(at<Input>(p.grad, me.batch, channel, 0)[me.place]) * fused;
+  }
+  static_cast<State*>(p.terms_C)[index] = sum;
+}
+
+// From the gradients of the 25 taps (D, 25) those of one of the fusion's kernels (D, 9) and of its factor in alpha, a
+// block to each.
+template <typename State>
+__global__ void __launch_bounds__(kDirectThreads)
+    distribute_taps(const Params p, const State* taps, State* kernels0, State* kernels1, State* kernels2,
+                    State* grad_alpha) {
+  State* const sums = shared_at<State>(0);
+  const int k = blockIdx.x, step = 2 * k + 1;
+  State* const to = k == 0 ? kernels0 : k == 1 ? kernels1 : kernels2;
+  const State* const kernels = static_cast<const State*>(p.kernels[k]);
+  const State alpha = static_cast<const State*>(p.alpha)[k];
+  State sum = 0;
+  for (int64_t i = threadIdx.x; i < int64_t(p.channels) * 9; i += kDirectThreads) {
+    const int64_t channel = i / 9;
+    const int place = int(i - channel * 9);
+    const State grad = taps[channel * 25 + FusionStencil::tap_at((place / 3 - 1) * step, (place % 3 - 1) * step)];
+    to[i] = alpha * grad;
+    sum += kernels[i] * grad;
+  }
+  sums[threadIdx.x] = sum;
+  for (int half = kDirectThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < unsigned(half)) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) grad_alpha[k] = sums[0];
+}
+
+}  // namespace dwconv2d

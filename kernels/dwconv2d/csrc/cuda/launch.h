@@ -1,0 +1,38 @@
+// The kernels' launches, free of PyTorch. Each returns cudaGetLastError().
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "plan.h"
+
+namespace dwconv2d {
+
+cudaError_t launch_fusion(const Params& p, cudaStream_t stream);
+cudaError_t launch_fusion_adjoint(const Params& p, cudaStream_t stream);
+cudaError_t launch_fusion_gradients(const Params& p, cudaStream_t stream);
+cudaError_t launch_conv(const Params& p, cudaStream_t stream);
+cudaError_t launch_conv_adjoint(const Params& p, cudaStream_t stream);
+cudaError_t launch_conv_gradients(const Params& p, cudaStream_t stream);
+
+// Without tiles; for the gradients, terms_C too if it is not null.
+cudaError_t launch_direct(const Params& p, Pass pass, cudaStream_t stream);
+
+inline cudaError_t launch_pass(const Params& p, Pass pass, cudaStream_t stream) {
+  if (!p.plan.tiled) return launch_direct(p, pass, stream);
+  const bool conv = p.operation == Operation::kConv;
+  switch (pass) {
+    case Pass::kForward: return conv ? launch_conv(p, stream) : launch_fusion(p, stream);
+    case Pass::kAdjoint: return conv ? launch_conv_adjoint(p, stream) : launch_fusion_adjoint(p, stream);
+    default: return conv ? launch_conv_gradients(p, stream) : launch_fusion_gradients(p, stream);
+  }
+}
+
+// to[o, i] = sum over t of terms[o, t, i]; `terms` in the states' dtype of `dtype`, `to` in `dtype`.
+cudaError_t launch_sum(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner, Dtype dtype,
+                       cudaStream_t stream);
+
+// From gradients of the 25 taps (D, 25) those of the three kernels and of alpha, in the states' dtype.
+cudaError_t launch_distribute_taps(const Params& p, const void* taps, void* const (&kernels)[3], void* alpha,
+                                   cudaStream_t stream);
+
+}  // namespace dwconv2d

@@ -1,0 +1,133 @@
+// Where planes are, which taps a convolution has, and their weights.
+//
+// A stencil's taps are in parts, for large kernels one row of taps each, so that the weights of a part fit registers.
+// Rows of a part and columns of a row are numbered from 0; a tap's number is its place in the order of rows, then
+// columns, in which every stencil mirrors itself about its centre.
+#pragma once
+
+#include "elements.cuh"
+#include "plan.h"
+
+namespace dwconv2d {
+
+template <typename T>
+__device__ __forceinline__ T* at(const Planes& planes, int64_t batch, int64_t channel, int64_t state) {
+  return static_cast<T*>(const_cast<void*>(planes.data)) + batch * planes.batch + channel * planes.channel +
+         state * planes.state;
+}
+
+// The state fusion's 25 taps: squares of 3 x 3 at distances 1, 3 and 5 around a centre that all three have.
+struct FusionStencil {
+  static constexpr int kReach = 5, kTaps = 25;
+  static constexpr int kParts = 1, kPartRows = 7, kPartTaps = 25, kRowReach = 5;
+
+  static constexpr int row(int a) { return a < 3 ? 2 * a - 5 : a == 3 ? 0 : 2 * a - 7; }
+  static constexpr int columns(int a) { return a == 3 ? 7 : 3; }
+  static constexpr int column(int a, int b) { return a == 3 ? row(b) : (b - 1) * distance(row(a), 0); }
+  static constexpr int tap(int a, int b) { return 3 * a + b + (a > 3 ? 4 : 0); }
+  static constexpr int part_row(int) { return 0; }
+
+  static constexpr int distance(int row, int column) {
+    const int y = row < 0 ? -row : row, x = column < 0 ? -column : column;
+    return y > x ? y : x;
+  }
+  // The place in its own kernel of the tap in a row and column that `distance` divides.
+  static constexpr int place(int row, int column, int distance) {
+    return 3 * (row / distance + 1) + column / distance + 1;
+  }
+
+  // The number of the tap at an offset.
+  static constexpr int tap_at(int row, int column) {
+    const int a = index(row);
+    return tap(a, a == 3 ? index(column) : column / distance(row, 0) + 1);
+  }
+  static constexpr int index(int offset) { return offset < 0 ? (offset + 5) / 2 : offset == 0 ? 3 : (offset + 7) / 2; }
+
+  // alpha times the kernels that have this tap.
+  template <typename State>
+  static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
+    const int y = row(a), x = column(a, b), own = distance(y, x);
+    State sum = 0;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const int step = 2 * k + 1;
+      if (own != 0 && own != step) continue;
+      const State* const kernel = static_cast<const State*>(p.kernels[k]) + int64_t(channel) * 9;
+      sum += static_cast<const State*>(p.alpha)[k] * kernel[place(y, x, step)];
+    }
+    return sum;
+  }
+
+  template <typename Input>
+  static __device__ __forceinline__ void load(const Params& p, int channel, int, float (&weights)[kPartTaps]) {
+#pragma unroll
+    for (int a = 0; a < kPartRows; ++a) {
+#pragma unroll
+      for (int b = 0; b < columns(a); ++b) weights[tap(a, b)] = weight<float>(p, channel, a, b);
+    }
+  }
+};
+
+template <int kSize>
+struct SquareStencil {
+  static constexpr bool kWhole = kSize <= kLargestWhole;
+  static constexpr int kReach = kSize / 2, kTaps = kSize * kSize;
+  static constexpr int kParts = kWhole ? 1 : kSize, kPartRows = kWhole ? kSize : 1, kPartTaps = kPartRows * kSize;
+  static constexpr int kRowReach = kWhole ? kReach : 0;
+
+  static constexpr int row(int a) { return kWhole ? a - kReach : 0; }
+  static constexpr int columns(int) { return kSize; }
+  static constexpr int column(int, int b) { return b - kReach; }
+  static constexpr int tap(int a, int b) { return a * kSize + b; }
+  static constexpr int part_row(int part) { return kWhole ? 0 : part - kReach; }
+
+  template <typename Input>
+  static __device__ __forceinline__ void load(const Params& p, int channel, int part, float (&weights)[kPartTaps]) {
+    const Input* const from = static_cast<const Input*>(p.kernels[0]) + int64_t(channel) * kTaps + part * kPartTaps;
+#pragma unroll
+    for (int tap = 0; tap < kPartTaps; ++tap) weights[tap] = widen(from[tap]);
+  }
+};
+
+// The same taps, or those of any other convolution, one at a time.
+struct FusionTaps {
+  static __device__ __forceinline__ int rows(const Params&) { return FusionStencil::kPartRows; }
+  static __device__ __forceinline__ int columns(const Params&, int a) { return FusionStencil::columns(a); }
+  static __device__ __forceinline__ int row(const Params&, int a) { return FusionStencil::row(a); }
+  static __device__ __forceinline__ int column(const Params&, int a, int b) { return FusionStencil::column(a, b); }
+  static __device__ __forceinline__ int row_of(const Params&, int tap) {
+    return tap < 9 ? tap / 3 : tap < 16 ? 3 : (tap - 4) / 3;
+  }
+  static __device__ __forceinline__ int tap(const Params&, int a, int b) { return FusionStencil::tap(a, b); }
+
+  template <typename State, typename Input>
+  static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
+    return FusionStencil::weight<State>(p, channel, a, b);
+  }
+};
+
+struct ConvTaps {
+  static __device__ __forceinline__ int rows(const Params& p) { return p.kernel_height; }
+  static __device__ __forceinline__ int columns(const Params& p, int) { return p.kernel_width; }
+  static __device__ __forceinline__ int row(const Params& p, int a) { return offset(p, a - p.kernel_height / 2); }
+  static __device__ __forceinline__ int column(const Params& p, int, int b) {
+    return offset(p, b - p.kernel_width / 2);
+  }
+  static __device__ __forceinline__ int row_of(const Params& p, int tap) { return tap / p.kernel_width; }
+  static __device__ __forceinline__ int tap(const Params& p, int a, int b) { return a * p.kernel_width + b; }
+
+  template <typename State, typename Input>
+  static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
+    return widen(static_cast<const Input*>(p.kernels[0])[int64_t(channel) * p.taps() + tap(p, a, b)]);
+  }
+
+ private:
+  // Beyond any plane all offsets are alike.
+  static __device__ __forceinline__ int offset(const Params& p, int taps) {
+    constexpr int64_t kMost = 1 << 30;
+    const int64_t offset = int64_t(taps) * p.dilation;
+    return int(min(max(offset, -kMost), kMost));
+  }
+};
+
+}  // namespace dwconv2d

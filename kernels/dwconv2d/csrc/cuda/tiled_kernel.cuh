@@ -1,0 +1,708 @@
+// Depthwise convolutions and their gradients, tile by tile, in CUDA C++ that a host compiler can also run
+// (tests/kernels/cuda_emulation).
+//
+// A thread owns 7 x 7 outputs of one plane and holds their sums in registers. It reads each row of what is convolved
+// once, 7 columns and those within reach to the left and right, and adds it to every output row that it touches. All
+// loops are unrolled, so that a sum, a weight and a value of the row are registers.
+//
+// Borders are addresses: the rows and columns that a thread reads are clamped to the plane, which replicates its
+// borders, or to a frame of zeros around it. So planes lie in shared memory as they do in global memory, where possible
+// as one run; 7 columns apart, lanes read without bank conflicts at widths of 56, 28, 14 and 7.
+//
+// The adjoint of replicate padding adds what falls outside of the plane to its borders. Before it is weighted, this is
+// a sum of the border's neighbours inside: of columns it is taken in registers, of rows by reading them again, for the
+// few warps at the border (`fold_rows`).
+#pragma once
+
+#include <type_traits>
+
+#include "elements.cuh"
+#include "plan.h"
+#include "taps.cuh"
+
+namespace dwconv2d {
+
+// ----- who a block and a thread are
+
+struct Block {
+  int batch, tile, row_tile, column_tile, channel_block;
+  int row, column;  // the first of its tile
+
+  __device__ __forceinline__ explicit Block(const Params& p) {
+    const Plan& plan = p.plan;
+    const int image_tile = plan.by_channel_blocks.divide(blockIdx.x);
+    channel_block = blockIdx.x - image_tile * plan.channel_blocks;
+    batch = plan.by_tiles.divide(image_tile);
+    tile = image_tile - batch * plan.tiles();
+    row_tile = plan.by_tile_columns.divide(tile);
+    column_tile = tile - row_tile * plan.columns.tiles;
+    row = plan.rows.start(row_tile);
+    column = plan.columns.start(column_tile);
+  }
+};
+
+// The planes of one pass of a block.
+struct Set {
+  int channel, count;
+
+  __device__ __forceinline__ Set(const Params& p, const Block& block, int pass)
+      : channel((block.channel_block * p.plan.passes + pass) * p.plan.planes),
+        count(min(p.plan.planes, p.channels - channel)) {}
+};
+
+struct Thread {
+  int index;
+  Place place;
+  bool mine;        // whether it has a plane; one that has none reads the first, and its results go nowhere
+  int row, column;  // the first that it owns, in the tile
+  int output;       // and the place of that in a dense tile of the set
+
+  // Opaque: cheaper found out again than kept in registers.
+  __device__ __forceinline__ Thread(const Plan& plan, const Set& set)
+      : index(opaque(threadIdx.x)), place(plan.place(index)) {
+    mine = index < plan.planes * plan.threads_per_plane && place.plane < set.count;
+    if (!mine) place.plane = 0;
+    row = plan.rows.first(place.strip);
+    column = plan.columns.first(place.group);
+    output = place.plane * plan.outputs() + row * plan.columns.tile + column;
+  }
+};
+
+// The part of a plane that a tile takes with its surroundings; `top` and `left` may be in the frame.
+struct Region {
+  int top, left, bottom, right;
+
+  __device__ __forceinline__ Region(const Params& p, const Block& block) {
+    const Plan& plan = p.plan;
+    const int mask = ~(plan.unit - 1);
+    top = max(block.row - plan.reach, -plan.frame);
+    left = max(block.column - plan.reach, -plan.frame) & mask;
+    bottom = min(block.row + plan.rows.tile + plan.reach, p.height);
+    right = min((block.column + plan.columns.tile + plan.reach + plan.unit - 1) & mask, p.width);
+  }
+};
+
+// ----- between global and shared memory
+
+struct Box {
+  int planes, rows, columns;
+};
+
+// Walks a box in steps of as many elements as there are threads.
+struct Walk {
+  int plane, row, column;
+  Box box, step;
+
+  // Opaque, or else these divisions of every walk would be done first of all and wait in registers.
+  __device__ __forceinline__ explicit Walk(const Box& box) : box(box), step(split(opaque(blockDim.x))) {
+    const Box start = split(opaque(threadIdx.x));
+    plane = start.planes;
+    row = start.rows;
+    column = start.columns;
+  }
+  __device__ __forceinline__ Box split(int i) const {
+    const int rows = i / box.columns, planes = rows / box.rows;
+    return {planes, rows - planes * box.rows, i - rows * box.columns};
+  }
+  __device__ __forceinline__ bool done() const { return plane >= box.planes; }
+  __device__ __forceinline__ void next() {
+    column += step.columns;
+    row += step.rows;
+    plane += step.planes;
+    if (column >= box.columns) {
+      column -= box.columns;
+      ++row;
+    }
+    if (row >= box.rows) {
+      row -= box.rows;
+      ++plane;
+    }
+  }
+};
+
+// One unit of memory, to global memory or from there; from there complete after `wait_for_copies`.
+template <int kWidth, bool kStore, typename T>
+__device__ __forceinline__ void move_unit(T* shared, T* global) {
+  using Unit = Pack<T, kWidth>;
+  if constexpr (kStore) {
+    *reinterpret_cast<Unit*>(global) = *reinterpret_cast<const Unit*>(shared);
+  } else if constexpr (sizeof(Unit) == 16) {
+    copy_16_bytes_async(shared, global);
+  } else if constexpr (sizeof(Unit) == 4) {
+    copy_4_bytes_async(shared, global);
+  } else {
+    *shared = *global;
+  }
+}
+
+struct Pitch {
+  int64_t row, plane;
+};
+
+template <int kWidth, bool kStore, typename T>
+__device__ __forceinline__ void move_box(T* shared, Pitch inside, T* global, Pitch outside, const Box& box) {
+  if (box.planes == 1 && box.rows == 1) {
+#pragma unroll 4
+    for (int i = threadIdx.x * kWidth; i < box.columns; i += blockDim.x * kWidth) {
+      move_unit<kWidth, kStore>(shared + i, global + i);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (Walk walk({box.planes, box.rows, box.columns / kWidth}); !walk.done(); walk.next()) {
+    const int column = walk.column * kWidth;
+    move_unit<kWidth, kStore>(shared + int(walk.plane * inside.plane + walk.row * inside.row) + column,
+                              global + walk.plane * outside.plane + walk.row * outside.row + column);
+  }
+}
+
+template <bool kStore, typename T>
+__device__ __forceinline__ void move_box(
+    T* shared, Pitch inside, T* global, Pitch outside, const Box& box, int width) {
+  constexpr int kWide = 16 / sizeof(T), kWord = 4 / sizeof(T);
+  if (width == kWide) {
+    move_box<kWide, kStore>(shared, inside, global, outside, box);
+  } else if (width == kWord) {
+    move_box<kWord, kStore>(shared, inside, global, outside, box);
+  } else {
+    move_box<1, kStore>(shared, inside, global, outside, box);
+  }
+}
+
+// A tile of a set's planes without its surroundings, row after row; planes of shared memory are `pitch` apart.
+template <bool kStore, typename T>
+__device__ __forceinline__ void move_tile(
+    const Params& p, const Block& block, const Planes& planes, T* global, T* shared, int count, int pitch) {
+  const Plan& plan = p.plan;
+  if (planes.run == Run::kRow) {
+    const Box box{count, plan.rows.tile, plan.columns.tile};
+    T* const from = global + int64_t(block.row) * p.width + block.column;
+    move_box<kStore>(shared, {plan.columns.tile, pitch}, from, {p.width, planes.channel}, box, planes.width);
+  } else {
+    const int pixels = plan.outputs();  // the tile is the plane
+    const Box box = planes.run == Run::kPlanes ? Box{1, 1, count * pixels} : Box{count, 1, pixels};
+    move_box<kStore>(shared, {0, pitch}, global, {0, planes.channel}, box, planes.width);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void load_tile(
+    const Params& p, const Block& block, const Planes& planes, int channel, int count, int state, T* shared) {
+  move_tile<false>(p, block, planes, at<T>(planes, block.batch, channel, state), shared, count, p.plan.outputs());
+}
+
+template <typename T>
+__device__ __forceinline__ void store_tile(
+    const Params& p, const Block& block, const Planes& planes, const Set& set, int state, T* shared) {
+  T* const to = at<T>(planes, block.batch, set.channel, state);
+  move_tile<true>(p, block, planes, to, shared, set.count, p.plan.outputs());
+}
+
+// Fills what is convolved with zeros, of which a frame is to remain.
+__device__ __forceinline__ void fill_with_zeros(const Plan& plan) {
+  using Unit = Pack<float, 4>;
+  Unit* const units = shared_at<Unit>(0);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < plan.grad / 16; i += blockDim.x) units[i] = Unit{};
+  __syncthreads();
+}
+
+// The input of a set of planes, with what surrounds the tile.
+template <typename Element>
+__device__ __forceinline__ void load_input(const Params& p, const Block& block, const Set& set, int state) {
+  const Plan& plan = p.plan;
+  Element* const shared = shared_at<Element>(0);
+  Element* const global = at<Element>(p.input, block.batch, set.channel, state);
+  if (p.input.run != Run::kRow) {
+    move_tile<false>(p, block, p.input, global, shared, set.count, plan.plane_pitch);
+    return;
+  }
+  if (plan.frame) fill_with_zeros(plan);
+  const Region region(p, block);
+  const int row = max(region.top, 0), column = max(region.left, 0);
+  const Box box{set.count, region.bottom - row, region.right - column};
+  move_box<false>(shared + (row - region.top) * plan.pitch + column - region.left, {plan.pitch, plan.plane_pitch},
+                  global + int64_t(row) * p.width + column, {p.width, p.input.channel}, box, p.input.width);
+}
+
+// ----- between shared memory and registers
+
+// What one thread reads of what is convolved.
+template <typename T, int kReach>
+class Window {
+ public:
+  bool top, bottom, left, right;  // whether its outputs end where a plane with replicated borders does
+
+  __device__ __forceinline__ Window(const Params& p, const Block& block, const Thread& me) {
+    const Plan& plan = p.plan;
+    const Region region(p, block);
+    const int row = block.row + me.row, column = block.column + me.column;
+    row_ = row - region.top;
+    low_ = -plan.frame - region.top;
+    high_ = p.height - 1 + plan.frame - region.top;
+    pitch_ = opaque(plan.pitch * int(sizeof(T)));  // or else the addresses of all rows would wait in registers
+    top = !p.zeros && row == 0;
+    bottom = !p.zeros && row == p.height - kUnit;
+    left = !p.zeros && column == 0;
+    right = !p.zeros && column == p.width - kUnit;
+    const int zero = me.place.plane * plan.plane_pitch - region.left, last = p.width - 1 + plan.frame;
+    own_ = (zero + column) * int(sizeof(T));
+#pragma unroll
+    for (int k = 0; k < kReach; ++k) {
+      halo_[k] = (zero + max(column - kReach + k, -plan.frame)) * int(sizeof(T));
+      halo_[kReach + k] = (zero + min(column + kUnit + k, last)) * int(sizeof(T));
+    }
+  }
+
+  // The same, so that what is read again takes no registers in between.
+  __device__ __forceinline__ Window again() const {
+    Window window = *this;
+    window.pitch_ = opaque(pitch_);
+    return window;
+  }
+
+  // The row that is `offset` below the thread's first.
+  __device__ __forceinline__ void read(int offset, float (&values)[kUnit + 2 * kReach]) const {
+    const int row = min(max(row_ + offset, low_), high_) * pitch_;
+#pragma unroll
+    for (int k = 0; k < kReach; ++k) {
+      values[k] = widen(*shared_at<T>(row + halo_[k]));
+      values[kReach + kUnit + k] = widen(*shared_at<T>(row + halo_[kReach + k]));
+    }
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) values[kReach + j] = widen(shared_at<T>(row + own_)[j]);
+  }
+
+ private:
+  int own_, halo_[2 * kReach];  // bytes into shared memory at which columns have the region's first row
+  int row_, low_, high_;        // from that row on: the thread's first, and the first and last that it may read
+  int pitch_;
+};
+
+// A row of a window. With kFold the plane's first and last column see, at an offset into the plane, the sum of the
+// columns up to there: what the adjoint adds to a border.
+template <int kReach, bool kFold>
+struct Row {
+  float values[kUnit + 2 * kReach];
+  float left[kFold ? kReach + 1 : 1], right[kFold ? kReach + 1 : 1];
+
+  template <typename T>
+  __device__ __forceinline__ Row(const Window<T, kReach>& window, int offset) {
+    window.read(offset, values);
+    if constexpr (kFold) {
+      constexpr int kFirst = kReach, kLast = kReach + kUnit - 1;
+      float from_left = values[kFirst], from_right = values[kLast];
+#pragma unroll
+      for (int k = 1; k <= kReach; ++k) {
+        from_left += values[kFirst + k];
+        from_right += values[kLast - k];
+        left[k] = window.left ? from_left : values[kFirst + k];
+        right[k] = window.right ? from_right : values[kLast - k];
+      }
+    }
+  }
+  // What output column j sees at an offset.
+  __device__ __forceinline__ float at(int j, int offset) const {
+    if (kFold && j == 0 && offset > 0) return left[offset];
+    if (kFold && j == kUnit - 1 && offset < 0) return right[-offset];
+    return values[kReach + j + offset];
+  }
+};
+
+using Square = float[kUnit][kUnit];
+
+// Calls function(m) for m from kFirst to kLast, each a constant, which compilers do not unroll a loop this long for.
+template <int kFirst, int kLast, typename Function>
+__device__ __forceinline__ void for_each_constant(Function function) {
+  function(std::integral_constant<int, kFirst>());
+  if constexpr (kFirst < kLast) for_each_constant<kFirst + 1, kLast>(function);
+}
+
+// The rows of its window that a part of the stencil reads for a thread's outputs.
+template <typename Stencil, typename Function>
+__device__ __forceinline__ void for_each_row(Function function) {
+  for_each_constant<-Stencil::kRowReach, kUnit - 1 + Stencil::kRowReach>(function);
+}
+
+// sums += the taps of row a of a part, applied to a row.
+template <typename Stencil, bool kFold>
+__device__ __forceinline__ void add_taps(const Row<Stencil::kReach, kFold>& row, int a,
+                                         const float (&weights)[Stencil::kPartTaps], float (&sums)[kUnit]) {
+#pragma unroll
+  for (int b = 0; b < Stencil::columns(a); ++b) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) sums[j] += weights[Stencil::tap(a, b)] * row.at(j, Stencil::column(a, b));
+  }
+}
+
+// Adds to the first and last row what falls above and below the plane: for a tap row that reaches r rows into it, the
+// border's r nearest rows.
+template <typename Stencil, typename T>
+__device__ __forceinline__ void fold_rows(const Window<T, Stencil::kReach>& window, int part_row,
+                                          const float (&weights)[Stencil::kPartTaps], Square& sums) {
+  if (window.top) {
+#pragma unroll 1
+    for (int m = 0; m < Stencil::kReach; ++m) {
+      const Row<Stencil::kReach, true> row(window, m);
+#pragma unroll
+      for (int a = 0; a < Stencil::kPartRows; ++a) {
+        if (part_row + Stencil::row(a) > m) add_taps<Stencil, true>(row, a, weights, sums[0]);
+      }
+    }
+  }
+  if (window.bottom) {
+#pragma unroll 1
+    for (int m = 0; m < Stencil::kReach; ++m) {
+      const Row<Stencil::kReach, true> row(window, kUnit - 1 - m);
+#pragma unroll
+      for (int a = 0; a < Stencil::kPartRows; ++a) {
+        if (part_row + Stencil::row(a) < -m) add_taps<Stencil, true>(row, a, weights, sums[kUnit - 1]);
+      }
+    }
+  }
+}
+
+// The weights of a thread's channel, mirrored about the centre for the adjoint.
+template <typename Stencil, typename Input, bool kMirrored>
+struct Weights {
+  static constexpr int kTaps = Stencil::kPartTaps;
+  float values[kTaps];
+
+  __device__ __forceinline__ void load(const Params& p, int channel, int part) {
+    float inside[kTaps];
+    Stencil::template load<Input>(p, channel, kMirrored ? Stencil::kParts - 1 - part : part, inside);
+#pragma unroll
+    for (int tap = 0; tap < kTaps; ++tap) values[tap] = inside[kMirrored ? kTaps - 1 - tap : tap];
+  }
+};
+
+// sums += the convolution of what the thread's window shows, or its adjoint. `weights` are of the first part.
+template <typename Stencil, bool kAdjoint, typename Input, typename T>
+__device__ __forceinline__ void convolve(const Params& p, int channel, const Window<T, Stencil::kReach>& window,
+                                         Weights<Stencil, Input, kAdjoint> weights, Square& sums) {
+#pragma unroll 1
+  for (int part = 0; part < Stencil::kParts; ++part) {
+    if (part > 0) weights.load(p, channel, part);
+    const int part_row = Stencil::part_row(part);
+    for_each_row<Stencil>([&](auto m) {
+      const Row<Stencil::kReach, kAdjoint> row(window, part_row + m);
+#pragma unroll
+      for (int a = 0; a < Stencil::kPartRows; ++a) {
+        const int i = m - Stencil::row(a);
+        if (0 <= i && i < kUnit) add_taps<Stencil, kAdjoint>(row, a, weights.values, sums[i]);
+      }
+    });
+    if constexpr (kAdjoint) fold_rows<Stencil>(window, part_row, weights.values, sums);
+  }
+}
+
+// sums[tap] += sum over the thread's outputs of grad times what the tap sees, for the taps of a part.
+template <typename Stencil, typename T>
+__device__ __forceinline__ void correlate(const Window<T, Stencil::kReach>& window, int part_row, const Square& grad,
+                                          float (&sums)[Stencil::kPartTaps]) {
+  for_each_row<Stencil>([&](auto m) {
+    const Row<Stencil::kReach, false> row(window, part_row + m);
+#pragma unroll
+    for (int a = 0; a < Stencil::kPartRows; ++a) {
+      const int i = m - Stencil::row(a);
+      if (i < 0 || i >= kUnit) continue;
+#pragma unroll
+      for (int b = 0; b < Stencil::columns(a); ++b) {
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) sums[Stencil::tap(a, b)] += grad[i][j] * row.at(j, Stencil::column(a, b));
+      }
+    }
+  });
+}
+
+// Calls function(i, j, k) for the thread's outputs; k is the place of row i and column j in a dense tile, from the
+// thread's first.
+template <typename Function>
+__device__ __forceinline__ void for_each_output(const Plan& plan, Function function) {
+  const int pitch = opaque(plan.columns.tile);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) function(i, j, i * pitch + j);
+  }
+}
+
+// ----- forward
+
+// The result of the convolution plus a bias, or of the output equation y = sum_n C_n h'_n + D x.
+template <typename Stencil, typename Element, typename Input, bool kOutput>
+__global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) {
+  const Plan& plan = p.plan;
+  const Block block(p);
+  const Set set(p, block, 0);
+  const Thread me(plan, set);
+  const int channel = set.channel + me.place.plane;
+  Input* const x_tile = shared_at<Input>(plan.x);
+  Input* const C_tile = shared_at<Input>(plan.C);
+
+  Weights<Stencil, Input, false> weights;
+  weights.load(p, channel, 0);
+  const float bias = p.bias ? widen(static_cast<const Input*>(p.bias)[channel]) : 0.0f;
+#pragma unroll 1
+  for (int n = 0; n < p.states; ++n) {
+    load_input<Element>(p, block, set, n);
+    if constexpr (kOutput) {
+      load_tile(p, block, p.C, 0, 1, n, C_tile);
+      if (n == 0) load_tile(p, block, p.x, set.channel, set.count, 0, x_tile);
+    }
+    wait_for_copies();
+    __syncthreads();
+    Square sums;
+    for_each_output(plan, [&](int i, int j, int) { sums[i][j] = bias; });
+    convolve<Stencil, false>(p, channel, Window<Element, Stencil::kReach>(p, block, me), weights, sums);
+
+    Input* const result = kOutput ? x_tile + me.output : shared_at<Input>(0) + me.output;
+    const bool last = n + 1 == p.states;
+    if constexpr (kOutput) {
+      const Input* const C = C_tile + me.row * plan.columns.tile + me.column;
+      float* const before = shared_at<float>(plan.sums) + me.index * kUnit * kUnit;  // the thread's sums over states
+      const float D = static_cast<const float*>(p.D)[channel];
+      for_each_output(plan, [&](int i, int j, int k) { sums[i][j] *= widen(C[k]); });
+      if (n == 0) {
+        for_each_output(plan, [&](int i, int j, int k) { sums[i][j] += D * widen(result[k]); });
+      } else {
+        for_each_output(plan, [&](int i, int j, int) { sums[i][j] += before[i * kUnit + j]; });
+      }
+      if (!last) for_each_output(plan, [&](int i, int j, int) { before[i * kUnit + j] = sums[i][j]; });
+    }
+    __syncthreads();  // what the results replace has been read
+    if (kOutput && !last) continue;
+    if (me.mine) for_each_output(plan, [&](int i, int j, int k) { narrow(sums[i][j], result[k]); });
+    __syncthreads();
+    store_tile(p, block, p.result, set, kOutput ? 0 : n, kOutput ? x_tile : shared_at<Input>(0));
+    if (!last) __syncthreads();
+  }
+}
+
+// ----- backward
+
+// The gradient of the convolution's result, with zeros around it: `grad`, or grad C_n in the output equation, whose
+// gradient D grad of x is written on the way.
+template <int kWidth, typename Input, bool kOutput>
+__device__ __forceinline__ void load_grad(const Params& p, const Block& block, const Set& set, int state) {
+  using Unit = Pack<Input, kWidth>;
+  const Plan& plan = p.plan;
+  const Region region(p, block);
+  const int top = max(region.top, 0), left = max(region.left, 0);
+  const Box box{set.count, region.bottom - top, (region.right - left) / kWidth};
+  const Input* const grad = at<Input>(p.grad, block.batch, set.channel, kOutput ? 0 : state);
+#pragma unroll 1
+  for (Walk walk(box); !walk.done(); walk.next()) {
+    const int row = top + walk.row, column = left + walk.column * kWidth;
+    const int64_t pixel = int64_t(row) * p.width + column;
+    const Unit unit = *reinterpret_cast<const Unit*>(grad + walk.plane * p.grad.channel + pixel);
+    float values[kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) values[k] = widen(unit.values[k]);
+    if constexpr (kOutput) {
+      const bool inside = block.row <= row && row < block.row + plan.rows.tile && block.column <= column &&
+                          column < block.column + plan.columns.tile;
+      if (state == 0 && inside) {
+        const int channel = set.channel + walk.plane;
+        const float D = static_cast<const float*>(p.D)[channel];
+        Unit grad_x;
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) narrow(D * values[k], grad_x.values[k]);
+        *reinterpret_cast<Unit*>(at<Input>(p.grad_x, block.batch, channel, 0) + pixel) = grad_x;
+      }
+      const Unit C = *reinterpret_cast<const Unit*>(at<Input>(p.C, block.batch, 0, state) + pixel);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) values[k] *= widen(C.values[k]);
+    }
+    float* const to = shared_at<float>(0) + walk.plane * plan.plane_pitch +
+                      (row - region.top) * plan.pitch + column - region.left;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) to[k] = values[k];
+  }
+}
+
+// The gradient for the input, and for x of the output equation.
+template <typename Stencil, typename Element, typename Input, bool kOutput>
+__global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) {
+  constexpr int kWide = 16 / sizeof(Input), kWord = 4 / sizeof(Input);
+  const Plan& plan = p.plan;
+  const Block block(p);
+  const Set set(p, block, 0);
+  Element* const results = shared_at<Element>(0);
+
+#pragma unroll 1
+  for (int n = 0; n < p.states; ++n) {
+    fill_with_zeros(plan);
+    if (p.grad.width == kWide) {
+      load_grad<kWide, Input, kOutput>(p, block, set, n);
+    } else if (p.grad.width == kWord) {
+      load_grad<kWord, Input, kOutput>(p, block, set, n);
+    } else {
+      load_grad<1, Input, kOutput>(p, block, set, n);
+    }
+    Square sums = {};
+    {
+      const Thread me(plan, set);
+      const int channel = set.channel + me.place.plane;
+      Weights<Stencil, Input, true> weights;
+      weights.load(p, channel, 0);
+      __syncthreads();
+      convolve<Stencil, true>(p, channel, Window<float, Stencil::kReach>(p, block, me), weights, sums);
+    }
+    __syncthreads();
+    const Thread me(plan, set);
+    if (me.mine) for_each_output(plan, [&](int i, int j, int k) { narrow(sums[i][j], results[me.output + k]); });
+    __syncthreads();
+    store_tile(p, block, p.grad_input, set, n, results);
+    if (n + 1 < p.states) __syncthreads();
+  }
+}
+
+// Sums `parts` (numbers, threads) over the threads of each plane and calls store(plane, number, sum).
+template <int kNumbers, typename Function>
+__device__ __forceinline__ void sum_parts(const Plan& plan, const float* parts, int planes, Function store) {
+  int lanes = 1;  // to a sum, which take four parts or more each
+  while (lanes < kWarp && 8 * lanes <= plan.threads_per_plane) lanes *= 2;
+  const int lane = threadIdx.x % lanes, sums = planes * kNumbers;
+#pragma unroll 1
+  for (int first = 0; first < sums; first += blockDim.x / lanes) {
+    const int place = first + threadIdx.x / lanes, plane = place / kNumbers, number = place - plane * kNumbers;
+    float sum = 0;
+    if (place < sums) {
+      const float* const from = parts + number * plan.threads + plane * plan.threads_per_plane;
+#pragma unroll 1
+      for (int i = lane; i < plan.threads_per_plane; i += lanes) sum += from[i];
+    }
+#pragma unroll 1
+    for (int distance = lanes / 2; distance > 0; distance /= 2) sum += shuffle<false>(sum, distance);
+    if (lane == 0 && place < sums) store(plane, number, sum);
+  }
+}
+
+// A block's terms of C's gradient: sums over planes, of what each has in a tile of `products`, and over passes.
+template <int kWidth>
+__device__ __forceinline__ void sum_planes(const Params& p, const Block& block, const float* products, int planes,
+                                           int state, bool first_pass, bool last_pass) {
+  using Unit = Pack<float, kWidth>;
+  const Plan& plan = p.plan;
+  const int64_t term = int64_t(block.batch) * plan.channel_blocks + block.channel_block;
+  float* const to = static_cast<float*>(p.terms_C) + (term * p.states + state) * p.pixels();
+  float* const before = shared_at<float>(plan.sums);
+#pragma unroll 1
+  for (int k = threadIdx.x * kWidth; k < plan.outputs(); k += blockDim.x * kWidth) {
+    Unit sum = {};
+    if (!first_pass) sum = *reinterpret_cast<const Unit*>(before + k);
+#pragma unroll 1
+    for (int plane = 0; plane < planes; ++plane) {
+      const Unit product = *reinterpret_cast<const Unit*>(products + plane * plan.outputs() + k);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum.values[i] += product.values[i];
+    }
+    if (!last_pass) {
+      *reinterpret_cast<Unit*>(before + k) = sum;
+    } else if (plan.tiles() == 1) {
+      *reinterpret_cast<Unit*>(to + k) = sum;
+    } else if constexpr (kWidth == 1) {
+      const int row = k / plan.columns.tile, column = k - row * plan.columns.tile;
+      to[int64_t(block.row + row) * p.width + block.column + column] = sum.values[0];
+    }
+  }
+}
+
+__device__ __forceinline__ void sum_planes(const Params& p, const Block& block, const float* products, int planes,
+                                           int state, bool first_pass, bool last_pass) {
+  if (p.plan.tiles() == 1 && p.plan.outputs() % 4 == 0) {
+    sum_planes<4>(p, block, products, planes, state, first_pass, last_pass);
+  } else {
+    sum_planes<1>(p, block, products, planes, state, first_pass, last_pass);
+  }
+}
+
+// Terms of the gradients for the taps, for D or the bias, and for C.
+template <typename Stencil, typename Element, typename Input, bool kOutput>
+__global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p) {
+  constexpr int kPartTaps = Stencil::kPartTaps;
+  const Plan& plan = p.plan;
+  const Block block(p);
+  Input* const grad_tile = shared_at<Input>(plan.grad);
+  Input* const x_tile = shared_at<Input>(plan.x);
+  Input* const C_tile = shared_at<Input>(plan.C);
+  float* const products = shared_at<float>(0);
+  float* const parts = shared_at<float>(plan.parts);
+
+#pragma unroll 1
+  for (int pass = 0; pass < plan.passes; ++pass) {
+    const Set set(p, block, pass);
+    if (set.count <= 0) break;
+    const bool last_pass = pass + 1 == plan.passes || set.channel + set.count == p.channels;
+    const Thread me(plan, set);
+    const int channel = set.channel + me.place.plane;
+    const Input* const my_grad = grad_tile + me.output;
+    float taps[kPartTaps] = {}, other = 0;
+
+#pragma unroll 1
+    for (int n = 0; n < p.states; ++n) {
+      load_input<Element>(p, block, set, n);
+      if (!kOutput || n == 0) load_tile(p, block, p.grad, set.channel, set.count, n, grad_tile);
+      if constexpr (kOutput) {
+        if (n == 0) load_tile(p, block, p.x, set.channel, set.count, 0, x_tile);
+        if (p.states > 1 || pass == 0) load_tile(p, block, p.C, 0, 1, n, C_tile);
+      }
+      wait_for_copies();
+      __syncthreads();
+
+      // What is in another tile or unit too counts once.
+      const int other_rows = plan.rows.owned(opaque(block.row_tile), me.place.strip) - block.row - me.row;
+      const int other_columns =
+          plan.columns.owned(opaque(block.column_tile), me.place.group) - block.column - me.column;
+      Square grad;
+      for_each_output(plan, [&](int i, int j, int k) {
+        grad[i][j] = i >= other_rows && j >= other_columns ? widen(my_grad[k]) : 0.0f;
+        if (n == 0) other += kOutput ? grad[i][j] * widen(x_tile[me.output + k]) : grad[i][j];
+        if constexpr (kOutput) grad[i][j] *= widen(C_tile[me.row * plan.columns.tile + me.column + k]);
+      });
+      const Window<Element, Stencil::kReach> window(p, block, me);
+#pragma unroll 1
+      for (int part = 0; part < Stencil::kParts; ++part) {
+        correlate<Stencil>(window, Stencil::part_row(part), grad, taps);
+        if (n + 1 < p.states) continue;  // one part, then
+        if (kOutput) __syncthreads();    // x has been read
+#pragma unroll
+        for (int tap = 0; tap < kPartTaps; ++tap) {
+          parts[tap * plan.threads + me.index] = taps[tap];
+          taps[tap] = 0;
+        }
+        parts[kPartTaps * plan.threads + me.index] = other;
+        __syncthreads();
+        sum_parts<kPartTaps + 1>(plan, parts, set.count, [&](int plane, int number, float sum) {
+          const int64_t slice = int64_t(opaque(block.batch)) * p.slices + block.tile;
+          const int64_t place = slice * p.channels + set.channel + plane;
+          if (number < kPartTaps) {
+            static_cast<float*>(p.terms_taps)[place * Stencil::kTaps + part * kPartTaps + number] = sum;
+          } else if (p.terms_other && part == 0) {
+            static_cast<float*>(p.terms_other)[place] = sum;
+          }
+        });
+        if (part + 1 < Stencil::kParts) __syncthreads();
+      }
+
+      if constexpr (kOutput) {
+        Weights<Stencil, Input, false> weights;
+        weights.load(p, opaque(channel), 0);
+        Square fused = {};
+        convolve<Stencil, false>(p, channel, window.again(), weights, fused);
+        __syncthreads();
+        if (me.mine) {
+          for_each_output(plan, [&](int i, int j, int k) {
+            products[me.output + k] = fused[i][j] * widen(my_grad[k]);
+          });
+        }
+        __syncthreads();
+        sum_planes(p, block, products, set.count, n, pass == 0, last_pass);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace dwconv2d
