@@ -75,14 +75,13 @@ def time_inference(args: argparse.Namespace) -> None:
 # ----- training
 
 
-def use_plain_pytorch() -> None:
+def use_plain_pytorch(device: str) -> None:
     """The operators by their packages' plain PyTorch, linear layers and convolutions by PyTorch's own, from now on."""
-    device = "CUDA" if torch.cuda.is_available() else "CPU"
     for package in ("selective_scan", "dwconv2d"):
         loading, plain = (importlib.import_module(f"{package}.{module}") for module in ("loading", "reference"))
         library = torch.library.Library(package, "IMPL")
         for name in loading.OPERATORS:
-            library.impl(name, loading.without_autocast(getattr(plain, name)), device, allow_override=True)
+            library.impl(name, loading.without_autocast(getattr(plain, name)), device.upper(), allow_override=True)
         _KEPT.append(library)  # what it registers ends with it
     spatialmamba.linear = F.linear
     spatialmamba.DepthwiseConv3x3.forward = lambda self, x: F.conv2d(
@@ -115,7 +114,8 @@ def train(args: argparse.Namespace) -> dict[str, float | list[float]]:
     for _ in range(STEPS + 1):
         times.append(seconds_of(step, args.device))
     on_gpu = args.device == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # of what getrusage says
+    peak = torch.cuda.max_memory_allocated() if on_gpu else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"losses": losses, "milliseconds": 1e3 * statistics.median(times[1:]), "peak": peak}
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.plain:
-        use_plain_pytorch()
+        use_plain_pytorch(args.device)
     if args.one:
         print(json.dumps(train(args)))
         return

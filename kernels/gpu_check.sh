@@ -57,6 +57,7 @@ model() {
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 1
 date +%F
 mkdir -p "$out"
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask PyTorch for deterministic algorithms
 TORCH_CUDA_ARCH_LIST=$($python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
 export TORCH_CUDA_ARCH_LIST
 step build build

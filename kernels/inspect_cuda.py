@@ -70,7 +70,7 @@ def items_of(name: str) -> int | None:
     """What a thread computes: tokens, the first number among the scan's template arguments, or a tile of pixels."""
     if name.startswith("tiled_"):
         return TILE
-    numbers = re.search(r"<.*?\b(\d+)\b", name)
+    numbers = re.search(r"scan_\w+<.*?\b(\d+)\b", name)
     return int(numbers[1]) if numbers else None
 
 

@@ -42,6 +42,7 @@ class DepthwiseConv3x3(DilatedDWConv2d):
         return super().forward(x)
 
 
+ONEDNN = torch.backends.mkldnn.is_available()
 FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless there are channels to share
 
 
@@ -52,7 +53,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     units idle, and convolves by oneDNN, which does not: twice as fast on an AMD EPYC with AVX-512.
     """
     channels_out, channels_in = weight.shape
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_exporting():
+    convolves = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_exporting()
+    if not convolves or x.shape[-1] != channels_in or x.numel() == 0:
         return F.linear(x, weight, bias)
     if channels_out < channels_in and x.shape[:-1].numel() < FEW_TOKENS:
         return F.linear(x, weight, bias)

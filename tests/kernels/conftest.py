@@ -75,8 +75,8 @@ def _evaluate(operator, inputs, options, grad=None):
     return grad, {"value": value, **{f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}}
 
 
-def _compare(operator, exact, inputs, **options):
-    grad, actual = _evaluate(operator, inputs, options)
+def _compare(operator, exact, inputs, grad=None, **options):
+    grad, actual = _evaluate(operator, inputs, options, grad)
     _, expected = _evaluate(exact, {name: t.double() for name, t in inputs.items()}, options, grad.double())
     for name in expected:
         _check(actual[name], expected[name], name)
@@ -96,5 +96,5 @@ def evaluate():
 
 @pytest.fixture
 def compare():
-    """`compare(operator, exact, inputs, **options)`: value and every gradient against `exact` in double precision."""
+    """`compare(operator, exact, inputs, grad=None, **options)`: value and gradients against `exact` in float64."""
     return _compare

@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -75,7 +77,9 @@ inline Sizes check_conv_inputs(const Tensor& x, const Tensor& weight, const std:
                     "got shape ", tuple(weight.sizes()));
   TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == channels), "bias must be (channels=", channels,
                     ",), got shape ", tuple(bias->sizes()));
-  TORCH_CHECK_VALUE(dilation >= 1, "dilation must be at least 1, got ", dilation);
+  const int64_t radius = std::max(weight.size(2), weight.size(3)) / 2;
+  TORCH_CHECK_VALUE(dilation >= 1 && (radius == 0 || dilation <= INT32_MAX / radius),
+                    "dilation must be at least 1, and no tap 2^31 away, got ", dilation);
   TORCH_CHECK_VALUE(padding_mode == "replicate" || padding_mode == "zeros",
                     "padding_mode must be one of ('replicate', 'zeros'), got '", padding_mode, "'");
   check_float("x", x);

@@ -142,6 +142,8 @@ def dilated_dwconv2d(
         TypeError: a type or dtype does not fit; the message names the argument.
         NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
+    if isinstance(dilation, bool) or not isinstance(dilation, int | torch.SymInt):
+        raise TypeError(f"dilation must be an integer, got {dilation!r}")
     loading.check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if (half := loading.autocast_dtype(x)) is not None:
         x, weight = loading.cast(x, half), loading.cast(weight, half)
@@ -237,14 +239,15 @@ class DilatedDWConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(kernel) != 2 or any(k < 1 or k % 2 == 0 for k in kernel):
-            raise ValueError(f"kernel_size must be one or two odd numbers, got {kernel_size}")
-        if channels < 1 or dilation < 1:
-            raise ValueError(f"channels and dilation must be at least 1, got {channels} and {dilation}")
+        kernel = kernel_size if isinstance(kernel_size, tuple | list) else (kernel_size, kernel_size)
+        if len(kernel) != 2 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel):
+            raise ValueError(f"kernel_size must be one or two odd numbers, got {kernel_size!r}")
+        for name, number in (("channels", channels), ("dilation", dilation)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be a number of at least 1, got {number!r}")
         if padding_mode not in reference.PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {reference.PADDING_MODES}, got {padding_mode!r}")
-        self.kernel_size, self.dilation, self.padding_mode = kernel, dilation, padding_mode
+        self.kernel_size, self.dilation, self.padding_mode = tuple(kernel), dilation, padding_mode
         self.weight = nn.Parameter(torch.empty(channels, 1, *kernel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()

@@ -15,6 +15,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_conv_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, padding_mode: str) -> None:
     """Raise a ValueError or TypeError that names the first argument of `dilated_dwconv2d` that does not fit."""
+    _check_dense(x, "x")
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x must be (batch, channels, height, width), none but batch 0, got shape {tuple(x.shape)}")
     channels = x.shape[1]
@@ -26,8 +27,8 @@ def check_conv_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: 
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be (channels={channels},), got shape {tuple(bias.shape)}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    if dilation < 1 or dilation * (max(kernel) // 2) >= 2**31:
+        raise ValueError(f"dilation must be at least 1, and no tap 2^31 away, got {dilation}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
     _check_float(x, "x")
@@ -36,6 +37,7 @@ def check_conv_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: 
 
 def check_fusion_inputs(h: Tensor, weight3: Tensor, weight3_d3: Tensor, weight3_d5: Tensor, alpha: Tensor) -> None:
     """Raise a ValueError or TypeError that names the first argument of `state_fusion` that does not fit."""
+    _check_dense(h, "h")
     if h.dim() not in (4, 5) or 0 in h.shape[1:]:
         raise ValueError(
             "h must be (batch, channels, height, width) or (batch, channels, states, height, width), "
@@ -97,6 +99,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return suggest_memory_format(x)
 
 
+def _check_dense(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
 def _check_float(x: Tensor, name: str) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
@@ -106,6 +113,7 @@ def _check_like(reference: Tensor, reference_name: str, dtype: torch.dtype, **te
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        _check_dense(tensor, name)
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} when {reference_name} is {reference.dtype}, got {tensor.dtype}")
         if tensor.device != reference.device:
@@ -121,6 +129,7 @@ def dilated_dwconv2d(
     """`dwconv2d.dilated_dwconv2d` without its gradient."""
     check_conv_inputs(x, weight, bias, dilation, padding_mode)
     compute = torch.promote_types(x.dtype, torch.float32)
+    dilation = min(dilation, max(x.shape[2:]))  # beyond the plane all is alike
     bias = None if bias is None else bias.to(compute)
     y = _conv(x.to(compute), weight.to(compute), dilation, padding_mode, bias)
     return _laid_out_as(y.to(x.dtype), x)
@@ -133,6 +142,7 @@ def dilated_dwconv2d_backward(
     check_conv_inputs(x, weight, None, dilation, padding_mode)
     check_grad(grad, x)
     compute = torch.promote_types(x.dtype, torch.float32)
+    dilation = min(dilation, max(x.shape[2:]))
     margins = _margins(weight.shape[2:], dilation)
     grad = grad.to(compute)
     padded = _pad(x.to(compute), margins, padding_mode)

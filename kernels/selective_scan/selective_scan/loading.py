@@ -121,8 +121,9 @@ def _warn_of_plain_pytorch(device: str) -> None:
 def _plain(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(first: Tensor, *args, **kwargs):
+        result = function(first, *args, **kwargs)  # what it refuses is not slow
         _warn_of_plain_pytorch(first.device.type)
-        return function(first, *args, **kwargs)
+        return result
 
     return without_autocast(run)
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -116,11 +117,12 @@ Taps fusion_weights(const Tensor& h, const Weights& weights, const Tensor& alpha
   return taps;
 }
 
-Taps conv_weights(const Tensor& weight, int64_t dilation) {
-  const int height = weight.size(2), width = weight.size(3);
+Taps conv_weights(const Tensor& weight, int64_t dilation, const Sizes& sizes) {
+  const int height = sizes.kernel_height, width = sizes.kernel_width;
   Taps taps{height == 3 && width == 3 && dilation == 1 ? kSquare3 : kAny, {}, {}, {}};
+  const int step = std::min(dilation, std::max(sizes.height, sizes.width));  // beyond the plane all is alike
   for (int i = 0; i < height; ++i)
-    for (int j = 0; j < width; ++j) taps.add(dilation * (i - height / 2), dilation * (j - width / 2));
+    for (int j = 0; j < width; ++j) taps.add(step * (i - height / 2), step * (j - width / 2));
   taps.allocate(weight, at::promoteTypes(weight.scalar_type(), at::kFloat), weight.size(0));
   taps.weights.slice(1, 0, weight.size(0)).copy_(weight.reshape({weight.size(0), height * width}).t());
   return taps;
@@ -199,7 +201,7 @@ Problem conv_problem(const Sizes& sizes, const Taps& taps, const Tensor& x, c10:
 Tensor conv(const Tensor& x, const Tensor& weight, const Bias& bias, int64_t dilation, c10::string_view padding_mode) {
   const Sizes sizes = check_conv_inputs(x, weight, bias, dilation, padding_mode);
   const Tensor y = empty_laid_out_as(x);
-  const Taps taps = conv_weights(weight, dilation);
+  const Taps taps = conv_weights(weight, dilation, sizes);
   Problem p = conv_problem(sizes, taps, x, padding_mode);
   if (bias) p.bias = per_channel(*bias);
   run_forward(p, types(x, x), y);
@@ -211,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Tenso
   const Sizes sizes = check_conv_inputs(x, weight, {}, dilation, padding_mode);
   check_grad(grad, x);
   const Tensor grad_x = empty_laid_out_as(x);
-  const Taps taps = conv_weights(weight, dilation);
+  const Taps taps = conv_weights(weight, dilation, sizes);
   Problem p = conv_problem(sizes, taps, x, padding_mode);
   p.grad = planes(grad);
   const Tensor shared = run_backward(p, types(x, x), grad_x, nullptr).weights;

@@ -18,7 +18,7 @@ constexpr int kPixels = VECTOR_BYTES == 64 ? 14 : 8;  // accumulators of a convo
 constexpr int kTapsAtOnce = 8;  // and of a weight's gradient
 constexpr int64_t kColumns = 16;  // as many at once as leave all rows that taps reach in the first-level cache
 constexpr int64_t kTokens = 1024;  // pixels that are read, computed and written at once, or more if a row has more
-constexpr int64_t kSumInFloat = 512;  // pixels after which a sum goes on in double precision
+constexpr int64_t kSumInFloat = 128;  // pixels after which a sum goes on in double precision
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -389,7 +389,7 @@ void forward(const Problem& p, int64_t index, void* memory) {
       const Pixels<const S> before = first ? x : Pixels<const S>{sums + (y - task.begin) * p.width * W, W};
       const Pixels<S> out = last ? task.template place_for<U>(room, p.out, 0, y, rows)
                                  : Pixels<S>{sums + (y - task.begin) * p.width * W, W};
-      const Vec<S> factor = first ? D : D * S(0) + 1;
+      const Vec<S> factor = first ? D : Vec<S>{} + 1;
       task.read_C(C, n, y, rows);
       conv.rows(y, rows, Vec<S>{}, {Finish<S>::kObserve, out, C, factor, before});
       if (last) task.template write<U>(out, room, p.out, 0, y, rows);

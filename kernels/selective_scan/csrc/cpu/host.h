@@ -25,6 +25,8 @@ inline void* scratch(size_t bytes) {
   thread_local c10::DataPtr memory;
   thread_local size_t size = 0;
   if (bytes > size || size > kKept) {
+    memory.clear();
+    size = 0;
     memory = c10::GetAllocator(at::kCPU)->allocate(bytes);
     size = bytes;
   }
