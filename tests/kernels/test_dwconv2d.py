@@ -340,17 +340,18 @@ def test_views(check, evaluate, sample, layout, name, plane, kwargs):
 @pytest.mark.parametrize("plane", [(2, 1, 1), (2, 3, 2)], ids=["1x1", "3x2"])
 @pytest.mark.parametrize("states", [None, 2], ids=["4d", "5d"])
 @pytest.mark.parametrize("name", ["fusion", "output"])
-def test_gradcheck_fusion(name, states, plane):
+def test_gradcheck_fusion(interpreted, name, states, plane):
     inputs = make_inputs(name, plane=plane, states=states, dtype=torch.float64, batch=1)
-    assert torch.autograd.gradcheck(OPERATORS[name], tuple(t.requires_grad_() for t in inputs.values()))
+    leaves = tuple(t.requires_grad_() for t in inputs.values())
+    assert torch.autograd.gradcheck(OPERATORS[name], leaves, fast_mode=interpreted)
 
 
 @pytest.mark.parametrize("plane", [(2, 1, 1), (2, 3, 2)], ids=["1x1", "3x2"])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradcheck_conv(mode, plane):
+def test_gradcheck_conv(interpreted, mode, plane):
     inputs = make_conv_inputs(plane, (3, 5), dtype=torch.float64, batch=1)
     leaves = tuple(t.requires_grad_() for t in inputs.values())
-    assert torch.autograd.gradcheck(dilated_dwconv2d, (*leaves, 2, mode))
+    assert torch.autograd.gradcheck(dilated_dwconv2d, (*leaves, 2, mode), fast_mode=interpreted)
 
 
 @pytest.mark.parametrize(
