@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Have glibc keep freed memory for the next tensor instead of handing it back to the system.
 
     PyTorch has no allocator of its own on a CPU. As glibc is set by default, each step of training maps its activations
-    anew and the system zeroes them page by page: a fifth of the step's time. Returns whether there is a glibc to set.
+    anew, and the system zeroes them page by page. Returns whether there is a glibc to set.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -16,7 +16,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Ada
         lr=config.TRAIN.BASE_LR * global_batch / REFERENCE_BATCH,
         betas=tuple(config.TRAIN.OPTIMIZER.BETAS),
         eps=config.TRAIN.OPTIMIZER.EPS,
-        fused=True,  # the same update, three times as fast on a CPU
+        fused=True,  # the same update in one pass over each parameter
     )
 
 

@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for tokens (..., C), in float32 on a CPU as a 1x1 convolution.
 
     PyTorch multiplies float32 matrices by MKL, which on processors that are not Intel's leaves half of their vector
-    units idle, and convolves by oneDNN, which does not: twice as fast on an AMD EPYC with AVX-512.
+    units idle, and convolves by oneDNN, which does not.
     """
     channels_out, channels_in = weight.shape
     convolves = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_exporting()
