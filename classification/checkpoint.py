@@ -1,32 +1,52 @@
-"""Checkpoints: read safely, load strictly, save atomically."""
+"""Checkpoints: read safely, load strictly, save atomically, and find the last whole one of a run."""
 
+import hashlib
 import os
+import re
+import shutil
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba
 
+LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
+SAFETENSORS, DAMAGED = ".safetensors", ".damaged"
 # What stands in for the name in a pickle: the safe unpickler fills no subclass of dict but this one.
 CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
 HEAD = ("head.weight", "head.bias")
 StateDict = dict[str, Tensor]
 
 
+class DamagedCheckpointError(UserError):
+    """A file that is not what was written."""
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint file, on the CPU, unpickling nothing but tensors and containers.
 
-    A yacs CfgNode, as in the published checkpoints, is read as an OrderedDict.
+    A yacs CfgNode, as in the published checkpoints, is read as an OrderedDict. What torch.save has written carries
+    checksums, which are compared. A .safetensors file is read as a bare state dict, and its digest compared if it has
+    one (see `classification.convert`).
 
     Raises:
         UserError: no such file, or not a checkpoint that can be read safely.
+        DamagedCheckpointError: truncated, altered, or no checkpoint at all.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
+    if path.suffix == SAFETENSORS:
+        return _read_safetensors(path)
+    _compare_checksums(path)
     try:
         with torch.serialization.safe_globals([CFG_NODE]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -34,13 +54,54 @@ def read_checkpoint(path: str | Path) -> dict:
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(path) if _is_torch_zip(path) else []
         refused = [name for name in refused if name != CFG_NODE[1]]
         if refused:
-            reason = f"holds pickled objects, which are not loaded for safety: {', '.join(refused[:5])}"
-        else:
-            reason = "is not a checkpoint saved by torch.save, or is damaged"
-        raise UserError(f"{path}: {reason}") from error
+            names = ", ".join(refused[:5])
+            raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {names}") from error
+        raise _damaged(path) from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint or state dict")
     return content
+
+
+def _damaged(path: Path) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{path}: is not a checkpoint saved by torch.save, or is damaged")
+
+
+def _compare_checksums(path: Path) -> None:
+    """torch.load does not; a bit that has flipped would be another weight."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # PyTorch's format before 1.6 has no checksums
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip()
+    except Exception as error:  # a damaged directory can send zipfile anywhere
+        raise _damaged(path) from error
+    if altered:
+        raise DamagedCheckpointError(f"{path}: is damaged: {altered} in it does not match its checksum")
+
+
+def tensors_digest(tensors: StateDict) -> str:
+    """SHA-256 of names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            digest = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path}: is not a safetensors file, or is damaged ({error})") from error
+    if digest is not None and digest != tensors_digest(tensors):
+        raise DamagedCheckpointError(f"{path}: is damaged: its tensors do not match its digest")
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    return tensors
 
 
 def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
@@ -89,23 +150,132 @@ def load_weights(model: SpatialMamba, state: StateDict, path: str | Path, new_he
     return other_head
 
 
-def save_checkpoint(content: dict, path: Path) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write whole or not at all: to a file beside it, flushed to disk, then renamed over `path`.
 
     Raises:
         UserError: the file cannot be written, or the disk is full.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     try:
         with partial.open("wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(content: dict, path: Path) -> None:
+    """`torch.save` that writes whole or not at all; see `write_atomically`."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename outlast a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ----- the checkpoints of a run: epoch_E.pth after E epochs, epoch_E_step_S.pth S batches further, and names for some
+
+
+class CheckpointFolder:
+    """The checkpoints in a run's folder.
+
+    Each is written once, as epoch_E.pth or epoch_E_step_S.pth; latest.pth, best.pth and best_ema.pth are further names
+    of one of them (hard links, or copies where the file system has none). `keep` numbered ones are kept.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.set_aside: list[str] = []  # what was found damaged
+
+    def numbered(self) -> list[Path]:
+        """The numbered ones, oldest first."""
+        found = []
+        for path in self.folder.glob("epoch_*.pth"):
+            if match := re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pth", path.name):
+                found.append((int(match[1]), int(match[2] or 0), path))
+        return [path for *_, path in sorted(found)]
+
+    def save(self, content: dict, epochs: int, step: int, names: list[str]) -> Path:
+        """Write a checkpoint and give it `names`; then remove the oldest ones.
+
+        Raises:
+            UserError: it cannot be written; what was there stays.
+        """
+        path = self.folder / (f"epoch_{epochs}_step_{step}.pth" if step else f"epoch_{epochs}.pth")
+        save_checkpoint(content, path)
+        for name in names:
+            self._name(path, self.folder / name)
+        for old in self.numbered()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def _name(self, path: Path, name: Path) -> None:
+        partial = _partial(name)
+        partial.unlink(missing_ok=True)
+        try:
+            try:
+                os.link(path, partial)
+            except OSError:
+                shutil.copyfile(path, partial)
+            partial.replace(name)
+            _flush_folder(self.folder)
+        except OSError as error:
+            raise UserError(f"{name}: cannot be written ({error})") from error
+
+    def remove_partial(self) -> None:
+        """What a killed process left half-written."""
+        for path in self.folder.glob(".*.partial"):
+            path.unlink()
+
+    def exists(self) -> bool:
+        """Whether there are any, be they damaged: a run that has begun."""
+        return bool(self.numbered()) or (self.folder / LATEST).exists() or any(self.folder.glob(f"*{DAMAGED}*"))
+
+    def read_last(self, check: Callable[[dict, Path], object]) -> tuple[dict, Path]:
+        """The newest checkpoint that is whole and passes `check`.
+
+        A damaged one is renamed to NAME.damaged and noted in `set_aside`.
+
+        Raises:
+            UserError: none is whole; or what `check` raises on one that is.
+        """
+        for path in [self.folder / LATEST, *reversed(self.numbered())]:
+            if not path.exists():
+                continue
+            try:
+                content = read_checkpoint(path)
+                check(content, path)
+                return content, path
+            except DamagedCheckpointError as error:
+                self.set_aside.append(f"{error}; set aside as {_set_aside(path).name}")
+        found = "; ".join(self.set_aside) or ", ".join(sorted(f.name for f in self.folder.glob(f"*{DAMAGED}*")))
+        raise UserError(
+            f"{self.folder}: no checkpoint is whole, so training cannot go on; pass another --tag to start over, or "
+            f"--resume CKPT to go on from a checkpoint elsewhere ({found})"
+        )
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename to NAME.damaged, or with a number after it if that is taken."""
+    names = (path.with_name(f"{path.name}{DAMAGED}{i or ''}") for i in count())
+    aside = next(name for name in names if not name.exists())
+    path.replace(aside)
+    return aside
 
 
 def _is_torch_zip(path: Path) -> bool:

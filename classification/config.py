@@ -23,7 +23,9 @@ def default_config() -> CfgNode:
     c.DATA.IMG_SIZE = 224
     c.DATA.INTERPOLATION = "bicubic"
     c.DATA.NUM_WORKERS = 8  # per process, no more than there are processors
+    c.DATA.PREFETCH_FACTOR = 4  # batches that each of them has ready
     c.DATA.PIN_MEMORY = True
+    c.DATA.MAX_UNREADABLE = 100  # training images, per process, that may be replaced because they cannot be read
 
     c.MODEL = CfgNode()
     c.MODEL.NAME = "spatialmamba_tiny"
@@ -44,8 +46,9 @@ def default_config() -> CfgNode:
     c.TRAIN.ACCUMULATION_STEPS = 1
     c.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing
     c.TRAIN.AMP = "float16"  # "float16" (off on a CPU), "bfloat16" or "off"
-    c.TRAIN.SYNC_BN = True  # with several GPUs
-    c.TRAIN.AUTO_RESUME = True  # go on from latest.pth in the output folder
+    c.TRAIN.SYNC_BN = True  # batch norm over the batches of all processes
+    c.TRAIN.AUTO_RESUME = True  # go on from the last checkpoint in the output folder
+    c.TRAIN.MAX_SKIPPED = 20  # as many updates in a row that are not finite end the run
     c.TRAIN.OPTIMIZER = CfgNode()
     c.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
     c.TRAIN.OPTIMIZER.EPS = 1e-8
@@ -77,6 +80,9 @@ def default_config() -> CfgNode:
     c.OUTPUT = "output"
     c.TAG = "default"  # the run's folder is OUTPUT/MODEL.NAME/TAG
     c.SAVE_FREQ = 1  # epochs
+    c.SAVE_STEPS = 0  # updates; 0: not within an epoch
+    c.KEEP_LAST = 3  # epoch_*.pth, beside best.pth, best_ema.pth and latest.pth
+    c.TENSORBOARD = True
     c.PRINT_FREQ = 10  # steps
     c.SEED = 0
     return c
@@ -163,6 +169,8 @@ RANGES = {
     "DATA.BATCH_SIZE": (1, INFINITY),
     "DATA.IMG_SIZE": (1, INFINITY),
     "DATA.NUM_WORKERS": (0, INFINITY),
+    "DATA.PREFETCH_FACTOR": (1, INFINITY),
+    "DATA.MAX_UNREADABLE": (0, INFINITY),
     "MODEL.NUM_CLASSES": (0, INFINITY),
     "MODEL.DROP_PATH_RATE": (0, 0.999),
     "MODEL.LABEL_SMOOTHING": (0, 0.999),
@@ -173,6 +181,7 @@ RANGES = {
     "TRAIN.WEIGHT_DECAY": (0, INFINITY),
     "TRAIN.CLIP_GRAD": (0, INFINITY),
     "TRAIN.ACCUMULATION_STEPS": (1, INFINITY),
+    "TRAIN.MAX_SKIPPED": (1, INFINITY),
     "TRAIN.OPTIMIZER.BETAS": (0, 0.999999),
     "TRAIN.OPTIMIZER.EPS": (0, INFINITY),
     "TRAIN.EMA.DECAY": (0, 1),
@@ -190,6 +199,8 @@ RANGES = {
     "AUG.MIXUP_SWITCH_PROB": (0, 1),
     "TEST.CROP_PCT": (0.1, 1),
     "SAVE_FREQ": (1, INFINITY),
+    "SAVE_STEPS": (0, INFINITY),
+    "KEEP_LAST": (1, INFINITY),
     "PRINT_FREQ": (1, INFINITY),
     "SEED": (0, 2**31),
 }

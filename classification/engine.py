@@ -1,11 +1,12 @@
 """One epoch of training, and an exact evaluation: objects in, metrics out."""
 
 import logging
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from classification.data import UnreadableImages
+from classification.guards import NonFiniteError, NonFiniteGuard
+from classification.seeding import set_seed
+
 logger = logging.getLogger("spatialmamba")
+
+MIB = 2**20
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come."""
+
+    step: int = 0  # batches done
+    loss: float = 0.0  # sum over those whose loss is finite
+    finite: int = 0  # as many
+    seconds: float = 0.0
+
+
+def _ignore(*_: object) -> None:
+    pass
 
 
 @dataclass
@@ -27,62 +48,138 @@ class Trainer:
 
     model: nn.Module  # wrapped in DistributedDataParallel if there are several processes
     criterion: Callable[[Tensor, Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # fused, so that it can skip an update without waiting for the device
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     device: torch.device
     autocast: Callable[[], torch.autocast]
+    guard: NonFiniteGuard
     mixup: Mixup | None = None
     ema: ModelEmaV3 | None = None
     mesa_weight: float = 0.0  # of the self-distillation from `ema`
     clip_grad: float = 0.0  # 2-norm; 0 is off
     accumulation_steps: int = 1
+    seed: int = 0
+    rank: int = 0
+    unreadable: UnreadableImages = field(default_factory=UnreadableImages)
+    after_update: Callable[[int, Callable[[], None]], None] = _ignore  # updates so far, and what measures the progress
+    on_report: Callable[[dict[str, float]], None] = _ignore  # given what was measured
+
+    def __post_init__(self) -> None:
+        if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(f"the optimizer must be made with fused=True, got {type(self.optimizer).__name__}")
 
     def updates_per_epoch(self, batches: int) -> int:
         return -(-batches // self.accumulation_steps)
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
+class _Sums:
+    """Sums over the batches of an epoch, kept on the device, and times; `measure` brings `progress` up to date."""
+
+    def __init__(self, progress: Progress, device: torch.device):
+        self.progress, self.step = progress, progress.step
+        self.loss = torch.tensor(progress.loss, dtype=torch.float64, device=device)
+        self.finite = torch.tensor(progress.finite, device=device)
+        self.reported = time.perf_counter()
+        self.began = self.reported - progress.seconds
+        self.images = 0  # since the last report
+
+    def add(self, loss: Tensor, images: int) -> None:
+        finite = loss.isfinite()
+        self.loss += torch.where(finite, loss, 0)
+        self.finite += finite
+        self.step += 1
+        self.images += images
+
+    def measure(self) -> None:
+        p = self.progress
+        p.step, p.loss, p.finite = self.step, self.loss.item(), int(self.finite.item())
+        p.seconds = time.perf_counter() - self.began
+
+    def images_per_second(self) -> float:
+        now = time.perf_counter()
+        rate = self.images / (now - self.reported)
+        self.images, self.reported = 0, now
+        return rate
 
 
-def train_one_epoch(t: Trainer, loader: DataLoader, epoch: int, print_freq: int = 10) -> dict[str, float]:
+def train_one_epoch(
+    t: Trainer, loader: DataLoader, epoch: int, print_freq: int = 10, progress: Progress | None = None
+) -> dict[str, float]:
     """Train on every batch of `loader`; an update for every `accumulation_steps` batches and for those left over.
 
+    Args:
+        loader: the epoch's batches, or those left of it after `progress`.
+        progress: where an interrupted epoch goes on, always between two updates; in the end, where it ended.
+
     Returns:
-        `loss`: mean over this process' batches; `lr`: of the last update; `seconds`.
+        `loss`: mean over this process' batches; `lr`: of the last update; `skipped`: updates that were not finite, in
+        the run so far; `seconds`.
 
     Raises:
-        NonFiniteLossError: looked for where the loss is printed, so that no step waits for the device.
+        NonFiniteError: too many updates in a row were not finite. Looked for where the loss is printed, so that no step
+            waits for a GPU.
+        UserError: more images than allowed could not be read.
     """
+    progress = progress or Progress()
+    start = progress.step
     t.model.train()
-    batches = len(loader)
-    total = torch.zeros((), device=t.device)
-    start = time.perf_counter()
-    bar = _progress(loader, f"epoch {epoch}")
-    for step, (images, targets) in enumerate(bar):
+    batches = start + len(loader)
+    sums = _Sums(progress, t.device)
+    norm = torch.zeros((), device=t.device)
+    update = epoch * t.updates_per_epoch(batches) + start // t.accumulation_steps
+    on_cpu = t.device.type == "cpu"
+    unchecked = False
+    bar = _progress_bar(loader, f"epoch {epoch}")
+    for step, (images, targets, *unreadable) in enumerate(bar, start):
+        for messages in unreadable:
+            t.unreadable.add(messages)
         first = step - step % t.accumulation_steps
         group = min(t.accumulation_steps, batches - first)
         last_of_group = step + 1 == first + group
-        total += _accumulate(t, images, targets, group, sync=last_of_group)
+        if step == first:
+            t.guard.begin()
+        set_seed(t.seed, epoch, step, t.rank)
+        images, targets = _prepare(t, images, targets)
+        sums.add(_accumulate(t, images, targets, group, sync=last_of_group), len(images))
+        reports = (step + 1) % print_freq == 0 or step + 1 == batches
+        unchecked |= reports or on_cpu  # looking at a GPU's findings waits for it
         if last_of_group:
-            _update(t)
-            t.scheduler.step_update(epoch * t.updates_per_epoch(batches) + step // t.accumulation_steps + 1)
-        if (step + 1) % print_freq == 0 or step + 1 == batches:
-            _report(t, bar, total.item() / (step + 1), epoch, step + 1, batches)
+            norm = _update(t)
+            if unchecked:
+                t.guard.check(
+                    f"epoch {epoch}, step {step + 1}", lambda x=images, s=step: _repeat_forward(t, x, epoch, s)
+                )
+                unchecked = False
+            t.optimizer.zero_grad()
+            update += 1
+            t.scheduler.step_update(update)
+            t.after_update(update, sums.measure)
+        if reports:
+            _report(t, bar, sums, norm, epoch, step + 1, batches, update)
+    sums.measure()
+    if progress.step and not progress.finite:
+        raise NonFiniteError(
+            f"no loss of epoch {epoch} was finite, so nothing was learnt; the last checkpoint is from before it. Lower "
+            "TRAIN.BASE_LR, or set TRAIN.AMP bfloat16 or off, and look at the weights that the run starts from"
+        )
     return {
-        "loss": total.item() / batches,
+        "loss": progress.loss / max(progress.finite, 1),
         "lr": t.optimizer.param_groups[0]["lr"],
-        "seconds": time.perf_counter() - start,
+        "skipped": int(t.guard.counts[1]),
+        "seconds": progress.seconds,
     }
+
+
+def _prepare(t: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch on the device, mixed there."""
+    images = images.to(t.device, non_blocking=True)
+    targets = targets.to(t.device, non_blocking=True)
+    return t.mixup(images, targets) if t.mixup is not None else (images, targets)
 
 
 def _accumulate(t: Trainer, images: Tensor, targets: Tensor, group: int, sync: bool) -> Tensor:
     """Add one batch's gradients, divided by `group`; processes exchange them only if `sync`. Returns the loss."""
-    images = images.to(t.device, non_blocking=True)
-    targets = targets.to(t.device, non_blocking=True)
-    if t.mixup is not None:
-        images, targets = t.mixup(images, targets)
     wait = not sync and isinstance(t.model, DistributedDataParallel)
     with t.model.no_sync() if wait else nullcontext():
         with t.autocast():
@@ -94,6 +191,12 @@ def _accumulate(t: Trainer, images: Tensor, targets: Tensor, group: int, sync: b
     return loss.detach()
 
 
+def _repeat_forward(t: Trainer, images: Tensor, epoch: int, step: int) -> None:
+    set_seed(t.seed, epoch, step, t.rank)
+    with t.autocast():
+        _unwrap(t.model)(images)
+
+
 def _self_distillation(ema: ModelEmaV3, images: Tensor, logits: Tensor) -> Tensor:
     """MESA: cross entropy of the logits with the EMA model's softmax, without gradient through the latter."""
     with torch.no_grad():
@@ -101,60 +204,114 @@ def _self_distillation(ema: ModelEmaV3, images: Tensor, logits: Tensor) -> Tenso
     return SoftTargetCrossEntropy()(logits, teacher)
 
 
-def _update(t: Trainer) -> None:
-    if t.clip_grad:
-        t.scaler.unscale_(t.optimizer)
-        nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad)
-    t.scaler.step(t.optimizer)
-    t.scaler.update()
-    t.optimizer.zero_grad()
+def _update(t: Trainer) -> Tensor:
+    """Clip and step, unless gradients are not finite; returns their norm. The EMA moves to the model either way."""
+    t.scaler.unscale_(t.optimizer)
+    parameters = list(t.model.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    bad = t.guard.judge(norm)
+    if t.clip_grad:  # by 1 if they are not finite, so that the guard still sees which of them are
+        nn.utils.clip_grads_with_norm_(parameters, t.clip_grad, torch.where(bad > 0, t.clip_grad, norm))
+    if t.scaler.is_enabled():  # it hands its own finding to the optimizer
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+    else:
+        t.optimizer.grad_scale, t.optimizer.found_inf = None, bad
+        t.optimizer.step()
     if t.ema is not None:
         t.ema.update(_unwrap(t.model))
+    return norm
 
 
-def _report(t: Trainer, bar: Iterable, loss: float, epoch: int, step: int, batches: int) -> None:
-    if not torch.isfinite(torch.tensor(loss)):
-        raise NonFiniteLossError(
-            f"the loss became {loss} in epoch {epoch} before step {step}; the last checkpoint is from before it. "
-            "Lower TRAIN.BASE_LR, or set TRAIN.AMP bfloat16 or off, and pass another --tag to start anew"
-        )
-    lr = t.optimizer.param_groups[0]["lr"]
-    logger.debug("epoch %d step %d/%d loss %.4f lr %.3e", epoch, step, batches, loss, lr)
+def _report(
+    t: Trainer, bar: Iterable, sums: _Sums, norm: Tensor, epoch: int, step: int, batches: int, update: int
+) -> None:
+    sums.measure()
+    loss = sums.progress.loss / max(sums.progress.finite, 1)
+    lr, rate = t.optimizer.param_groups[0]["lr"], sums.images_per_second()
+    logger.debug(
+        "epoch %d step %d/%d loss %.4f lr %.3e grad norm %.3f, %.1f images/s, %.0f MiB",
+        epoch, step, batches, loss, lr, norm, rate, _peak_memory(t.device) / MIB,
+    )  # fmt: skip
+    measured = {"epoch": epoch, "step": step, "update": update, "loss": loss, "lr": lr, "images_per_second": rate}
+    if norm.isfinite():
+        measured["grad_norm"] = norm.item()
+    t.on_report(measured | {"memory_mib": _peak_memory(t.device) / MIB, "skipped": int(t.guard.counts[1])})
     if isinstance(bar, tqdm):
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
 
 
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: what PyTorch had allocated on a GPU, what the process held otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # of what getrusage says
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, device: torch.device, autocast: Callable[[], torch.autocast]
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    autocast: Callable[[], torch.autocast],
+    before_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in per cent and mean cross entropy over the images of all processes, each counted once.
 
-    Processes may hold shares of different size, even none: only sums are exchanged.
+    Processes may hold shares of different size, even none: only sums are exchanged. Images with a negative target could
+    not be read; they are counted apart, as `unreadable`.
+
+    Args:
+        before_batch: called before each batch, in all processes equally often.
     """
     model = _unwrap(model)
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
-    for images, targets in _progress(loader, "evaluate"):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with autocast():
-            logits = model(images)
-        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-        sums += torch.stack([torch.tensor(len(targets), device=device), ranked[:, 0].sum(), ranked.sum(), loss])
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, top-1, top-5, loss, unreadable
+    rounds = torch.tensor(len(loader), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(rounds, dist.ReduceOp.MAX)
+    batches = iter(_progress_bar(loader, "evaluate"))
+    for _ in range(int(rounds)):
+        if before_batch is not None:
+            before_batch()
+        batch = next(batches, None)
+        if batch is not None:
+            sums += _count(model, batch, device, autocast)
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    images, top1, top5, loss = sums.tolist()
-    return {"images": int(images), "top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+    images, top1, top5, loss, unreadable = sums.tolist()
+    images = int(images)
+    counted = max(images, 1)
+    return {
+        "images": images,
+        "top1": 100 * top1 / counted,
+        "top5": 100 * top5 / counted,
+        "loss": loss / counted if images else float("nan"),
+        **({"unreadable": int(unreadable)} if unreadable else {}),
+    }
+
+
+def _count(model: nn.Module, batch: tuple, device: torch.device, autocast: Callable[[], torch.autocast]) -> Tensor:
+    images, targets, *unreadable = batch
+    for message in (m for messages in unreadable for m in messages):
+        logger.warning("%s; it is not counted", message)
+    images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    with autocast():
+        logits = model(images)
+    read = targets >= 0
+    ranked = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]) & read[:, None]
+    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)
+    return torch.stack([read.sum(), ranked[:, 0].sum(), ranked.sum(), losses, (~read).sum()])
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _progress(loader: DataLoader, description: str) -> Iterable:
+def _progress_bar(loader: DataLoader, description: str) -> Iterable:
     """A progress bar on the first process' terminal; in a log, the plain loader."""
     if not sys.stderr.isatty() or (dist.is_initialized() and dist.get_rank()):
         return loader

@@ -1,9 +1,9 @@
-"""What a run came to: a short table on the console, its learning curve and validation predictions as PNG.
+"""What a run came to, also while it is running: a table on the console, its curves and predictions as PNG.
 
-    python -m classification.report output/spatialmamba_micro/digits --data-path data/digits
+    python -m classification.report output/spatialmamba_micro/digits [--data-path data/digits]
 
-reads metrics.jsonl, evaluation.json (if the checkpoint was evaluated again) and best.pth, and writes
-learning_curve.png and predictions.png beside them.
+reads metrics.jsonl and steps.jsonl and writes learning_curve.png and training_curves.png beside them. With --data-path
+also best.pth and, if the checkpoint was evaluated again, evaluation.json, for the table and predictions.png.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
-from classification.checkpoint import load_weights, num_classes, read_checkpoint, state_dicts
+from classification.checkpoint import BEST, load_weights, num_classes, read_checkpoint, state_dicts
 from classification.data.build import eval_transform, image_folder
 from classification.errors import UserError
+from classification.metrics import EPOCHS, STEPS, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
 GRID_ROWS, GRID_COLUMNS = 6, 10
@@ -30,16 +31,10 @@ GRID_ROWS, GRID_COLUMNS = 6, 10
 
 def read_metrics(folder: Path) -> list[dict]:
     """The epochs of a run in order; an epoch that a resumed run repeated counts as last written."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name the folder of a run, OUTPUT/MODEL.NAME/TAG")
-    try:
-        epochs = {line["epoch"]: line for line in map(json.loads, path.read_text().splitlines())}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error!r}); main.py writes one JSON object a line") from error
+    epochs = read_lines(folder / EPOCHS, "epoch")
     if not epochs:
-        raise UserError(f"{path}: holds no epochs yet")
-    return [epochs[epoch] for epoch in sorted(epochs)]
+        raise UserError(f"{folder / EPOCHS}: holds no epochs yet")
+    return epochs
 
 
 def summary(folder: Path, metrics: list[dict], checkpoint: dict) -> str:
@@ -79,6 +74,23 @@ def draw_learning_curve(metrics: list[dict]) -> Figure:
     return figure
 
 
+def draw_training_curves(steps: list[dict]) -> Figure:
+    """Loss, learning rate, gradient norm and speed over the updates, as they were reported."""
+    names = {
+        "loss": "training loss, mean of the epoch so far",
+        "lr": "learning rate",
+        "grad_norm": "norm of the gradients",
+        "images_per_second": "images/s of the first process",
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for cell, (key, label) in zip(axes.flat, names.items(), strict=True):
+        points = [(s["update"], s[key]) for s in steps if key in s]
+        cell.plot(*zip(*points, strict=True)) if points else cell.plot([], [])
+        cell.set(xlabel="update", ylabel=label)
+        cell.grid(alpha=0.3)
+    return figure
+
+
 @torch.no_grad()
 def draw_predictions(model: SpatialMamba, dataset: ImageFolder) -> Figure:
     """A grid of validation images with the predicted class above each; a wrong one in red, with the true class."""
@@ -98,10 +110,22 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder) -> Figure:
     return figure
 
 
-def report(folder: Path, data_path: str) -> None:
+def report(folder: Path, data_path: str | None) -> None:
     metrics = read_metrics(folder)
-    path = folder / "best.pth"
-    checkpoint = read_checkpoint(path)
+    figures = {"learning_curve.png": draw_learning_curve(metrics)}
+    if (folder / STEPS).exists():
+        figures["training_curves.png"] = draw_training_curves(read_lines(folder / STEPS, "update"))
+    if data_path:
+        path = folder / BEST
+        checkpoint = read_checkpoint(path)
+        figures["predictions.png"] = draw_predictions(*_best_model_and_images(checkpoint, path, data_path))
+        print(summary(folder, metrics, checkpoint))
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=120)
+        print(f"wrote {folder / name}")
+
+
+def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tuple[SpatialMamba, ImageFolder]:
     if not isinstance(checkpoint.get("config"), str):
         raise UserError(f"{path}: has no 'config', so it was not saved by main.py")
     config = CfgNode.load_cfg(checkpoint["config"])
@@ -111,21 +135,13 @@ def report(folder: Path, data_path: str) -> None:
     dataset = image_folder(data_path, "val", eval_transform(config))
     if len(dataset.classes) != model.num_classes:
         raise UserError(f"{data_path}: has {len(dataset.classes)} classes, the checkpoint {model.num_classes}")
-
-    figures = {
-        "learning_curve.png": draw_learning_curve(metrics),
-        "predictions.png": draw_predictions(model, dataset),
-    }
-    print(summary(folder, metrics, checkpoint))
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-        print(f"wrote {folder / name}")
+    return model, dataset
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Summarise a run and draw its learning curve and predictions.")
+    parser = argparse.ArgumentParser(description="Summarise a run and draw its curves and predictions.")
     parser.add_argument("folder", type=Path, help="of the run, OUTPUT/MODEL.NAME/TAG")
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="image folder with val/")
+    parser.add_argument("--data-path", metavar="DIR", help="image folder with val/, for predictions")
     args = parser.parse_args()
     mpl.use("Agg")
     try:

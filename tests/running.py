@@ -1,6 +1,7 @@
 """How the tests run commands, on what config."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,3 +19,9 @@ def run_command(*command, cwd=CLASSIFICATION, **environment) -> subprocess.Compl
     env.pop("TRITON_INTERPRET", None)  # of the tests in this process
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

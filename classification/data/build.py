@@ -1,19 +1,113 @@
-"""ImageFolder data sets with timm's transforms, and loaders that share them among processes."""
+"""ImageFolder data sets with timm's transforms, and loaders that share them among processes.
 
+A loader's batches are (images, targets, messages): the last a list with one message for each image that could not be
+read.
+"""
+
+import logging
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from PIL.Image import Image
 from timm.data import Mixup, create_transform
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from yacs.config import CfgNode
 
 from classification.errors import UserError
+from classification.seeding import seeded
+
+logger = logging.getLogger("spatialmamba")
+
+REPLACEMENTS = 20  # images tried in place of one that cannot be read
+Sample = tuple[Tensor, int, list[str]]
+
+
+class TrainImages(Dataset):
+    """Augmented images of a folder. An item is (epoch, index), and all that is random in it follows from these two.
+
+    One that cannot be read is replaced by the next in the folder that can.
+    """
+
+    def __init__(self, folder: ImageFolder, seed: int):
+        self.folder, self.seed = folder, seed
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        epoch, index = item
+        messages: list[str] = []
+        for i in range(index, index + min(1 + REPLACEMENTS, len(self.folder))):
+            try:
+                with seeded(self.seed, epoch, index):
+                    image, target = self.folder[i % len(self.folder)]
+            except UnreadableImageError as error:
+                messages.append(str(error))
+            else:
+                return image, target, messages
+        raise UserError(f"{messages[-1]}; nor can the {len(messages) - 1} images before it")
+
+
+class EvalImages(Dataset):
+    """Images of a folder; one that cannot be read is black and of class -1."""
+
+    def __init__(self, folder: ImageFolder, size: int):
+        self.folder, self.size = folder, size
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            return *self.folder[index], []
+        except UnreadableImageError as error:
+            return torch.zeros(3, self.size, self.size), -1, [str(error)]
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    images, targets = default_collate([sample[:2] for sample in samples])
+    return images, targets, [message for sample in samples for message in sample[2]]
+
+
+class EpochSampler(DistributedSampler):
+    """Items of `TrainImages` for one process, shuffled anew each epoch, from `start` on where an epoch is resumed."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, index) for index in islice(super().__iter__(), self.start, None))
+
+    def __len__(self) -> int:
+        return super().__len__() - self.start
+
+
+class UnreadableImages:
+    """Logs and counts images that could not be read; more than `limit` of them in one process are an error."""
+
+    def __init__(self, limit: int = 0):
+        self.limit, self.count = limit, 0
+
+    def add(self, messages: list[str]) -> None:
+        """
+        Raises:
+            UserError: there are more than `limit` by now.
+        """
+        for message in messages:
+            self.count += 1
+            if self.count > self.limit:
+                raise UserError(
+                    f"{message}; it is number {self.count}, and DATA.MAX_UNREADABLE allows {self.limit}: replace or "
+                    "remove the images named in the log, or raise it"
+                )
+            logger.warning("%s; another takes its place (%d of %d allowed)", message, self.count, self.limit)
 
 
 def class_names(data_path: str, split: str) -> list[str]:
@@ -22,7 +116,7 @@ def class_names(data_path: str, split: str) -> list[str]:
 
 
 def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader:
-    """Shuffled batches of DATA_PATH/train for one process. Call `loader.sampler.set_epoch` before each epoch.
+    """Shuffled batches of DATA_PATH/train for one process. Its sampler is an `EpochSampler`: set the epoch before each.
 
     Raises:
         UserError: a missing or empty folder, classes other than those of val/, fewer images than one batch each, an
@@ -45,8 +139,8 @@ def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoade
             f"{Path(config.DATA.DATA_PATH, 'train')}: {len(dataset)} images make {share} for each of {world_size} "
             f"process(es), less than one batch of {config.DATA.BATCH_SIZE}; lower --batch-size"
         )
-    sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=config.SEED)
-    return _loader(config, dataset, sampler=sampler, drop_last=True)
+    sampler = EpochSampler(dataset, world_size, rank, shuffle=True, seed=config.SEED)
+    return _loader(config, TrainImages(dataset, config.SEED), sampler=sampler, drop_last=True)
 
 
 def build_eval_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader:
@@ -57,7 +151,8 @@ def build_eval_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader
     """
     dataset = image_folder(config.DATA.DATA_PATH, "val", eval_transform(config))
     _check_enough(len(dataset), world_size, "val", config.DATA.DATA_PATH)
-    return _loader(config, dataset, sampler=range(rank, len(dataset), world_size), drop_last=False)
+    images = EvalImages(dataset, config.DATA.IMG_SIZE)
+    return _loader(config, images, sampler=range(rank, len(dataset), world_size), drop_last=False)
 
 
 def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
@@ -102,11 +197,15 @@ def _train_transform(config: CfgNode) -> Callable:
         raise UserError(f"AUG.AUTO_AUGMENT is not a policy that timm knows: {policy!r} ({error})") from error
 
 
+class UnreadableImageError(UserError):
+    """A file that is no image, or a damaged one."""
+
+
 def _read_image(path: str) -> Image:
     try:
         return default_loader(path)
     except Exception as error:  # Pillow's plugins raise what they like on a damaged file
-        raise UserError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+        raise UnreadableImageError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def image_folder(data_path: str, split: str, transform: Callable | None) -> ImageFolder:
@@ -145,14 +244,23 @@ def _check_enough(images: int, world_size: int, split: str, data_path: str) -> N
         )
 
 
-def _loader(config: CfgNode, dataset: ImageFolder, sampler: object, drop_last: bool) -> DataLoader:
+def _stand_apart(worker: int) -> None:
+    """Out of reach of the signals that launchers send to a training process' group: it needs its workers to save."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends this one to all
+
+
+def _loader(config: CfgNode, dataset: Dataset, sampler: object, drop_last: bool) -> DataLoader:
     workers = min(config.DATA.NUM_WORKERS, os.cpu_count() or 1)
     return DataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=workers,
+        collate_fn=_collate,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=workers > 0,
+        prefetch_factor=config.DATA.PREFETCH_FACTOR if workers else None,
+        worker_init_fn=_stand_apart,
     )

@@ -80,14 +80,21 @@ def test_train_and_val_with_other_classes(refuse, copy):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("content", [b"not an image", b"", None], ids=["text", "empty", "truncated"])
-def test_unreadable_image(content, workers, copy, run_main, capsys, tmp_path):
+def test_unreadable_images_beyond_the_limit(content, workers, copy, run_main, capsys, tmp_path):
     victim = next((copy / "train" / "4").iterdir())
     victim.write_bytes(victim.read_bytes()[:60] if content is None else content)
-    arguments = ["--data-path", copy, "--output", tmp_path, "--opts", *QUICK, "DATA.NUM_WORKERS", workers]
-    message = refused(run_main, capsys, *arguments)
+    limit = ["DATA.NUM_WORKERS", workers, "DATA.MAX_UNREADABLE", 0]
+    message = refused(run_main, capsys, "--data-path", copy, "--output", tmp_path, "--opts", *QUICK, *limit)
     assert message.startswith(f"error: {victim}: cannot be read as an image")
-    assert "replace or remove it" in message
+    assert "replace or remove the images" in message
     assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_folder_of_unreadable_images(copy, run_main, capsys, tmp_path):
+    for file in copy.glob("train/*/*"):
+        file.write_bytes(b"")
+    message = refused(run_main, capsys, "--data-path", copy, "--output", tmp_path, "--opts", *QUICK)
+    assert "nor can the 20 images before it" in message
 
 
 def test_fewer_images_than_a_batch(refuse, few_digits):
@@ -162,6 +169,9 @@ def test_config_file_that_is_none(content, refuse, tmp_path):
         (["--opts", "TRAIN.USE_CHECKPOINT", "3"], "TRAIN.USE_CHECKPOINT must be of type bool, got 3"),
         (["--seed", "-1"], "SEED (--seed) must be in"),
         (["--opts", "TRAIN.EMA.ENABLE", "False"], "MESA distils from the EMA model"),
+        (["--compile"], "--compile and --channels-last go with --throughput"),
+        (["--opts", "KEEP_LAST", "0"], "KEEP_LAST must be at least 1, got 0"),
+        (["--opts", "DATA.MAX_UNREADABLE", "-1"], "DATA.MAX_UNREADABLE must be at least 0, got -1"),
         (["--finetune"], "--finetune needs --pretrained"),
         (["--eval"], "--eval needs --pretrained CKPT or --resume CKPT"),
         (["--pretrained", "a", "--resume", "b"], "pass one of them"),
@@ -282,7 +292,7 @@ def test_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path, run_main, c
     path = saved(tmp_path, {k: v * torch.nan for k, v in spatialmamba_micro(num_classes=10).state_dict().items()})
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--pretrained", path, "--finetune"]
     message = refused(run_main, capsys, *arguments, "--opts", *QUICK)
-    assert "the loss became nan in epoch 0" in message
+    assert "no loss of epoch 0 was finite" in message
 
 
 @pytest.mark.parametrize("value", ["abc", [1.0], torch.eye(3).to_sparse()], ids=["text", "list", "sparse"])
@@ -296,10 +306,12 @@ def test_weights_that_are_no_tensors(value, refuse, few_digits, tmp_path):
     [
         (dict(epoch="3"), "its epoch is '3'"),
         (dict(epoch=-5), "its epoch is -5"),
+        (dict(progress=[3]), "its progress is [3]"),
+        (dict(progress={"step": 3}), "its progress is {'step': 3}"),
         (dict(optimizer={"a": 1}), "its optimizer state is not of this model"),
         (dict(optimizer=[1]), "its optimizer state is not of this model"),
     ],
-    ids=["text", "negative", "dict", "list"],
+    ids=["text", "negative", "progress", "part", "dict", "list"],
 )
 def test_resume_from_what_cannot_be_resumed(change, message, refuse, few_digits, tmp_path):
     whole = {"model": spatialmamba_micro(num_classes=10).state_dict(), "epoch": 3, "optimizer": {}}

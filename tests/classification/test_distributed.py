@@ -1,23 +1,37 @@
-"""What two gloo processes must agree on."""
+"""What several processes must agree on: batch norm, validation, signals; and how they are launched."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
+import kill_and_resume
+import pytest
 import torch
-from running import MICRO, run_command
+from kill_and_resume import differences
+from running import CLASSIFICATION, MICRO, QUICK, free_port, run_command
+from torch import nn
 
-SCRIPT = """
+from classification.checkpoint import read_checkpoint, save_checkpoint
+from classification.models import spatialmamba_micro
+
+RUN = "spatialmamba_micro/default"
+AVERAGED = """
 import sys
 import torch, torch.distributed as dist
 from timm.utils import distribute_bn
 from classification.config import load_config
-from classification.main import Run, _wrap
 from classification.models import spatialmamba_micro
+from classification.run import Run
+from classification.training import wrap
 
-config = load_config(sys.argv[1], {})
+config = load_config(sys.argv[1], {"TRAIN.SYNC_BN": sys.argv[3] == "synchronised"})
 run = Run(config)
 torch.manual_seed(0)
 model = spatialmamba_micro(num_classes=4)
-wrapped = _wrap(config, run, model).train()
+wrapped = wrap(model, config, run).train()
 for step in range(3):
     wrapped(torch.full((2, 3, 64, 64), float(run.rank)) + torch.randn(2, 3, 64, 64)).sum().backward()
 bn = model.patch_embed.conv1.norm
@@ -29,15 +43,215 @@ if run.is_main:
 del wrapped  # while it lives so do gloo's threads, and one of them in Python when that ends is an abort
 dist.destroy_process_group()
 """
+SYNCHRONISED = """
+import sys
+import torch, torch.distributed as dist
+from classification.sync_bn import SyncBatchNorm2d
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+inputs = torch.load(sys.argv[1], weights_only=True)
+bn = SyncBatchNorm2d(5).double()
+bn.load_state_dict(inputs["state"])
+x = inputs["x"].split(inputs["shares"])[rank].requires_grad_()
+weight = inputs["weight"].split(inputs["shares"])[rank]
+y = bn(x)
+(y * weight).sum().backward()
+y = bn(x.detach() + 1)  # the second update of the running statistics
+torch.save({"y": y.detach(), "x": x.grad, "state": bn.state_dict(), "weight": bn.weight.grad}, f"{sys.argv[2]}{rank}")
+dist.destroy_process_group()
+"""
 
 
-def test_batch_norm_averages_the_statistics_of_all_processes(tmp_path):
-    """The processes see images of mean 0 and 1; without synchronised batch norm their statistics must differ first."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_command(*launcher, tmp_path / "script.py", MICRO, tmp_path / "bn.pt")
+def spawn(script, processes, tmp_path, *arguments):
+    (tmp_path / "script.py").write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = run_command(*launcher, tmp_path / "script.py", *arguments)
     assert done.returncode == 0, done.stderr
+
+
+# ----- batch norm
+
+
+@pytest.mark.parametrize("kind", ["averaged", "synchronised"])
+def test_batch_norm_statistics_of_two_processes(kind, tmp_path):
+    """The processes see images of mean 0 and 1. Synchronised, they have the same statistics, to the bit."""
+    spawn(AVERAGED, 2, tmp_path, MICRO, tmp_path / "bn.pt", kind)
     result = torch.load(tmp_path / "bn.pt", weights_only=True)
     first, second = result["own"]
-    assert (first - second).abs().max() > 0.1
+    if kind == "synchronised":
+        assert torch.equal(first, second)
+    else:
+        assert (first - second).abs().max() > 0.1
     torch.testing.assert_close(result["mean"], (first + second) / 2)
+
+
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path):
+    """Three processes with 2, 3 and 1 images, in double precision: values, gradients and running statistics."""
+    torch.manual_seed(0)
+    shares = [2, 3, 1]
+    x, weight = torch.randn(6, 5, 3, 4).double() * 3 + 7, torch.randn(6, 5, 3, 4).double()
+    bn = nn.BatchNorm2d(5).double()
+    nn.init.normal_(bn.weight), nn.init.normal_(bn.bias)
+    inputs = {"x": x, "weight": weight, "state": bn.state_dict(), "shares": shares}
+    torch.save(inputs, tmp_path / "inputs.pt")
+    spawn(SYNCHRONISED, 3, tmp_path, tmp_path / "inputs.pt", tmp_path / "part")
+
+    leaf = x.clone().requires_grad_()
+    (bn(leaf) * weight).sum().backward()
+    y = bn(x + 1)
+    parts = [torch.load(tmp_path / f"part{rank}", weights_only=True) for rank in range(3)]
+    torch.testing.assert_close(torch.cat([p["y"] for p in parts]), y.detach())
+    torch.testing.assert_close(torch.cat([p["x"] for p in parts]), leaf.grad)
+    torch.testing.assert_close(sum(p["weight"] for p in parts), bn.weight.grad)
+    for part in parts:
+        torch.testing.assert_close(part["state"], bn.state_dict())
+
+
+# ----- validation
+
+
+def test_accuracy_is_the_same_on_one_two_and_three_processes(digits, tmp_path):
+    """361 images in batches of 48, which neither number of processes divides."""
+    data = tmp_path / "data"
+    for label in range(10):
+        (data / "val" / str(label)).mkdir(parents=True)
+        for file in (digits / "val" / str(label)).iterdir():
+            (data / "val" / str(label) / file.name).symlink_to(file)
+    (data / "val/3/one_more.png").symlink_to(next((digits / "train/3").iterdir()))
+    torch.manual_seed(0)
+    models = {name: spatialmamba_micro(num_classes=10).state_dict() for name in ("model", "model_ema")}
+    save_checkpoint(models, tmp_path / "weights.pth")
+    results = []
+    for processes in (1, 2, 3):
+        output = tmp_path / str(processes)
+        main = ["main.py", "--cfg", MICRO, "--data-path", data, "--pretrained", tmp_path / "weights.pth"]
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+        done = run_command(*launcher, *main, "--output", output)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((output / RUN / "evaluation.json").read_text()))
+    for name in models:
+        assert results[0][name]["images"] == 361
+        counts = [(r[name]["images"], r[name]["top1"], r[name]["top5"]) for r in results]
+        assert counts[0] == counts[1] == counts[2]
+        assert [r[name]["loss"] for r in results] == pytest.approx([results[0][name]["loss"]] * 3, rel=1e-6)
+    assert results[0]["model"]["top1"] != results[0]["model_ema"]["top1"]
+
+
+# ----- launching and surviving
+
+
+def test_two_launchers_are_two_nodes(few_digits, tmp_path):
+    """Each of two nodes on the loopback starts one process, whose LOCAL_RANK is 0; together they are as two of one."""
+    port = free_port()
+    options = ["--cfg", MICRO, "--data-path", few_digits, "--opts", *QUICK]
+    nodes = []
+    for node in (0, 1):
+        # A disk of its own: only the first process writes, and reads for all.
+        launcher = ["torchrun", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
+        launcher += [
+            "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+            "main.py",
+            "--output",
+            tmp_path / f"node{node}",
+        ]
+        nodes.append([*launcher, *options])
+    for epochs in ("1", "2"):  # the second time it is resumed, on the node that has nothing too
+        processes = [_start([*node, "TRAIN.EPOCHS", epochs]) for node in nodes]
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    assert not list((tmp_path / "node1").rglob("*.pth"))
+
+    done = run_command(
+        "torchrun", "--standalone", "--nproc_per_node=2", "main.py", "--output", tmp_path / "one", *options
+    )
+    assert done.returncode == 0, done.stderr
+    contents = [read_checkpoint(tmp_path / root / RUN / "latest.pth") for root in ("node0", "one")]
+    for content in contents:
+        del content["config"]
+    assert differences(*contents) != []  # another schedule in the first epoch: that of one epoch
+    assert contents[0]["epoch"] == contents[1]["epoch"] == 1
+    assert contents[0]["shares"] == contents[1]["shares"]
+
+
+def _start(command) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment['PATH']}"
+    return subprocess.Popen(
+        list(map(str, command)), cwd=CLASSIFICATION, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(number, digits, tmp_path):
+    """SIGTERM to torchrun, which passes it on; SIGUSR1 to one process, of which the other must hear."""
+    epochs = ["TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.MESA.START", "0.0"]
+    options = ["--cfg", MICRO, "--data-path", digits, "--opts", *epochs, "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "1"]
+
+    def command(name):
+        return [*("torchrun", "--standalone", "--nproc_per_node=2", "main.py", "--output", tmp_path / name), *options]
+
+    process = _start(command("stopped"))
+    folder = tmp_path / "stopped" / RUN
+    log, deadline = folder / "log.txt", time.monotonic() + 120
+    while not (log.exists() and "epoch 0 step 3/" in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(process.pid if number == signal.SIGTERM else int(children[-1]), number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"{signal.Signals(number).name}: saved" in log.read_text(), output
+    (saved,) = folder.glob("epoch_0_step_*.pth")
+
+    for name in ("stopped", "whole"):
+        done = run_command(*command(name))
+        assert done.returncode == 0, done.stderr
+    assert f"resuming from {folder / 'latest.pth'}, epoch 0, step {saved.stem.rpartition('_')[2]}" in log.read_text()
+    assert kill_and_resume.compare(tmp_path / "whole", tmp_path / "stopped") == []
+
+
+def test_a_run_that_is_killed_again_and_again(tmp_path, capsys):
+    """tests/kill_and_resume.py, shortened."""
+    assert kill_and_resume.run(kills=4, epochs=2, root=tmp_path) == []
+    assert "4 kills, 4 times resumed" in capsys.readouterr().out
+
+
+def test_slurm_script_starts_a_task_for_each_gpu(few_digits, tmp_path):
+    """With an srun that starts the tasks here, as Slurm would: two nodes of two GPUs each, and no launcher."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "scontrol").write_text("#!/bin/bash\n[ $1 = show ] && echo 127.0.0.1 && echo other\n")
+    (bin_folder / "srun").write_text(
+        f"""#!/bin/bash
+printf '%s\\n' "$@" > {tmp_path / "srun.txt"}
+export SLURM_JOB_ID={free_port()} SLURM_JOB_NODELIST=nodes SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2
+while [ "${{1#--}}" != "$1" ]; do shift; done
+for task in 1 0; do SLURM_PROCID=$task SLURM_LOCALID=0 "$@" & jobs+=" $!"; done
+for job in $jobs; do wait $job || exit 1; done
+"""
+    )
+    for file in bin_folder.iterdir():
+        file.chmod(0o755)
+    path = f"{bin_folder}{os.pathsep}{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    command = ["env", f"PATH={path}", "GPUS=2", "GPUS_PER_NODE=1", "SRUN_ARGS=--time=1:00:00 --requeue"]
+    arguments = ["partition", "job name", MICRO, few_digits, "--output", tmp_path / "out", "--opts", *QUICK]
+    done = run_command(*command, "bash", "tools/slurm_train.sh", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert (tmp_path / "out" / RUN / "epoch_2.pth").exists()
+    flags = (tmp_path / "srun.txt").read_text().splitlines()
+    assert flags[:5] == [
+        "--partition=partition",
+        "--job-name=job name",
+        "--gres=gpu:1",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+    ]
+    assert {"--time=1:00:00", "--requeue", "--signal=USR1@120"} <= set(flags)
+
+    assert run_command("bash", "tools/slurm_train.sh", "partition").returncode == 2

@@ -1,4 +1,4 @@
-"""Gradient accumulation, self-distillation and exact evaluation on models small enough to check by hand."""
+"""Gradient accumulation, self-distillation, guards and exact evaluation on models small enough to check by hand."""
 
 import copy
 from contextlib import nullcontext
@@ -11,11 +11,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from classification.engine import NonFiniteLossError, Trainer, evaluate, train_one_epoch
+from classification.engine import Progress, Trainer, evaluate, train_one_epoch
+from classification.guards import NonFiniteError, NonFiniteGuard
 
 
-def trainer(model, lr=0.1, **options) -> Trainer:
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+def trainer(model, lr=0.1, limit=3, **options) -> Trainer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True)
     return Trainer(
         model=model,
         criterion=nn.CrossEntropyLoss(),
@@ -24,6 +25,7 @@ def trainer(model, lr=0.1, **options) -> Trainer:
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         device=torch.device("cpu"),
         autocast=nullcontext,
+        guard=NonFiniteGuard(model, limit),
         **options,
     )
 
@@ -76,12 +78,76 @@ def test_ema_follows_every_update(task):
     torch.testing.assert_close(ema.module.weight, (start + model.weight.detach()) / 2)
 
 
-def test_loss_that_is_not_finite_is_an_error(task):
+def test_an_epoch_in_two_parts_is_the_whole_one(task):
+    """Batches of 2 in updates of 3: the second part begins after the second update."""
+    model, data = task
+    halves = copy.deepcopy(model)
+    whole = train_one_epoch(trainer(model, accumulation_steps=3), DataLoader(data, 2), epoch=2)
+
+    progress = Progress()
+    split = trainer(halves, accumulation_steps=3)
+    learning_rates = []
+
+    def stop(update, measure):
+        learning_rates.append(split.optimizer.param_groups[0]["lr"])
+        if update == 2 * 4 + 2:
+            measure()
+            raise KeyboardInterrupt
+
+    split.after_update = stop
+    with pytest.raises(KeyboardInterrupt):
+        train_one_epoch(split, DataLoader(data, 2), epoch=2, progress=progress)
+    assert (progress.step, progress.finite) == (6, 6)
+    rest = DataLoader(TensorDataset(*data[12:]), 2)
+    second = train_one_epoch(trainer(halves, accumulation_steps=3), rest, epoch=2, progress=progress)
+    assert second["loss"] == whole["loss"]
+    assert progress.step == 11
+    assert torch.equal(halves.weight, model.weight)
+
+
+def test_optimizer_that_cannot_skip_is_refused(task):
+    model, _ = task
+    good = trainer(model)
+    with pytest.raises(ValueError, match="fused=True"):
+        Trainer(**{**vars(good), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
+
+
+def test_updates_that_are_not_finite_are_skipped_and_logged(task, caplog):
+    """One image of 22 is NaN: its update leaves no trace, in the average neither."""
+    model, data = task
+    images, targets = data.tensors
+    expected = copy.deepcopy(model)
+    kept = [i for i in range(22) if i not in (6, 7)]
+    without = train_one_epoch(trainer(expected), DataLoader(TensorDataset(images[kept], targets[kept]), 2), epoch=0)
+    images[7, 3] = torch.nan
+    metrics = train_one_epoch(trainer(model), DataLoader(data, 2), epoch=0)
+    assert torch.equal(model.weight, expected.weight)
+    assert metrics["loss"] == pytest.approx(without["loss"])
+    assert metrics["skipped"] == 1
+    assert "epoch 0, step 4: gradients are not finite, so 1 update(s) were skipped" in caplog.text
+
+
+def test_too_many_in_a_row_end_the_run(task):
+    model, data = task
+    images, _ = data.tensors
+    images[4:] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"epoch 4, step 5: .*3 in a row and 3 in all"):
+        train_one_epoch(trainer(model), DataLoader(data, 2), epoch=4)
+
+
+def test_weights_that_are_not_finite_are_named(task):
     model, data = task
     with torch.no_grad():
         model.bias[2] = torch.inf
-    with pytest.raises(NonFiniteLossError, match="epoch 4 before step 3"):
-        train_one_epoch(trainer(model), DataLoader(data, 2), epoch=4, print_freq=3)
+    with pytest.raises(NonFiniteError, match=r"parameter bias \(1 in all\) is not finite itself"):
+        train_one_epoch(trainer(model, limit=1), DataLoader(data, 2), epoch=0)
+
+
+def test_an_epoch_of_which_nothing_was_finite_ends_the_run(task):
+    model, data = task
+    data.tensors[0][:] = torch.nan
+    with pytest.raises(NonFiniteError, match="no loss of epoch 0 was finite"):
+        train_one_epoch(trainer(model, limit=1000), DataLoader(data, 2), epoch=0)
 
 
 def test_evaluation_counts_by_hand():
@@ -93,3 +159,13 @@ def test_evaluation_counts_by_hand():
     assert (result["images"], result["top1"], result["top5"]) == (4, 50.0, 75.0)
     assert result["loss"] == pytest.approx(F.cross_entropy(images, targets).item())
     assert model.training
+    assert "unreadable" not in result
+
+
+def test_evaluation_leaves_out_what_could_not_be_read():
+    images, targets = torch.eye(4), torch.tensor([0, -1, 2, 0])
+    result = evaluate(nn.Identity(), DataLoader(TensorDataset(images, targets), 3), torch.device("cpu"), nullcontext)
+    seen = [0, 2, 3]
+    assert (result["images"], result["unreadable"]) == (3, 1)
+    assert result["top1"] == pytest.approx(200 / 3)
+    assert result["loss"] == pytest.approx(F.cross_entropy(images[seen], targets[seen]).item())

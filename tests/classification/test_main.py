@@ -1,14 +1,20 @@
 """main.py as its users run it, on real images."""
 
 import json
-import socket
+import os
+import signal
 
 import pytest
 import torch
-from running import MICRO, QUICK, run_command
+from kill_and_resume import differences
+from running import MICRO, QUICK, free_port, run_command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from classification import engine as engine_module
 from classification import main as main_module
+from classification import training as training_module
 from classification.checkpoint import read_checkpoint
+from classification.metrics import read_lines
 
 
 def metrics_of(folder) -> list[dict]:
@@ -17,12 +23,6 @@ def metrics_of(folder) -> list[dict]:
 
 def evaluation_of(folder) -> dict:
     return json.loads((folder / "evaluation.json").read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def launchers(processes: int) -> dict[str, list]:
@@ -86,32 +86,125 @@ def test_two_processes_train_and_evaluate(launcher, few_digits, tmp_path, run_ma
 
 
 def test_resumed_run_equals_the_undisturbed_one(few_digits, tmp_path, run_main, monkeypatch):
-    """Without random augmentation nothing but what `_save` keeps is carried from epoch to epoch."""
-    still = ["AUG.MIXUP", "0.0", "AUG.SCALE", "[1.0, 1.0]", "AUG.RATIO", "[1.0, 1.0]"]
-    arguments = ["--data-path", few_digits, "--opts", *QUICK, *still, "TRAIN.EPOCHS", "3", "OUTPUT"]
+    """With everything random that there is; stopped within an epoch, between epochs, and during validation."""
+    random = ["AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "AUG.REPROB", "0.5", "MODEL.DROP_PATH_RATE", "0.3"]
+    arguments = ["--data-path", few_digits, "--opts", *QUICK, *random, "TRAIN.EPOCHS", "4", "OUTPUT"]
     run_main(*arguments, tmp_path / "whole")
 
-    calls = []
-    original = main_module.train_one_epoch
+    def stop_at(module, name, call):
+        """SIGTERM at the given call, counted from 1."""
+        original, calls = getattr(module, name), []
 
-    def stops_in_the_third_epoch(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args)
+        def counted(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(main_module, "train_one_epoch", stops_in_the_third_epoch)
-        with pytest.raises(KeyboardInterrupt):
-            run_main(*arguments, tmp_path / "halves")
-    assert "resuming from" in run_main(*arguments, tmp_path / "halves")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, counted)
+            with pytest.raises(SystemExit) as stop:
+                run_main(*arguments, tmp_path / "parts")
+        assert stop.value.code == 128 + signal.SIGTERM
+
+    run = tmp_path / "parts/spatialmamba_micro/default"
+    handler = signal.getsignal(signal.SIGTERM)
+    stop_at(engine_module, "_accumulate", 3)
+    assert (run / "epoch_0_step_3.pth").exists()
+    stop_at(engine_module, "_accumulate", 2 + 3)  # on from step 3: two, then three of the next epoch
+    assert (run / "epoch_1_step_3.pth").exists()
+    stop_at(training_module, "evaluate", 1)
+    assert (run / "epoch_1_step_5.pth").exists()
+    stop_at(engine_module, "_count", 1)  # in the same validation, further on
+    assert signal.getsignal(signal.SIGTERM) is handler
+    printed = run_main(*arguments, tmp_path / "parts")
+    assert "resuming from" in printed
+    assert "the same command goes on from there" in (run / "log.txt").read_text()
 
     name = "spatialmamba_micro/default/latest.pth"
-    whole, halves = read_checkpoint(tmp_path / "whole" / name), read_checkpoint(tmp_path / "halves" / name)
-    for key in ("model", "model_ema"):
-        assert all(torch.equal(v, halves[key][k]) for k, v in whole[key].items())
-    assert whole["max_accuracy"] == halves["max_accuracy"]
-    assert "all 3 epochs are done" in run_main(*arguments, tmp_path / "halves")
+    whole, parts = (read_checkpoint(tmp_path / folder / name) for folder in ("whole", "parts"))
+    for content in (whole, parts):
+        del content["config"]  # names the folder
+    assert differences(whole, parts) == []
+    untimed = [{k: v for k, v in m.items() if k != "seconds"} for m in metrics_of(tmp_path / name_of("whole"))]
+    assert [{k: v for k, v in m.items() if k != "seconds"} for m in metrics_of(run)] == untimed
+    assert "all 4 epochs are done" in run_main(*arguments, tmp_path / "parts")
+
+
+def name_of(root: str) -> str:
+    return f"{root}/spatialmamba_micro/default"
+
+
+def test_the_last_checkpoints_are_kept_under_their_names(few_digits, tmp_path, run_main):
+    opts = [*QUICK, "TRAIN.EPOCHS", "4", "SAVE_STEPS", "3", "KEEP_LAST", "2"]
+    run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *opts)
+    run = tmp_path / name_of(".")
+    # 20 updates: within epochs at 3, 6, 9, 12, 18 and after each epoch at 5, 10, 15, 20, where 15 is both.
+    assert sorted(f.name for f in run.glob("epoch_*.pth")) == ["epoch_3_step_3.pth", "epoch_4.pth"]
+    assert {f.name for f in run.glob("*.pth")} >= {"latest.pth", "best.pth", "best_ema.pth"}
+    latest, last = (read_checkpoint(run / name) for name in ("latest.pth", "epoch_4.pth"))
+    assert differences(latest, last) == []
+    best = read_checkpoint(run / "best.pth")
+    assert best["max_accuracy"] == max(m["model"]["top1"] for m in metrics_of(run))
+    assert not list(run.glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(few_digits, tmp_path, run_main, capsys):
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "2")
+    run = tmp_path / name_of(".")
+    for name in ("latest.pth", "epoch_2.pth"):
+        content = bytearray((run / name).read_bytes())
+        (run / name).unlink()
+        content[len(content) // 2] ^= 16
+        (run / name).write_bytes(content)
+    (run / ".epoch_3.pth.partial").write_bytes(b"half")
+    printed = run_main(*arguments, "3")
+    assert f"{run / 'latest.pth'}: is damaged" in printed
+    assert "set aside as epoch_2.pth.damaged" in printed
+    assert f"resuming from {run / 'epoch_1.pth'}, epoch 1, step 0" in printed
+    assert read_checkpoint(run / "latest.pth")["epoch"] == 2
+    assert not list(run.glob(".*.partial"))
+
+    for path in run.glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:5000])
+    damaged = len(list(run.glob("epoch_*.pth"))) + 1 + len(list(run.glob("*.damaged")))
+    for _ in range(2):  # it does not start over the second time either
+        with pytest.raises(SystemExit) as stop:
+            run_main(*arguments, "4")
+        assert "no checkpoint is whole, so training cannot go on; pass another --tag" in stop.value.code
+        assert "latest.pth.damaged1" in stop.value.code
+    assert {f.name for f in run.glob("*.pth")} == {"best.pth", "best_ema.pth"}
+    assert len(list(run.glob("*.damaged*"))) == damaged  # none lost
+
+
+def test_other_batches_begin_the_epoch_anew(few_digits, tmp_path, run_main):
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "SAVE_STEPS", "1", "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    run = tmp_path / name_of(".")
+    resume = ["--resume", run / "epoch_0_step_4.pth", "--tag", "other", "--batch-size", "4"]
+    printed = run_main(*resume, *arguments, "1", "DATA.BATCH_SIZE", "4")
+    assert "epoch_0_step_4.pth: other batches or processes than now; its epoch is begun anew" in printed
+    assert "epoch 0 step 10/10" in printed
+
+
+def test_scalars_of_steps_and_epochs(few_digits, tmp_path, run_main):
+    run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK)
+    run = tmp_path / name_of(".")
+    steps = read_lines(run / "steps.jsonl", "update")
+    assert [(s["epoch"], s["step"], s["update"]) for s in steps] == [
+        *((0, 2, 2), (0, 4, 4), (0, 5, 5)),
+        *((1, 2, 7), (1, 4, 9), (1, 5, 10)),
+    ]
+    assert set(steps[0]) == {
+        *("epoch", "step", "update", "loss", "lr", "grad_norm", "images_per_second", "memory_mib", "skipped")
+    }
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    tags = {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "train/memory_mib"}
+    assert tags | {"val/model/top1", "val/model_ema/top1", "epoch/loss"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("train/loss")] == [2, 4, 5, 7, 9, 10]
+    top1 = [e.value for e in events.Scalars("val/model/top1")]
+    assert top1 == pytest.approx([m["model"]["top1"] for m in metrics_of(run)])
 
 
 def test_more_epochs_follow_the_new_schedule_in_another_folder(few_digits, tmp_path, run_main):
@@ -170,7 +263,9 @@ def test_throughput_needs_no_data(tmp_path, run_main, monkeypatch):
     monkeypatch.setattr(main_module, "THROUGHPUT_SECONDS", 0.1)
     printed = run_main("--throughput", "--batch-size", 2, "--output", tmp_path)
     assert not list(tmp_path.iterdir())
-    assert "images/s per process, batch 2, 32x32 (1 process(es), CPU" in printed
+    assert "images/s per process, batch 2, 32x32, NCHW images, compile off, TF32 does not apply (1 process" in printed
+    printed = run_main("--throughput", "--batch-size", 2, "--output", tmp_path, "--channels-last")
+    assert "32x32, NHWC images, compile off" in printed
 
 
 def test_flops_prints_the_table(run_main, capsys):
@@ -181,13 +276,13 @@ def test_flops_prints_the_table(run_main, capsys):
 
 def test_mesa_starts_at_its_fraction_of_the_epochs(few_digits, tmp_path, run_main, monkeypatch):
     weights = []
-    original = main_module.train_one_epoch
+    original = training_module.train_one_epoch
 
     def spy(trainer, *args):
         weights.append(trainer.mesa_weight)
         return original(trainer, *args)
 
-    monkeypatch.setattr(main_module, "train_one_epoch", spy)
+    monkeypatch.setattr(training_module, "train_one_epoch", spy)
     opts = [*QUICK, "TRAIN.EPOCHS", "4", "TRAIN.MESA.WEIGHT", "1.5"]
     run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *opts)
     assert weights == [0.0, 1.5, 1.5, 1.5]

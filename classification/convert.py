@@ -1,0 +1,63 @@
+"""Weights from a checkpoint to a safetensors file, and back.
+
+    python -m classification.convert ckpt.pth weights.safetensors [--weights model_ema]
+    python -m classification.convert weights.safetensors weights.pth
+
+The safetensors file holds one set of weights and a digest of them, which is compared when it is read; the .pth file is
+{"model": state dict}. `--pretrained` of main.py takes either. An existing file is not overwritten.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from safetensors.torch import save as safetensors_bytes
+
+from classification.checkpoint import (
+    SAFETENSORS,
+    read_checkpoint,
+    save_checkpoint,
+    state_dicts,
+    tensors_digest,
+    write_atomically,
+)
+from classification.errors import UserError
+
+
+def convert(source: Path, target: Path, weights: str = "model") -> int:
+    """Write `weights` ("model" or "model_ema") of `source` to `target`; returns the number of tensors.
+
+    Raises:
+        UserError: `source` cannot be read or does not hold them; `target` exists or is neither .safetensors nor .pth.
+    """
+    if target.suffix not in (SAFETENSORS, ".pth"):
+        raise UserError(f"{target}: must end in {SAFETENSORS} or .pth")
+    if target.exists():
+        raise UserError(f"{target}: exists; remove it or name another file")
+    found = state_dicts(read_checkpoint(source), source)
+    if weights not in found:
+        raise UserError(f"{source}: holds no {weights}, only {', '.join(found)}")
+    state = {name: tensor.contiguous() for name, tensor in found[weights].items()}
+    if target.suffix == SAFETENSORS:
+        metadata = {"format": "pt", "sha256": tensors_digest(state)}
+        write_atomically(target, lambda file: file.write(safetensors_bytes(state, metadata)))
+    else:
+        save_checkpoint({"model": state}, target)
+    return len(state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Convert weights between .pth and .safetensors.")
+    parser.add_argument("source", type=Path, help="checkpoint or safetensors file")
+    parser.add_argument("target", type=Path, help="file to write, .safetensors or .pth")
+    parser.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
+    args = parser.parse_args()
+    try:
+        count = convert(args.source, args.target, args.weights)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {args.target}: {count} tensors")
+
+
+if __name__ == "__main__":
+    main()

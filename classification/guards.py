@@ -1,0 +1,142 @@
+"""What keeps a run alive: updates that are not finite are skipped and traced to a layer."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from classification.models.spatialmamba import Block, Downsample, Stem
+
+logger = logging.getLogger("spatialmamba")
+
+
+class NonFiniteError(RuntimeError):
+    """Updates, or a validation loss, that stay NaN or infinite."""
+
+
+class NonFiniteGuard:
+    """Marks updates whose gradients are not finite for skipping, and counts them, without waiting for the device.
+
+    Batch norm's running statistics, which the forward pass of such an update has spoilt, are put back. The sums of the
+    outputs of stem, blocks and downsamplings tell which of them was the first to be not finite.
+
+    Args:
+        model: not wrapped; all processes must come to the same gradients.
+        limit: as many such updates in a row are an error.
+    """
+
+    def __init__(self, model: nn.Module, limit: int):
+        self.model = model
+        self.limit = limit
+        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self.kept = [b.clone() for b in self.buffers]
+        probed = {n: m for n, m in model.named_modules() if isinstance(m, Stem | Block | Downsample)}
+        self.names = list(probed)
+        self.sums: dict[int, Tensor] = {}
+        for i, module in enumerate(probed.values()):
+            module.register_forward_hook(partial(self._probe, i))
+        device = next(model.parameters()).device
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # in a row, in all
+        self.spoilt = torch.zeros(len(self.names), dtype=torch.int32, device=device)
+        self.reported = 0
+
+    def _probe(self, index: int, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if module.training:
+            total = output.detach().sum(dtype=torch.float32)
+            self.sums[index] = self.sums[index] + total if index in self.sums else total
+
+    def begin(self) -> None:
+        """Before the first batch of an update."""
+        self.sums.clear()
+        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+            kept.copy_(buffer)
+
+    @torch.no_grad()
+    def judge(self, norm: Tensor) -> Tensor:
+        """After the last batch, given the norm of the gradients: 1 if the update is to be skipped, else 0, float32."""
+        bad = ~norm.isfinite()
+        self.counts += bad
+        self.counts[0] *= bad
+        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+            buffer.copy_(torch.where(bad, kept, buffer))
+        for index, total in self.sums.items():
+            self.spoilt[index] += ~total.isfinite() & bad
+        return bad.float()
+
+    def check(self, where: str, forward: Callable[[], object] | None = None) -> bool:
+        """Wait for the device; log updates skipped since the last check. Returns whether there were any.
+
+        Args:
+            where: place in the run, for the message.
+            forward: repeats the last batch's forward pass, to find the layer within the block.
+
+        Raises:
+            NonFiniteError: `limit` updates in a row were skipped.
+        """
+        in_a_row, total = self.counts.tolist()
+        if total == self.reported:
+            return False
+        origin = self._origin(forward)
+        message = (
+            f"{where}: gradients are not finite, so {total - self.reported} update(s) were skipped, {in_a_row} in a "
+            f"row and {total} in all; {origin}"
+        )
+        self.reported = total
+        self.spoilt.zero_()
+        if in_a_row >= self.limit:
+            raise NonFiniteError(
+                f"{message}. TRAIN.MAX_SKIPPED allows fewer than {self.limit} in a row. The last checkpoint is from "
+                "before them: lower TRAIN.BASE_LR, or set TRAIN.AMP bfloat16 or off"
+            )
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.warning("%s", message)
+        return True
+
+    def _origin(self, forward: Callable[[], object] | None) -> str:
+        parameters = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        if parameters:
+            return f"parameter {parameters[0]} ({len(parameters)} in all) is not finite itself"
+        if dist.is_initialized():
+            dist.all_reduce(self.spoilt)
+        spoilt = [name for name, count in zip(self.names, self.spoilt.tolist(), strict=True) if count]
+        layer = first_non_finite(self.model, forward) if forward else None
+        if layer:
+            return f"the first output that is not finite is that of {layer}"
+        if spoilt:
+            return f"the first output that is not finite is that of {spoilt[0]}"
+        gradients = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        if gradients:
+            return f"outputs are finite, the gradient of {gradients[-1]} ({len(gradients)} in all) is not"
+        return "where it began cannot be told any more"
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Name of the first module in `forward()` whose output is not finite although its inputs are, or None.
+
+    Buffers of the model, such as running statistics, are left as they were.
+    """
+    found: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def look(module: nn.Module, inputs: tuple, output: object) -> None:
+        if not found and not _is_finite(output) and all(map(_is_finite, inputs)):
+            found.append(names[module] or type(module).__name__)
+
+    hooks = [module.register_forward_hook(look) for module in names]
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return found[0] if found else None
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())

@@ -1,0 +1,81 @@
+"""What a run measures, written as it goes: JSON lines and TensorBoard scalars."""
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from classification.errors import UserError
+
+EPOCHS, STEPS, TENSORBOARD = "metrics.jsonl", "steps.jsonl", "tensorboard"
+
+
+class MetricsLog:
+    """Appends epochs to metrics.jsonl, reported steps to steps.jsonl, and both to `tensorboard/` in a run's folder.
+
+    A line that was cut off when the run was killed is removed first. An epoch or step that a resumed run repeats stands
+    twice; the last one counts, as `read_lines` has it.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool = True):
+        for name in (EPOCHS, STEPS):
+            _drop_partial_line(folder / name)
+        self.files = {name: (folder / name).open("a") for name in (EPOCHS, STEPS)}
+        self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step) if tensorboard else None
+
+    def step(self, values: dict[str, float]) -> None:
+        """`values` holds `update`, the updates made so far, and scalars."""
+        self._write(STEPS, values)
+        self._draw("train", values, values["update"])
+
+    def epoch(self, values: dict, update: int) -> None:
+        """`values` holds `epoch`, scalars, and a dict of scalars for each set of weights that was evaluated."""
+        self._write(EPOCHS, values)
+        self._draw("epoch", values, update)
+        for name, scalars in values.items():
+            if isinstance(scalars, dict):
+                self._draw(f"val/{name}", scalars, update)
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        if self.writer:
+            self.writer.close()
+
+    def _write(self, name: str, values: dict) -> None:
+        self.files[name].write(json.dumps(values) + "\n")
+        self.files[name].flush()
+
+    def _draw(self, group: str, values: dict, update: int) -> None:
+        if self.writer:
+            for key, value in values.items():
+                if isinstance(value, int | float) and key != "update":
+                    self.writer.add_scalar(f"{group}/{key}", value, update)
+
+
+def read_lines(path: Path, key: str) -> list[dict]:
+    """The objects of a file of JSON lines in the order of `key`; of equal ones the last.
+
+    Raises:
+        UserError: the file is not there or not of this kind. A last line that was cut off is passed over.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name the folder of a run, OUTPUT/MODEL.NAME/TAG")
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        lines = {line[key]: line for line in map(json.loads, whole.splitlines())}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error!r}); main.py writes one JSON object a line") from error
+    return [lines[value] for value in sorted(lines)]
+
+
+def _drop_partial_line(path: Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)

@@ -1,0 +1,332 @@
+"""A training run: built from the config, resumed exactly, validated and saved every epoch."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3, distribute_bn, random_seed
+from torch import nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from classification.checkpoint import (
+    BEST,
+    BEST_EMA,
+    LATEST,
+    CheckpointFolder,
+    load_weights,
+    read_checkpoint,
+    state_dicts,
+)
+from classification.data import UnreadableImages, build_eval_loader, build_mixup, build_train_loader
+from classification.engine import Progress, Trainer, evaluate, train_one_epoch
+from classification.errors import UserError
+from classification.guards import NonFiniteError, NonFiniteGuard
+from classification.metrics import MetricsLog
+from classification.models import VARIANTS, SpatialMamba
+from classification.optim import build_optimizer, build_scheduler
+from classification.run import Preempted, Preemption, Run
+from classification.sync_bn import synchronise_batch_norm
+
+logger = logging.getLogger("spatialmamba")
+
+NO_ACCURACY = -1.0  # before the first epoch: below any that can be measured
+START_OVER = "start from its weights with --pretrained and --finetune"
+
+
+def build_model(config: CfgNode, classes: int) -> SpatialMamba:
+    model = SpatialMamba(num_classes=classes, drop_path_rate=config.MODEL.DROP_PATH_RATE, **VARIANTS[config.MODEL.NAME])
+    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    return model
+
+
+def wrap(model: SpatialMamba, config: CfgNode, run: Run) -> nn.Module:
+    """The model for training on several processes; it has the same parameters, which optimizer and EMA may hold."""
+    if run.world_size == 1:
+        return model
+    on_gpu = run.device.type == "cuda"
+    if config.TRAIN.SYNC_BN and on_gpu:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif config.TRAIN.SYNC_BN:
+        synchronise_batch_norm(model)
+    # Without broadcasting, batch norms that are not synchronised keep their own statistics, to be averaged later.
+    return DistributedDataParallel(model, device_ids=[run.device.index] if on_gpu else None, broadcast_buffers=False)
+
+
+def log_accuracy(name: str, m: dict[str, float]) -> None:
+    missing = f", {m['unreadable']} could not be read" if "unreadable" in m else ""
+    logger.info(
+        "%s: top-1 %.3f%% top-5 %.3f%% loss %.4f on %d images%s",
+        name, m["top1"], m["top5"], m["loss"], m["images"], missing,
+    )  # fmt: skip
+
+
+@dataclass
+class State:
+    """Where a run is: what a checkpoint holds beside weights and optimizer."""
+
+    epoch: int = -1  # the last that is finished, validated and saved
+    max_accuracy: float = NO_ACCURACY
+    max_accuracy_ema: float = NO_ACCURACY
+
+
+class Training:
+    """A training run of `config` on the processes of `run`."""
+
+    def __init__(self, config: CfgNode, run: Run, classes: int):
+        self.config, self.run = config, run
+        self.train_loader = build_train_loader(config, run.rank, run.world_size)
+        self.eval_loader = build_eval_loader(config, run.rank, run.world_size)
+        self.checkpoints = CheckpointFolder(run.folder, config.KEEP_LAST)
+        resumed = run.from_main(self._read_checkpoint)
+        random_seed(config.SEED)  # the same weights in every process, for the EMA's copy too
+        self.model = build_model(config, classes)
+        self.new_head = False if resumed else self._load_pretrained()
+        self.model.to(run.device)
+        self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
+        self.batches = len(self.train_loader)
+        self.trainer = self._build_trainer(classes)
+        self.state, self.progress = State(), Progress()
+        self.resumed_from = None
+        if resumed:
+            content, self.resumed_from = resumed
+            self._resume(content, self.resumed_from)
+
+    # ----- building
+
+    def _load_pretrained(self) -> bool:
+        """Start from MODEL.PRETRAINED's `model` weights, if set; returns whether the head stayed a new one."""
+        path = self.config.MODEL.PRETRAINED
+        if not path:
+            return False
+        weights = self.run.from_main(lambda: state_dicts(read_checkpoint(path), path)["model"])
+        return load_weights(self.model, weights, path, new_head=True)
+
+    def _build_trainer(self, classes: int) -> Trainer:
+        config, run = self.config, self.run
+        accumulation = config.TRAIN.ACCUMULATION_STEPS
+        global_batch = config.DATA.BATCH_SIZE * run.world_size * accumulation
+        mixup = build_mixup(config, classes)
+        criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
+        optimizer = build_optimizer(config, self.model, global_batch)
+        updates_per_epoch = -(-self.batches // accumulation)
+        return Trainer(
+            model=wrap(self.model, config, run),
+            criterion=criterion,
+            optimizer=optimizer,
+            scheduler=build_scheduler(config, optimizer, global_batch, updates_per_epoch),
+            scaler=GradScaler(run.device.type, enabled=run.amp_dtype is torch.float16),
+            device=run.device,
+            autocast=run.autocast,
+            guard=NonFiniteGuard(self.model, config.TRAIN.MAX_SKIPPED),
+            mixup=mixup,
+            ema=self.ema,
+            clip_grad=config.TRAIN.CLIP_GRAD,
+            accumulation_steps=accumulation,
+            seed=config.SEED,
+            rank=run.rank,
+            unreadable=UnreadableImages(config.DATA.MAX_UNREADABLE),
+        )
+
+    # ----- resuming
+
+    def _read_checkpoint(self) -> tuple[dict, Path] | None:
+        """The checkpoint to go on from, in the first process: --resume's, or the last one in the output folder."""
+        if self.config.MODEL.RESUME:
+            path = Path(self.config.MODEL.RESUME)
+            content = read_checkpoint(path)
+            _check_resumable(content, path)
+            return content, path
+        if not self.checkpoints.exists():
+            return None
+        if not self.config.TRAIN.AUTO_RESUME:
+            raise UserError(
+                f"{self.run.folder}: holds a run already; pass another --tag, or TRAIN.AUTO_RESUME True to go on"
+            )
+        self.checkpoints.remove_partial()
+        return self.checkpoints.read_last(_check_resumable)
+
+    def _resume(self, content: dict, path: Path) -> None:
+        """Put back what `save` wrote. Best accuracies count if their checkpoints lie beside it."""
+        weights = state_dicts(content, path)
+        load_weights(self.model, weights["model"], path)
+        if self.ema:
+            load_weights(self.ema.module, weights.get("model_ema", weights["model"]), path)
+        trainer = self.trainer
+        try:
+            trainer.optimizer.load_state_dict(content["optimizer"])
+            if content.get("scaler") and trainer.scaler.is_enabled():
+                trainer.scaler.load_state_dict(content["scaler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: its optimizer state is not of this model ({error}); {START_OVER}") from error
+        self.state.epoch = content["epoch"]
+        if path.resolve().parent == self.run.folder.resolve():
+            for key in ("max_accuracy", "max_accuracy_ema"):
+                setattr(self.state, key, content.get(key, NO_ACCURACY))
+        # Within an epoch, the place is the same one only if as many images make a batch and a step.
+        if content.get("progress") and content.get("shares") == self._shares():
+            self.progress = Progress(**content["progress"])
+        elif content.get("progress"):
+            logger.warning("%s: other batches or processes than now; its epoch is begun anew", path)
+        # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
+        trainer.scheduler.step_update(self.updates())
+
+    def _shares(self) -> dict[str, int]:
+        """What a batch number within an epoch means."""
+        config = self.config
+        return {
+            "processes": self.run.world_size,
+            "batch": config.DATA.BATCH_SIZE,
+            "accumulation": config.TRAIN.ACCUMULATION_STEPS,
+            "batches": self.batches,
+            "seed": config.SEED,
+        }
+
+    def updates(self) -> int:
+        """Updates made so far."""
+        in_epoch = self.trainer.updates_per_epoch(self.progress.step)
+        return (self.state.epoch + 1) * self.trainer.updates_per_epoch(self.batches) + in_epoch
+
+    # ----- running
+
+    def fit(self) -> None:
+        """Train to the last epoch.
+
+        Raises:
+            Preempted: a signal asked the run to stop; it is saved.
+            NonFiniteError: it does not learn any more.
+        """
+        config, run = self.config, self.run
+        first = self.state.epoch + 1
+        if first >= config.TRAIN.EPOCHS:
+            logger.info("all %d epochs are done; raise TRAIN.EPOCHS to go on", config.TRAIN.EPOCHS)
+            return
+        self.metrics = MetricsLog(run.folder, self.updates(), config.TENSORBOARD) if run.is_main else None
+        if self.metrics:
+            self.trainer.on_report = self.metrics.step
+        self.trainer.after_update = self._after_update
+        with Preemption(run) as self.preemption:
+            try:
+                for epoch in range(first, config.TRAIN.EPOCHS):
+                    self._train_and_validate(epoch)
+                self.preemption.settle()
+            except Preempted as request:
+                path = self._save([LATEST])
+                logger.info("%s: saved %s; the same command goes on from there", request, path)
+                raise
+            finally:
+                if self.metrics:
+                    self.metrics.close()
+
+    def _train_and_validate(self, epoch: int) -> None:
+        config, trainer, sampler = self.config, self.trainer, self.train_loader.sampler
+        sampler.set_epoch(epoch)
+        sampler.start = self.progress.step * config.DATA.BATCH_SIZE
+        trainer.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= config.TRAIN.MESA.START * config.TRAIN.EPOCHS)
+        trained = train_one_epoch(trainer, self.train_loader, epoch, config.PRINT_FREQ, self.progress)
+        metrics = {"epoch": epoch, **trained, **self._validate()}
+        if not math.isfinite(metrics["model"]["loss"]):
+            raise NonFiniteError(f"the validation loss of epoch {epoch} is not finite; its weights are not saved")
+        self.state.epoch, self.progress = epoch, Progress()
+        best = self._note_best(metrics)
+        due = (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS
+        if self.metrics:  # before the checkpoint: an epoch may stand there twice, but is never missing
+            self.metrics.epoch(metrics, self.updates())
+        if best or due:
+            self._save([*best, *([LATEST] if due else [])])
+
+    def _validate(self) -> dict[str, dict]:
+        """Accuracy of the model and its EMA, with the same batch norm statistics in every process."""
+        results = {}
+        for name, module in (("model", self.model), ("model_ema", self.ema and self.ema.module)):
+            if module is None:
+                continue
+            if self.run.world_size > 1 and not self.config.TRAIN.SYNC_BN:
+                distribute_bn(module, self.run.world_size, reduce=True)
+            results[name] = evaluate(
+                module, self.eval_loader, self.run.device, self.run.autocast, self.preemption.check
+            )
+        return results
+
+    def _note_best(self, metrics: dict) -> list[str]:
+        """Log the epoch; returns the names under which its checkpoint is the best so far."""
+        best = []
+        for key, name, file in (("max_accuracy", "model", BEST), ("max_accuracy_ema", "model_ema", BEST_EMA)):
+            if name not in metrics:
+                continue
+            log_accuracy(f"epoch {metrics['epoch']} {name}", metrics[name])
+            if metrics[name]["top1"] > getattr(self.state, key):
+                setattr(self.state, key, metrics[name]["top1"])
+                best.append(file)
+        logger.info(
+            "epoch %d: train loss %.4f, %.1f s; best top-1 %.3f%%, of the EMA %.3f%%",
+            metrics["epoch"], metrics["loss"], metrics["seconds"], self.state.max_accuracy, self.state.max_accuracy_ema,
+        )  # fmt: skip
+        return best
+
+    def _after_update(self, update: int, measure: Callable[[], None]) -> None:
+        """Within an epoch: stop if asked to, save if due. `measure` brings `self.progress` up to date."""
+        try:
+            self.preemption.check()
+        except Preempted:
+            measure()
+            raise
+        if self.config.SAVE_STEPS and update % self.config.SAVE_STEPS == 0:
+            measure()
+            self._save([LATEST])
+
+    def _save(self, names: list[str]) -> Path:
+        """Write a checkpoint in the first process, under `names` as well; all wait for it."""
+        return self.run.from_main(
+            lambda: self.checkpoints.save(self._content(), self.state.epoch + 1, self.progress.step, names)
+        )
+
+    def _content(self) -> dict:
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "scaler": self.trainer.scaler.state_dict(),
+            "config": self.config.dump(),
+            "shares": self._shares(),
+            "progress": asdict(self.progress) if self.progress.step else {},
+            **asdict(self.state),
+        }
+        return content | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
+
+    def log_setup(self) -> None:
+        config, run = self.config, self.run
+        logger.info("config:\n%s", config.dump().rstrip())
+        count = f"{sum(p.numel() for p in self.model.parameters()):,}"
+        logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, run.describe(), run.folder)
+        for message in self.checkpoints.set_aside:
+            logger.warning("%s", message)
+        if self.resumed_from:
+            ignored = "; --pretrained has done its part already" if config.MODEL.PRETRAINED else ""
+            place = f"epoch {self.state.epoch + 1}, step {self.progress.step}"
+            logger.info("resuming from %s, %s%s", self.resumed_from, place, ignored)
+        elif config.MODEL.PRETRAINED:
+            classes = self.model.num_classes
+            head = f"; its head has another size, a new one has {classes} classes" if self.new_head else ""
+            logger.info("starting from the weights of %s%s", config.MODEL.PRETRAINED, head)
+        else:
+            logger.info("starting from scratch")
+
+
+def _check_resumable(content: dict, path: Path) -> None:
+    """
+    Raises:
+        UserError: it holds weights, perhaps, but not the state of a run.
+    """
+    state_dicts(content, path)
+    if missing := [key for key in ("optimizer", "epoch") if key not in content]:
+        raise UserError(f"{path}: has no {', '.join(missing)}, so training cannot go on from it; {START_OVER}")
+    epoch, progress = content["epoch"], content.get("progress", {})
+    if not isinstance(epoch, int) or epoch < -1:
+        raise UserError(f"{path}: its epoch is {epoch!r}, so training cannot go on from it; {START_OVER}")
+    if not isinstance(progress, dict) or (progress and set(progress) != set(asdict(Progress()))):
+        raise UserError(f"{path}: its progress is {progress!r}, so training cannot go on from it; {START_OVER}")
