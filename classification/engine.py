@@ -1,6 +1,7 @@
 """One epoch of training, and an exact evaluation: objects in, metrics out."""
 
 import logging
+import math
 import resource
 import sys
 import time
@@ -36,6 +37,10 @@ class Progress:
     loss: float = 0.0  # sum over those whose loss is finite
     finite: int = 0  # as many
     seconds: float = 0.0
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.finite if self.finite else math.nan
 
 
 def _ignore(*_: object) -> None:
@@ -164,7 +169,7 @@ def train_one_epoch(
             "TRAIN.BASE_LR, or set TRAIN.AMP bfloat16 or off, and look at the weights that the run starts from"
         )
     return {
-        "loss": progress.loss / max(progress.finite, 1),
+        "loss": progress.mean_loss,
         "lr": t.optimizer.param_groups[0]["lr"],
         "skipped": int(t.guard.counts[1]),
         "seconds": progress.seconds,
@@ -227,18 +232,21 @@ def _report(
     t: Trainer, bar: Iterable, sums: _Sums, norm: Tensor, epoch: int, step: int, batches: int, update: int
 ) -> None:
     sums.measure()
-    loss = sums.progress.loss / max(sums.progress.finite, 1)
-    lr, rate = t.optimizer.param_groups[0]["lr"], sums.images_per_second()
+    loss, lr, rate = sums.progress.mean_loss, t.optimizer.param_groups[0]["lr"], sums.images_per_second()
+    memory = _peak_memory(t.device) / MIB
+    measured = {"loss": loss, "lr": lr, "grad_norm": norm.item(), "images_per_second": rate, "memory_mib": memory}
+    measured = {key: value for key, value in measured.items() if math.isfinite(value)}
     logger.debug(
-        "epoch %d step %d/%d loss %.4f lr %.3e grad norm %.3f, %.1f images/s, %.0f MiB",
-        epoch, step, batches, loss, lr, norm, rate, _peak_memory(t.device) / MIB,
+        "epoch %d step %d/%d loss %s lr %.3e grad norm %s, %.1f images/s, %.0f MiB",
+        epoch, step, batches, _digits(loss, 4), lr, _digits(norm.item(), 3), rate, memory,
     )  # fmt: skip
-    measured = {"epoch": epoch, "step": step, "update": update, "loss": loss, "lr": lr, "images_per_second": rate}
-    if norm.isfinite():
-        measured["grad_norm"] = norm.item()
-    t.on_report(measured | {"memory_mib": _peak_memory(t.device) / MIB, "skipped": int(t.guard.counts[1])})
+    t.on_report({"epoch": epoch, "step": step, "update": update, **measured, "skipped": int(t.guard.counts[1])})
     if isinstance(bar, tqdm):
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
+        bar.set_postfix(loss=_digits(loss, 4), lr=f"{lr:.2e}")
+
+
+def _digits(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
 
 
 def _peak_memory(device: torch.device) -> int:

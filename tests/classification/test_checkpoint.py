@@ -1,12 +1,22 @@
 """Checkpoints: the published layout is read safely and strictly, ours are written whole or not at all."""
 
+import json
+import os
+import pickle
+import random
+
 import pytest
 import torch
+from kill_and_resume import differences
+from running import CLASSIFICATION, QUICK, ROOT, run_command
 from yacs.config import CfgNode
 
 from classification.checkpoint import load_weights, read_checkpoint, save_checkpoint, state_dicts
+from classification.convert import convert
 from classification.errors import UserError
-from classification.models import spatialmamba_micro
+from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
+from classification.models.spatialmamba import Mlp
+from classification.training import Training
 
 
 def published(model, ema) -> dict:
@@ -40,13 +50,32 @@ def test_published_layout_loads_with_both_weights(tmp_path):
         assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
 
 
-def test_published_layout_is_evaluated_model_and_ema(tmp_path, few_digits, run_main):
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_published_layout_is_evaluated_by_the_documented_command(size, few_digits, tmp_path):
+    """`model` gets the image of class 3 right and `model_ema` that of class 5: their head's biases see to it."""
     torch.manual_seed(0)
-    model, ema = spatialmamba_micro(num_classes=10), spatialmamba_micro(num_classes=10)
-    torch.save(published(model, ema), tmp_path / "ckpt.pth")
-    printed = run_main("--data-path", few_digits, "--output", tmp_path, "--pretrained", tmp_path / "ckpt.pth")
-    assert "model: top-1" in printed
-    assert "model_ema: top-1" in printed
+    models = [SpatialMamba(num_classes=10, **VARIANTS[f"spatialmamba_{size}"]) for _ in range(2)]
+    for model, label in zip(models, (3, 5), strict=True):
+        torch.nn.init.zeros_(model.head.weight)
+        model.head.bias.data = torch.eye(10)[label]
+    torch.save(published(*models), tmp_path / "ckpt.pth")
+    for label in (1, 3, 5, 5, 5):
+        folder = tmp_path / "data/val" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{len(list(folder.iterdir()))}.png"
+        (folder / name).symlink_to(next((few_digits / "val" / str(label)).iterdir()))
+    for label in (0, 2, 4, 6, 7, 8, 9):
+        (tmp_path / "data/val" / str(label)).symlink_to(few_digits / "val" / str(label))
+    config = CLASSIFICATION / f"configs/spatialmamba/spatialmamba_{size}.yaml"
+    command = ["python", "main.py", "--cfg", config, "--batch-size", "16", "--data-path", tmp_path / "data"]
+    opts = ["--opts", "DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", "0"]
+    done = run_command(*command, "--output", tmp_path, "--pretrained", tmp_path / "ckpt.pth", *opts)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / f"spatialmamba_{size}/default/evaluation.json").read_text())
+    images = results["model"]["images"]
+    assert images == results["model_ema"]["images"] > 20
+    assert results["model"]["top1"] == pytest.approx(100 * 1 / images)
+    assert results["model_ema"]["top1"] == pytest.approx(100 * 3 / images)
 
 
 def test_bare_state_dict_loads(tmp_path):
@@ -75,3 +104,150 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path):
         save_checkpoint({"model": {"w": torch.zeros(3)}, "broken": (i for i in range(3))}, path)
     assert torch.equal(read_checkpoint(path)["model"]["w"], torch.ones(3))
     assert [f.name for f in tmp_path.iterdir()] == ["latest.pth"]
+
+
+# ----- damage
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.marker),))
+
+
+def test_two_hundred_damaged_checkpoints(tmp_path):
+    """Truncated, with bits flipped, emptied, or a pickle with code in it: refused by name, or read as they were."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    model = spatialmamba_micro(num_classes=4)
+    whole = published(model, spatialmamba_micro(num_classes=4)) | {"config": "MODEL: {}"}
+    save_checkpoint(whole, tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    expected = read_checkpoint(tmp_path / "whole.pth")
+    marker, path = tmp_path / "code_ran", tmp_path / "damaged.pth"
+    refused = 0
+    for i in range(200):
+        kind = ("truncated", "flipped", "flipped at its end", "overwritten", "code")[i % 5]
+        damaged = bytearray(content)
+        if kind == "truncated":
+            del damaged[rng.randrange(len(content)) if i else 0 :]
+        elif kind.startswith("flipped"):
+            start = 0 if kind == "flipped" else len(content) - 60_000  # where the archive's directory is
+            for _ in range(rng.choice([1, 1, 8])):
+                damaged[rng.randrange(start, len(content))] ^= 1 << rng.randrange(8)
+        elif kind == "overwritten":
+            start = rng.randrange(len(content))
+            damaged[start : start + 4096] = rng.randbytes(len(damaged[start : start + 4096]))
+        if kind != "code":
+            path.write_bytes(damaged)
+        elif i % 2:
+            torch.save(whole | {"extra": Payload(marker)}, path, _use_new_zipfile_serialization=rng.random() < 0.5)
+        else:
+            path.write_bytes(pickle.dumps(Payload(marker), protocol=rng.randrange(6)))
+        read, message = None, None
+        try:
+            read = read_checkpoint(path)
+        except UserError as error:
+            message = str(error)
+        assert not marker.exists()
+        if message is None:
+            assert "flipped" in kind, kind
+            assert differences(read, expected) == []  # the bits were in padding or a time stamp
+        else:
+            assert message.startswith(f"{path}: ")
+            refused += 1
+    assert refused > 180
+
+
+# ----- safetensors
+
+
+def test_weights_go_to_safetensors_and_back(tmp_path, few_digits, run_main):
+    torch.manual_seed(0)
+    content = {"model": spatialmamba_micro(num_classes=10), "model_ema": spatialmamba_micro(num_classes=10)}
+    save_checkpoint({k: m.state_dict() for k, m in content.items()}, tmp_path / "ckpt.pth")
+    convert = ["python", "-m", "classification.convert"]
+    steps = [("ckpt.pth", "w.safetensors", "model_ema"), ("w.safetensors", "back.pth", "model")]
+    for source, target, weights in steps:
+        done = run_command(*convert, tmp_path / source, tmp_path / target, "--weights", weights, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    expected = {k: v.clone() for k, v in content["model_ema"].state_dict().items()}
+    assert differences(dict(read_checkpoint(tmp_path / "back.pth")["model"]), expected) == []
+    assert differences(dict(read_checkpoint(tmp_path / "w.safetensors")), expected) == []
+    printed = run_main("--data-path", few_digits, "--output", tmp_path, "--pretrained", tmp_path / "w.safetensors")
+    assert "model: top-1" in printed
+
+
+def test_conversions_that_are_refused(tmp_path):
+    save_checkpoint({"model": spatialmamba_micro(num_classes=4).state_dict()}, tmp_path / "ckpt.pth")
+    convert = ["python", "-m", "classification.convert"]
+    (tmp_path / "there.pth").write_text("mine")
+    for arguments, message in (
+        (["ckpt.pth", "there.pth"], "exists; remove it"),
+        (["ckpt.pth", "out.bin"], "must end in .safetensors or .pth"),
+        (["none.pth", "out.pth"], "no such checkpoint file"),
+        (["ckpt.pth", "out.pth", "--weights", "model_ema"], "holds no model_ema, only model"),
+    ):
+        files = sorted(f.name for f in tmp_path.iterdir())
+        done = run_command(*convert, *[tmp_path / a if "." in a else a for a in arguments], cwd=ROOT)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert sorted(f.name for f in tmp_path.iterdir()) == files
+    assert (tmp_path / "there.pth").read_text() == "mine"
+
+
+def test_damaged_safetensors(tmp_path):
+    save_checkpoint({"model": spatialmamba_micro(num_classes=4).state_dict()}, tmp_path / "ckpt.pth")
+    path = tmp_path / "w.safetensors"
+    convert(tmp_path / "ckpt.pth", path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-10], whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{path}: is "):
+            read_checkpoint(path)
+
+
+# ----- not finite
+
+
+def test_nan_in_one_layer_from_step_seven(few_digits, tmp_path, run_main, monkeypatch):
+    """The run names the layer, skips, and stops after TRAIN.MAX_SKIPPED; what it logs and saves stays finite."""
+    calls = []
+    original = Mlp.forward
+
+    def spoilt(self, x):
+        out = original(self, x)
+        if self.training and self is training[0].model.layers[1].blocks[0].mlp:
+            calls.append(x)
+            if len(calls) >= 7:
+                out[0, 0, 0, 0] = torch.nan
+        return out
+
+    training = []
+    build = Training.__init__
+
+    def noted(self, *args, **kwargs):
+        training.append(self)
+        build(self, *args, **kwargs)
+
+    monkeypatch.setattr(Mlp, "forward", spoilt)
+    monkeypatch.setattr(Training, "__init__", noted)
+    opts = [*QUICK, "TRAIN.EPOCHS", "6", "TRAIN.MAX_SKIPPED", "6", "PRINT_FREQ", "1", "TRAIN.MESA.WEIGHT", "0.0"]
+    with pytest.raises(SystemExit) as stop:
+        run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *opts)
+    assert "epoch 2, step 2: gradients are not finite" in stop.value.code  # steps 7 to 12, five in an epoch
+    assert "6 in a row and 6 in all; the first output that is not finite is that of layers.1.blocks.0.mlp" in (
+        stop.value.code
+    )
+    run = tmp_path / "spatialmamba_micro/default"
+    log = (run / "log.txt").read_text()
+    assert "epoch 1, step 2: gradients are not finite, so 1 update(s) were skipped, 1 in a row and 1 in all" in log
+    assert " nan" not in log
+    assert "NaN" not in (run / "steps.jsonl").read_text() + (run / "metrics.jsonl").read_text()
+    saved = read_checkpoint(run / "latest.pth")
+    assert saved["epoch"] == 1
+    for weights in ("model", "model_ema"):
+        assert all(v.isfinite().all() for v in saved[weights].values())
