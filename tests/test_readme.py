@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("bash", "python")}
 MAKE_TEST = "make test\n"  # this very run
 MAKE_DEMO = "make demo\n"  # test_demo
+SLURM = "slurm_train.sh"  # tests/classification/test_distributed.py
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
 
@@ -48,8 +49,8 @@ def reduced(command: str, folder: Path) -> str:
 
 def test_commands_for_imagenet(folder):
     """In the README's order: what is trained first is evaluated and fine-tuned after."""
-    blocks = [block for block in BLOCKS["bash"] if block not in (MAKE_TEST, MAKE_DEMO)]
-    assert len(blocks) == 8
+    blocks = [block for block in BLOCKS["bash"] if block not in (MAKE_TEST, MAKE_DEMO) and SLURM not in block]
+    assert len(blocks) == 9
     for block in blocks:
         script = "\n".join(reduced(line, folder) for line in block.splitlines())
         done = run_command("bash", "-euc", script, cwd=ROOT)
@@ -62,6 +63,7 @@ def test_commands_for_imagenet(folder):
     assert evaluation["model"]["images"] == 10
     assert "starting from the weights of" in (runs / "finetune/log.txt").read_text()
     assert (runs / "default/predictions.png").exists()
+    assert (folder / "weights.safetensors").exists()
     assert (folder / "output-of-launch/spatialmamba_tiny/default/best.pth").exists()
 
 
