@@ -203,12 +203,9 @@ class CheckpointFolder:
         self.set_aside: list[str] = []  # what was found damaged
 
     def numbered(self) -> list[Path]:
-        """The numbered ones, oldest first."""
-        found = []
-        for path in self.folder.glob("epoch_*.pth"):
-            if match := re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pth", path.name):
-                found.append((int(match[1]), int(match[2] or 0), path))
-        return [path for *_, path in sorted(found)]
+        """The numbered ones in the order in which they were written: a run may have gone on from an earlier one."""
+        found = [p for p in self.folder.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+(_step_\d+)?\.pth", p.name)]
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
 
     def save(self, content: dict, epochs: int, step: int, names: list[str]) -> Path:
         """Write a checkpoint and give it `names`; then remove the oldest ones.
@@ -240,7 +237,7 @@ class CheckpointFolder:
     def remove_partial(self) -> None:
         """What a killed process left half-written."""
         for path in self.folder.glob(".*.partial"):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def exists(self) -> bool:
         """Whether there are any, be they damaged: a run that has begun."""
@@ -274,7 +271,10 @@ def _set_aside(path: Path) -> Path:
     """Rename to NAME.damaged, or with a number after it if that is taken."""
     names = (path.with_name(f"{path.name}{DAMAGED}{i or ''}") for i in count())
     aside = next(name for name in names if not name.exists())
-    path.replace(aside)
+    try:
+        path.replace(aside)
+    except OSError as error:
+        raise UserError(f"{path}: is damaged, and cannot be set aside ({error})") from error
     return aside
 
 

@@ -23,7 +23,7 @@ def default_config() -> CfgNode:
     c.DATA.IMG_SIZE = 224
     c.DATA.INTERPOLATION = "bicubic"
     c.DATA.NUM_WORKERS = 8  # per process, no more than there are processors
-    c.DATA.PREFETCH_FACTOR = 4  # batches that each of them has ready
+    c.DATA.PREFETCH_FACTOR = 2  # batches that each of them has ready
     c.DATA.PIN_MEMORY = True
     c.DATA.MAX_UNREADABLE = 100  # training images, per process, that may be replaced because they cannot be read
 

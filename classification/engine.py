@@ -217,12 +217,10 @@ def _update(t: Trainer) -> Tensor:
     bad = t.guard.judge(norm)
     if t.clip_grad:  # by 1 if they are not finite, so that the guard still sees which of them are
         nn.utils.clip_grads_with_norm_(parameters, t.clip_grad, torch.where(bad > 0, t.clip_grad, norm))
-    if t.scaler.is_enabled():  # it hands its own finding to the optimizer
-        t.scaler.step(t.optimizer)
-        t.scaler.update()
-    else:
-        t.optimizer.grad_scale, t.optimizer.found_inf = None, bad
-        t.optimizer.step()
+    # As GradScaler.step does, but the norm decides: gradients can be finite and their norm not.
+    t.optimizer.grad_scale, t.optimizer.found_inf = None, bad
+    t.optimizer.step()
+    t.scaler.update()
     if t.ema is not None:
         t.ema.update(_unwrap(t.model))
     return norm
@@ -277,10 +275,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, top-1, top-5, loss, unreadable
+    batches = iter(_progress_bar(loader, "evaluate"))
     rounds = torch.tensor(len(loader), device=device)
     if dist.is_initialized():
         dist.all_reduce(rounds, dist.ReduceOp.MAX)
-    batches = iter(_progress_bar(loader, "evaluate"))
     for _ in range(int(rounds)):
         if before_batch is not None:
             before_batch()

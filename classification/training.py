@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
@@ -55,7 +55,26 @@ def wrap(model: SpatialMamba, config: CfgNode, run: Run) -> nn.Module:
     elif config.TRAIN.SYNC_BN:
         synchronise_batch_norm(model)
     # Without broadcasting, batch norms that are not synchronised keep their own statistics, to be averaged later.
-    return DistributedDataParallel(model, device_ids=[run.device.index] if on_gpu else None, broadcast_buffers=False)
+    device_ids = [run.device.index] if on_gpu else None
+    wrapped = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    _order_buckets(
+        wrapped, torch.zeros(2, model.in_chans, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=run.device)
+    )
+    return wrapped
+
+
+def _order_buckets(wrapped: DistributedDataParallel, images: Tensor) -> None:
+    """One pass, for DistributedDataParallel to arrange its buckets as they will be.
+
+    It does so after the first pass; and a sum over three processes depends, in its last bit, on where in a bucket a
+    gradient lies. Without this, the first update after resuming would not be the one that it would have been.
+    """
+    buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
+    wrapped.train()
+    wrapped(images).sum().backward()
+    wrapped.zero_grad()
+    for name, buffer in wrapped.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def log_accuracy(name: str, m: dict[str, float]) -> None:
@@ -93,6 +112,7 @@ class Training:
         self.trainer = self._build_trainer(classes)
         self.state, self.progress = State(), Progress()
         self.resumed_from = None
+        self.notes: list[str] = []  # for the log, which is not open yet
         if resumed:
             content, self.resumed_from = resumed
             self._resume(content, self.resumed_from)
@@ -172,7 +192,7 @@ class Training:
         if content.get("progress") and content.get("shares") == self._shares():
             self.progress = Progress(**content["progress"])
         elif content.get("progress"):
-            logger.warning("%s: other batches or processes than now; its epoch is begun anew", path)
+            self.notes.append(f"{path}: other batches, processes or seed than now; its epoch is begun anew")
         # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
         trainer.scheduler.step_update(self.updates())
 
@@ -229,9 +249,11 @@ class Training:
         sampler.start = self.progress.step * config.DATA.BATCH_SIZE
         trainer.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= config.TRAIN.MESA.START * config.TRAIN.EPOCHS)
         trained = train_one_epoch(trainer, self.train_loader, epoch, config.PRINT_FREQ, self.progress)
-        metrics = {"epoch": epoch, **trained, **self._validate()}
-        if not math.isfinite(metrics["model"]["loss"]):
-            raise NonFiniteError(f"the validation loss of epoch {epoch} is not finite; its weights are not saved")
+        validated = self._validate()
+        for name, result in validated.items():
+            if not math.isfinite(result["loss"]):
+                raise NonFiniteError(f"the validation loss of {name} in epoch {epoch} is not finite; it is not saved")
+        metrics = {"epoch": epoch, **trained, **validated}
         self.state.epoch, self.progress = epoch, Progress()
         best = self._note_best(metrics)
         due = (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS
@@ -303,7 +325,7 @@ class Training:
         logger.info("config:\n%s", config.dump().rstrip())
         count = f"{sum(p.numel() for p in self.model.parameters()):,}"
         logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, run.describe(), run.folder)
-        for message in self.checkpoints.set_aside:
+        for message in [*self.checkpoints.set_aside, *self.notes]:
             logger.warning("%s", message)
         if self.resumed_from:
             ignored = "; --pretrained has done its part already" if config.MODEL.PRETRAINED else ""

@@ -2,7 +2,7 @@
 
     python tests/kill_and_resume.py --kills 30
 
-Two processes train on digits, with EMA, MESA and mixup, and save after every update. Both get SIGKILL at random times,
+Processes train on digits, with EMA, MESA and mixup, and save after every update. Both get SIGKILL at random times,
 one kill in three as soon as a checkpoint is seen half-written. The same command goes on each time. In the end weights,
 EMA and optimizer must be those of the undisturbed run bit for bit.
 """
@@ -22,23 +22,22 @@ from running import CLASSIFICATION, MICRO, free_port
 from classification.checkpoint import read_checkpoint
 from classification.data.digits import write_digits
 
-PROCESSES = 2
 PATIENCE = 300.0  # seconds that a run may take
 FOLDER = "spatialmamba_micro/default"
 
 
-def start(data: Path, output: Path, epochs: int, *opts: str) -> list[subprocess.Popen]:
+def start(data: Path, output: Path, epochs: int, count: int) -> list[subprocess.Popen]:
     """The processes of a run, as torchrun would start them, but all of them ours to kill."""
     port = free_port()
     options = [
         *("TRAIN.EPOCHS", epochs, "TRAIN.WARMUP_EPOCHS", 1, "TRAIN.ACCUMULATION_STEPS", 2, "SAVE_STEPS", 1),
         *("TRAIN.MESA.START", 0.0, "DATA.BATCH_SIZE", 32, "MODEL.DROP_PATH_RATE", 0.1, "AUG.REPROB", 0.25),
-        *opts,
+        *("DATA.NUM_WORKERS", 1),
     ]
     command = [sys.executable, "main.py", "--cfg", MICRO, "--data-path", data, "--output", output, "--opts", *options]
     processes = []
-    for rank in range(PROCESSES):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1"}
+    for rank in range(count):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
         environment = {k: str(v) for k, v in {**place, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}.items()}
         log = (output / f"process_{rank}.txt").open("a")
         processes.append(
@@ -113,20 +112,20 @@ def compare(undisturbed: Path, killed: Path) -> list[str]:
     return differences(*contents)
 
 
-def run(kills: int, epochs: int, root: Path, seed: int = 0) -> list[str]:
+def run(kills: int, epochs: int, root: Path, processes: int = 2, seed: int = 0) -> list[str]:
     """Returns the differences; prints each kill."""
     data, rng = root / "digits", random.Random(seed)
     write_digits(data)
     outputs = {name: root / name for name in ("undisturbed", "killed")}
     for output in outputs.values():
         output.mkdir()
-    wait(start(data, outputs["undisturbed"], epochs), outputs["undisturbed"])
+    wait(start(data, outputs["undisturbed"], epochs, processes), outputs["undisturbed"])
     folder = outputs["killed"] / FOLDER
     for i in range(kills):
-        processes = start(data, outputs["killed"], epochs)
-        place = kill(processes, folder, rng, during_save=i % 3 == 2)
+        running = start(data, outputs["killed"], epochs, processes)
+        place = kill(running, folder, rng, during_save=i % 3 == 2)
         print(f"kill {i + 1}: {place}", flush=True)
-    wait(start(data, outputs["killed"], epochs), outputs["killed"])
+    wait(start(data, outputs["killed"], epochs, processes), outputs["killed"])
     resumed = (folder / "log.txt").read_text().count("resuming from")
     print(f"{kills} kills, {resumed} times resumed")
     return compare(outputs["undisturbed"], outputs["killed"])
@@ -135,11 +134,12 @@ def run(kills: int, epochs: int, root: Path, seed: int = 0) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--epochs", type=int, default=12, help="of 22 batches each, so 11 updates")
+    parser.add_argument("--epochs", type=int, default=12, help="of 22 batches each with two processes, so 11 updates")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        found = run(args.kills, args.epochs, Path(root), args.seed)
+        found = run(args.kills, args.epochs, Path(root), args.processes, args.seed)
     print("the same to the bit" if not found else f"{len(found)} differences: {', '.join(found[:5])}")
     sys.exit(bool(found))
 

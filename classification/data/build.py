@@ -12,8 +12,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL.Image import Image
-from timm.data import Mixup, create_transform
+from PIL.ImageOps import posterize
+from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
@@ -25,6 +27,16 @@ from classification.errors import UserError
 from classification.seeding import seeded
 
 logger = logging.getLogger("spatialmamba")
+
+
+def _posterize(image: Image, bits_to_keep: int, **_: object) -> Image:
+    """timm's, but for 0 bits, which its policies can ask for and Pillow 13 refuses: all black, as before."""
+    if bits_to_keep < 1:
+        return image.point(lambda _: 0)
+    return image if bits_to_keep >= 8 else posterize(image, bits_to_keep)
+
+
+auto_augment.NAME_TO_OP.update({n: _posterize for n in auto_augment.NAME_TO_OP if n.startswith("Posterize")})
 
 REPLACEMENTS = 20  # images tried in place of one that cannot be read
 Sample = tuple[Tensor, int, list[str]]
@@ -252,7 +264,7 @@ def _stand_apart(worker: int) -> None:
 
 def _loader(config: CfgNode, dataset: Dataset, sampler: object, drop_last: bool) -> DataLoader:
     workers = min(config.DATA.NUM_WORKERS, os.cpu_count() or 1)
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
@@ -264,3 +276,7 @@ def _loader(config: CfgNode, dataset: Dataset, sampler: object, drop_last: bool)
         prefetch_factor=config.DATA.PREFETCH_FACTOR if workers else None,
         worker_init_fn=_stand_apart,
     )
+    if workers and dist.is_initialized():
+        # Starts the workers, which stay: a fork while a thread of gloo's is in Python never returns in the child.
+        iter(loader)
+    return loader

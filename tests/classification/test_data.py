@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from running import MICRO
 from sklearn.datasets import load_digits
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 
 from classification.config import load_config
 from classification.data import UnreadableImages, build_eval_loader, build_mixup, build_train_loader
@@ -155,6 +155,15 @@ def test_more_unreadable_images_than_allowed_are_an_error(caplog):
     assert "a: cannot be read; another takes its place (1 of 2 allowed)" in caplog.text
     with pytest.raises(UserError, match=r"c: cannot be read; it is number 3, and DATA.MAX_UNREADABLE allows 2"):
         counter.add(["c: cannot be read"])
+
+
+def test_policies_that_posterize_to_nothing(few_digits):
+    """The recipe's magnitude 9, spread by 0.5, reaches 10 now and then, which is 0 bits: Pillow 13 refuses those."""
+    batches_of(few_digits, "AUG.AUTO_AUGMENT", "rand-m10-n12-inc1")
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
+    assert not np.asarray(auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)(picture)).any()
+    kept = np.asarray(auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=6)(picture))
+    assert np.array_equal(kept, np.asarray(picture) & 0b11000000)
 
 
 def test_mixup_is_off_when_both_are_zero(few_digits):

@@ -215,10 +215,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, digits, tmp_path):
     assert kill_and_resume.compare(tmp_path / "whole", tmp_path / "stopped") == []
 
 
-def test_a_run_that_is_killed_again_and_again(tmp_path, capsys):
+@pytest.mark.parametrize(("processes", "kills"), [(2, 3), (3, 2)])
+def test_a_run_that_is_killed_again_and_again(processes, kills, tmp_path, capsys):
     """tests/kill_and_resume.py, shortened."""
-    assert kill_and_resume.run(kills=4, epochs=2, root=tmp_path) == []
-    assert "4 kills, 4 times resumed" in capsys.readouterr().out
+    assert kill_and_resume.run(kills=kills, epochs=2, root=tmp_path, processes=processes) == []
+    assert f"{kills} kills, {kills} times resumed" in capsys.readouterr().out
 
 
 def test_slurm_script_starts_a_task_for_each_gpu(few_digits, tmp_path):
