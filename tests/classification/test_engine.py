@@ -15,14 +15,14 @@ from classification.engine import Progress, Trainer, evaluate, train_one_epoch
 from classification.guards import NonFiniteError, NonFiniteGuard
 
 
-def trainer(model, lr=0.1, limit=3, **options) -> Trainer:
+def trainer(model, lr=0.1, limit=3, scaled=False, **options) -> Trainer:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True)
     return Trainer(
         model=model,
         criterion=nn.CrossEntropyLoss(),
         optimizer=optimizer,
         scheduler=CosineLRScheduler(optimizer, t_initial=1000, lr_min=lr, t_in_epochs=False),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        scaler=torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled),
         device=torch.device("cpu"),
         autocast=nullcontext,
         guard=NonFiniteGuard(model, limit),
@@ -125,6 +125,20 @@ def test_updates_that_are_not_finite_are_skipped_and_logged(task, caplog):
     assert metrics["loss"] == pytest.approx(without["loss"])
     assert metrics["skipped"] == 1
     assert "epoch 0, step 4: gradients are not finite, so 1 update(s) were skipped" in caplog.text
+
+
+def test_loss_scaling_changes_nothing_but_the_scale(task):
+    """As for float16 on a GPU: an update that is not finite halves the scale and is skipped, clipping or not."""
+    model, data = task
+    data.tensors[0][7, 3] = torch.inf
+    for options in ({}, {"clip_grad": 0.5, "accumulation_steps": 2}):
+        plain, scaled = copy.deepcopy(model), copy.deepcopy(model)
+        train_one_epoch(trainer(plain, **options), DataLoader(data, 2), epoch=0)
+        t = trainer(scaled, scaled=True, **options)
+        assert train_one_epoch(t, DataLoader(data, 2), epoch=0)["skipped"] == 1
+        torch.testing.assert_close(scaled.weight, plain.weight)
+        assert not torch.equal(scaled.weight, model.weight)
+        assert t.scaler.get_scale() == 512.0
 
 
 def test_too_many_in_a_row_end_the_run(task):
