@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
@@ -57,13 +57,11 @@ def wrap(model: SpatialMamba, config: CfgNode, run: Run) -> nn.Module:
     # Without broadcasting, batch norms that are not synchronised keep their own statistics, to be averaged later.
     device_ids = [run.device.index] if on_gpu else None
     wrapped = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
-    _order_buckets(
-        wrapped, torch.zeros(2, model.in_chans, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=run.device)
-    )
+    _order_buckets(wrapped, config.DATA.IMG_SIZE, run.device)
     return wrapped
 
 
-def _order_buckets(wrapped: DistributedDataParallel, images: Tensor) -> None:
+def _order_buckets(wrapped: DistributedDataParallel, size: int, device: torch.device) -> None:
     """One pass, for DistributedDataParallel to arrange its buckets as they will be.
 
     It does so after the first pass; and a sum over three processes depends, in its last bit, on where in a bucket a
@@ -71,7 +69,7 @@ def _order_buckets(wrapped: DistributedDataParallel, images: Tensor) -> None:
     """
     buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
     wrapped.train()
-    wrapped(images).sum().backward()
+    wrapped(torch.zeros(2, wrapped.module.in_chans, size, size, device=device)).sum().backward()
     wrapped.zero_grad()
     for name, buffer in wrapped.named_buffers():
         buffer.copy_(buffers[name])
@@ -260,7 +258,7 @@ class Training:
         if self.metrics:  # before the checkpoint: an epoch may stand there twice, but is never missing
             self.metrics.epoch(metrics, self.updates())
         if best or due:
-            self._save([*best, *([LATEST] if due else [])])
+            self._save([*best, LATEST])
 
     def _validate(self) -> dict[str, dict]:
         """Accuracy of the model and its EMA, with the same batch norm statistics in every process."""

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can tell of the kernels, in one go and in under eight minutes: builds them for this card, runs their
-# tests on it, compute-sanitizer over some of those, and the benchmarks.
+# What only a GPU can tell, in one go and in about ten minutes: builds the kernels for this card, runs their tests on it,
+# compute-sanitizer over some of those, the benchmarks, and trains on it in float32 and under both kinds of AMP.
 #
 #   bash kernels/gpu_check.sh [FOLDER]     logs and benchmark_*.json go into FOLDER, output/gpu_check by default
 #
-# Needs PyTorch with CUDA, timm, pytest, pytest-xdist, setuptools, a C++ compiler and nvcc. PYTHON names another
-# interpreter than python3.
+# Needs PyTorch with CUDA, timm, pytest, pytest-xdist, setuptools, a C++ compiler and nvcc; for `train`, all of
+# requirements.txt. PYTHON names another interpreter than python3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-output/gpu_check}
@@ -54,6 +54,23 @@ model() {
     timeout 40 $python -m classification.benchmark --train --batch 128 --dtype bfloat16
 }
 
+# On digits, and on the same at 224 pixels with the tiny model; the losses of the three are to stay together.
+train() {
+    $python -m classification.data.digits "$out/digits" || return
+    for amp in off float16 bfloat16; do
+        run_training micro_digits $amp && run_training tiny $amp TRAIN.EPOCHS 6 TRAIN.WARMUP_EPOCHS 1 DATA.BATCH_SIZE 64 \
+            TRAIN.BASE_LR 2e-3 AUG.MIXUP 0.0 AUG.CUTMIX 0.0 AUG.AUTO_AUGMENT "" AUG.HFLIP 0.0 TRAIN.EMA.DECAY 0.95 || return
+    done
+    for run in "$out"/runs/*/*; do
+        echo "${run#"$out"/runs/}: $(grep -o 'train loss [0-9.]*' "$run/log.txt" | cut -d' ' -f3 | xargs)"
+    done
+}
+
+run_training() { # CONFIG AMP KEY VALUE...
+    timeout 60 $python classification/main.py --cfg "classification/configs/spatialmamba/spatialmamba_$1.yaml" \
+        --data-path "$out/digits" --output "$out/runs" --tag "$2" --opts TRAIN.AMP "$2" "${@:3}"
+}
+
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 1
 date +%F
 mkdir -p "$out"
@@ -67,6 +84,8 @@ step memcheck sanitize memcheck
 step racecheck sanitize racecheck
 step benchmark benchmark
 step model model
+step train train
 grep '^copy\|^| op\|^|---\|| cuda |\|| triton |' "$out/benchmark.log"
 cat "$out/model.log"
+grep '^spatialmamba_.*: [0-9]' "$out/train.log"
 exit $failed

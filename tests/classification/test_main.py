@@ -149,6 +149,21 @@ def test_the_last_checkpoints_are_kept_under_their_names(few_digits, tmp_path, r
     assert not list(run.glob(".*"))
 
 
+def test_latest_is_the_newest_whatever_it_was_saved_for(few_digits, tmp_path, run_main, monkeypatch):
+    """Every tenth epoch, and whenever the accuracy is the best so far: after the first and the third."""
+    accuracies = iter([10.0, 5.0, 20.0, 15.0])
+    monkeypatch.setattr(
+        training_module, "evaluate", lambda *_: {"images": 33, "top1": next(accuracies), "top5": 50.0, "loss": 1.0}
+    )
+    opts = [*QUICK, "SAVE_FREQ", "10", "TRAIN.EPOCHS", "5", "TRAIN.EMA.ENABLE", "False", "TRAIN.MESA.WEIGHT", "0.0"]
+    with pytest.raises(StopIteration):  # the run is cut off in its fifth validation
+        run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *opts)
+    run = tmp_path / name_of(".")
+    assert sorted(f.name for f in run.glob("epoch_*.pth")) == ["epoch_1.pth", "epoch_3.pth"]
+    files = {f.name: f.stat().st_ino for f in run.glob("*.pth")}
+    assert files["latest.pth"] == files["epoch_3.pth"] == files["best.pth"]
+
+
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(few_digits, tmp_path, run_main, capsys):
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
     run_main(*arguments, "2")
