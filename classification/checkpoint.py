@@ -1,5 +1,6 @@
 """Checkpoints: read safely, load strictly, save atomically, and find the last whole one of a run."""
 
+import fcntl
 import hashlib
 import os
 import re
@@ -233,6 +234,23 @@ class CheckpointFolder:
             _flush_folder(self.folder)
         except OSError as error:
             raise UserError(f"{name}: cannot be written ({error})") from error
+
+    def lock(self) -> None:
+        """Keep other runs out of the folder for as long as this process lives, where the file system has locks.
+
+        Raises:
+            UserError: another process has done so.
+        """
+        try:
+            self.lock_file = (self.folder / ".lock").open("a")
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"{self.folder}: another process is training in it, or it is not yours to write; wait for that one to "
+                "end, or pass another --tag"
+            ) from error
+        except OSError:
+            return
 
     def remove_partial(self) -> None:
         """What a killed process left half-written."""

@@ -166,6 +166,7 @@ class Training:
             raise UserError(
                 f"{self.run.folder}: holds a run already; pass another --tag, or TRAIN.AUTO_RESUME True to go on"
             )
+        self.checkpoints.lock()  # before anything in the folder is touched
         self.checkpoints.remove_partial()
         return self.checkpoints.read_last(_check_resumable)
 
@@ -224,6 +225,7 @@ class Training:
         if first >= config.TRAIN.EPOCHS:
             logger.info("all %d epochs are done; raise TRAIN.EPOCHS to go on", config.TRAIN.EPOCHS)
             return
+        run.from_main(self.checkpoints.lock)
         self.metrics = MetricsLog(run.folder, self.updates(), config.TENSORBOARD) if run.is_main else None
         if self.metrics:
             self.trainer.on_report = self.metrics.step

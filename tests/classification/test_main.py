@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -146,7 +148,7 @@ def test_the_last_checkpoints_are_kept_under_their_names(few_digits, tmp_path, r
     assert differences(latest, last) == []
     best = read_checkpoint(run / "best.pth")
     assert best["max_accuracy"] == max(m["model"]["top1"] for m in metrics_of(run))
-    assert not list(run.glob(".*"))
+    assert not list(run.glob(".*.partial"))
 
 
 def test_latest_is_the_newest_whatever_it_was_saved_for(few_digits, tmp_path, run_main, monkeypatch):
@@ -162,6 +164,32 @@ def test_latest_is_the_newest_whatever_it_was_saved_for(few_digits, tmp_path, ru
     assert sorted(f.name for f in run.glob("epoch_*.pth")) == ["epoch_1.pth", "epoch_3.pth"]
     files = {f.name: f.stat().st_ino for f in run.glob("*.pth")}
     assert files["latest.pth"] == files["epoch_3.pth"] == files["best.pth"]
+
+
+OTHER_RUN = """
+import sys, time
+from pathlib import Path
+from classification.checkpoint import CheckpointFolder
+folder = CheckpointFolder(Path(sys.argv[1]), keep=3)
+folder.lock()
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_share_a_folder(few_digits, tmp_path, run_main):
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    run = tmp_path / name_of(".")
+    before = {f: f.stat().st_mtime_ns for f in run.glob("*")}
+    with subprocess.Popen([sys.executable, "-c", OTHER_RUN, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(SystemExit) as stop:
+            run_main(*arguments, "2")
+        other.kill()
+    assert f"{run}: another process is training in it" in stop.value.code
+    assert {f: f.stat().st_mtime_ns for f in run.glob("*")} == before
+    assert "epoch 1 step 5/5" in run_main(*arguments, "2")
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(few_digits, tmp_path, run_main, capsys):
