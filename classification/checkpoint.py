@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -69,9 +70,12 @@ def _damaged(path: Path) -> DamagedCheckpointError:
 
 def _compare_checksums(path: Path) -> None:
     """torch.load does not; a bit that has flipped would be another weight."""
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":  # PyTorch's format before 1.6 has no checksums
-            return
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":  # PyTorch's format before 1.6 has no checksums
+                return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
     try:
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
@@ -118,7 +122,8 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
         keys = ", ".join(map(str, list(content)[:8]))
         raise UserError(f"{path}: holds no weights under 'model' and is no state dict; its keys are {keys}")
     for key, value in (item for state in named.values() for item in state.items()):
-        if not (isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided):
+        dense = isinstance(value, Tensor) and value.layout == torch.strided
+        if not (isinstance(key, str) and dense and not value.is_quantized and not value.is_meta):
             raise UserError(f"{path}: its weights hold {key!r}, which is not a name and a dense tensor")
     return named
 
@@ -165,10 +170,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
         _flush_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error})") from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save covers it with one of its own
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written ({cause})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(content: dict, path: Path) -> None:
@@ -206,7 +215,7 @@ class CheckpointFolder:
     def numbered(self) -> list[Path]:
         """The numbered ones in the order in which they were written: a run may have gone on from an earlier one."""
         found = [p for p in self.folder.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+(_step_\d+)?\.pth", p.name)]
-        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        return sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns)
 
     def save(self, content: dict, epochs: int, step: int, names: list[str]) -> Path:
         """Write a checkpoint and give it `names`; then remove the oldest ones.
@@ -259,7 +268,7 @@ class CheckpointFolder:
 
     def exists(self) -> bool:
         """Whether there are any, be they damaged: a run that has begun."""
-        return bool(self.numbered()) or (self.folder / LATEST).exists() or any(self.folder.glob(f"*{DAMAGED}*"))
+        return bool(self.numbered()) or (self.folder / LATEST).is_file() or any(self.folder.glob(f"*{DAMAGED}*"))
 
     def read_last(self, check: Callable[[dict, Path], object]) -> tuple[dict, Path]:
         """The newest checkpoint that is whole and passes `check`.
@@ -270,7 +279,7 @@ class CheckpointFolder:
             UserError: none is whole; or what `check` raises on one that is.
         """
         for path in [self.folder / LATEST, *reversed(self.numbered())]:
-            if not path.exists():
+            if not path.is_file():
                 continue
             try:
                 content = read_checkpoint(path)

@@ -37,7 +37,7 @@ def convert(source: Path, target: Path, weights: str = "model") -> int:
     found = state_dicts(read_checkpoint(source), source)
     if weights not in found:
         raise UserError(f"{source}: holds no {weights}, only {', '.join(found)}")
-    state = {name: tensor.contiguous() for name, tensor in found[weights].items()}
+    state = {name: tensor.resolve_conj().resolve_neg().contiguous().clone() for name, tensor in found[weights].items()}
     if target.suffix == SAFETENSORS:
         metadata = {"format": "pt", "sha256": tensors_digest(state)}
         write_atomically(target, lambda file: file.write(safetensors_bytes(state, metadata)))

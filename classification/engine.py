@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from classification.data import UnreadableImages
+from classification.errors import UserError
 from classification.guards import NonFiniteError, NonFiniteGuard
 from classification.seeding import set_seed
 
@@ -118,8 +119,8 @@ def train_one_epoch(
         progress: where an interrupted epoch goes on, always between two updates; in the end, where it ended.
 
     Returns:
-        `loss`: mean over this process' batches; `lr`: of the last update; `skipped`: updates that were not finite, in
-        the run so far; `seconds`.
+        `loss`: mean over this process' batches; `lr`: of the last update; `skipped`: updates that were not finite,
+        since the run was started or resumed; `seconds`.
 
     Raises:
         NonFiniteError: too many updates in a row were not finite. Looked for where the loss is printed, so that no step
@@ -159,9 +160,10 @@ def train_one_epoch(
             t.optimizer.zero_grad()
             update += 1
             t.scheduler.step_update(update)
-            t.after_update(update, sums.measure)
         if reports:
             _report(t, bar, sums, norm, epoch, step + 1, batches, update)
+        if last_of_group:
+            t.after_update(update, sums.measure)
     sums.measure()
     if progress.step and not progress.finite:
         raise NonFiniteError(
@@ -270,6 +272,9 @@ def evaluate(
 
     Args:
         before_batch: called before each batch, in all processes equally often.
+
+    Raises:
+        UserError: not one image could be read.
     """
     model = _unwrap(model)
     was_training = model.training
@@ -289,13 +294,13 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(sums)
     images, top1, top5, loss, unreadable = sums.tolist()
-    images = int(images)
-    counted = max(images, 1)
+    if not images:
+        raise UserError(f"none of the {int(unreadable)} validation images could be read")
     return {
-        "images": images,
-        "top1": 100 * top1 / counted,
-        "top5": 100 * top5 / counted,
-        "loss": loss / counted if images else float("nan"),
+        "images": int(images),
+        "top1": 100 * top1 / images,
+        "top5": 100 * top5 / images,
+        "loss": loss / images,
         **({"unreadable": int(unreadable)} if unreadable else {}),
     }
 

@@ -180,9 +180,12 @@ def print_flops(config: CfgNode) -> None:
 
 def train(config: CfgNode, run: Run) -> None:
     training = Training(config, run, classes=count_classes(config, "train"))
-    run.open_log()
-    training.log_setup()
-    training.fit()
+    try:
+        run.open_log()
+        training.log_setup()
+        training.fit()
+    finally:
+        training.close()
 
 
 # ----- entry
@@ -205,7 +208,7 @@ def main() -> None:
         # A data loader's worker wraps the message in its traceback.
         message = str(error).rpartition(f"{UserError.__name__}: ")[2].strip()
         sys.exit(f"error: {message}")
-    gc.collect()  # DistributedDataParallel must be gone before the processes part, and loaders end their workers
+    gc.collect()  # DistributedDataParallel must be gone before the processes part
     if dist.is_initialized():
         dist.destroy_process_group()
     if status:

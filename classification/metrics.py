@@ -17,11 +17,12 @@ class MetricsLog:
     twice; the last one counts, as `read_lines` has it.
     """
 
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool = True):
+    def __init__(self, folder: Path, updates: int, tensorboard: bool = True):
+        """`updates` have been made; what TensorBoard holds of later ones is from a run that did not save them."""
         for name in (EPOCHS, STEPS):
             _drop_partial_line(folder / name)
         self.files = {name: (folder / name).open("a") for name in (EPOCHS, STEPS)}
-        self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step) if tensorboard else None
+        self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=updates + 1) if tensorboard else None
 
     def step(self, values: dict[str, float]) -> None:
         """`values` holds `update`, the updates made so far, and scalars."""

@@ -17,11 +17,12 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
 from classification.checkpoint import BEST, load_weights, num_classes, read_checkpoint, state_dicts
-from classification.data.build import eval_transform, image_folder
+from classification.data.build import UnreadableImageError, eval_transform, image_folder
 from classification.errors import UserError
 from classification.metrics import EPOCHS, STEPS, read_lines
 from classification.models import VARIANTS, SpatialMamba
@@ -47,8 +48,9 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict) -> str:
         (f"top-1 in training, epoch {checkpoint['epoch']}", f"{trained:.3f} %"),
     ]
     evaluation = folder / "evaluation.json"
-    if evaluation.is_file():
-        again = json.loads(evaluation.read_text())["model"]
+    evaluated = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
+    if evaluated and Path(evaluated["checkpoint"]).resolve() == (folder / BEST).resolve():
+        again = evaluated["model"]
         rows.append((f"top-1 evaluated again, {again['images']} images", f"{again['top1']:.3f} %"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -65,8 +67,8 @@ def draw_learning_curve(metrics: list[dict]) -> Figure:
     loss.plot(epochs, [m["loss"] for m in metrics])
     loss.set(xlabel="epoch", ylabel="training loss (mixup, MESA included)")
     for key, label in (("model", "model"), ("model_ema", "EMA")):
-        if key in metrics[0]:
-            accuracy.plot(epochs, [m[key]["top1"] for m in metrics], label=label)
+        if points := [(m["epoch"] + 1, m[key]["top1"]) for m in metrics if key in m]:
+            accuracy.plot(*zip(*points, strict=True), label=label)
     accuracy.set(xlabel="epoch", ylabel="validation top-1 (%)")
     accuracy.legend(loc="lower right")
     for axes in (loss, accuracy):
@@ -95,8 +97,9 @@ def draw_training_curves(steps: list[dict]) -> Figure:
 def draw_predictions(model: SpatialMamba, dataset: ImageFolder) -> Figure:
     """A grid of validation images with the predicted class above each; a wrong one in red, with the true class."""
     count = min(GRID_ROWS * GRID_COLUMNS, len(dataset))
-    indices = torch.linspace(0, len(dataset) - 1, count).round().int().tolist()
-    samples = [dataset[i] for i in indices]
+    spread = torch.linspace(0, len(dataset) - 1, count).round().int().tolist()
+    read = {i: sample for i in spread if (sample := _read(dataset, i)) is not None}
+    indices, samples = list(read), list(read.values())
     predicted = model(torch.stack([image for image, _ in samples])).argmax(1).tolist()
     figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(10, 7), layout="constrained")
     for cell in axes.flat:
@@ -108,6 +111,13 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder) -> Figure:
         cell.set_title(title, color="black" if right else "red", fontsize=10)
     figure.suptitle(f"Predictions on {count} validation images, evenly spaced over the classes")
     return figure
+
+
+def _read(dataset: ImageFolder, index: int) -> tuple[Tensor, int] | None:
+    try:
+        return dataset[index]
+    except UnreadableImageError:  # as training does, which names it
+        return None
 
 
 def report(folder: Path, data_path: str | None) -> None:

@@ -154,9 +154,13 @@ class Training:
     # ----- resuming
 
     def _read_checkpoint(self) -> tuple[dict, Path] | None:
-        """The checkpoint to go on from, in the first process: --resume's, or the last one in the output folder."""
-        if self.config.MODEL.RESUME:
-            path = Path(self.config.MODEL.RESUME)
+        """The checkpoint to go on from, in the first process: the last one in the output folder, or --resume's.
+
+        The folder's comes first, for a command with --resume that was interrupted is to go on as well; unless --resume
+        names another one in that very folder.
+        """
+        path = Path(self.config.MODEL.RESUME) if self.config.MODEL.RESUME else None
+        if path and (not self.checkpoints.exists() or path.resolve().parent == self.run.folder.resolve()):
             content = read_checkpoint(path)
             _check_resumable(content, path)
             return content, path
@@ -178,7 +182,7 @@ class Training:
             load_weights(self.ema.module, weights.get("model_ema", weights["model"]), path)
         trainer = self.trainer
         try:
-            trainer.optimizer.load_state_dict(content["optimizer"])
+            _load_optimizer(trainer.optimizer, content["optimizer"])
             if content.get("scaler") and trainer.scaler.is_enabled():
                 trainer.scaler.load_state_dict(content["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -242,6 +246,11 @@ class Training:
             finally:
                 if self.metrics:
                     self.metrics.close()
+
+    def close(self) -> None:
+        """End the loaders' workers. The garbage collector would wait five seconds for each of them."""
+        for loader in (self.train_loader, self.eval_loader):
+            loader._iterator = None
 
     def _train_and_validate(self, epoch: int) -> None:
         config, trainer, sampler = self.config, self.trainer, self.train_loader.sampler
@@ -328,7 +337,9 @@ class Training:
         for message in [*self.checkpoints.set_aside, *self.notes]:
             logger.warning("%s", message)
         if self.resumed_from:
-            ignored = "; --pretrained has done its part already" if config.MODEL.PRETRAINED else ""
+            flag = "--pretrained" if config.MODEL.PRETRAINED else "--resume"
+            done = config.MODEL.PRETRAINED or config.MODEL.RESUME not in ("", str(self.resumed_from))
+            ignored = f"; {flag} has done its part already" if done else ""
             place = f"epoch {self.state.epoch + 1}, step {self.progress.step}"
             logger.info("resuming from %s, %s%s", self.resumed_from, place, ignored)
         elif config.MODEL.PRETRAINED:
@@ -337,6 +348,13 @@ class Training:
             logger.info("starting from the weights of %s%s", config.MODEL.PRETRAINED, head)
         else:
             logger.info("starting from scratch")
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Moments and step counts as saved; learning rate, decay and other options as the config has them now."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def _check_resumable(content: dict, path: Path) -> None:

@@ -102,10 +102,10 @@ class EpochSampler(DistributedSampler):
 
 
 class UnreadableImages:
-    """Logs and counts images that could not be read; more than `limit` of them in one process are an error."""
+    """Logs and counts images that could not be read, each once; more than `limit` of them in a process are an error."""
 
     def __init__(self, limit: int = 0):
-        self.limit, self.count = limit, 0
+        self.limit, self.seen = limit, set()
 
     def add(self, messages: list[str]) -> None:
         """
@@ -113,13 +113,16 @@ class UnreadableImages:
             UserError: there are more than `limit` by now.
         """
         for message in messages:
-            self.count += 1
-            if self.count > self.limit:
+            if message in self.seen:
+                continue
+            self.seen.add(message)
+            count = len(self.seen)
+            if count > self.limit:
                 raise UserError(
-                    f"{message}; it is number {self.count}, and DATA.MAX_UNREADABLE allows {self.limit}: replace or "
+                    f"{message}; it is number {count}, and DATA.MAX_UNREADABLE allows {self.limit}: replace or "
                     "remove the images named in the log, or raise it"
                 )
-            logger.warning("%s; another takes its place (%d of %d allowed)", message, self.count, self.limit)
+            logger.warning("%s; another takes its place (%d of %d allowed)", message, count, self.limit)
 
 
 def class_names(data_path: str, split: str) -> list[str]:

@@ -97,6 +97,25 @@ def test_nothing_is_loaded_from_a_state_dict_that_does_not_fit():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from classification.checkpoint import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+save_checkpoint({"model": {"w": torch.zeros(2_000_000)}}, Path(sys.argv[1]))
+"""
+
+
+def test_full_disk_is_an_error_that_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "latest.pth"
+    save_checkpoint({"model": {"w": torch.ones(3)}}, path)
+    done = run_command("python", "-c", FULL_DISK, path)
+    assert f"UserError: {path}: cannot be written (" in done.stderr
+    assert torch.equal(read_checkpoint(path)["model"]["w"], torch.ones(3))
+    assert [f.name for f in tmp_path.iterdir()] == ["latest.pth"]
+
+
 def test_failed_save_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "latest.pth"
     save_checkpoint({"model": {"w": torch.ones(3)}}, path)

@@ -151,7 +151,7 @@ def test_more_unreadable_images_than_allowed_are_an_error(caplog):
     counter = UnreadableImages(limit=2)
     counter.add(["a: cannot be read"])
     counter.add([])
-    counter.add(["b: cannot be read"])
+    counter.add(["b: cannot be read", "a: cannot be read"])  # the same in another epoch
     assert "a: cannot be read; another takes its place (1 of 2 allowed)" in caplog.text
     with pytest.raises(UserError, match=r"c: cannot be read; it is number 3, and DATA.MAX_UNREADABLE allows 2"):
         counter.add(["c: cannot be read"])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from classification import engine as engine_module
 from classification import main as main_module
 from classification import training as training_module
-from classification.checkpoint import read_checkpoint
+from classification.checkpoint import read_checkpoint, save_checkpoint
 from classification.metrics import read_lines
 
 
@@ -219,6 +220,42 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(few_digits, tmp_pa
         assert "latest.pth.damaged1" in stop.value.code
     assert {f.name for f in run.glob("*.pth")} == {"best.pth", "best_ema.pth"}
     assert len(list(run.glob("*.damaged*"))) == damaged  # none lost
+
+
+def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_path, run_main):
+    """--resume into a folder of its own: the second time that folder's checkpoint is the one to go on from."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path]
+    run_main(*arguments, "--opts", *QUICK, "TRAIN.EPOCHS", "1")
+    first = tmp_path / name_of(".") / "latest.pth"
+    resume = [*arguments, "--tag", "more", "--resume", first, "--opts", *QUICK, "TRAIN.WEIGHT_DECAY", "0.5"]
+    assert f"resuming from {first}, epoch 1, step 0\n" in run_main(*resume, "TRAIN.EPOCHS", "2")
+    printed = run_main(*resume, "TRAIN.EPOCHS", "3")
+    more = tmp_path / "spatialmamba_micro/more"
+    assert f"resuming from {more / 'latest.pth'}, epoch 2, step 0; --resume has done its part already" in printed
+    groups = read_checkpoint(more / "latest.pth")["optimizer"]["param_groups"]
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.5}  # the config's
+    events = EventAccumulator(str(more / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("val/model/top1")] == [10, 15]
+
+
+def test_optimizer_state_that_was_not_fused_is_resumed(few_digits, tmp_path, run_main):
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    path = tmp_path / name_of(".") / "latest.pth"
+    content = read_checkpoint(path)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = None
+    save_checkpoint(content, path)
+    assert "epoch 1 step 5/5" in run_main(*arguments, "2")
+
+
+def test_workers_end_with_the_run(few_digits, tmp_path):
+    """A run with workers in both loaders; ended by the garbage collector, each takes five seconds."""
+    main = ["python", "main.py", "--cfg", MICRO, "--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK]
+    done = run_command(*main, "DATA.NUM_WORKERS", "2")
+    assert done.returncode == 0, done.stderr
+    last = (tmp_path / name_of(".") / "latest.pth").stat().st_mtime
+    assert time.time() - last < 15
 
 
 def test_other_batches_begin_the_epoch_anew(few_digits, tmp_path, run_main):
