@@ -228,7 +228,8 @@ class CheckpointFolder:
         for name in names:
             self._name(path, self.folder / name)
         for old in self.numbered()[: -self.keep]:
-            old.unlink()
+            if old != path:  # a clock can be behind
+                old.unlink()
         return path
 
     def _name(self, path: Path, name: Path) -> None:

@@ -96,14 +96,14 @@ class NonFiniteGuard:
         return True
 
     def _origin(self, forward: Callable[[], object] | None) -> str:
+        if dist.is_initialized():
+            dist.all_reduce(self.spoilt)
+        layer = first_non_finite(self.model, forward) if forward else None  # synchronised batch norm: in all processes
         parameters = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
         if parameters:
             return f"parameter {parameters[0]} ({len(parameters)} in all) is not finite itself"
-        if dist.is_initialized():
-            dist.all_reduce(self.spoilt)
         spoilt = [name for name, count in zip(self.names, self.spoilt.tolist(), strict=True) if count]
-        layer = first_non_finite(self.model, forward) if forward else None
-        if layer:
+        if layer and (not spoilt or layer.startswith(spoilt[0])):  # else it began in another process
             return f"the first output that is not finite is that of {layer}"
         if spoilt:
             return f"the first output that is not finite is that of {spoilt[0]}"

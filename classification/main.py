@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="YAML config, e.g. configs/spatialmamba/spatialmamba_tiny.yaml")
-    add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to change, e.g. TRAIN.EPOCHS 100")
+    add("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to change")
     add("--data-path", "--data_path", metavar="DIR", help="image folder with train/ and val/")
     add("--batch-size", "--batch_size", type=int, help="images per process")
     add("--pretrained", metavar="CKPT", help="evaluate these weights and stop; with --finetune, train from them")

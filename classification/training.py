@@ -354,6 +354,12 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Moments and step counts as saved; learning rate, decay and other options as the config has them now."""
     own = optimizer.state_dict()["param_groups"]
     groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved["param_groups"], strict=True)]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [i for group in groups for i in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):  # the fused update reads whatever lies there
+        state = saved["state"][index]
+        if any(state[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")) or state["step"].numel() != 1:
+            raise ValueError(f"moments of parameter {index} are not of its shape")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 

@@ -309,9 +309,10 @@ def test_weights_that_are_no_tensors(value, refuse, few_digits, tmp_path):
         (dict(progress=[3]), "its progress is [3]"),
         (dict(progress={"step": 3}), "its progress is {'step': 3}"),
         (dict(optimizer={"a": 1}), "its optimizer state is not of this model"),
+        (dict(optimizer={"state": {}, "param_groups": []}), "its optimizer state is not of this model"),
         (dict(optimizer=[1]), "its optimizer state is not of this model"),
     ],
-    ids=["text", "negative", "progress", "part", "dict", "list"],
+    ids=["text", "negative", "progress", "part", "dict", "empty", "list"],
 )
 def test_resume_from_what_cannot_be_resumed(change, message, refuse, few_digits, tmp_path):
     whole = {"model": spatialmamba_micro(num_classes=10).state_dict(), "epoch": 3, "optimizer": {}}

@@ -249,6 +249,18 @@ def test_optimizer_state_that_was_not_fused_is_resumed(few_digits, tmp_path, run
     assert "epoch 1 step 5/5" in run_main(*arguments, "2")
 
 
+def test_moments_of_another_shape_are_refused(few_digits, tmp_path, run_main):
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    path = tmp_path / name_of(".") / "latest.pth"
+    content = read_checkpoint(path)
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    save_checkpoint(content, path)
+    with pytest.raises(SystemExit) as stop:
+        run_main(*arguments, "2")
+    assert "moments of parameter 0 are not of its shape" in stop.value.code
+
+
 def test_workers_end_with_the_run(few_digits, tmp_path):
     """A run with workers in both loaders; ended by the garbage collector, each takes five seconds."""
     main = ["python", "main.py", "--cfg", MICRO, "--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK]
