@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains under Slurm, one task a GPU, on one node or many:
-#   [GPUS=16] [GPUS_PER_NODE=8] [CPUS_PER_TASK=8] [SRUN_ARGS="--time=24:00:00 --requeue"] \
+#   [GPUS=16] [GPUS_PER_NODE=8] [CPUS_PER_TASK=8] [SRUN_ARGS="--time=24:00:00"] \
 #     tools/slurm_train.sh PARTITION JOB_NAME CONFIG DATA_PATH [arguments of main.py]
 # Slurm sends USR1 two minutes before it ends the job; the run is then saved, and the same command goes on from there.
 set -euo pipefail

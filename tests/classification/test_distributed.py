@@ -239,7 +239,7 @@ for job in $jobs; do wait $job || exit 1; done
     for file in bin_folder.iterdir():
         file.chmod(0o755)
     path = f"{bin_folder}{os.pathsep}{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    command = ["env", f"PATH={path}", "GPUS=2", "GPUS_PER_NODE=1", "SRUN_ARGS=--time=1:00:00 --requeue"]
+    command = ["env", f"PATH={path}", "GPUS=2", "GPUS_PER_NODE=1", "SRUN_ARGS=--time=1:00:00 --exclusive"]
     arguments = ["partition", "job name", MICRO, few_digits, "--output", tmp_path / "out", "--opts", *QUICK]
     done = run_command(*command, "bash", "tools/slurm_train.sh", *arguments)
     assert done.returncode == 0, done.stderr
@@ -253,6 +253,6 @@ for job in $jobs; do wait $job || exit 1; done
         "--ntasks=2",
         "--ntasks-per-node=1",
     ]
-    assert {"--time=1:00:00", "--requeue", "--signal=USR1@120"} <= set(flags)
+    assert {"--time=1:00:00", "--exclusive", "--signal=USR1@120"} <= set(flags)
 
     assert run_command("bash", "tools/slurm_train.sh", "partition").returncode == 2
