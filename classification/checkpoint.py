@@ -7,7 +7,7 @@ import re
 import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba
@@ -26,18 +26,30 @@ SAFETENSORS, DAMAGED = ".safetensors", ".damaged"
 CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
 HEAD = ("head.weight", "head.bias")
 StateDict = dict[str, Tensor]
+StandIn = tuple[object, str]
 
 
 class DamagedCheckpointError(UserError):
     """A file that is not what was written."""
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint file, on the CPU, unpickling nothing but tensors and containers.
+def read_checkpoint(
+    path: str | Path,
+    map_location: str | torch.device = "cpu",
+    stand_ins: Sequence[StandIn] = (CFG_NODE,),
+    others: Callable[[str], object] | None = None,
+) -> dict:
+    """The content of a checkpoint file, unpickling nothing but tensors and containers.
 
     A yacs CfgNode, as in the published checkpoints, is read as an OrderedDict. What torch.save has written carries
     checksums, which are compared. A .safetensors file is read as a bare state dict, and its digest compared if it has
     one (see `classification.convert`).
+
+    Args:
+        path: the file.
+        map_location: where the tensors go.
+        stand_ins: what takes the place of further names in the pickle, which may then be called with what it holds.
+        others: gives that for a name which is not among these; without it such a name is an error.
 
     Raises:
         UserError: no such file, or not a checkpoint that can be read safely.
@@ -49,12 +61,14 @@ def read_checkpoint(path: str | Path) -> dict:
     if path.suffix == SAFETENSORS:
         return _read_safetensors(path)
     _compare_checksums(path)
+    known = [name for _, name in stand_ins]
+    refused = [name for name in _unsafe_names(path) if name not in known]
+    if others is not None:
+        stand_ins, refused = [*stand_ins, *((others(name), name) for name in refused)], []
     try:
-        with torch.serialization.safe_globals([CFG_NODE]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(stand_ins)):
+            content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a file that is no checkpoint can fail anywhere in the unpickler
-        refused = torch.serialization.get_unsafe_globals_in_checkpoint(path) if _is_torch_zip(path) else []
-        refused = [name for name in refused if name != CFG_NODE[1]]
         if refused:
             names = ", ".join(refused[:5])
             raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {names}") from error
@@ -143,15 +157,15 @@ def load_weights(model: SpatialMamba, state: StateDict, path: str | Path, new_he
     own = model.state_dict()
     theirs, ours = num_classes(state), num_classes(own)
     other_head = theirs != ours
-    if other_head and not _differences(own, state, ignore=HEAD):
+    if other_head and not differences(own, state, ignore=HEAD):
         if not new_head:
             raise UserError(
                 f"{path}: its head has {theirs or 'no'} classes, but {ours} are wanted; "
                 "use data with its classes, or fine-tune it (--finetune puts a new head in place)"
             )
         state = {**state, **{key: own[key] for key in HEAD}}
-    if differences := _differences(own, state):
-        raise UserError(f"{path}: its weights are of another model: {differences}{_hint(state)}")
+    if found := differences(own, state):
+        raise UserError(f"{path}: its weights are of another model: {found}{_hint(state)}")
     model.load_state_dict(state)
     return other_head
 
@@ -306,15 +320,15 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _is_torch_zip(path: Path) -> bool:
+def _unsafe_names(path: Path) -> list[str]:
     try:
-        torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # whatever a damaged file raises, the answer is no
-        return False
-    return True
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # whatever a damaged file raises, torch.load says it too
+        return []
 
 
-def _differences(own: StateDict, state: StateDict, ignore: tuple[str, ...] = ()) -> str:
+def differences(own: StateDict, state: StateDict, ignore: tuple[str, ...] = ()) -> str:
+    """What differs in names and shapes, for a message; empty if nothing does."""
     missing = [key for key in own if key not in state and key not in ignore]
     unexpected = [key for key in state if key not in own and key not in ignore]
     shapes = [
@@ -331,9 +345,19 @@ def _differences(own: StateDict, state: StateDict, ignore: tuple[str, ...] = ())
 
 
 def _hint(state: StateDict) -> str:
+    name = variant_of(state)
+    return f"; it is a {name}, pass that model's --cfg" if name else ""
+
+
+def variant_of(state: StateDict) -> str | None:
+    """Which of `VARIANTS` a classifier's or a backbone's weights are."""
+
+    def trunk(names: StateDict) -> StateDict:
+        return {k: v for k, v in names.items() if k.startswith(("patch_embed.", "layers."))}
+
     for name, sizes in VARIANTS.items():
         with torch.device("meta"):
-            candidate: nn.Module = SpatialMamba(num_classes=num_classes(state) or 0, **sizes)
-        if not _differences(candidate.state_dict(), state):
-            return f"; it is a {name}, pass that model's --cfg"
-    return ""
+            candidate = SpatialMamba(num_classes=0, **sizes)
+        if not differences(trunk(candidate.state_dict()), trunk(state)):
+            return name
+    return None

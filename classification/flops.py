@@ -44,8 +44,12 @@ def count_flops(model: nn.Module, size: tuple[int, int] = (224, 224)) -> FlopCou
     """
     model = copy.deepcopy(model)  # a pass in training mode updates batch norm
     weight = next(model.parameters())
-    image = torch.zeros(1, model.in_chans, *size, device=weight.device, dtype=weight.dtype)
-    analysis = FlopCountAnalysis(model, image).set_op_handle(**HANDLES)
+    return analyse(model, torch.zeros(1, model.in_chans, *size, device=weight.device, dtype=weight.dtype))
+
+
+def analyse(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
+    """fvcore's count of a forward pass of any model that may hold our operators."""
+    analysis = FlopCountAnalysis(model, images).set_op_handle(**HANDLES)
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)  # it lists every activation as unsupported
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
 

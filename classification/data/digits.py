@@ -49,10 +49,17 @@ def write_digits(root: Path) -> bool:
     return True
 
 
+def split_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training and the validation digits in scikit-learn's set."""
+    target = load_digits().target
+    everyone = np.arange(len(target))
+    train, val = train_test_split(everyone, test_size=VAL_IMAGES, stratify=target, random_state=SPLIT_SEED)
+    return train, val
+
+
 def _write_splits(root: Path) -> None:
     digits = load_digits()
-    everyone = np.arange(len(digits.target))
-    train, val = train_test_split(everyone, test_size=VAL_IMAGES, stratify=digits.target, random_state=SPLIT_SEED)
+    train, val = split_digits()
     for split, members in (("train", train), ("val", val)):
         for index in members:
             folder = root / split / str(digits.target[index])

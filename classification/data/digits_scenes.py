@@ -1,0 +1,202 @@
+"""Digits scenes: handwritten digits on textured canvases, with boxes and polygons, as a COCO-format data set.
+
+    python -m classification.data.digits_scenes data/digits_scenes
+
+writes `train/*.png`, `val/*.png` and `annotations/instances_{train,val}.json`, always the same. Each canvas holds up to
+five digits of the embedded set (see `digits`), turned, coloured and enlarged; validation scenes show digits that no
+training scene does. A digit's polygons are its outlines where it is half opaque, without the holes, as in COCO.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from contourpy import contour_generator
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from classification.data.digits import split_digits
+from classification.errors import UserError
+
+SIZE = 128
+SCENES = {"train": 480, "val": 96}
+SEEDS = {"train": 1, "val": 2}
+DIGITS_PER_SCENE = (2, 5)
+DIGIT_SIDE = (36, 60)  # pixels, of the 8x8 original's frame
+MAX_TURN = 15  # degrees
+MAX_TRIES = 20  # places tried for a digit; without a free one it is left out
+MIN_AREA = 16  # square pixels, of an outline that counts
+CLASSES = tuple("0123456789")
+ANNOTATIONS = "annotations/instances_{}.json"
+
+
+@dataclass
+class Digit:
+    label: int
+    polygons: list[np.ndarray]  # each (points, 2), x and y from the image's corner
+    opacity: np.ndarray  # (SIZE, SIZE), of the whole canvas
+
+    def box(self) -> list[float]:
+        """COCO's x, y, width, height."""
+        points = np.concatenate(self.polygons)
+        low, high = points.min(axis=0), points.max(axis=0)
+        return [*low.tolist(), *(high - low).tolist()]
+
+    def area(self) -> float:
+        return sum(_area(polygon) for polygon in self.polygons)
+
+
+def _area(polygon: np.ndarray) -> float:
+    """Of a closed polygon, by the shoelace formula."""
+    x, y = polygon.T
+    return abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
+
+
+def scenes(split: str) -> Iterator[tuple[np.ndarray, list[Digit]]]:
+    """Images (SIZE, SIZE, 3) of bytes and the digits on them."""
+    data = load_digits()
+    members = dict(zip(("train", "val"), split_digits(), strict=True))[split]
+    rng = np.random.RandomState(SEEDS[split])  # its stream is the same in every version of NumPy
+    for _ in range(SCENES[split]):
+        image, digits = _texture(rng), []
+        taken = np.zeros((SIZE, SIZE), bool)
+        for _ in range(rng.randint(DIGITS_PER_SCENE[0], DIGITS_PER_SCENE[1] + 1)):
+            index = rng.choice(members)
+            placed = _place(rng, data.images[index], taken)
+            if placed is not None:
+                digit = Digit(int(data.target[index]), *placed)
+                image = _paint(rng, image, digit.opacity)
+                digits.append(digit)
+        yield (image * 255).round().astype(np.uint8), digits
+
+
+def _texture(rng: np.random.RandomState) -> np.ndarray:
+    """Coarse and fine noise in colour, (SIZE, SIZE, 3) in [0, 1]."""
+    layers = []
+    for cells, strength in ((4, 0.5), (16, 0.25), (SIZE, 0.1)):
+        noise = Image.fromarray((rng.rand(cells, cells, 3) * 255).astype(np.uint8))
+        layers.append(strength * (np.asarray(noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / 255 - 0.5))
+    return np.clip(rng.uniform(0.3, 0.7, 3) + sum(layers), 0, 1)
+
+
+def _place(
+    rng: np.random.RandomState, grey: np.ndarray, taken: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray] | None:
+    """Outlines and opacity of a digit where nothing has been placed yet, which it then is in `taken`."""
+    small = Image.fromarray((grey * (255 / 16)).round().astype(np.uint8))
+    side = rng.randint(DIGIT_SIDE[0], DIGIT_SIDE[1] + 1)
+    large = small.resize((side, side), Image.Resampling.BICUBIC)
+    large = large.rotate(rng.uniform(-MAX_TURN, MAX_TURN), Image.Resampling.BICUBIC)
+    for _ in range(MAX_TRIES):
+        left, top = rng.randint(0, SIZE - side + 1, 2)
+        opacity = np.zeros((SIZE, SIZE))
+        opacity[top : top + side, left : left + side] = np.asarray(large) / 255
+        if not (taken & (opacity > 0.25)).any():
+            # The margin closes outlines at the border; a pixel's centre lies half a pixel from its corner.
+            lines = contour_generator(z=np.pad(opacity, 1)).lines(0.5)
+            polygons = [np.clip(line[:-1] - 0.5, 0, SIZE) for line in lines]
+            polygons = [p for p in _outer(polygons) if _area(p) >= MIN_AREA]
+            if not polygons:
+                return None
+            taken |= opacity > 0.25
+            return polygons, opacity
+    return None
+
+
+def _outer(polygons: list[np.ndarray]) -> list[np.ndarray]:
+    """Without those that lie in another: holes."""
+
+    def within(inner: np.ndarray, outer: np.ndarray) -> bool:
+        return bool((inner.min(axis=0) > outer.min(axis=0)).all() and (inner.max(axis=0) < outer.max(axis=0)).all())
+
+    return [p for p in polygons if not any(within(p, other) for other in polygons if other is not p)]
+
+
+def _paint(rng: np.random.RandomState, image: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    """The digit in a colour that stands out from what lies under it."""
+    under = np.average(image.reshape(-1, 3), axis=0, weights=opacity.reshape(-1))
+    colour = rng.uniform(0.75, 1, 3) if under.mean() < 0.5 else rng.uniform(0, 0.25, 3)
+    alpha = np.clip(1.5 * opacity, 0, 1)[..., None]
+    return (1 - alpha) * image + alpha * colour
+
+
+def write_digits_scenes(root: Path) -> bool:
+    """Write the data set at `root` if it is not there yet; returns whether it had to be written.
+
+    Raises:
+        UserError: `root` exists but is something else, or cannot be made.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if all(_is_written(root, split) for split in SCENES):
+            return False
+        raise UserError(f"{root}: exists and is not the digits scenes data set; remove it or name another folder")
+    # Beside the target, then renamed: the folder is whole or absent.
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
+    except OSError as error:
+        raise UserError(f"{root}: cannot be made ({error}); name another folder") from error
+    try:
+        for split in SCENES:
+            _write_split(staging, split)
+        staging.chmod(0o755)
+        staging.replace(root)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return True
+
+
+def _is_written(root: Path, split: str) -> bool:
+    images = sum(1 for _ in (root / split).glob("*.png"))
+    return images == SCENES[split] and (root / ANNOTATIONS.format(split)).is_file()
+
+
+def _write_split(root: Path, split: str) -> None:
+    (root / split).mkdir()
+    coco = {
+        "info": {"description": "handwritten digits on textured canvases"},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i + 1, "name": name, "supercategory": "digit"} for i, name in enumerate(CLASSES)],
+    }
+    for image_id, (image, digits) in enumerate(scenes(split), start=1):
+        name = f"{image_id:04d}.png"
+        Image.fromarray(image).save(root / split / name)
+        coco["images"].append({"id": image_id, "file_name": name, "height": SIZE, "width": SIZE})
+        for digit in digits:
+            coco["annotations"].append(
+                {
+                    "id": len(coco["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": digit.label + 1,
+                    "bbox": [round(v, 2) for v in digit.box()],
+                    "area": round(digit.area(), 2),
+                    "segmentation": [np.round(p, 2).reshape(-1).tolist() for p in digit.polygons],
+                    "iscrowd": 0,
+                }
+            )
+    path = root / ANNOTATIONS.format(split)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(coco))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write handwritten digits on textured canvases in COCO's format.")
+    parser.add_argument("root", type=Path, help="folder to make, e.g. data/digits_scenes")
+    root = parser.parse_args().root
+    try:
+        written = write_digits_scenes(root)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{root}: {SCENES['train']} training and {SCENES['val']} validation scenes", end="")
+    print("" if written else " (already there)")
+
+
+if __name__ == "__main__":
+    main()

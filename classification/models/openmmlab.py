@@ -1,0 +1,150 @@
+"""`MM_SpatialMamba`: the backbone for mmdetection, mmsegmentation and mmpretrain, registered once for all of them.
+
+A config names this module to have it registered:
+
+    custom_imports = dict(imports=["classification.models.openmmlab"], allow_failed_imports=False)
+    model = dict(backbone=dict(type="MM_SpatialMamba", dims=64, depths=(2, 4, 8, 4), drop_path_rate=0.2))
+
+Nothing else here imports mmengine for the model. Importing this also has mmengine read checkpoints safely, see
+`classification.openmmlab.checkpoint`.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, PretrainedInit
+from mmengine.registry import MODELS
+from torch import nn
+
+from classification.checkpoint import StateDict, differences, state_dicts, variant_of
+from classification.errors import UserError
+from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
+from classification.openmmlab.checkpoint import load_from_local, weights_of
+
+BACKBONE = "backbone."  # where a toolchain's model keeps it
+ONLY_CLASSIFIER, ONLY_BACKBONE = ("norm.", "head."), "outnorm"
+
+
+@MODELS.register_module()
+class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
+    """Images (B, 3, H, W) -> the maps of `out_indices`, each (B, dims[i], ceil(H / 2^(i+2)), ceil(W / 2^(i+2))).
+
+    Args:
+        dims: channels in each stage, each double the one before; or the first stage's.
+        depths: blocks in each stage.
+        d_state: states per channel.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks.
+        out_indices: stages whose maps are returned.
+        pretrained: a classification checkpoint, short for `init_cfg=dict(type="Pretrained", checkpoint=...)`.
+        frozen_stages: -1 for none; 0 freezes the stem, i > 0 also the first i stages. What is frozen is also kept in
+            evaluation mode.
+        with_cp: recompute each block in the backward pass instead of storing its activations.
+        init_cfg: mmengine's; of type "Pretrained" a classification checkpoint, or one of a toolchain's model with this
+            backbone.
+
+    Weights are loaded by `init_weights`, which mmengine calls before training but not before testing, strictly but for
+    the classifier's head and norm and for the maps' norms, which one of the two forms lacks.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int] | int = 64,
+        depths: Sequence[int] = (2, 4, 8, 4),
+        d_state: int = 1,
+        drop_path_rate: float = 0.0,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        pretrained: str | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        if pretrained and init_cfg:
+            raise ValueError("pretrained and init_cfg say the same thing: give one of them")
+        if not -1 <= frozen_stages <= len(depths):
+            raise ValueError(f"frozen_stages must be in [-1, {len(depths)}], got {frozen_stages}")
+        # Both parents' constructors: SpatialMamba's calls the next in line, BaseModule's, which takes no sizes.
+        super().__init__(
+            depths=depths, dims=dims, d_state=d_state, drop_path_rate=drop_path_rate, out_indices=out_indices
+        )
+        self.init_cfg = dict(type="Pretrained", checkpoint=pretrained) if pretrained else init_cfg
+        self.frozen_stages = frozen_stages
+        self.set_grad_checkpointing(with_cp)
+        for module in self._frozen():
+            module.requires_grad_(False)
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        norms = [getattr(self, f"outnorm{i}") for i in self.out_indices if i < self.frozen_stages]
+        return [self.patch_embed, *self.layers[: self.frozen_stages], *norms]
+
+    def train(self, mode: bool = True) -> "MM_SpatialMamba":
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Apply `init_cfg`, a checkpoint last.
+
+        Raises:
+            UserError: the checkpoint is not there, damaged, or another model's.
+        """
+        wanted = self.init_cfg
+        configs = [wanted] if isinstance(wanted, dict) else list(wanted or [])
+        checkpoints = [config for config in configs if config["type"] in ("Pretrained", PretrainedInit)]
+        first_time = not self.is_init
+        self.init_cfg = [config for config in configs if config not in checkpoints] or None
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = wanted
+        if first_time:
+            for config in checkpoints:
+                self._load(config["checkpoint"], config.get("prefix", ""))
+            if not checkpoints:
+                _say("no pretrained weights were named (pretrained=CHECKPOINT): from scratch", logging.WARNING)
+
+    def _load(self, path: str, prefix: str) -> None:
+        state, source = _backbone_weights(load_from_local(path), path, prefix)
+        own = self.state_dict()
+        ignored = [key for key in state if key.startswith(ONLY_CLASSIFIER)]
+        fresh = [key for key in own if key.startswith(ONLY_BACKBONE) and key not in state]
+        if found := differences(own, state, ignore=(*ignored, *fresh)):
+            raise UserError(f"{path}: its weights are of another model: {found}{size_hint(state)}")
+        self.load_state_dict({**own, **{key: value for key, value in state.items() if key not in ignored}})
+        left = f"; {_modules(ignored)} not needed" if ignored else ""
+        new = f"; {_modules(fresh)} not in it and new" if fresh else ""
+        _say(f"{len(state) - len(ignored)} tensors of {source} in {path} loaded{left}{new}", logging.INFO)
+
+
+def _backbone_weights(content: dict, path: str, prefix: str) -> tuple[StateDict, str]:
+    """The weights and where in the checkpoint they were: `model`, as the authors' configs do, or `state_dict`."""
+    if "state_dict" not in content:
+        if prefix:
+            raise UserError(f"{path}: has no 'state_dict', so there is no prefix {prefix!r} in it; leave it out")
+        return state_dicts(content, path)["model"], "'model'" if "model" in content else "the state dict"
+    prefix = f"{prefix.rstrip('.')}." if prefix else BACKBONE
+    state = weights_of(content, path)
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not found:
+        raise UserError(f"{path}: no name in its 'state_dict' begins with {prefix!r}; name another prefix in init_cfg")
+    return found, f"'{prefix}*'"
+
+
+def size_hint(state: StateDict) -> str:
+    """Which arguments a backbone's weights ask for, for a message."""
+    name = variant_of(state)
+    if name is None:
+        return ""
+    sizes = VARIANTS[name]
+    return f"; it is a {name}: dims={sizes['dims']}, depths={sizes['depths']}"
+
+
+def _modules(keys: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(key.partition(".")[0] for key in keys))
+
+
+def _say(message: str, level: int) -> None:
+    print_log(f"MM_SpatialMamba: {message}", logger="current", level=level)

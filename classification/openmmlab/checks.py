@@ -1,0 +1,151 @@
+"""What a config and its data must satisfy, looked at before anything is built, so that a mistake is one clear line."""
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DATASETS
+from torch import nn
+
+from classification.checkpoint import differences
+from classification.errors import UserError
+from classification.models.openmmlab import BACKBONE, size_hint
+from classification.openmmlab.checkpoint import load_from_local, weights_of
+
+
+def check_channels(model: ConfigDict) -> None:
+    """Raise a UserError if what follows the backbone expects other channels than it gives."""
+    backbone = model.backbone
+    if backbone.type != "MM_SpatialMamba":
+        return
+    dims, depths = backbone.get("dims", 64), backbone.get("depths", (2, 4, 8, 4))
+    dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+    given = [dims[i] for i in backbone.get("out_indices", (0, 1, 2, 3)) if i < len(dims)]
+    if "neck" in model:
+        _compare_channels("neck", model.neck.get("in_channels"), given)
+
+
+def _compare_channels(part: str, wanted: Sequence[int] | int | None, given: list[int]) -> None:
+    if isinstance(wanted, (list, tuple)) and list(wanted) != given:
+        raise UserError(
+            f"model.{part}.in_channels is {list(wanted)}, but the backbone's maps have {given} channels; "
+            f"set model.{part}.in_channels to these, or model.backbone.dims"
+        )
+
+
+# ----- data
+
+
+def check_data(cfg: Config, splits: Sequence[str]) -> None:
+    """Raise a UserError if a dataset of `splits` ("train", "val", "test") lacks a file, a folder or a class."""
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in _datasets(loader.dataset) if loader else ():
+            _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
+        evaluator = cfg.get(f"{split}_evaluator")
+        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+            if isinstance(metric, dict) and metric.get("ann_file"):
+                _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
+
+
+def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """Those that read files, out of wrappers such as RepeatDataset and ConcatDataset."""
+    inner = dataset.get("dataset", dataset.get("datasets"))
+    if inner is None:
+        yield dataset
+    for one in inner if isinstance(inner, list) else [inner] if inner else ():
+        yield from _datasets(one)
+
+
+def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
+    if dataset.get("backend_args"):
+        return  # not on this disk
+    root = dataset.get("data_root") or ""
+    for name, folder in (dataset.get("data_prefix") or {}).items():
+        if isinstance(folder, str):
+            _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", Path.is_dir)
+    if not dataset.get("ann_file"):
+        return
+    annotations = os.path.join(root, dataset.ann_file)
+    _must_exist(annotations, "annotation file", f"{key}.ann_file")
+    if dataset.type == "CocoDataset":
+        classes = (dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset.type).METAINFO["classes"]
+        _check_categories(annotations, list(classes), key)
+        _check_num_classes(cfg.model, len(classes), key)
+
+
+def _must_exist(path: str, what: str, key: str, exists=Path.is_file) -> None:
+    if "://" not in path and not exists(Path(path)):
+        raise UserError(
+            f"{path}: no such {what} ({key}); pass --cfg-options data_root=/path/to/data/, "
+            f"or set {key} if yours is called otherwise"
+        )
+
+
+def _check_categories(path: str, classes: list[str], key: str) -> None:
+    names = _categories(path)
+    absent = [name for name in classes if name not in names]
+    if absent:
+        raise UserError(
+            f"{path}: has no category {absent[0]!r}{f' and {len(absent) - 1} more' if absent[1:] else ''} of the "
+            f"config's classes; its own are {', '.join(names[:10])}{', ...' if names[10:] else ''}. Name these in "
+            f"{key}.metainfo.classes, and set num_classes of the heads"
+        )
+    in_file = [name for name in names if name in classes]
+    if in_file != classes:  # mmdet numbers labels by the file's order, whatever that of `classes` is
+        raise UserError(f"{key}.metainfo.classes must be in the order of {path}: {', '.join(in_file)}")
+
+
+def _categories(path: str) -> list[str]:
+    """Names of a COCO file's categories, read without the annotations, which can be half a gigabyte."""
+    with open(path, "rb") as file:
+        if os.path.getsize(path) == 0:
+            raise UserError(f"{path}: is empty, not a COCO annotation file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            start = text.find(b'"categories"')
+            start = text.find(b"[", start) if start >= 0 else -1
+            chunk = text[start : start + 2**24].decode(errors="ignore") if start >= 0 else ""
+    try:
+        found, _ = json.JSONDecoder().raw_decode(chunk)
+        return [category["name"] for category in found]
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(
+        f'{path}: is no COCO annotation file: it has no "categories" list of {{"id": ..., "name": ...}}; add one'
+    )
+
+
+def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
+    for part in ("bbox_head", "mask_head"):
+        heads = (model.get("roi_head") or {}).get(part) or []
+        for head in heads if isinstance(heads, list) else [heads]:
+            if head.get("num_classes", classes) != classes:
+                raise UserError(
+                    f"model.roi_head.{part}.num_classes is {head.num_classes}, but {key} has {classes} classes; "
+                    "make them equal"
+                )
+
+
+# ----- checkpoints
+
+
+def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False) -> None:
+    """Raise a UserError if a checkpoint does not fit: mmengine would load what fits and go on.
+
+    With `only_backbone`, what comes after the backbone may differ, as it does in fine-tuning for other classes.
+    """
+    state, own = weights_of(load_from_local(path), path), model.state_dict()
+    if only_backbone:
+        state, own = ({k: v for k, v in names.items() if k.startswith(BACKBONE)} for names in (state, own))
+        if not state:
+            raise UserError(
+                f"{path}: has no weights of a backbone; a classification checkpoint is loaded by "
+                "model.backbone.pretrained instead"
+            )
+    if found := differences(own, state):
+        backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
+        hint = size_hint(backbone) if backbone else "; it is no checkpoint of such a model"
+        raise UserError(f"{path}: its weights are of another model: {found}{hint}")

@@ -1,0 +1,51 @@
+"""Parameters and FLOPs of a toolchain's model, with the backbone's custom operators counted."""
+
+import torch
+from fvcore.nn import FlopCountAnalysis, parameter_count
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from classification.flops import analyse
+
+BOX_PROPOSALS, MASK_PROPOSALS = 1000, 100  # for each image, as published figures count them
+
+
+class _TwoStage(nn.Module):
+    """A two-stage detector up to its heads' outputs, for a fixed number of proposals, all the same.
+
+    By itself mmdet's model takes as many as survive suppression, which depends on the weights.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list:
+        maps = self.model.extract_feat(images)
+        height, width = images.shape[2:]
+        rois = images.new_tensor([[0, 0, 0, width / 2, height / 2]]).repeat(BOX_PROPOSALS, 1)
+        head = self.model.roi_head
+        outputs = [self.model.rpn_head(maps), head._bbox_forward(maps, rois)["cls_score"]]
+        if head.with_mask:
+            outputs.append(head._mask_forward(maps, rois[:MASK_PROPOSALS])["mask_preds"])
+        return outputs
+
+
+def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnalysis:
+    """FLOPs of one image of `size` (height, width), evaluation mode."""
+    model = revert_sync_batchnorm(model).eval()
+    return analyse(_TwoStage(model) if hasattr(model, "roi_head") else model, torch.zeros(1, 3, *size))
+
+
+def complexity_table(cfg: Config, size: tuple[int, int]) -> str:
+    """Parameters and FLOPs of the config's model and of its parts."""
+    model = MODELS.build(cfg.model)
+    counted, parameters = count_model_flops(model, size), parameter_count(model)
+    prefix = "model." if hasattr(model, "roi_head") else ""
+    rows = [f"| | parameters, M | FLOPs at {size[0]}x{size[1]}, G |", "|---|---|---|"]
+    for name in ("", *(name for name, _ in model.named_children() if parameters[name])):
+        flops = counted.by_module()[f"{prefix}{name}".rstrip(".")]
+        rows.append(f"| {name or 'all'} | {parameters[name] / 1e6:.1f} | {flops / 1e9:.1f} |")
+    return "\n".join(rows)

@@ -1,0 +1,6 @@
+_base_ = "./mask_rcnn_spatialmamba_fpn_coco_tiny.py"
+
+model = dict(
+    backbone=dict(dims=96, depths=(2, 4, 21, 5), drop_path_rate=0.5),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
