@@ -1,22 +1,27 @@
-# make demo   train spatialmamba_micro on handwritten digits, evaluate the checkpoint in a second process, draw both
-# make test   run the tests
-# make lint   run ruff, as CI does
+# make demo             train spatialmamba_micro on handwritten digits, evaluate the checkpoint in a second process, draw both
+# make demo-detection   train and test Mask R-CNN with that backbone on scenes of handwritten digits, draw what it finds
+# make test             run the tests
+# make lint             run ruff, as CI does
 # Each starts from a bare checkout: it makes .venv, installs, and runs.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
+OPENMMLAB := $(VENV)/.openmmlab
 
 DIGITS ?= data/digits
 OUTPUT ?= output
 RUN := $(OUTPUT)/spatialmamba_micro/digits
+SCENES ?= data/digits_scenes
+DETECTION := detection/configs/spatialmamba/mask_rcnn_spatialmamba_micro_digits.py
+DETECTION_RUN := $(OUTPUT)/mask_rcnn_spatialmamba_micro_digits
 
 # The tensors of the demo and the tests are small: a second thread is only waited for, the tests use two processes.
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?= -n 2
 
-.PHONY: install demo test lint clean
+.PHONY: install install-openmmlab demo demo-detection test lint clean
 
 install: $(INSTALLED)
 
@@ -27,6 +32,13 @@ $(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.tom
 	$(BIN)/python -m pip install -e kernels/selective_scan -e kernels/dwconv2d -e .
 	touch $@
 
+install-openmmlab: $(OPENMMLAB)
+
+# mmcv is compiled, against the PyTorch that is installed by now.
+$(OPENMMLAB): $(INSTALLED) requirements-openmmlab.txt
+	$(BIN)/python -m pip install --no-build-isolation -r requirements-openmmlab.txt
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python -m classification.data.digits $(DIGITS)
 	$(BIN)/python classification/main.py --cfg classification/configs/spatialmamba/spatialmamba_micro_digits.yaml \
@@ -35,7 +47,15 @@ demo: $(INSTALLED)
 		--data-path $(DIGITS) --output $(OUTPUT) --tag digits --pretrained $(RUN)/best.pth
 	$(BIN)/python -m classification.report $(RUN) --data-path $(DIGITS)
 
-test: $(INSTALLED)
+# The tools take `python` from the PATH, as in an environment that is active.
+demo-detection: export PATH := $(BIN):$(PATH)
+demo-detection: $(OPENMMLAB)
+	python -m classification.data.digits_scenes $(SCENES)
+	bash detection/tools/dist_train.sh $(DETECTION) 2 --work-dir $(DETECTION_RUN) --cfg-options data_root=$(SCENES)/
+	bash detection/tools/dist_test.sh $(DETECTION) $$(cat $(DETECTION_RUN)/last_checkpoint) 1 --work-dir $(DETECTION_RUN)/test \
+		--show-dir $(abspath $(DETECTION_RUN))/predictions --cfg-options data_root=$(SCENES)/
+
+test: $(OPENMMLAB)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)

@@ -64,7 +64,7 @@ def read_checkpoint(
     known = [name for _, name in stand_ins]
     refused = [name for name in _unsafe_names(path) if name not in known]
     if others is not None:
-        stand_ins, refused = [*stand_ins, *((others(name), name) for name in refused)], []
+        stand_ins = [*stand_ins, *((others(name), name) for name in refused)]
     try:
         with torch.serialization.safe_globals(list(stand_ins)):
             content = torch.load(path, map_location=map_location, weights_only=True)

@@ -39,7 +39,15 @@ class _Inert:
         pass
 
 
-STAND_INS = (CFG_NODE, (HistoryBuffer, "mmengine.logging.history_buffer.HistoryBuffer"), *_numpy())
+class _History(HistoryBuffer):
+    """Fills a HistoryBuffer without the functions that mmengine pickles with it and would call."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["_log_history"], state["_count_history"], state["max_length"])
+        self.__class__ = HistoryBuffer
+
+
+STAND_INS = (CFG_NODE, (_History, "mmengine.logging.history_buffer.HistoryBuffer"), *_numpy())
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)

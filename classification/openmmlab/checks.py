@@ -72,9 +72,14 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     annotations = os.path.join(root, dataset.ann_file)
     _must_exist(annotations, "annotation file", f"{key}.ann_file")
     if dataset.type == "CocoDataset":
-        classes = (dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset.type).METAINFO["classes"]
+        classes = (dataset.get("metainfo") or {}).get("classes") or _default_classes(dataset.type)
         _check_categories(annotations, list(classes), key)
         _check_num_classes(cfg.model, len(classes), key)
+
+
+def _default_classes(kind: str) -> Sequence[str]:
+    with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
+        return registry.get(kind).METAINFO["classes"]
 
 
 def _must_exist(path: str, what: str, key: str, exists=Path.is_file) -> None:
@@ -130,6 +135,12 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
 
 
 # ----- checkpoints
+
+
+def check_file(path: str | None) -> None:
+    """Raise a UserError if a checkpoint that is named is not there."""
+    if path and not Path(path).expanduser().is_file():
+        raise UserError(f"{path}: no such checkpoint file; if it is an address, download it first")
 
 
 def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False) -> None:

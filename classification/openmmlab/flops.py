@@ -47,5 +47,5 @@ def complexity_table(cfg: Config, size: tuple[int, int]) -> str:
     rows = [f"| | parameters, M | FLOPs at {size[0]}x{size[1]}, G |", "|---|---|---|"]
     for name in ("", *(name for name, _ in model.named_children() if parameters[name])):
         flops = counted.by_module()[f"{prefix}{name}".rstrip(".")]
-        rows.append(f"| {name or 'all'} | {parameters[name] / 1e6:.1f} | {flops / 1e9:.1f} |")
+        rows.append(f"| {name or 'all'} | {parameters[name] / 1e6:.4g} | {flops / 1e9:.4g} |")
     return "\n".join(rows)

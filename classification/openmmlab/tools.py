@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from classification.errors import UserError
-from classification.openmmlab.checks import check_channels, check_checkpoint, check_data
+from classification.openmmlab.checks import check_channels, check_checkpoint, check_data, check_file
 from classification.openmmlab.flops import complexity_table
 
 RESUME_LATEST = "auto"
@@ -186,6 +186,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == RESUME_LATEST else args.resume
+    check_file(cfg.get("load_from"))
+    check_file(cfg.model.backbone.get("pretrained"))
     check_data(cfg, ("train", "val"))
     _prepare(cfg, args)
     runner = _build(cfg)
@@ -197,7 +199,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
 
 def _test(args: argparse.Namespace, cfg: Config) -> None:
     if args.out and not args.out.endswith((".pkl", ".pickle")):
-        raise UserError(f"--out {args.out}: predictions are written as a pickle; name a .pkl file")
+        raise UserError(f"{args.out}: predictions are written as a pickle; name a .pkl file")
+    check_file(args.checkpoint)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show or args.show_dir:
         cfg.default_hooks.visualization.update(

@@ -1,0 +1,317 @@
+"""`MM_SpatialMamba`: the backbone as mmengine builds it, what it loads, and what mmengine reads safely."""
+
+import json
+import logging
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmengine", reason="make install-openmmlab")
+from mmengine.config import ConfigDict
+from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint
+
+from classification.checkpoint import read_checkpoint
+from classification.errors import UserError
+from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
+from classification.models.openmmlab import MM_SpatialMamba
+from classification.openmmlab.checkpoint import load_from_local
+
+LAYOUT = json.loads((Path(__file__).parents[1] / "data/checkpoint_layout.json").read_text())
+MICRO = VARIANTS["spatialmamba_micro"]
+
+
+def build(**arguments) -> MM_SpatialMamba:
+    return MODELS.build(dict(type="MM_SpatialMamba", **{**MICRO, **arguments}))
+
+
+@pytest.fixture
+def log(caplog) -> pytest.LogCaptureFixture:
+    """What mmengine's current logger says."""
+    logger = MMLogger.get_instance("openmmlab-test")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def classifier() -> SpatialMamba:
+    torch.manual_seed(1)
+    return spatialmamba_micro(num_classes=7).eval()
+
+
+def save(content: dict, path: Path) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def loaded(path: str, **arguments) -> MM_SpatialMamba:
+    backbone = build(pretrained=path, **arguments)
+    backbone.init_weights()
+    return backbone.eval()
+
+
+def trunk(model: torch.nn.Module) -> dict:
+    return {k: v for k, v in model.state_dict().items() if k.startswith(("patch_embed.", "layers."))}
+
+
+def assert_same_trunk(a: torch.nn.Module, b: torch.nn.Module):
+    a, b = trunk(a), trunk(b)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ----- what is built
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_names_and_shapes_are_the_published_ones(size):
+    with torch.device("meta"):
+        backbone = build(**VARIANTS[f"spatialmamba_{size}"])
+    assert {k: list(v.shape) for k, v in backbone.state_dict().items()} == LAYOUT[f"{size}_backbone"]
+
+
+def test_is_built_once(monkeypatch):
+    calls = []
+    original = SpatialMamba.__init__
+    monkeypatch.setattr(SpatialMamba, "__init__", lambda self, *a, **k: (calls.append(k), original(self, *a, **k))[1])
+    build()
+    assert len(calls) == 1
+
+
+def test_is_the_backbone(classifier, tmp_path):
+    images = torch.randn(2, 3, 65, 97)
+    backbone = loaded(save({"model": classifier.state_dict()}, tmp_path / "c.pth"))
+    with torch.no_grad():
+        maps = backbone(images)
+        _, expected = classifier.forward_intermediates(images)
+    for map_, plain in zip(maps, expected, strict=True):
+        norm = torch.nn.functional.layer_norm(plain.permute(0, 2, 3, 1), plain.shape[1:2])  # as new: weight 1, bias 0
+        torch.testing.assert_close(map_, norm.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["depth", "norm_cfg", "mlp_ratios"])
+def test_unknown_arguments_are_errors(name):
+    with pytest.raises(TypeError, match=name):
+        build(**{name: 1})
+
+
+@pytest.mark.parametrize("stages", [-2, 5])
+def test_frozen_stages_out_of_range(stages):
+    with pytest.raises(ValueError, match="frozen_stages"):
+        build(frozen_stages=stages)
+
+
+@pytest.mark.parametrize("stages", range(-1, 5))
+def test_frozen_stages(stages):
+    """Parameters without gradient, running statistics that stay, and the rest trains."""
+    backbone = build(frozen_stages=stages).train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    loss = sum((m**2).mean() for m in backbone(torch.randn(2, 3, 64, 64)))
+    if stages < 4:
+        loss.backward()
+    frozen = ["patch_embed."] if stages >= 0 else []
+    frozen += [f"{part}{i}." for i in range(max(stages, 0)) for part in ("layers.", "outnorm")]
+    for name, parameter in backbone.named_parameters():
+        assert parameter.requires_grad != name.startswith(tuple(frozen) or ("nothing",)), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    for name, buffer in backbone.named_buffers():
+        assert torch.equal(buffer, before[name]) == name.startswith(tuple(frozen) or ("nothing",)), name
+
+
+def test_with_cp_gives_the_same_gradients():
+    images, gradients = torch.randn(2, 3, 48, 80), []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        backbone = build(with_cp=with_cp, drop_path_rate=0.5).train()
+        torch.manual_seed(1)  # stochastic depth
+        sum((m**2).mean() for m in backbone(images)).backward()
+        gradients.append([p.grad for p in backbone.parameters()])
+    assert [s.grad_checkpointing for s in backbone.layers] == [True] * 4
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+# ----- what it loads
+
+
+def test_prefers_model_to_model_ema(classifier, tmp_path, log):
+    other = spatialmamba_micro(num_classes=7)
+    path = save({"model": classifier.state_dict(), "model_ema": other.state_dict()}, tmp_path / "c.pth")
+    assert_same_trunk(loaded(path), classifier)
+    assert f"'model' in {path} loaded; norm, head not needed; outnorm0, outnorm1" in log.text
+
+
+def test_a_bare_state_dict(classifier, tmp_path):
+    assert_same_trunk(loaded(save(classifier.state_dict(), tmp_path / "c.pth")), classifier)
+
+
+@pytest.mark.parametrize("prefix", [None, "backbone", "backbone."])
+def test_a_toolchain_checkpoint(prefix, tmp_path):
+    """All of it, the maps' norms too, and by init_cfg as by pretrained."""
+    source = build()
+    torch.nn.init.normal_(source.outnorm2.weight)
+    state = {f"backbone.{k}": v for k, v in source.state_dict().items()} | {"neck.weight": torch.ones(1)}
+    path = save({"meta": {}, "state_dict": state}, tmp_path / "d.pth")
+    init_cfg = dict(type="Pretrained", checkpoint=path, **({"prefix": prefix} if prefix else {}))
+    backbone = build(init_cfg=init_cfg)
+    backbone.init_weights()
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in backbone.state_dict().items())
+
+
+def test_a_checkpoint_comes_after_other_initialisation(classifier, tmp_path):
+    path = save(classifier.state_dict(), tmp_path / "c.pth")
+    constant = dict(type="Constant", layer="LayerNorm", val=3.0)
+    backbone = build(init_cfg=[dict(type="Pretrained", checkpoint=path), constant])
+    backbone.init_weights()
+    assert_same_trunk(backbone, classifier)
+    assert (backbone.outnorm0.weight == 3).all()
+
+
+@pytest.mark.parametrize("pretrained", [None, ""])
+def test_from_scratch_is_said_aloud(pretrained, log):
+    backbone = build(pretrained=pretrained)
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    backbone.init_weights()
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    assert any(r.levelno == logging.WARNING and "from scratch" in r.message for r in log.records)
+
+
+def test_the_file_is_not_needed_to_build():
+    assert build(pretrained="/nowhere/c.pth").init_cfg["checkpoint"] == "/nowhere/c.pth"
+
+
+def test_bad_pretrained(classifier, tmp_path):
+    with pytest.raises(UserError, match=r"/nowhere/c\.pth: no such checkpoint file"):
+        loaded("/nowhere/c.pth")
+    path = save(classifier.state_dict(), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"c\.pth: .*another model.*spatialmamba_micro: dims=16, depths=\(1, 1, 2, 1\)"):
+        loaded(path, dims=32)
+    less = {k: v for k, v in classifier.state_dict().items() if k != "layers.0.blocks.0.ln_1.weight"}
+    with pytest.raises(UserError, match="1 missing"):
+        loaded(save(less, tmp_path / "missing.pth"))
+    with pytest.raises(UserError, match=r"1 unexpected \(layers.0.extra"):
+        loaded(save({**classifier.state_dict(), "layers.0.extra": torch.ones(1)}, tmp_path / "extra.pth"))
+    with pytest.raises(UserError, match=r"begins with 'backbone\."):
+        loaded(save({"state_dict": {"neck.weight": torch.ones(1)}}, tmp_path / "neck.pth"))
+    (tmp_path / "half.pth").write_bytes(Path(path).read_bytes()[:5000])
+    with pytest.raises(UserError, match="damaged"):
+        loaded(str(tmp_path / "half.pth"))
+    with pytest.raises(ValueError, match="pretrained and init_cfg"):
+        build(pretrained=path, init_cfg=dict(type="Pretrained", checkpoint=path))
+
+
+# ----- what mmengine reads
+
+
+def leave_file(path: Path) -> None:
+    path.touch()
+
+
+class Runs:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path: Path, by_method: bool = False):
+        self.path, self.by_method = path, by_method
+
+    def __reduce__(self):
+        return (Path.touch if self.by_method else leave_file), (self.path,)
+
+
+def messages() -> MessageHub:
+    hub = MessageHub.get_instance("openmmlab-test")
+    for i in range(5):
+        hub.update_scalar("train/loss", 1.5 * i)
+    hub.update_info("iter", 5)
+    return hub
+
+
+def test_mmengine_checkpoints_keep_their_log(tmp_path):
+    hub = messages()
+    path = save({"meta": {"epoch": 1, "loss": np.float64(0.5)}, "message_hub": hub.state_dict()}, tmp_path / "e.pth")
+    with pytest.raises(pickle.UnpicklingError):  # the reason for all this
+        torch.load(path)
+    content = load_from_local(path)
+    restored = content["message_hub"]["log_scalars"]["train/loss"]
+    assert type(restored) is HistoryBuffer
+    for ours, theirs in zip(restored.data, hub.get_scalar("train/loss").data, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert restored.statistics("mean", 2) == hub.get_scalar("train/loss").mean(2)
+    assert content["meta"]["loss"] == 0.5
+    MessageHub.get_instance("another").load_state_dict(content["message_hub"])
+    # and what has been read can be written and read again
+    again = load_from_local(save(content, tmp_path / "again.pth"))
+    assert again["message_hub"]["log_scalars"]["train/loss"].mean(2) == restored.mean(2)
+
+
+def test_names_of_numpy_1(tmp_path):
+    """Published checkpoints were written with it."""
+    path = Path(save({"a": np.arange(3.0), "s": np.float64(2)}, tmp_path / "n.pth"))
+    assert "numpy._core.multiarray._reconstruct" in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    renamed = rewrite(path, b"numpy._core.", b"numpy.core.")
+    assert "numpy.core.multiarray.scalar" in torch.serialization.get_unsafe_globals_in_checkpoint(renamed)
+    content = load_from_local(str(renamed))
+    np.testing.assert_array_equal(content["a"], [0, 1, 2])
+    assert content["s"] == 2
+
+
+def rewrite(path: Path, old: bytes, new: bytes) -> Path:
+    """The checkpoint with other bytes in its pickle, checksums right."""
+    target = path.with_name("rewritten.pth")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        for item in source.infolist():
+            data = source.read(item)
+            out.writestr(item, data.replace(old, new) if item.filename.endswith("data.pkl") else data)
+    return target
+
+
+def test_nothing_else_is_called_or_made(tmp_path):
+    objects = {"x": [Runs(tmp_path / "ran")], "c": ConfigDict(a=1), "p": tmp_path}
+    path = save({"state_dict": {"w": torch.ones(2)}, **objects}, tmp_path / "r.pth")
+    content = load_from_local(path)
+    assert torch.equal(content["state_dict"]["w"], torch.ones(2))
+    assert not (tmp_path / "ran").exists()
+    inert = content["x"][0], content["c"], content["p"]
+    assert {type(one).__name__ for one in inert} == {"_Inert"}
+
+
+def test_what_is_called_by_what_is_not_loaded_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"r\.pth: holds pickled objects.*getattr"):
+        load_from_local(save({"x": Runs(tmp_path / "ran", by_method=True)}, tmp_path / "r.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_functions_in_a_log_are_left_out(tmp_path):
+    """mmengine pickles a log's statistics with it, and calls what it finds there."""
+    buffer = HistoryBuffer([1.0, 3.0], [1, 1])
+    path = save({"message_hub": buffer}, tmp_path / "b.pth")
+    assert "builtins.getattr" in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    before = dict(HistoryBuffer._statistics_methods)
+    assert load_from_local(path)["message_hub"].mean() == 2
+    assert HistoryBuffer._statistics_methods == before
+
+
+def test_arrays_of_objects_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"o\.pth"):
+        load_from_local(save({"a": np.array([Runs(tmp_path / "ran")])}, tmp_path / "o.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_classification_still_refuses_them(tmp_path):
+    with pytest.raises(UserError, match="HistoryBuffer"):
+        read_checkpoint(save({"model": HistoryBuffer([1.0], [1])}, tmp_path / "h.pth"))
+
+
+def test_mmengine_loads_through_it(tmp_path):
+    """Importing the backbone is enough, as `custom_imports` does."""
+    model = torch.nn.Linear(2, 3)
+    state = OrderedDict((k, torch.full_like(v, 0.5)) for k, v in model.state_dict().items())
+    path = save({"state_dict": state, "message_hub": messages().state_dict()}, tmp_path / "m.pth")
+    load_checkpoint(model, path)
+    assert (model.weight == 0.5).all()

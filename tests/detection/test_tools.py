@@ -1,0 +1,348 @@
+"""The command lines, as users run them, on a few digits scenes; and each bad input's one clear message."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from running import ROOT, free_port, run_command
+
+pytest.importorskip("mmdet", reason="make install-openmmlab")
+import mmdet
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.registry import MODELS, init_default_scope
+
+from classification.data import digits_scenes
+from classification.openmmlab import tools
+
+CONFIGS = ROOT / "detection/configs/spatialmamba"
+MICRO = CONFIGS / "mask_rcnn_spatialmamba_micro_digits.py"
+TINY = CONFIGS / "mask_rcnn_spatialmamba_fpn_coco_tiny.py"
+QUICK = ["train_cfg.max_epochs=2", "train_cfg.val_interval=2", "train_dataloader.batch_size=4"]
+QUICK += ["train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
+QUICK += ["val_dataloader.num_workers=0", "val_dataloader.persistent_workers=False", "default_hooks.logger.interval=1"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("detection") / "scenes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits_scenes, "SCENES", {"train": 16, "val": 4})
+        digits_scenes.write_digits_scenes(root)
+    return root
+
+
+def options(scenes: Path, *more: str) -> list[str]:
+    return ["--cfg-options", f"data_root={scenes}", *QUICK, *more]
+
+
+def train(work_dir: Path, scenes: Path, *more: str) -> list:
+    return ["python", "detection/tools/train.py", MICRO, "--work-dir", work_dir, *options(scenes), *more]
+
+
+# ----- what works
+
+
+def test_interrupted_training_resumes(scenes, tmp_path):
+    command = [sys.executable, *map(str, train(tmp_path, scenes)[1:])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    with (tmp_path / "first.txt").open("w") as out:
+        first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "last_checkpoint").exists() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert (tmp_path / "epoch_1.pth").exists(), (tmp_path / "first.txt").read_text()
+    assert not (tmp_path / "epoch_2.pth").exists()
+
+    done = run_command(*train(tmp_path, scenes), "--resume", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "resumed epoch: 1, iter: 4" in done.stdout
+    assert re.findall(r"Epoch\(train\) *\[(\d)\]\[(\d)/4\]", done.stdout) == [("2", str(i)) for i in range(1, 5)]
+    last = torch.load(tmp_path / "epoch_2.pth", weights_only=False)  # our own, just written
+    assert (last["meta"]["epoch"], last["meta"]["iter"]) == (2, 8)
+    loss = last["message_hub"]["log_scalars"]["train/loss"]
+    assert len(loss.data[0]) == 8  # of both runs
+    assert last["optimizer"]["state"][0]["step"] == 8
+
+
+def test_two_processes_agree(scenes, tmp_path):
+    """Through dist_train.sh and dist_test.sh, from another folder; running statistics are the processes' mean."""
+    tools_folder = ROOT / "detection/tools"
+    port = str(free_port())
+    command = ["bash", tools_folder / "dist_train.sh", MICRO, 2, "--work-dir", tmp_path / "run"]
+    done = run_command(*command, *options(scenes, "train_dataloader.batch_size=2"), cwd=tmp_path, PORT=port)
+    assert done.returncode == 0, done.stderr
+    assert "no GPU: 2 processes on the CPU" in done.stdout + done.stderr
+    trained = re.findall(r"coco/(\w+_mAP_50): ([\d.]+)", done.stdout)
+    command = ["bash", tools_folder / "dist_test.sh", MICRO, tmp_path / "run/epoch_2.pth", 2]
+    arguments = ["--work-dir", tmp_path / "test", "--out", tmp_path / "found.pkl", "--show-dir", "drawn"]
+    done = run_command(*command, *arguments, *options(scenes), cwd=tmp_path, PORT=port)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"coco/(\w+_mAP_50): ([\d.]+)", done.stdout) == trained != []
+    assert len(list((tmp_path / "test").glob("*/drawn/*.png"))) == 2  # mmengine draws the first process's share
+    assert (tmp_path / "found.pkl").stat().st_size > 0
+
+
+def test_under_mmdets_own_tools(scenes, tmp_path):
+    """`custom_imports` is all they need."""
+    own = Path(mmdet.__file__).parent / ".mim/tools"
+    command = ["python", own / "train.py", MICRO, "--work-dir", tmp_path / "run"]
+    paths = [f"{key}={value}" for key, value in moved(scenes).items()]
+    done = run_command(*command, *options(scenes, "train_cfg.max_epochs=1", *paths), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    command = ["python", own / "test.py", MICRO, tmp_path / "run/epoch_1.pth", "--work-dir", tmp_path / "test"]
+    done = run_command(*command, *options(scenes, *paths), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "coco/bbox_mAP_50" in done.stdout
+
+
+def moved(scenes: Path) -> dict[str, str]:
+    """What `data_root` alone does with our tools."""
+    keys = {f"{split}_dataloader.dataset.data_root": f"{scenes}/" for split in ("train", "val", "test")}
+    return keys | {f"{e}_evaluator.ann_file": f"{scenes}/annotations/instances_val.json" for e in ("val", "test")}
+
+
+def published(path: Path, name: Path = TINY, **changes) -> Path:
+    """A checkpoint as mmengine writes them, log and all, of the config's model as initialised."""
+    init_default_scope("mmdet")
+    cfg = Config.fromfile(name)
+    cfg.merge_from_dict(changes)
+    hub = MessageHub.get_instance("published")
+    hub.update_scalar("train/loss", 1.0)
+    hub.update_info("iter", 7)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    torch.nn.init.constant_(model.roi_head.bbox_head.fc_cls.bias[:1], 5.0)  # so that something is found
+    meta = dict(epoch=12, iter=7, cfg=cfg.pretty_text, mmengine_version="0.8.4", dataset_meta=dict(classes=("a",)))
+    state = model.state_dict()
+    torch.save(dict(meta=meta, state_dict=state, message_hub=hub.state_dict(), param_schedulers=[]), path)
+    return path
+
+
+def test_a_published_checkpoint_is_tested(tmp_path):
+    """Names and shapes of the published layout, 80 classes, COCO's own folders, at 1333x800."""
+    checkpoint = published(tmp_path / "published.pth")
+    layout = json.loads((ROOT / "tests/data/checkpoint_layout.json").read_text())["tiny_backbone"]
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]  # our own, just written
+    assert {k[9:]: list(v.shape) for k, v in state.items() if k.startswith("backbone.")} == layout
+
+    root = tmp_path / "coco"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits_scenes, "SCENES", {"val2017": 2})
+        patch.setattr(digits_scenes, "SEEDS", {"val2017": 2})
+        patch.setattr(digits_scenes, "split_digits", lambda: (range(10), range(10)))
+        patch.setattr(digits_scenes, "scenes", lambda _, scenes=digits_scenes.scenes: two(scenes, patch))
+        digits_scenes.write_digits_scenes(root)
+    annotations = root / "annotations/instances_val2017.json"
+    content = json.loads(annotations.read_text())
+    names = mmdet.datasets.CocoDataset.METAINFO["classes"]
+    content["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    annotations.write_text(json.dumps(content))
+
+    command = ["python", "detection/tools/test.py", TINY, checkpoint, "--work-dir", tmp_path / "test"]
+    done = run_command(*command, "--cfg-options", f"data_root={root}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "coco/segm_mAP_50" in done.stdout
+
+
+def two(scenes, patch):
+    patch.setattr(digits_scenes, "SCENES", {"val": 2})
+    patch.setattr(digits_scenes, "SEEDS", {"val": 2})
+    return list(scenes("val"))
+
+
+def test_get_flops():
+    done = run_command("python", "tools/get_flops.py", MICRO, "--shape", 128, 128, cwd=ROOT / "detection")
+    assert done.returncode == 0, done.stderr
+    rows = {row.split("|")[1].strip(): row.split("|")[2:4] for row in done.stdout.splitlines() if row.count("|") == 4}
+    parts = [float(rows[name][1]) for name in ("backbone", "neck", "rpn_head", "roi_head")]
+    assert sum(parts) == pytest.approx(float(rows["all"][1]), abs=0.2)
+    assert all(flops > 0 for flops in parts)
+
+
+def test_data_root_moves_all_paths():
+    cfg = Config.fromfile(MICRO)
+    tools.merge_options(cfg, {"data_root": "/elsewhere"})
+    assert cfg.val_evaluator.ann_file == "/elsewhere/annotations/instances_val.json"
+    assert cfg.train_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == "/elsewhere/"
+    assert "data/digits_scenes" not in cfg.pretty_text
+    tools.merge_options(cfg, {"data_root": "/again/", "val_evaluator.ann_file": "/mine.json"})
+    assert (cfg.val_evaluator.ann_file, cfg.data_root) == ("/mine.json", "/again/")
+
+
+# ----- what does not
+
+
+def message(monkeypatch, main, *arguments) -> str:
+    """What the command says as it ends."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main("mmdet")
+    assert str(ended.value).startswith("error: "), ended.value
+    return str(ended.value)
+
+
+def test_wrong_data_root(monkeypatch, tmp_path):
+    said = message(monkeypatch, tools.train, MICRO, "--work-dir", tmp_path / "w", *options(Path("/nowhere")))
+    assert "/nowhere/train/: no such folder (train_dataloader.dataset.data_prefix.img)" in said
+    assert "data_root=/path/to/data/" in said
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda coco: coco.pop("categories"), 'has no "categories" list'),
+        (lambda coco: coco.update(categories=3), 'has no "categories" list'),
+        (lambda coco: coco["categories"].pop(), "has no category '9'"),
+        (lambda coco: coco["categories"].reverse(), "must be in the order of"),
+        (lambda coco: [c.update(name=f"n{c['name']}") for c in coco["categories"]], "'0' and 9 more.*are n0, n1"),
+        (lambda coco: coco.clear(), 'has no "categories" list'),
+    ],
+    ids=["none", "a number", "one less", "another order", "other names", "empty"],
+)
+def test_annotations(monkeypatch, scenes, tmp_path, change, expected):
+    coco = json.loads((scenes / "annotations/instances_train.json").read_text())
+    change(coco)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(coco))
+    said = message(monkeypatch, tools.train, MICRO, *options(scenes, f"train_dataloader.dataset.ann_file={path}"))
+    assert re.search(rf"changed\.json.*{expected}|{expected} .*changed\.json", said), said
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff", b'{"categories": [{"name": '])
+def test_annotations_that_are_no_json(monkeypatch, scenes, tmp_path, content):
+    path = tmp_path / "broken.json"
+    path.write_bytes(content)
+    said = message(monkeypatch, tools.train, MICRO, *options(scenes, f"train_dataloader.dataset.ann_file={path}"))
+    assert "broken.json" in said
+
+
+def test_another_number_of_classes(monkeypatch, scenes):
+    said = message(monkeypatch, tools.train, MICRO, *options(scenes, "model.roi_head.bbox_head.num_classes=80"))
+    assert "bbox_head.num_classes is 80, but train_dataloader.dataset has 10 classes" in said
+
+
+def test_dims_that_do_not_fit_the_neck(monkeypatch, scenes):
+    said = message(monkeypatch, tools.train, MICRO, *options(scenes, "model.backbone.dims=32"))
+    assert "model.neck.in_channels is [16, 32, 64, 128]" in said
+    assert "[32, 64, 128, 256] channels" in said
+
+
+def test_checkpoints(monkeypatch, scenes, tmp_path):
+    def tested(path, *more):
+        return message(monkeypatch, tools.test, MICRO, path, "--work-dir", tmp_path / "w", *options(scenes, *more))
+
+    assert "/nowhere.pth: no such checkpoint file" in tested("/nowhere.pth")
+    assert not (tmp_path / "w").exists()
+    sizes = {"model.backbone.depths": (1, 1, 1, 1)}
+    path = published(tmp_path / "other.pth", MICRO, **sizes)
+    assert "other.pth: its weights are of another model: " in tested(path)
+    path = published(tmp_path / "classes.pth", MICRO, **{"model.roi_head.bbox_head.num_classes": 3})
+    assert "bbox_head.fc_cls.weight is (4, 256), not (11, 256)" in tested(path)
+    backbone = MODELS.build(dict(type="MM_SpatialMamba", dims=16, depths=(1, 1, 2, 1)))
+    torch.save({"model": backbone.state_dict()}, tmp_path / "classifier.pth")
+    assert "holds no weights under 'state_dict'" in tested(tmp_path / "classifier.pth")
+    whole = published(tmp_path / "whole.pth", MICRO)
+    whole.write_bytes(whole.read_bytes()[:-1000])
+    assert "whole.pth: is not a checkpoint" in tested(whole)
+
+
+@pytest.mark.parametrize("key", ["load_from", "model.backbone.pretrained"])
+def test_weights_to_start_from(monkeypatch, scenes, tmp_path, key):
+    def trained(path, *more):
+        arguments = [MICRO, "--work-dir", tmp_path / "w", *options(scenes, f"{key}={path}", *more)]
+        return message(monkeypatch, tools.train, *arguments)
+
+    assert "/nowhere.pth: no such checkpoint file" in trained("/nowhere.pth")
+    assert not (tmp_path / "w").exists()
+    path = published(tmp_path / "tiny.pth")
+    assert "spatialmamba_tiny: dims=64, depths=(2, 4, 8, 4)" in trained(path)
+
+
+def test_fine_tuning_for_other_classes(scenes, tmp_path):
+    """Heads may differ from a checkpoint's: mmengine says which do."""
+    path = published(tmp_path / "three.pth", MICRO, **{"model.roi_head.bbox_head.num_classes": 3})
+    arguments = train(tmp_path / "w", scenes, f"load_from={path}", "train_cfg.max_epochs=1")
+    done = run_command(*arguments, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert f"Load checkpoint from {path}" in done.stdout
+    assert "size mismatch for roi_head.bbox_head.fc_cls.weight" in done.stdout
+
+
+def test_what_does_not_fit_the_machine(monkeypatch, scenes):
+    assert "--amp) needs a GPU" in message(monkeypatch, tools.train, MICRO, "--amp", *options(scenes))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    said = message(monkeypatch, tools.train, MICRO, "--launcher", "pytorch", *options(scenes))
+    assert said == "error: 8 GPUs were asked for, but there are 2 here; ask for 2"
+
+
+def test_arguments(monkeypatch, scenes, tmp_path):
+    assert "no.py: no such config file" in message(monkeypatch, tools.train, "no.py")
+    said = message(monkeypatch, tools.test, MICRO, "c.pth", "--out", "found.json", *options(scenes))
+    assert "found.json: predictions are written as a pickle; name a .pkl file" in said
+    (tmp_path / "seg.py").write_text("default_scope = 'mmseg'\nmodel = dict(backbone=dict(type='ResNet'))\n")
+    assert "a config of mmseg, this is a tool for mmdet" in message(monkeypatch, tools.train, tmp_path / "seg.py")
+    said = message(monkeypatch, tools.train, MICRO, "--auto-scale-lr", *options(scenes, "auto_scale_lr=dict(a=1)"))
+    assert "needs" in said
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("mmengine/__init__.py", "error: mmengine is needed and cannot be imported"),
+        ("mmdet/__init__.py", "error: mmdet is needed and cannot be imported"),
+        ("mmcv/ops/__init__.py", "error: this mmcv has no compiled operators"),
+    ],
+)
+def test_what_is_not_installed(missing, expected, tmp_path):
+    module = tmp_path / missing
+    module.parent.mkdir(parents=True)
+    for folder in module.parents:
+        if folder != tmp_path and tmp_path in folder.parents:
+            (folder / "__init__.py").write_text("")
+    module.write_text("raise ModuleNotFoundError('not there')")
+    done = run_command("python", "detection/tools/train.py", MICRO, cwd=ROOT, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(expected)
+    assert "requirements-openmmlab.txt" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_shell_arguments():
+    done = run_command("bash", "detection/tools/dist_train.sh", MICRO, cwd=ROOT)
+    assert (done.returncode, done.stderr.startswith("usage: ")) == (2, True)
+    done = run_command("bash", "detection/tools/dist_test.sh", MICRO, "c.pth", "two", cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: GPUS is a number of processes, got 'two'\n")
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_slurm(name, tmp_path):
+    """With a stand-in for srun that prints what it was asked."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    script = ROOT / f"detection/tools/slurm_{name}.sh"
+    done = subprocess.run(
+        ["bash", script, "part", "job", MICRO, "last"], env={**os.environ, "PATH": path, "GPUS": "16"}, text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    said = done.stdout.splitlines()
+    assert {"--partition=part", "--job-name=job", "--ntasks=16", "--gres=gpu:8", "--ntasks-per-node=8"} <= set(said)
+    tail = [str(ROOT / f"detection/tools/{name}.py"), str(MICRO)]
+    assert said[-len(tail) - (2 if name == "train" else 1) :][: len(tail)] == tail
+    assert said[-2 if name == "train" else -1 :] == (["--work-dir", "last"] if name == "train" else ["last"])
+    assert 'exec python -u "$@" --launcher slurm' in done.stdout
