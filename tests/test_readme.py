@@ -9,14 +9,23 @@ import shutil
 from pathlib import Path
 
 import pytest
-from running import ROOT, run_command
+import torch
+from running import ROOT, free_port, run_command
+from scenes import write_coco
 
 from classification.data.digits import write_digits
+from classification.models import spatialmamba_tiny
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("bash", "python")}
 MAKE_TEST = "make test\n"  # this very run
 MAKE_DEMO = "make demo\n"  # test_demo
+MAKE_DEMO_DETECTION = "make demo-detection\n"  # test_demo_detection
+MAKE_OPENMMLAB = "make install-openmmlab\n"  # before this run, by `make test`
+MAKE = (MAKE_TEST, MAKE_DEMO, MAKE_DEMO_DETECTION, MAKE_OPENMMLAB)
+CD_DETECTION = "cd detection\n"
+DETECTION_CONFIGS = ROOT / "detection/configs/spatialmamba"
+EXAMPLE, MINE, DETECTOR = range(3)  # blocks of Python
 SLURM = "slurm_train.sh"  # tests/classification/test_distributed.py
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
@@ -49,8 +58,10 @@ def reduced(command: str, folder: Path) -> str:
 
 def test_commands_for_imagenet(folder):
     """In the README's order: what is trained first is evaluated and fine-tuned after."""
-    blocks = [block for block in BLOCKS["bash"] if block not in (MAKE_TEST, MAKE_DEMO) and SLURM not in block]
-    assert len(blocks) == 9
+    blocks = [block for block in BLOCKS["bash"] if block not in MAKE and SLURM not in block]
+    detection = [block for block in blocks if block.startswith(CD_DETECTION)]
+    blocks = [block for block in blocks if block not in detection]
+    assert (len(blocks), len(detection)) == (9, 4)
     for block in blocks:
         script = "\n".join(reduced(line, folder) for line in block.splitlines())
         done = run_command("bash", "-euc", script, cwd=ROOT)
@@ -67,8 +78,31 @@ def test_commands_for_imagenet(folder):
     assert (folder / "output-of-launch/spatialmamba_tiny/default/best.pth").exists()
 
 
+def test_commands_for_coco(tmp_path):
+    """An epoch of a few small scenes: what is trained first is tested after, and fine-tuned."""
+    datasets = pytest.importorskip("mmdet.datasets", reason="make install-openmmlab")
+    write_coco(tmp_path / "coco", datasets.CocoDataset.METAINFO["classes"])
+    write_coco(tmp_path / "mine", ("cat", "dog"))
+    torch.save({"model": spatialmamba_tiny().state_dict()}, tmp_path / "checkpoint.pth")
+    mine = BLOCKS["python"][MINE].replace("/path/to/", f"{tmp_path}/").replace('"./', f'"{DETECTION_CONFIGS}/')
+    (tmp_path / "mine.py").write_text(mine)
+    for block in (block for block in BLOCKS["bash"] if block.startswith(CD_DETECTION) and SLURM not in block):
+        script = block.replace("/path/to/", f"{tmp_path}/").replace(".py 8 ", ".py 2 ").strip()
+        script = script.replace("configs/spatialmamba/mine.py", f"{tmp_path}/mine.py")
+        if "dist_train" in block:
+            script += " train_cfg.max_epochs=1 train_dataloader.batch_size=1"
+            script += ' train_dataloader.dataset.pipeline.2.scale="(128,128)"'
+        done = run_command("bash", "-euc", script, cwd=ROOT, PORT=str(free_port()))
+        assert done.returncode == 0, f"{script}\n{done.stderr[-4000:]}"
+        if "pretrained" in block:
+            shutil.copy(tmp_path / "output/mask_rcnn/epoch_1.pth", tmp_path / "detector.pth")
+            assert "'model' in" in done.stdout
+    assert (tmp_path / "output/mine/epoch_1.pth").exists()
+
+
 def test_python_example():
-    (block,) = BLOCKS["python"]
+    assert len(BLOCKS["python"]) == 3
+    block = BLOCKS["python"][EXAMPLE]
     scope = {}
     exec(compile(block, "README.md", "exec"), scope)
     assert scope["logits"].shape == (1, 1000)
@@ -102,6 +136,27 @@ def test_demo(tmp_path):
     assert done.stdout.count(f"  {again['top1']:.3f} %") == 2
     assert (run / "learning_curve.png").exists()
     assert (run / "predictions.png").exists()
+
+
+def test_demo_detection(tmp_path):
+    """`make demo-detection` whole, and what it has trained by mmdet's own interface in another folder."""
+    pytest.importorskip("mmdet", reason="make install-openmmlab")
+    assert MAKE_DEMO_DETECTION in BLOCKS["bash"]
+    scenes, output = tmp_path / "data/digits_scenes", tmp_path / "output"
+    done = run_command(
+        "make", "demo-detection", f"SCENES={scenes}", f"OUTPUT={output}", cwd=ROOT, PORT=str(free_port())
+    )
+    assert done.returncode == 0, done.stderr
+    found = {name: float(value) for name, value in re.findall(r"coco/(\w+_mAP_50): ([\d.]+)", done.stdout)}
+    assert found.keys() == {"bbox_mAP_50", "segm_mAP_50"}
+    assert min(found.values()) >= 0.5
+    run = output / "mask_rcnn_spatialmamba_micro_digits"
+    assert len(list((run / "predictions").glob("*.png"))) == 96
+
+    block = BLOCKS["python"][DETECTOR].replace('"detection/configs', f'"{ROOT}/detection/configs')
+    done = run_command("python", "-c", block, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"tensor\(\[\d.*torch\.Size\(\[\d+, 128, 128\]\)", done.stdout, re.DOTALL)
 
 
 def test_ruff_is_the_same_everywhere():

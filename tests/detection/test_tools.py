@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from running import ROOT, free_port, run_command
+from scenes import write_coco, write_few_scenes
 
 pytest.importorskip("mmdet", reason="make install-openmmlab")
 import mmdet
@@ -19,7 +20,6 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 
-from classification.data import digits_scenes
 from classification.openmmlab import tools
 
 CONFIGS = ROOT / "detection/configs/spatialmamba"
@@ -32,11 +32,7 @@ QUICK += ["val_dataloader.num_workers=0", "val_dataloader.persistent_workers=Fal
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("detection") / "scenes"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits_scenes, "SCENES", {"train": 16, "val": 4})
-        digits_scenes.write_digits_scenes(root)
-    return root
+    return write_few_scenes(tmp_path_factory.mktemp("detection") / "scenes")
 
 
 def options(scenes: Path, *more: str) -> list[str]:
@@ -136,29 +132,11 @@ def test_a_published_checkpoint_is_tested(tmp_path):
     state = torch.load(checkpoint, weights_only=False)["state_dict"]  # our own, just written
     assert {k[9:]: list(v.shape) for k, v in state.items() if k.startswith("backbone.")} == layout
 
-    root = tmp_path / "coco"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits_scenes, "SCENES", {"val2017": 2})
-        patch.setattr(digits_scenes, "SEEDS", {"val2017": 2})
-        patch.setattr(digits_scenes, "split_digits", lambda: (range(10), range(10)))
-        patch.setattr(digits_scenes, "scenes", lambda _, scenes=digits_scenes.scenes: two(scenes, patch))
-        digits_scenes.write_digits_scenes(root)
-    annotations = root / "annotations/instances_val2017.json"
-    content = json.loads(annotations.read_text())
-    names = mmdet.datasets.CocoDataset.METAINFO["classes"]
-    content["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
-    annotations.write_text(json.dumps(content))
-
+    root = write_coco(tmp_path / "coco", mmdet.datasets.CocoDataset.METAINFO["classes"])
     command = ["python", "detection/tools/test.py", TINY, checkpoint, "--work-dir", tmp_path / "test"]
     done = run_command(*command, "--cfg-options", f"data_root={root}", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "coco/segm_mAP_50" in done.stdout
-
-
-def two(scenes, patch):
-    patch.setattr(digits_scenes, "SCENES", {"val": 2})
-    patch.setattr(digits_scenes, "SEEDS", {"val": 2})
-    return list(scenes("val"))
 
 
 def test_get_flops():
