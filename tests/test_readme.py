@@ -92,6 +92,7 @@ def test_commands_for_coco(tmp_path):
         if "dist_train" in block:
             script += " train_cfg.max_epochs=1 train_dataloader.batch_size=1"
             script += ' train_dataloader.dataset.pipeline.2.scale="(128,128)"'
+            script += ' val_dataloader.dataset.pipeline.1.scale="(128,128)"'
         done = run_command("bash", "-euc", script, cwd=ROOT, PORT=str(free_port()))
         assert done.returncode == 0, f"{script}\n{done.stderr[-4000:]}"
         if "pretrained" in block:
