@@ -23,6 +23,7 @@ from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
 BACKBONE = "backbone."  # where a toolchain's model keeps it
+STEM = "patch_embed."
 ONLY_CLASSIFIER, ONLY_BACKBONE = ("norm.", "head."), "outnorm"
 
 
@@ -104,7 +105,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
             for config in checkpoints:
                 self._load(config["checkpoint"], config.get("prefix", ""))
             if not checkpoints:
-                _say("no pretrained weights were named (pretrained=CHECKPOINT): from scratch", logging.WARNING)
+                _say("pretrained names no checkpoint: initialised from scratch", logging.WARNING)
 
     def _load(self, path: str, prefix: str) -> None:
         state, source = _backbone_weights(load_from_local(path), path, prefix)
@@ -120,13 +121,15 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
 
 
 def _backbone_weights(content: dict, path: str, prefix: str) -> tuple[StateDict, str]:
-    """The weights and where in the checkpoint they were: `model`, as the authors' configs do, or `state_dict`."""
-    if "state_dict" not in content:
+    """The weights and where in the checkpoint they were: `model`, as the authors' configs do, else `state_dict`."""
+    if "model" in content or "state_dict" not in content:
         if prefix:
             raise UserError(f"{path}: has no 'state_dict', so there is no prefix {prefix!r} in it; leave it out")
         return state_dicts(content, path)["model"], "'model'" if "model" in content else "the state dict"
-    prefix = f"{prefix.rstrip('.')}." if prefix else BACKBONE
     state = weights_of(content, path)
+    if not prefix and any(key.startswith(STEM) for key in state):
+        return state, "'state_dict'"
+    prefix = f"{prefix.rstrip('.')}." if prefix else BACKBONE
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not found:
         raise UserError(f"{path}: no name in its 'state_dict' begins with {prefix!r}; name another prefix in init_cfg")

@@ -1,12 +1,15 @@
-"""What a config and its data must satisfy, looked at before anything is built, so that a mistake is one clear line."""
+"""What a config, its data and its checkpoints must satisfy, looked at early, so that a mistake is one clear line."""
 
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 from torch import nn
 
@@ -18,25 +21,38 @@ from classification.openmmlab.checkpoint import load_from_local, weights_of
 
 def check_channels(model: ConfigDict) -> None:
     """Raise a UserError if what follows the backbone expects other channels than it gives."""
-    backbone = model.backbone
-    if backbone.type != "MM_SpatialMamba":
+    backbone = model.get("backbone")
+    if not backbone or backbone.type != "MM_SpatialMamba":
         return
     dims, depths = backbone.get("dims", 64), backbone.get("depths", (2, 4, 8, 4))
     dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
     given = [dims[i] for i in backbone.get("out_indices", (0, 1, 2, 3)) if i < len(dims)]
-    if "neck" in model:
-        _compare_channels("neck", model.neck.get("in_channels"), given)
+    if neck := model.get("neck"):
+        _compare_channels("neck", neck[0] if isinstance(neck, list) else neck, given)
+    else:
+        for part in ("decode_head", "auxiliary_head"):
+            heads = model.get(part) or []
+            for head in heads if isinstance(heads, list) else [heads]:
+                _compare_channels(part, head, given)
 
 
-def _compare_channels(part: str, wanted: Sequence[int] | int | None, given: list[int]) -> None:
-    if isinstance(wanted, (list, tuple)) and list(wanted) != given:
+def _compare_channels(part: str, config: ConfigDict, given: list[int]) -> None:
+    wanted, index = config.get("in_channels"), config.get("in_index")
+    if isinstance(index, (list, tuple)):
+        given = [given[i] for i in index if -len(given) <= i < len(given)]
+    elif index is not None and -len(given) <= index < len(given):
+        given = given[index]
+    wanted = list(wanted) if isinstance(wanted, (list, tuple)) else wanted
+    if type(wanted) is type(given) and wanted != given:
         raise UserError(
-            f"model.{part}.in_channels is {list(wanted)}, but the backbone's maps have {given} channels; "
-            f"set model.{part}.in_channels to these, or model.backbone.dims"
+            f"model.{part}.in_channels is {wanted}, but the backbone's maps have {given} channels; "
+            f"set model.{part}.in_channels to that, or model.backbone.dims"
         )
 
 
 # ----- data
+
+CHUNK = 2**24  # bytes that a list of categories has room in
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
@@ -47,7 +63,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
         evaluator = cfg.get(f"{split}_evaluator")
         for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
-            if isinstance(metric, dict) and metric.get("ann_file"):
+            if isinstance(metric, dict) and metric.get("ann_file") and not metric.get("backend_args"):
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
 
 
@@ -73,6 +89,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     _must_exist(annotations, "annotation file", f"{key}.ann_file")
     if dataset.type == "CocoDataset":
         classes = (dataset.get("metainfo") or {}).get("classes") or _default_classes(dataset.type)
+        classes = list_from_file(classes) if isinstance(classes, str) else classes
         _check_categories(annotations, list(classes), key)
         _check_num_classes(cfg.model, len(classes), key)
 
@@ -105,22 +122,29 @@ def _check_categories(path: str, classes: list[str], key: str) -> None:
 
 
 def _categories(path: str) -> list[str]:
-    """Names of a COCO file's categories, read without the annotations, which can be half a gigabyte."""
-    with open(path, "rb") as file:
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path}: is empty, not a COCO annotation file")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            start = text.find(b'"categories"')
-            start = text.find(b"[", start) if start >= 0 else -1
-            chunk = text[start : start + 2**24].decode(errors="ignore") if start >= 0 else ""
-    try:
-        found, _ = json.JSONDecoder().raw_decode(chunk)
-        return [category["name"] for category in found]
-    except (ValueError, TypeError, KeyError):
-        pass
+    """Names of a COCO file's categories, where that can be without parsing half a gigabyte of annotations."""
+    for read in (_categories_at_an_end, _categories_in_all):
+        with suppress(ValueError, TypeError, KeyError):
+            return [category["name"] for category in read(path)]
     raise UserError(
         f'{path}: is no COCO annotation file: it has no "categories" list of {{"id": ..., "name": ...}}; add one'
     )
+
+
+def _categories_at_an_end(path: str) -> list[dict]:
+    """The file's first list of that name or its last, if they are of categories: images may have such lists too."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for at in (text.find(b'"categories"'), text.rfind(b'"categories"')):
+            chunk = text[at : at + CHUNK].decode(errors="ignore") if at >= 0 else ""
+            if start := re.match(r'"categories"\s*:\s*(?=\[\s*\{)', chunk):
+                found, _ = json.JSONDecoder().raw_decode(chunk, start.end())
+                if all("name" in category for category in found):
+                    return found
+    raise ValueError("no categories")
+
+
+def _categories_in_all(path: str) -> list[dict]:
+    return json.loads(Path(path).read_bytes())["categories"]
 
 
 def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:

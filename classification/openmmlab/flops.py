@@ -7,6 +7,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from classification.errors import UserError
 from classification.flops import analyse
 
 BOX_PROPOSALS, MASK_PROPOSALS = 1000, 100  # for each image, as published figures count them
@@ -34,9 +35,17 @@ class _TwoStage(nn.Module):
 
 
 def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnalysis:
-    """FLOPs of one image of `size` (height, width), evaluation mode."""
+    """FLOPs of one image of `size` (height, width), evaluation mode.
+
+    Raises:
+        UserError: a detector whose number of proposals is not known here.
+    """
     model = revert_sync_batchnorm(model).eval()
-    return analyse(_TwoStage(model) if hasattr(model, "roi_head") else model, torch.zeros(1, 3, *size))
+    if not hasattr(model, "roi_head"):
+        return analyse(model, torch.zeros(1, 3, *size))
+    if type(model.roi_head).__name__ != "StandardRoIHead":
+        raise UserError(f"FLOPs are counted for mmdet's StandardRoIHead, not for {type(model.roi_head).__name__}")
+    return analyse(_TwoStage(model), torch.zeros(1, 3, *size))
 
 
 def complexity_table(cfg: Config, size: tuple[int, int]) -> str:

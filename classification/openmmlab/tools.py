@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.registry import METRICS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from classification.errors import UserError
@@ -54,7 +54,8 @@ def test(scope: str) -> None:
     add_run_arguments(parser)
     add = parser.add_argument
     add("checkpoint", help="checkpoint file")
-    add("--out", metavar="PKL", help="write the predictions to a pickle file")
+    add("--tta", action="store_true", help="test-time augmentation by the config's tta_model and tta_pipeline")
+    add("--out", help="write the predictions: mmdet's to a pickle file, mmseg's to a folder")
     add("--show", action="store_true", help="show predictions on a screen")
     add("--show-dir", help="folder for images with predictions drawn; under the work dir unless absolute")
     add("--wait-time", type=float, default=2, help="seconds that --show shows an image")
@@ -70,21 +71,19 @@ def get_flops(scope: str, size: tuple[int, int]) -> None:
 
 
 def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Namespace, scope: str) -> None:
-    """Do it; what goes wrong by the user's hand is said once, by the first process."""
+    """Do it; what goes wrong by the user's hand is said once on each machine."""
     try:
         work(args, _read_config(args, scope))
     except UserError as error:
-        sys.exit(f"error: {error}" if _rank() == 0 else 1)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 # ----- the config
 
 
 def _read_config(args: argparse.Namespace, scope: str) -> Config:
+    if "launcher" in args:
+        _name_ranks(args.launcher, args.local_rank)
     if not Path(args.config).is_file():
         raise UserError(f"{args.config}: no such config file")
     cfg = Config.fromfile(args.config)
@@ -97,67 +96,89 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
 
 
 def merge_options(cfg: Config, options: dict) -> None:
-    """Merge `--cfg-options`. A new `data_root` also replaces the old one where the config has copied it to.
+    """Merge `--cfg-options`. A new `data_root` first replaces the old one where the config has copied it to.
 
     A config's `val_evaluator.ann_file = data_root + ...` and the like were put together when it was read.
     """
-    before = cfg.get("data_root")
+    old, new = cfg.get("data_root"), options.get("data_root")
+    if old and new:
+        for key in cfg.keys() - {"work_dir", "load_from", "resume"}:
+            cfg[key] = _moved(cfg[key], old.rstrip("/"), new.rstrip("/"))
+        options = {**options, "data_root": os.path.join(new, "")}
     cfg.merge_from_dict(options)
-    if "data_root" in options and before:
-        cfg.data_root = os.path.join(cfg.data_root, "")
-        for key, value in list(cfg.items()):
-            cfg[key] = _replace_prefix(value, before, cfg.data_root)
 
 
-def _replace_prefix(value: object, old: str, new: str) -> object:
+def _moved(value: object, old: str, new: str) -> object:
     if isinstance(value, dict):
         for key, item in list(value.items()):
-            value[key] = _replace_prefix(item, old, new)
-        return value
-    if isinstance(value, (list, tuple)):
-        return type(value)(_replace_prefix(item, old, new) for item in value)
-    return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
+            value[key] = _moved(item, old, new)
+    elif isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, old, new) for item in value)
+    elif isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+        return new + value.removeprefix(old)
+    return value
+
+
+# ----- processes
+
+RANKS = {  # what says rank, number of processes, and rank and number on this machine
+    "pytorch": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+}
 
 
 def _prepare(cfg: Config, args: argparse.Namespace) -> None:
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
-    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if torch.cuda.is_available():
-        _check_gpus(args.launcher)
-    else:
+    if args.launcher == "none":
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if not torch.cuda.is_available():
         _use_cpu(cfg, args.launcher)
+    elif args.launcher != "none":
+        _check_gpus(args.launcher)
+
+
+def _name_ranks(launcher: str, local_rank: int) -> None:
+    """Have RANK, WORLD_SIZE and LOCAL_RANK say what the launcher does: mmengine and PyTorch look there."""
+    if launcher == "pytorch":
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # an argument of torch.distributed.launch, once
+    for name, source in zip(RANKS["pytorch"][:3], RANKS.get(launcher, ()), strict=False):
+        if source not in os.environ:
+            raise UserError(
+                f"--launcher {launcher}: {source} is not set; start the processes by dist_train.sh, slurm_train.sh or "
+                "the like, or leave --launcher out"
+            )
+        os.environ[name] = os.environ[source]
 
 
 def _check_gpus(launcher: str) -> None:
-    there, local_rank = torch.cuda.device_count(), os.environ["LOCAL_RANK"]
-    local_rank = int(os.environ.get("SLURM_LOCALID", local_rank) if launcher == "slurm" else local_rank)
-    asked = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-    if launcher != "none" and max(asked, local_rank + 1) > there:
-        raise UserError(
-            f"{max(asked, local_rank + 1)} GPUs were asked for, but there are {there} here; ask for {there}"
-        )
+    """The same in each process of a machine, so that none waits for another that has ended."""
+    asked = max(int(os.environ.get(RANKS[launcher][3], 0)), int(os.environ["LOCAL_RANK"]) + 1)
+    there = torch.cuda.device_count()
+    if asked > there:
+        raise UserError(f"{asked} GPUs were asked for, but there are {there} here; ask for {there}")
 
 
 def _use_cpu(cfg: Config, launcher: str) -> None:
     """mmengine's own set-up of several processes calls CUDA; it leaves alone one that is there already."""
-    if cfg.optim_wrapper.type == "AmpOptimWrapper":
-        raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     _replace_sync_bn(cfg)
+    cfg.pop("sync_bn", None)
     if launcher == "none":
         return
-    if launcher == "slurm":
-        for name, of_slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
-            os.environ[name] = os.environ[f"SLURM_{of_slurm}"]
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"--launcher {launcher}: MASTER_ADDR, the first machine's address, is not set")
+    os.environ.setdefault("MASTER_PORT", "29500")
     torch.distributed.init_process_group("gloo")
-    if _rank() == 0:
+    if os.environ["RANK"] == "0":
         print_log(f"no GPU: {os.environ['WORLD_SIZE']} processes on the CPU", level=logging.WARNING)
-    wrapper = cfg.get("model_wrapper_cfg") or {}
-    unused = cfg.get("find_unused_parameters", False)
-    cfg.model_wrapper_cfg = dict(
-        type="MMDistributedDataParallel", broadcast_buffers=False, find_unused_parameters=unused, **wrapper
-    )
-    cfg.model_wrapper_cfg.device_ids = None
+    cfg.model_wrapper_cfg = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": cfg.get("find_unused_parameters", False),
+        **(cfg.get("model_wrapper_cfg") or {}),
+        "device_ids": None,
+    }
 
 
 def _replace_sync_bn(value: object) -> None:
@@ -187,43 +208,72 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == RESUME_LATEST else args.resume
     check_file(cfg.get("load_from"))
-    check_file(cfg.model.backbone.get("pretrained"))
+    check_file((cfg.model.get("backbone") or {}).get("pretrained"))
     check_data(cfg, ("train", "val"))
     _prepare(cfg, args)
+    if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
+        raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
+    if cfg.get("resume") and not cfg.get("load_from"):
+        cfg.load_from = _latest_checkpoint(cfg.work_dir)
     runner = _build(cfg)
-    resumed = cfg.load_from or find_latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None
-    if resumed or cfg.get("load_from"):
-        check_checkpoint(_unwrapped(runner), resumed or cfg.load_from, only_backbone=not resumed)
+    if cfg.get("load_from"):
+        check_checkpoint(_unwrapped(runner), cfg.load_from, only_backbone=not cfg.get("resume"))
     runner.train()
 
 
+def _latest_checkpoint(work_dir: str) -> str | None:
+    """mmengine notes its whole path, which is another once the folder has been moved."""
+    noted = find_latest_checkpoint(work_dir)
+    moved = os.path.join(work_dir, os.path.basename(noted)) if noted else None
+    return moved if moved and os.path.isfile(moved) else noted
+
+
 def _test(args: argparse.Namespace, cfg: Config) -> None:
-    if args.out and not args.out.endswith((".pkl", ".pickle")):
+    if args.out and cfg.default_scope == "mmdet" and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"{args.out}: predictions are written as a pickle; name a .pkl file")
     check_file(args.checkpoint)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show or args.show_dir:
-        cfg.default_hooks.visualization.update(
-            draw=True, show=args.show, wait_time=args.wait_time, test_out_dir=args.show_dir
-        )
+        _draw(args, cfg)
+    if args.tta:
+        _augment(args, cfg)
+    if args.out and cfg.default_scope == "mmseg":
+        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
     check_data(cfg, ("test",))
     _prepare(cfg, args)
     runner = _build(cfg)
     check_checkpoint(_unwrapped(runner), args.checkpoint)
-    if args.out:
-        runner.test_evaluator.metrics.append(_dump(cfg.default_scope, args.out))
+    if args.out and cfg.default_scope == "mmdet":
+        runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
     runner.test()
 
 
+def _draw(args: argparse.Namespace, cfg: Config) -> None:
+    """mmdet's hook and mmseg's differ in where images go and how many are drawn."""
+    if not cfg.get("default_hooks", {}).get("visualization"):
+        raise UserError(f"{args.config}: has no default_hooks.visualization, which draws; add it, or leave --show out")
+    cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if cfg.default_scope == "mmdet":
+        cfg.default_hooks.visualization.test_out_dir = args.show_dir
+    else:
+        cfg.default_hooks.visualization.interval = 1
+        cfg.visualizer.save_dir = args.show_dir
+
+
+def _augment(args: argparse.Namespace, cfg: Config) -> None:
+    for key in ("tta_model", "tta_pipeline"):
+        if not cfg.get(key):
+            raise UserError(f"{args.config}: has no {key}, which --tta needs; add one, or leave --tta out")
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
 def _unwrapped(runner: Runner) -> torch.nn.Module:
-    return getattr(runner.model, "module", runner.model)
-
-
-def _dump(scope: str, path: str) -> object:
-    from mmengine.registry import METRICS
-
-    kind = "DumpDetResults" if scope == "mmdet" else "DumpResults"
-    return METRICS.build(dict(type=kind, out_file_path=path))
+    """The model itself, out of wrappers for several processes and for test-time augmentation."""
+    model = runner.model
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _get_flops(args: argparse.Namespace, cfg: Config) -> None:

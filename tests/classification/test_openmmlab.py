@@ -5,7 +5,10 @@ import logging
 import pickle
 import zipfile
 from collections import OrderedDict
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -165,6 +168,14 @@ def test_a_toolchain_checkpoint(prefix, tmp_path):
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in backbone.state_dict().items())
 
 
+def test_a_toolchain_classifier(classifier, tmp_path):
+    """Names without a prefix, and `model` before `state_dict` where there are both."""
+    other = spatialmamba_micro(num_classes=7)
+    assert_same_trunk(loaded(save({"state_dict": classifier.state_dict()}, tmp_path / "s.pth")), classifier)
+    both = {"state_dict": other.state_dict(), "model": classifier.state_dict()}
+    assert_same_trunk(loaded(save(both, tmp_path / "b.pth")), classifier)
+
+
 def test_a_checkpoint_comes_after_other_initialisation(classifier, tmp_path):
     path = save(classifier.state_dict(), tmp_path / "c.pth")
     constant = dict(type="Constant", layer="LayerNorm", val=3.0)
@@ -301,6 +312,78 @@ def test_arrays_of_objects_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"o\.pth"):
         load_from_local(save({"a": np.array([Runs(tmp_path / "ran")])}, tmp_path / "o.pth"))
     assert not (tmp_path / "ran").exists()
+
+
+class Forged:
+    """A NumPy type whose state has been made up; NumPy believes it, and follows what it takes for pointers."""
+
+    def __init__(self, *state: object):
+        self.state = state
+
+    def __reduce__(self):
+        return np.dtype, ("V8", False, True), self.state
+
+
+@pytest.mark.parametrize("state", [(3, "|", None, None, None, 8, 1, 63), (3, "|", ("O8", (2,)), None, None, 16, 1, 0)])
+def test_forged_types_are_refused(state, tmp_path):
+    with pytest.raises(UserError, match=r"f\.pth"):
+        load_from_local(save({"d": Forged(*state)}, tmp_path / "f.pth"))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.ones(2, ">i4"), np.zeros((0, 3)),
+     np.array(5, "f4"), np.array([True, False]), np.array([1 + 2j])],
+    ids=lambda array: f"{array.dtype}-{array.shape}",
+)  # fmt: skip
+def test_arrays_are_what_they_were(array, tmp_path):
+    content = load_from_local(save({"nested": [({"a": array},)], "s": array.dtype.type(1)}, tmp_path / "a.pth"))
+    found = content["nested"][0][0]["a"]
+    assert type(found) is np.ndarray
+    assert found.dtype == array.dtype
+    np.testing.assert_array_equal(found, array)
+    assert content["s"] == 1
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """Where tmp_path / "served" is served from, and downloads that go to tmp_path / "hub"."""
+    (tmp_path / "served").mkdir()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_is_downloaded_is_read_as_safely(address, tmp_path):
+    """mmengine hands addresses to torch.hub, which unpickles whatever it gets."""
+    save({"state_dict": {"weight": torch.ones(1, 1)}, "x": Runs(tmp_path / "ran")}, tmp_path / "served/m.pth")
+    save({"x": Runs(tmp_path / "ran", by_method=True)}, tmp_path / "served/evil.pth")
+    model = torch.nn.Linear(1, 1, bias=False)
+    load_checkpoint(model, f"{address}/m.pth")
+    assert model.weight.item() == 1
+    with pytest.raises(UserError, match="holds pickled objects"):
+        load_checkpoint(model, f"{address}/evil.pth")
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        load_checkpoint(model, f"{address}/none.pth")
+    with pytest.raises(UserError, match="knows no checkpoint of that name"):
+        load_checkpoint(model, "torchvision://none")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_named_checkpoints_are_downloaded(address, tmp_path, monkeypatch):
+    save({"state_dict": {"weight": torch.ones(1, 1)}}, tmp_path / "served/m.pth")
+    for names, name in (
+        ("get_torchvision_models", "torchvision://n"),
+        ("get_external_models", "open-mmlab://n"),
+        ("get_mmcls_models", "mmcls://n"),
+    ):
+        monkeypatch.setattr(f"classification.openmmlab.checkpoint.{names}", lambda: {"n": f"{address}/m.pth"})
+        model = torch.nn.Linear(1, 1, bias=False)
+        load_checkpoint(model, name)
+        assert model.weight.item() == 1
 
 
 def test_classification_still_refuses_them(tmp_path):

@@ -10,10 +10,12 @@ pytest.importorskip("mmdet", reason="make install-openmmlab")
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 
+from classification.errors import UserError
 from classification.openmmlab.flops import count_model_flops
 
 CONFIGS = Path(__file__).parents[2] / "detection/configs/spatialmamba"
@@ -82,6 +84,7 @@ def test_effective_config(name):
     else:
         assert train["Resize"] == test["Resize"]
     assert cfg.val_evaluator.metric == ["bbox", "segm"]
+    assert [hook.type for hook in cfg.custom_hooks] == ["SyncBuffersHook", "CheckInvalidLossHook"]
     assert not re.search("swin|window_size=7|http", cfg.pretty_text, re.IGNORECASE)
 
 
@@ -109,6 +112,12 @@ def test_published_size(name):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == parameters
     with torch.no_grad():
         assert count_model_flops(model, (1280, 800)).total() / 1e9 == pytest.approx(flops, rel=0.01)
+
+
+def test_flops_of_another_head_are_not_guessed():
+    cascade = build(get_config("mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py"))
+    with pytest.raises(UserError, match="not for CascadeRoIHead"):
+        count_model_flops(cascade, (64, 64))
 
 
 @pytest.mark.parametrize("name", ["tiny_3x", "small_3x"])
@@ -146,4 +155,5 @@ def test_a_training_step():
     for name, parameter in model.backbone.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
         assert not torch.equal(parameter, before[name]), name

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 
 from classification.openmmlab import tools
+from classification.openmmlab.checks import check_channels, check_data
 
 CONFIGS = ROOT / "detection/configs/spatialmamba"
 MICRO = CONFIGS / "mask_rcnn_spatialmamba_micro_digits.py"
@@ -47,46 +49,52 @@ def train(work_dir: Path, scenes: Path, *more: str) -> list:
 
 
 def test_interrupted_training_resumes(scenes, tmp_path):
-    command = [sys.executable, *map(str, train(tmp_path, scenes)[1:])]
+    """Killed somewhere after its first epoch, in a folder that is then moved."""
+    folder = tmp_path / "before"
+    command = [sys.executable, *map(str, train(folder, scenes, "train_cfg.max_epochs=3")[1:])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     with (tmp_path / "first.txt").open("w") as out:
         first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
         deadline = time.monotonic() + 300
-        while not (tmp_path / "last_checkpoint").exists() and first.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while not (folder / "last_checkpoint").exists() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
         first.send_signal(signal.SIGKILL)
         first.wait()
-    assert (tmp_path / "epoch_1.pth").exists(), (tmp_path / "first.txt").read_text()
-    assert not (tmp_path / "epoch_2.pth").exists()
+    assert (folder / "epoch_1.pth").exists(), (tmp_path / "first.txt").read_text()[-2000:]
+    assert not (folder / "epoch_3.pth").exists()
+    done_before = int(re.search(r"epoch_(\d)", (folder / "last_checkpoint").read_text()).group(1))
 
-    done = run_command(*train(tmp_path, scenes), "--resume", cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "resumed epoch: 1, iter: 4" in done.stdout
-    assert re.findall(r"Epoch\(train\) *\[(\d)\]\[(\d)/4\]", done.stdout) == [("2", str(i)) for i in range(1, 5)]
-    last = torch.load(tmp_path / "epoch_2.pth", weights_only=False)  # our own, just written
-    assert (last["meta"]["epoch"], last["meta"]["iter"]) == (2, 8)
+    folder = folder.rename(tmp_path / "after")
+    done = run_command(*train(folder, scenes, "train_cfg.max_epochs=3"), "--resume", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"resumed epoch: {done_before}, iter: {4 * done_before}" in done.stdout
+    expected = [(str(epoch), str(i)) for epoch in range(done_before + 1, 4) for i in range(1, 5)]
+    assert re.findall(r"Epoch\(train\) *\[(\d)\]\[(\d)/4\]", done.stdout) == expected
+    last = torch.load(folder / "epoch_3.pth", weights_only=False)  # our own, just written
+    assert (last["meta"]["epoch"], last["meta"]["iter"]) == (3, 12)
     loss = last["message_hub"]["log_scalars"]["train/loss"]
-    assert len(loss.data[0]) == 8  # of both runs
-    assert last["optimizer"]["state"][0]["step"] == 8
+    assert len(loss.data[0]) == 12  # of both runs
+    assert last["optimizer"]["state"][0]["step"] == 12
 
 
-def test_two_processes_agree(scenes, tmp_path):
-    """Through dist_train.sh and dist_test.sh, from another folder; running statistics are the processes' mean."""
+def test_two_processes(scenes, tmp_path):
+    """Through dist_train.sh and dist_test.sh, from another folder, with a wrapper of the config's own."""
     tools_folder = ROOT / "detection/tools"
     port = str(free_port())
     command = ["bash", tools_folder / "dist_train.sh", MICRO, 2, "--work-dir", tmp_path / "run"]
-    done = run_command(*command, *options(scenes, "train_dataloader.batch_size=2"), cwd=tmp_path, PORT=port)
-    assert done.returncode == 0, done.stderr
+    wrapper = "model_wrapper_cfg.type=MMDistributedDataParallel"
+    done = run_command(*command, *options(scenes, "train_dataloader.batch_size=2", wrapper), cwd=tmp_path, PORT=port)
+    assert done.returncode == 0, done.stderr[-4000:]
     assert "no GPU: 2 processes on the CPU" in done.stdout + done.stderr
-    trained = re.findall(r"coco/(\w+_mAP_50): ([\d.]+)", done.stdout)
+    assert re.search(r"Epoch\(train\) *\[2\]\[4/4\]", done.stdout)  # 16 scenes by 2 processes of 2
     command = ["bash", tools_folder / "dist_test.sh", MICRO, tmp_path / "run/epoch_2.pth", 2]
     arguments = ["--work-dir", tmp_path / "test", "--out", tmp_path / "found.pkl", "--show-dir", "drawn"]
     done = run_command(*command, *arguments, *options(scenes), cwd=tmp_path, PORT=port)
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"coco/(\w+_mAP_50): ([\d.]+)", done.stdout) == trained != []
+    assert done.returncode == 0, done.stderr[-4000:]
     assert len(list((tmp_path / "test").glob("*/drawn/*.png"))) == 2  # mmengine draws the first process's share
-    assert (tmp_path / "found.pkl").stat().st_size > 0
+    with (tmp_path / "found.pkl").open("rb") as file:
+        assert len(pickle.load(file)) == 4  # our own, just written
 
 
 def test_under_mmdets_own_tools(scenes, tmp_path):
@@ -154,8 +162,66 @@ def test_data_root_moves_all_paths():
     assert cfg.val_evaluator.ann_file == "/elsewhere/annotations/instances_val.json"
     assert cfg.train_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == "/elsewhere/"
     assert "data/digits_scenes" not in cfg.pretty_text
-    tools.merge_options(cfg, {"data_root": "/again/", "val_evaluator.ann_file": "/mine.json"})
-    assert (cfg.val_evaluator.ann_file, cfg.data_root) == ("/mine.json", "/again/")
+    tools.merge_options(cfg, {"data_root": "/elsewhere/below", "val_evaluator.ann_file": "/elsewhere/mine.json"})
+    assert (cfg.val_evaluator.ann_file, cfg.data_root) == ("/elsewhere/mine.json", "/elsewhere/below/")
+    assert cfg.test_evaluator.ann_file == "/elsewhere/below/annotations/instances_val.json"
+    cfg.work_dir, cfg.other, cfg.load_from = "/elsewhere/below/w", "/elsewhere/below_too", "/elsewhere/below/c.pth"
+    tools.merge_options(cfg, {"data_root": "/third/"})
+    assert (cfg.work_dir, cfg.other, cfg.load_from) == (
+        "/elsewhere/below/w",
+        "/elsewhere/below_too",
+        "/elsewhere/below/c.pth",
+    )
+
+
+def checked(scenes: Path, **changes) -> None:
+    """No error from what looks at a config."""
+    cfg = Config.fromfile(MICRO)
+    tools.merge_options(cfg, {"data_root": str(scenes)})
+    cfg.merge_from_dict(changes)
+    init_default_scope("mmdet")
+    check_channels(cfg.model)
+    check_data(cfg, ("train", "val", "test"))
+
+
+def test_valid_configs_pass(scenes, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join("0123456789"))
+    checked(scenes, **{"train_dataloader.dataset.metainfo.classes": str(names)})
+    neck = dict(type="FPN", in_channels=[16, 32, 64, 128])
+    checked(scenes, **{"model.neck": [neck, dict(type="BFP", in_channels=64)]})
+    checked(scenes, **{"model.neck": None})
+    checked(scenes, **{"model.backbone": None})
+    there = dict(backend="petrel")
+    elsewhere = {"val_evaluator.ann_file": "s3/val.json", "val_evaluator.backend_args": there}
+    checked(scenes, **elsewhere)
+    plain = dict(type="CocoDataset", data_root=f"{scenes}/", ann_file="annotations/instances_train.json")
+    plain |= dict(data_prefix=dict(img="train/"), metainfo=dict(classes=tuple("0123456789")), _delete_=True)
+    repeated = dict(type="RepeatDataset", times=2, dataset=plain, _delete_=True)
+    checked(scenes, **{"train_dataloader.dataset": repeated})
+    checked(scenes, val_evaluator=[dict(type="CocoMetric", ann_file=f"{scenes}/annotations/instances_val.json")])
+
+
+@pytest.mark.parametrize("where", ["info", "images"])
+def test_other_lists_of_categories(scenes, tmp_path, where):
+    coco = json.loads((scenes / "annotations/instances_train.json").read_text())
+    if where == "info":
+        coco = {"info": {"categories": 10}, **coco}
+    else:
+        coco["images"] = [{**image, "categories": ["3"]} for image in coco["images"]]
+        coco = {"images": coco.pop("images"), "categories": coco.pop("categories"), **coco, "more": {"categories": []}}
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(coco))
+    checked(scenes, **{"train_dataloader.dataset.ann_file": str(path)})
+
+
+def test_a_config_for_mixed_precision_is_tested(scenes, tmp_path):
+    """On a CPU, where it could not be trained."""
+    path = published(tmp_path / "c.pth", MICRO)
+    amp = ["optim_wrapper.type=AmpOptimWrapper", "optim_wrapper.loss_scale=dynamic"]
+    command = ["python", "detection/tools/test.py", MICRO, path, "--work-dir", tmp_path / "w"]
+    done = run_command(*command, *options(scenes, *amp), cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # ----- what does not
@@ -258,14 +324,50 @@ def test_fine_tuning_for_other_classes(scenes, tmp_path):
     assert "size mismatch for roi_head.bbox_head.fc_cls.weight" in done.stdout
 
 
-def test_what_does_not_fit_the_machine(monkeypatch, scenes):
-    assert "--amp) needs a GPU" in message(monkeypatch, tools.train, MICRO, "--amp", *options(scenes))
+def test_mixed_precision_without_a_gpu(monkeypatch, scenes, tmp_path):
+    said = message(monkeypatch, tools.train, MICRO, "--amp", "--work-dir", tmp_path / "w", *options(scenes))
+    assert "--amp) needs a GPU" in said
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment"),
+    [
+        ("pytorch", dict(RANK="8", WORLD_SIZE="16", LOCAL_RANK="0", LOCAL_WORLD_SIZE="8")),
+        ("slurm", dict(SLURM_PROCID="8", SLURM_NTASKS="16", SLURM_LOCALID="0", SLURM_NTASKS_PER_NODE="8")),
+        (
+            "mpi",
+            {f"OMPI_COMM_WORLD_{k}": v for k, v in dict(RANK="8", SIZE="16", LOCAL_RANK="0", LOCAL_SIZE="8").items()},
+        ),
+    ],
+)
+def test_more_gpus_than_there_are(monkeypatch, scenes, launcher, environment):
+    """Said by the first process of each machine; the others end without a word, and none goes on."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    said = message(monkeypatch, tools.train, MICRO, "--launcher", "pytorch", *options(scenes))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # put back after the test
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = message(monkeypatch, tools.train, MICRO, "--launcher", launcher, *options(scenes))
     assert said == "error: 8 GPUs were asked for, but there are 2 here; ask for 2"
+    local_rank = next(name for name in environment if name.endswith(("LOCAL_RANK", "LOCALID")))
+    monkeypatch.setenv(local_rank, "1")
+    with pytest.raises(SystemExit) as ended:
+        tools.train("mmdet")
+    assert ended.value.code == 1
+
+
+@pytest.mark.parametrize(("launcher", "name"), [("pytorch", "RANK"), ("slurm", "SLURM_PROCID"), ("mpi", "OMPI")])
+def test_a_launcher_that_did_not_start_it(monkeypatch, scenes, launcher, name):
+    said = message(monkeypatch, tools.test, MICRO, "c.pth", "--launcher", launcher, *options(scenes))
+    assert f"--launcher {launcher}: {name}" in said
+
+
+def test_missing_parts_of_a_config(monkeypatch, scenes, tmp_path):
+    path = published(tmp_path / "c.pth", MICRO)
+    assert "has no tta_model" in message(monkeypatch, tools.test, MICRO, path, "--tta", *options(scenes))
+    arguments = [path, "--show-dir", "drawn", *options(scenes, "default_hooks.visualization=None")]
+    assert "has no default_hooks.visualization" in message(monkeypatch, tools.test, MICRO, *arguments)
 
 
 def test_arguments(monkeypatch, scenes, tmp_path):
