@@ -192,7 +192,7 @@ def test_valid_configs_pass(scenes, tmp_path):
     checked(scenes, **{"model.neck": [neck, dict(type="BFP", in_channels=64)]})
     checked(scenes, **{"model.neck": None})
     checked(scenes, **{"model.backbone": None})
-    there = dict(backend="petrel")
+    there = dict(backend="petrel", _delete_=True)
     elsewhere = {"val_evaluator.ann_file": "s3/val.json", "val_evaluator.backend_args": there}
     checked(scenes, **elsewhere)
     plain = dict(type="CocoDataset", data_root=f"{scenes}/", ann_file="annotations/instances_train.json")
