@@ -1,5 +1,6 @@
 # make demo             train spatialmamba_micro on handwritten digits, evaluate the checkpoint in a second process, draw both
 # make demo-detection   train and test Mask R-CNN with that backbone on scenes of handwritten digits, draw what it finds
+# make demo-segmentation   the same with UPerNet, single-scale and multi-scale
 # make test             run the tests
 # make lint             run ruff, as CI does
 # Each starts from a bare checkout: it makes .venv, installs, and runs.
@@ -16,12 +17,15 @@ RUN := $(OUTPUT)/spatialmamba_micro/digits
 SCENES ?= data/digits_scenes
 DETECTION := detection/configs/spatialmamba/mask_rcnn_spatialmamba_micro_digits.py
 DETECTION_RUN := $(OUTPUT)/mask_rcnn_spatialmamba_micro_digits
+SCENES_ADE20K ?= data/digits_scenes_ade20k
+SEGMENTATION := segmentation/configs/spatialmamba/upernet_spatialmamba_micro_digits.py
+SEGMENTATION_RUN := $(OUTPUT)/upernet_spatialmamba_micro_digits
 
 # The tensors of the demo and the tests are small: a second thread is only waited for, the tests use two processes.
 export OMP_NUM_THREADS ?= 1
 PYTEST_ARGS ?= -n 2
 
-.PHONY: install install-openmmlab demo demo-detection test lint clean
+.PHONY: install install-openmmlab demo demo-detection demo-segmentation test lint clean
 
 install: $(INSTALLED)
 
@@ -48,12 +52,21 @@ demo: $(INSTALLED)
 	$(BIN)/python -m classification.report $(RUN) --data-path $(DIGITS)
 
 # The tools take `python` from the PATH, as in an environment that is active.
-demo-detection: export PATH := $(BIN):$(PATH)
+demo-detection demo-segmentation: export PATH := $(BIN):$(PATH)
 demo-detection: $(OPENMMLAB)
 	python -m classification.data.digits_scenes $(SCENES)
 	bash detection/tools/dist_train.sh $(DETECTION) 2 --work-dir $(DETECTION_RUN) --cfg-options data_root=$(SCENES)/
 	bash detection/tools/dist_test.sh $(DETECTION) $$(cat $(DETECTION_RUN)/last_checkpoint) 1 --work-dir $(DETECTION_RUN)/test \
 		--show-dir $(abspath $(DETECTION_RUN))/predictions --cfg-options data_root=$(SCENES)/
+
+demo-segmentation: $(OPENMMLAB)
+	python -m classification.data.digits_scenes $(SCENES_ADE20K) --layout ade20k
+	bash segmentation/tools/dist_train.sh $(SEGMENTATION) 2 --work-dir $(SEGMENTATION_RUN) \
+		--cfg-options data_root=$(SCENES_ADE20K)/
+	bash segmentation/tools/dist_test.sh $(SEGMENTATION) $$(cat $(SEGMENTATION_RUN)/last_checkpoint) 1 \
+		--work-dir $(SEGMENTATION_RUN)/test --show-dir $(SEGMENTATION_RUN)/predictions --cfg-options data_root=$(SCENES_ADE20K)/
+	bash segmentation/tools/dist_test.sh $(SEGMENTATION) $$(cat $(SEGMENTATION_RUN)/last_checkpoint) 1 --tta \
+		--work-dir $(SEGMENTATION_RUN)/test_tta --cfg-options data_root=$(SCENES_ADE20K)/
 
 test: $(OPENMMLAB)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

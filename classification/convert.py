@@ -1,10 +1,12 @@
-"""Weights from a checkpoint to a safetensors file, and back.
+"""Weights from a checkpoint to a safetensors file, and back, and to mmpretrain.
 
     python -m classification.convert ckpt.pth weights.safetensors [--weights model_ema]
     python -m classification.convert weights.safetensors weights.pth
+    python -m classification.convert ckpt.pth mmpretrain.pth --to mmpretrain
 
 The safetensors file holds one set of weights and a digest of them, which is compared when it is read; the .pth file is
-{"model": state dict}. `--pretrained` of main.py takes either. An existing file is not overwritten.
+{"model": state dict}, which `--pretrained` of main.py takes as well, or, for mmpretrain, {"state_dict": ...} by the
+names of `configs/mmpretrain`. An existing file is not overwritten.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from classification.checkpoint import (
     SAFETENSORS,
+    StateDict,
     read_checkpoint,
     save_checkpoint,
     state_dicts,
@@ -23,15 +26,31 @@ from classification.checkpoint import (
 )
 from classification.errors import UserError
 
+MMPRETRAIN = "mmpretrain"
 
-def convert(source: Path, target: Path, weights: str = "model") -> int:
+
+def to_mmpretrain(state: StateDict) -> StateDict:
+    """A classifier's weights by the names of mmpretrain's ImageClassifier.
+
+    The norm before pooling is there the norm of the backbone's only map; the head is LinearClsHead's `fc`.
+    """
+    names = {"norm.": "backbone.outnorm3.", "head.": "head.fc."}
+
+    def renamed(key: str) -> str:
+        part = next((part for part in names if key.startswith(part)), "")
+        return names.get(part, "backbone.") + key.removeprefix(part)
+
+    return {renamed(key): value for key, value in state.items()}
+
+
+def convert(source: Path, target: Path, weights: str = "model", to: str | None = None) -> int:
     """Write `weights` ("model" or "model_ema") of `source` to `target`; returns the number of tensors.
 
     Raises:
         UserError: `source` cannot be read or does not hold them; `target` exists or is neither .safetensors nor .pth.
     """
-    if target.suffix not in (SAFETENSORS, ".pth"):
-        raise UserError(f"{target}: must end in {SAFETENSORS} or .pth")
+    if target.suffix not in (SAFETENSORS, ".pth") or (to and target.suffix != ".pth"):
+        raise UserError(f"{target}: must end in {'' if to else f'{SAFETENSORS} or '}.pth")
     if target.exists():
         raise UserError(f"{target}: exists; remove it or name another file")
     found = state_dicts(read_checkpoint(source), source)
@@ -41,6 +60,8 @@ def convert(source: Path, target: Path, weights: str = "model") -> int:
     if target.suffix == SAFETENSORS:
         metadata = {"format": "pt", "sha256": tensors_digest(state)}
         write_atomically(target, lambda file: file.write(safetensors_bytes(state, metadata)))
+    elif to == MMPRETRAIN:
+        save_checkpoint({"state_dict": to_mmpretrain(state)}, target)
     else:
         save_checkpoint({"model": state}, target)
     return len(state)
@@ -51,9 +72,10 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="checkpoint or safetensors file")
     parser.add_argument("target", type=Path, help="file to write, .safetensors or .pth")
     parser.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
+    parser.add_argument("--to", choices=(MMPRETRAIN,), help="by whose names; ours by default")
     args = parser.parse_args()
     try:
-        count = convert(args.source, args.target, args.weights)
+        count = convert(args.source, args.target, args.weights, args.to)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"wrote {args.target}: {count} tensors")

@@ -9,10 +9,10 @@ import pytest
 from classification.data import digits_scenes
 
 
-def write_few_scenes(root: Path, train: int = 16, val: int = 4) -> Path:
+def write_few_scenes(root: Path, train: int = 16, val: int = 4, layout: str = "coco") -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits_scenes, "SCENES", {"train": train, "val": val})
-        digits_scenes.write_digits_scenes(root)
+        digits_scenes.write_digits_scenes(root, layout)
     return root
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from running import ROOT, free_port, run_command
-from scenes import write_coco
+from scenes import write_coco, write_few_scenes
 
 from classification.data.digits import write_digits
 from classification.models import spatialmamba_tiny
@@ -22,10 +23,12 @@ MAKE_TEST = "make test\n"  # this very run
 MAKE_DEMO = "make demo\n"  # test_demo
 MAKE_DEMO_DETECTION = "make demo-detection\n"  # test_demo_detection
 MAKE_OPENMMLAB = "make install-openmmlab\n"  # before this run, by `make test`
-MAKE = (MAKE_TEST, MAKE_DEMO, MAKE_DEMO_DETECTION, MAKE_OPENMMLAB)
-CD_DETECTION = "cd detection\n"
+MAKE_DEMO_SEGMENTATION = "make demo-segmentation\n"  # test_demo_segmentation
+MAKE = (MAKE_TEST, MAKE_DEMO, MAKE_DEMO_DETECTION, MAKE_DEMO_SEGMENTATION, MAKE_OPENMMLAB)
+CD_DETECTION, CD_SEGMENTATION = "cd detection\n", "cd segmentation\n"
+TO_MMPRETRAIN = "--to mmpretrain"
 DETECTION_CONFIGS = ROOT / "detection/configs/spatialmamba"
-EXAMPLE, MINE, DETECTOR = range(3)  # blocks of Python
+EXAMPLE, MINE, DETECTOR, SEGMENTER, CLASSIFIER = range(5)  # blocks of Python
 SLURM = "slurm_train.sh"  # tests/classification/test_distributed.py
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
@@ -59,9 +62,9 @@ def reduced(command: str, folder: Path) -> str:
 def test_commands_for_imagenet(folder):
     """In the README's order: what is trained first is evaluated and fine-tuned after."""
     blocks = [block for block in BLOCKS["bash"] if block not in MAKE and SLURM not in block]
-    detection = [block for block in blocks if block.startswith(CD_DETECTION)]
-    blocks = [block for block in blocks if block not in detection]
-    assert (len(blocks), len(detection)) == (9, 4)
+    elsewhere = [b for b in blocks if b.startswith((CD_DETECTION, CD_SEGMENTATION)) or TO_MMPRETRAIN in b]
+    blocks = [block for block in blocks if block not in elsewhere]
+    assert (len(blocks), len(elsewhere)) == (9, 7)
     for block in blocks:
         script = "\n".join(reduced(line, folder) for line in block.splitlines())
         done = run_command("bash", "-euc", script, cwd=ROOT)
@@ -101,8 +104,43 @@ def test_commands_for_coco(tmp_path):
     assert (tmp_path / "output/mine/epoch_1.pth").exists()
 
 
+def test_commands_for_ade20k(tmp_path):
+    """Two iterations on a few small scenes, which are then tested."""
+    pytest.importorskip("mmseg", reason="make install-openmmlab")
+    write_few_scenes(tmp_path / "ade", train=4, val=2, layout="ade20k")
+    for path in (tmp_path / "ade/images").rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    torch.save({"model": spatialmamba_tiny().state_dict()}, tmp_path / "checkpoint.pth")
+    for block in (block for block in BLOCKS["bash"] if block.startswith(CD_SEGMENTATION)):
+        script = block.replace("/path/to/", f"{tmp_path}/").replace(".py 8 ", ".py 2 ").strip()
+        if "dist_train" in block:
+            script += " train_cfg.max_iters=2 train_cfg.val_interval=2 default_hooks.checkpoint.interval=2"
+            script += " model.data_preprocessor.size=None model.data_preprocessor.size_divisor=32"
+            script += ' train_dataloader.dataset.pipeline.4.crop_size="(96,96)"'
+        done = run_command("bash", "-euc", script, cwd=ROOT, PORT=str(free_port()))
+        assert done.returncode == 0, f"{script}\n{done.stderr[-4000:]}"
+        if "pretrained" in block:
+            shutil.copy(tmp_path / "output/upernet/iter_2.pth", tmp_path / "segmenter.pth")
+            assert "'model' in" in done.stdout
+    assert done.stdout.count("mIoU: ") == 2
+
+
+def test_commands_for_mmpretrain(tmp_path):
+    pytest.importorskip("mmpretrain", reason="make install-openmmlab")
+    torch.save({"model": spatialmamba_tiny().state_dict()}, tmp_path / "checkpoint.pth")
+    Image.new("RGB", (300, 260), (10, 200, 90)).save(tmp_path / "image.png")
+    (block,) = (block for block in BLOCKS["bash"] if TO_MMPRETRAIN in block)
+    done = run_command("bash", "-euc", block.replace("/path/to/", f"{tmp_path}/"), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    block = BLOCKS["python"][CLASSIFIER].replace("/path/to/", f"{tmp_path}/")
+    done = run_command("python", "-c", block, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert 0 <= int(done.stdout.splitlines()[-1]) < 1000
+
+
 def test_python_example():
-    assert len(BLOCKS["python"]) == 3
+    assert len(BLOCKS["python"]) == 5
     block = BLOCKS["python"][EXAMPLE]
     scope = {}
     exec(compile(block, "README.md", "exec"), scope)
@@ -158,6 +196,25 @@ def test_demo_detection(tmp_path):
     done = run_command("python", "-c", block, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"tensor\(\[\d.*torch\.Size\(\[\d+, 128, 128\]\)", done.stdout, re.DOTALL)
+
+
+def test_demo_segmentation(tmp_path):
+    """`make demo-segmentation` whole, and what it has trained by mmseg's own interface in another folder."""
+    pytest.importorskip("mmseg", reason="make install-openmmlab")
+    assert MAKE_DEMO_SEGMENTATION in BLOCKS["bash"]
+    arguments = [f"SCENES_ADE20K={tmp_path / 'data/digits_scenes_ade20k'}", f"OUTPUT={tmp_path / 'output'}"]
+    done = run_command("make", "demo-segmentation", *arguments, cwd=ROOT, PORT=str(free_port()))
+    assert done.returncode == 0, done.stderr[-4000:]
+    tests = re.findall(r"Iter\(test\) *\[96/96\].*mIoU: ([\d.]+)", done.stdout)
+    single, multiple = map(float, tests)
+    assert single >= 60
+    assert multiple >= 60
+    assert len(list((tmp_path / "output/upernet_spatialmamba_micro_digits/predictions").rglob("*.png"))) == 96
+
+    block = BLOCKS["python"][SEGMENTER].replace('"segmentation/configs', f'"{ROOT}/segmentation/configs')
+    done = run_command("python", "-c", block, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "torch.Size([1, 128, 128])" in done.stdout
 
 
 def test_ruff_is_the_same_everywhere():

@@ -1,10 +1,15 @@
-"""Digits scenes: handwritten digits on textured canvases, with boxes and polygons, as a COCO-format data set.
+"""Digits scenes: handwritten digits on textured canvases, as a data set for detection or for segmentation.
 
     python -m classification.data.digits_scenes data/digits_scenes
+    python -m classification.data.digits_scenes data/digits_scenes_ade20k --layout ade20k
 
-writes `train/*.png`, `val/*.png` and `annotations/instances_{train,val}.json`, always the same. Each canvas holds up to
-five digits of the embedded set (see `digits`), turned, coloured and enlarged; validation scenes show digits that no
-training scene does. A digit's polygons are its outlines where it is half opaque, without the holes, as in COCO.
+The first is COCO's format: `train/*.png`, `val/*.png`, `annotations/instances_{train,val}.json`. A digit's polygons are
+its outlines where it is half opaque, without the holes. The second is ADE20K's: `images/` and their maps in
+`annotations/`, both in `training/` and `validation/`; a pixel of a map is 0 for the background and 1 + d where digit d
+is half opaque.
+
+The scenes are always the same. Each canvas holds up to five digits of the embedded set (see `digits`), turned, coloured
+and enlarged; validation scenes show digits that no training scene does.
 """
 
 import argparse
@@ -33,7 +38,8 @@ MAX_TURN = 15  # degrees
 MAX_TRIES = 20  # places tried for a digit; without a free one it is left out
 MIN_AREA = 16  # square pixels, of an outline that counts
 CLASSES = tuple("0123456789")
-ANNOTATIONS = "annotations/instances_{}.json"
+ANNOTATIONS = "annotations/instances_{}.json"  # COCO's
+ADE20K = {"train": "training", "val": "validation"}  # its folders
 
 
 @dataclass
@@ -126,16 +132,19 @@ def _paint(rng: np.random.RandomState, image: np.ndarray, opacity: np.ndarray) -
     return (1 - alpha) * image + alpha * colour
 
 
-def write_digits_scenes(root: Path) -> bool:
-    """Write the data set at `root` if it is not there yet; returns whether it had to be written.
+def write_digits_scenes(root: Path, layout: str = "coco") -> bool:
+    """Write the data set at `root` in one of `LAYOUTS` if it is not there yet; returns whether it had to be written.
 
     Raises:
         UserError: `root` exists but is something else, or cannot be made.
     """
+    write, is_written = LAYOUTS[layout]
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        if all(_is_written(root, split) for split in SCENES):
+        if all(is_written(root, split) for split in SCENES):
             return False
-        raise UserError(f"{root}: exists and is not the digits scenes data set; remove it or name another folder")
+        raise UserError(
+            f"{root}: exists and is not the digits scenes data set as for {layout}; remove it or name another folder"
+        )
     # Beside the target, then renamed: the folder is whole or absent.
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +153,7 @@ def write_digits_scenes(root: Path) -> bool:
         raise UserError(f"{root}: cannot be made ({error}); name another folder") from error
     try:
         for split in SCENES:
-            _write_split(staging, split)
+            write(staging, split)
         staging.chmod(0o755)
         staging.replace(root)
     finally:
@@ -152,12 +161,31 @@ def write_digits_scenes(root: Path) -> bool:
     return True
 
 
-def _is_written(root: Path, split: str) -> bool:
-    images = sum(1 for _ in (root / split).glob("*.png"))
-    return images == SCENES[split] and (root / ANNOTATIONS.format(split)).is_file()
+def _is_coco(root: Path, split: str) -> bool:
+    return _count(root / split) == SCENES[split] and (root / ANNOTATIONS.format(split)).is_file()
 
 
-def _write_split(root: Path, split: str) -> None:
+def _is_ade20k(root: Path, split: str) -> bool:
+    return all(_count(root / part / ADE20K[split]) == SCENES[split] for part in ("images", "annotations"))
+
+
+def _count(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("*.png"))
+
+
+def _write_ade20k(root: Path, split: str) -> None:
+    images, maps = (root / part / ADE20K[split] for part in ("images", "annotations"))
+    images.mkdir(parents=True)
+    maps.mkdir(parents=True)
+    for number, (image, digits) in enumerate(scenes(split), start=1):
+        labels = np.zeros((SIZE, SIZE), np.uint8)
+        for digit in digits:
+            labels[digit.opacity > 0.5] = 1 + digit.label
+        Image.fromarray(image).save(images / f"{number:04d}.png")
+        Image.fromarray(labels).save(maps / f"{number:04d}.png")
+
+
+def _write_coco(root: Path, split: str) -> None:
     (root / split).mkdir()
     coco = {
         "info": {"description": "handwritten digits on textured canvases"},
@@ -186,15 +214,19 @@ def _write_split(root: Path, split: str) -> None:
     path.write_text(json.dumps(coco))
 
 
+LAYOUTS = {"coco": (_write_coco, _is_coco), "ade20k": (_write_ade20k, _is_ade20k)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write handwritten digits on textured canvases in COCO's format.")
+    parser = argparse.ArgumentParser(description="Write handwritten digits on textured canvases.")
     parser.add_argument("root", type=Path, help="folder to make, e.g. data/digits_scenes")
-    root = parser.parse_args().root
+    parser.add_argument("--layout", choices=LAYOUTS, default="coco", help="for detection or for segmentation")
+    args = parser.parse_args()
     try:
-        written = write_digits_scenes(root)
+        written = write_digits_scenes(args.root, args.layout)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{root}: {SCENES['train']} training and {SCENES['val']} validation scenes", end="")
+    print(f"{args.root}: {SCENES['train']} training and {SCENES['val']} validation scenes", end="")
     print("" if written else " (already there)")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
 
 from classification.checkpoint import StateDict, differences, state_dicts, variant_of
 from classification.errors import UserError
@@ -85,6 +85,9 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         for module in self._frozen():
             module.eval()
         return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(super().forward(x))  # mmpretrain's necks take no list
 
     def init_weights(self) -> None:
         """Apply `init_cfg`, a checkpoint last.

@@ -75,7 +75,8 @@ def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Name
     try:
         work(args, _read_config(args, scope))
     except UserError as error:
-        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")  # of a worker
+        sys.exit(f"error: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 # ----- the config

@@ -70,6 +70,21 @@ def test_files(few, tmp_path):
     assert digest(root) == digest(tmp_path / "again")
 
 
+def test_maps_for_segmentation(few, tmp_path):
+    root = tmp_path / "scenes"
+    assert write_digits_scenes(root, "ade20k")
+    assert not write_digits_scenes(root, "ade20k")
+    for number, (image, digits) in enumerate(scenes("val"), start=1):
+        np.testing.assert_array_equal(np.asarray(Image.open(root / f"images/validation/{number:04d}.png")), image)
+        labels = np.asarray(Image.open(root / f"annotations/validation/{number:04d}.png"))
+        assert set(np.unique(labels)) == {0, *(1 + digit.label for digit in digits)}
+        for digit in digits:
+            assert (labels[digit.opacity > 0.5] == 1 + digit.label).all()
+        assert (labels[np.all([digit.opacity <= 0.5 for digit in digits], axis=0)] == 0).all()
+    with pytest.raises(UserError, match="as for coco"):
+        write_digits_scenes(root, "coco")
+
+
 def digest(root: Path) -> str:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

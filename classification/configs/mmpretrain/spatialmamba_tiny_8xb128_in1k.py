@@ -1,0 +1,26 @@
+# ImageNet-1K with mmpretrain, 8 GPUs with 128 images each: the recipe of configs/spatialmamba as far as it goes there.
+# Crops, RandAugment, erasing, mixup, cutmix, label smoothing, AdamW and schedule are those of its Swin-T config.
+# What it has not: MESA, the loss from the EMA model's softmax. Batch norm is each GPU's own: sync_bn="torch" has it
+# synchronised, as main.py does. Mixed precision is its --amp.
+_base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
+
+custom_imports = dict(imports=["classification.models.openmmlab"], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="MM_SpatialMamba",
+        dims=64,
+        depths=(2, 4, 8, 4),
+        d_state=1,
+        drop_path_rate=0.2,
+        out_indices=(3,),  # its norm is the one before pooling
+    ),
+    head=dict(in_channels=512),
+)
+train_dataloader = dict(batch_size=128)
+optim_wrapper = dict(
+    # Decay for all but biases and 1-D parameters.
+    paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
+)
+custom_hooks = [dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]

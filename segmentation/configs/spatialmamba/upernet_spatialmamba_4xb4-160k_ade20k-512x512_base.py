@@ -1,0 +1,7 @@
+_base_ = "./upernet_spatialmamba_4xb4-160k_ade20k-512x512_tiny.py"
+
+model = dict(
+    backbone=dict(dims=96, depths=(2, 4, 21, 5), drop_path_rate=0.5),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)

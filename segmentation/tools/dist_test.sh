@@ -1,0 +1,1 @@
+../../classification/openmmlab/dist_test.sh

@@ -1,0 +1,1 @@
+../../classification/openmmlab/slurm_test.sh

@@ -1,0 +1,183 @@
+"""The command lines on a few digits scenes, and what differs from detection's; the rest is tests/detection."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import ROOT, free_port, run_command
+from scenes import write_few_scenes
+
+pytest.importorskip("mmseg", reason="make install-openmmlab")
+import mmseg
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.registry import MODELS, init_default_scope
+
+from classification.openmmlab import tools
+
+CONFIGS = ROOT / "segmentation/configs/spatialmamba"
+MICRO = CONFIGS / "upernet_spatialmamba_micro_digits.py"
+TINY = CONFIGS / "upernet_spatialmamba_4xb4-160k_ade20k-512x512_tiny.py"
+QUICK = ["train_cfg.max_iters=6", "train_cfg.val_interval=3", "train_dataloader.batch_size=3"]
+QUICK += ["default_hooks.checkpoint.interval=3", "default_hooks.checkpoint.max_keep_ckpts=2"]
+QUICK += ["default_hooks.logger.interval=1"]
+for split in ("train", "val", "test"):
+    QUICK += [f"{split}_dataloader.num_workers=0", f"{split}_dataloader.persistent_workers=False"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return write_few_scenes(tmp_path_factory.mktemp("segmentation") / "scenes", layout="ade20k")
+
+
+def options(scenes: Path, *more: str) -> list[str]:
+    return ["--cfg-options", f"data_root={scenes}", *QUICK, *more]
+
+
+def test_training_testing_and_resuming(scenes, tmp_path):
+    """From other folders: two processes train, one resumes, two test with augmentation, one draws and writes."""
+    folder, port = ROOT / "segmentation/tools", str(free_port())
+    command = ["bash", folder / "dist_train.sh", MICRO, 2, "--work-dir", tmp_path / "run", *options(scenes)]
+    done = run_command(*command, cwd=tmp_path, PORT=port)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"Iter\(train\) *\[6/6\]", done.stdout)
+    (tmp_path / "run/iter_6.pth").unlink()
+    (tmp_path / "run/last_checkpoint").write_text(str(tmp_path / "run/iter_3.pth"))
+    command = ["python", folder / "train.py", MICRO, "--work-dir", tmp_path / "run", "--resume", *options(scenes)]
+    done = run_command(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.findall(r"Iter\(train\) *\[(\d)/6\]", done.stdout) == ["4", "5", "6"]
+
+    command = ["bash", folder / "dist_test.sh", MICRO, tmp_path / "run/iter_6.pth", 2, "--tta"]
+    done = run_command(*command, "--work-dir", tmp_path / "tta", *options(scenes), cwd=tmp_path, PORT=port)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"mIoU: [\d.]+", done.stdout)
+    command = ["python", folder / "test.py", MICRO, tmp_path / "run/iter_6.pth", "--work-dir", tmp_path / "test"]
+    arguments = ["--out", tmp_path / "maps", "--show-dir", tmp_path / "drawn"]
+    done = run_command(*command, *arguments, *options(scenes), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"mIoU: [\d.]+", done.stdout)
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
+    maps = list((tmp_path / "maps").glob("*.png"))
+    assert len(maps) == 4
+    assert max(np.asarray(Image.open(path)).max() for path in maps) <= 10
+
+
+def test_under_mmsegs_own_tools(scenes, tmp_path):
+    own = Path(mmseg.__file__).parent / ".mim/tools/train.py"
+    moved = [f"{split}_dataloader.dataset.data_root={scenes}" for split in ("train", "val", "test")]
+    moved += ["model.decode_head.norm_cfg.type=BN", "model.auxiliary_head.norm_cfg.type=BN"]
+    done = run_command("python", own, MICRO, "--work-dir", tmp_path / "run", *options(scenes, *moved), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "run/iter_6.pth").exists()
+
+
+def published(path: Path, name: Path = TINY, **changes) -> Path:
+    """A checkpoint as mmengine writes them, log and all, of the config's model as initialised."""
+    init_default_scope("mmseg")
+    cfg = Config.fromfile(name)
+    cfg.merge_from_dict(changes)
+    hub = MessageHub.get_instance("published-segmenter")
+    hub.update_scalar("train/loss", 1.0)
+    torch.manual_seed(0)
+    state = MODELS.build(cfg.model).state_dict()
+    meta = dict(iter=160_000, cfg=cfg.pretty_text, dataset_meta=dict(classes=("a",), palette=[[0, 0, 0]]))
+    torch.save(dict(meta=meta, state_dict=state, message_hub=hub.state_dict()), path)
+    return path
+
+
+def test_a_published_checkpoint_is_tested(scenes, tmp_path):
+    """Names and shapes of the published layout, 150 classes, ADE20K's own folders, images of 512 pixels, JPEG."""
+    checkpoint = published(tmp_path / "published.pth")
+    layout = json.loads((ROOT / "tests/data/checkpoint_layout.json").read_text())["tiny_backbone"]
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]  # our own, just written
+    assert {k[9:]: list(v.shape) for k, v in state.items() if k.startswith("backbone.")} == layout
+    root = tmp_path / "ade"
+    shutil.copytree(scenes, root)
+    for path in (root / "images/validation").glob("*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    command = ["python", "segmentation/tools/test.py", TINY, checkpoint, "--work-dir", tmp_path / "test"]
+    done = run_command(*command, "--cfg-options", f"data_root={root}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"mIoU: [\d.]+", done.stdout)
+
+
+# ----- what does not work
+
+
+def message(monkeypatch, main, *arguments) -> str:
+    """What the command says as it ends."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main("mmseg")
+    assert str(ended.value).startswith("error: "), ended.value
+    return str(ended.value)
+
+
+def test_wrong_data_root(monkeypatch):
+    said = message(monkeypatch, tools.train, MICRO, *options(Path("/nowhere")))
+    assert "/nowhere/images/training: no such folder (train_dataloader.dataset.data_prefix.img_path)" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.backbone.dims=32", "model.decode_head.in_channels=[16,32,64,256]", "model.auxiliary_head.in_index=1"],
+)
+def test_dims_that_do_not_fit_the_heads(monkeypatch, scenes, change):
+    said = message(monkeypatch, tools.train, MICRO, *options(scenes, f"model.{change}"))
+    assert re.search(r"model\.(decode|auxiliary)_head\.in_channels is .* but the backbone's maps have", said)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_outside_the_classes(scenes, tmp_path, workers):
+    root = tmp_path / "scenes"
+    shutil.copytree(scenes, root)
+    for path in (root / "annotations/training").iterdir():
+        labels = np.array(Image.open(path))
+        labels[0, 0] = 11
+        Image.fromarray(labels).save(path)
+    more = f"train_dataloader.num_workers={workers}"
+    command = ["python", "segmentation/tools/train.py", MICRO, "--work-dir", tmp_path / "w", *options(root, more)]
+    done = run_command(*command, cwd=ROOT)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match(
+        r"error: .*annotations/training/\d+\.png: has label 11, but with 11 classes 0 to 10 are labels", last
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_checkpoints(monkeypatch, scenes, tmp_path):
+    def tested(path, *more):
+        return message(monkeypatch, tools.test, MICRO, path, "--work-dir", tmp_path / "w", *options(scenes), *more)
+
+    assert "/nowhere.pth: no such checkpoint file" in tested("/nowhere.pth")
+    path = published(tmp_path / "tiny.pth")
+    assert "spatialmamba_tiny: dims=64, depths=(2, 4, 8, 4)" in tested(path)
+    assert "spatialmamba_tiny: dims=64, depths=(2, 4, 8, 4)" in tested(path, "--tta")
+
+
+def test_augmentation_without_its_pipeline(monkeypatch, scenes):
+    arguments = [MICRO, MICRO, "--tta", *options(scenes, "tta_pipeline=None")]
+    assert "has no tta_pipeline, which --tta needs" in message(monkeypatch, tools.test, *arguments)
+
+
+def test_missing_toolchain(tmp_path):
+    (tmp_path / "mmseg").mkdir()
+    (tmp_path / "mmseg/__init__.py").write_text("raise ModuleNotFoundError('not there')")
+    done = run_command("python", "segmentation/tools/train.py", MICRO, cwd=ROOT, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: mmseg is needed and cannot be imported")
+
+
+def test_a_config_of_detection(monkeypatch):
+    pytest.importorskip("mmdet")
+    other = ROOT / "detection/configs/spatialmamba/mask_rcnn_spatialmamba_micro_digits.py"
+    assert "a config of mmdet, this is a tool for mmseg" in message(monkeypatch, tools.train, other)
