@@ -239,7 +239,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     if args.tta:
         _augment(args, cfg)
     if args.out and cfg.default_scope == "mmseg":
-        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+        write_maps(cfg, args.out)
     check_data(cfg, ("test",))
     _prepare(cfg, args)
     runner = _build(cfg)
@@ -259,6 +259,14 @@ def _draw(args: argparse.Namespace, cfg: Config) -> None:
     else:
         cfg.default_hooks.visualization.interval = 1
         cfg.visualizer.save_dir = args.show_dir
+
+
+def write_maps(cfg: Config, folder: str) -> None:
+    """Have mmseg's metric write the predicted maps as it tests."""
+    evaluator = cfg.test_evaluator
+    for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+        if metric.type == "IoUMetric":
+            metric.update(output_dir=folder, keep_results=True)
 
 
 def _augment(args: argparse.Namespace, cfg: Config) -> None:

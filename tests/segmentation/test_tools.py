@@ -127,8 +127,7 @@ def test_wrong_data_root(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change",
-    ["model.backbone.dims=32", "model.decode_head.in_channels=[16,32,64,256]", "model.auxiliary_head.in_index=1"],
+    "change", ["backbone.dims=32", "decode_head.in_channels=[16,32,64,256]", "auxiliary_head.in_index=1"]
 )
 def test_dims_that_do_not_fit_the_heads(monkeypatch, scenes, change):
     said = message(monkeypatch, tools.train, MICRO, *options(scenes, f"model.{change}"))
@@ -162,6 +161,15 @@ def test_checkpoints(monkeypatch, scenes, tmp_path):
     path = published(tmp_path / "tiny.pth")
     assert "spatialmamba_tiny: dims=64, depths=(2, 4, 8, 4)" in tested(path)
     assert "spatialmamba_tiny: dims=64, depths=(2, 4, 8, 4)" in tested(path, "--tta")
+
+
+def test_maps_are_written_by_each_metric_that_can():
+    """An evaluator may be a list; and with --out DIR, each IoUMetric of it writes there."""
+    cfg = Config.fromfile(MICRO)
+    cfg.test_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"]), dict(type="CityscapesMetric")]
+    tools.write_maps(cfg, "maps")
+    assert cfg.test_evaluator[0] == dict(type="IoUMetric", iou_metrics=["mIoU"], output_dir="maps", keep_results=True)
+    assert cfg.test_evaluator[1] == dict(type="CityscapesMetric")
 
 
 def test_augmentation_without_its_pipeline(monkeypatch, scenes):
