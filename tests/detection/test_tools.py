@@ -409,20 +409,21 @@ def test_shell_arguments():
     assert (done.returncode, done.stderr) == (2, "error: GPUS is a number of processes, got 'two'\n")
 
 
+@pytest.mark.parametrize("folder", ["detection", "segmentation"])
 @pytest.mark.parametrize("name", ["train", "test"])
-def test_slurm(name, tmp_path):
+def test_slurm(folder, name, tmp_path):
     """With a stand-in for srun that prints what it was asked."""
     (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "srun").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    script = ROOT / f"detection/tools/slurm_{name}.sh"
+    script = ROOT / f"{folder}/tools/slurm_{name}.sh"
     done = subprocess.run(
         ["bash", script, "part", "job", MICRO, "last"], env={**os.environ, "PATH": path, "GPUS": "16"}, text=True,
         capture_output=True, check=True,
     )  # fmt: skip
     said = done.stdout.splitlines()
     assert {"--partition=part", "--job-name=job", "--ntasks=16", "--gres=gpu:8", "--ntasks-per-node=8"} <= set(said)
-    tail = [str(ROOT / f"detection/tools/{name}.py"), str(MICRO)]
+    tail = [str(ROOT / f"{folder}/tools/{name}.py"), str(MICRO)]
     assert said[-len(tail) - (2 if name == "train" else 1) :][: len(tail)] == tail
     assert said[-2 if name == "train" else -1 :] == (["--work-dir", "last"] if name == "train" else ["last"])
     assert 'exec python -u "$@" --launcher slurm' in done.stdout
