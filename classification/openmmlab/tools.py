@@ -74,6 +74,9 @@ def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Name
     """Do it; what goes wrong by the user's hand is said once on each machine."""
     try:
         work(args, _read_config(args, scope))
+        if torch.distributed.is_initialized():  # else gloo's threads can outlive the interpreter, which aborts then
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except UserError as error:
         message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")  # of a worker
         sys.exit(f"error: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)

@@ -84,3 +84,4 @@ default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=1),
     visualization=dict(score_thr=0.5),
 )
+randomness = dict(seed=0)

@@ -61,3 +61,4 @@ param_scheduler = [
 optim_wrapper = dict(optimizer=dict(lr=3e-3), clip_grad=dict(max_norm=5.0))
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200, max_keep_ckpts=1))
 visualizer = dict(alpha=0.5)
+randomness = dict(seed=0)
