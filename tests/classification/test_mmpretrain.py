@@ -58,6 +58,7 @@ def test_effective_config(size):
     assert (cfg.train_cfg.max_epochs, cfg.train_dataloader.batch_size) == (300, 128)
     warmup, cosine = cfg.param_scheduler
     assert (warmup.start_factor, warmup.end, cosine.eta_min) == (1e-3, 20, 1e-5)  # of 1e-3: from 1e-6, as ours
+    assert (cosine.begin, cosine.end, cosine.convert_to_iter_based) == (20, 300, True)
     (ema,) = cfg.custom_hooks
     assert (ema.type, ema.momentum) == ("EMAHook", 1e-4)
     train = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}

@@ -1,5 +1,5 @@
 # ImageNet-1K with mmpretrain, 8 GPUs with 128 images each: the recipe of configs/spatialmamba as far as it goes there.
-# Crops, RandAugment, erasing, mixup, cutmix, label smoothing, AdamW and schedule are those of its Swin-T config.
+# Crops, RandAugment, erasing, mixup, cutmix, label smoothing and AdamW are those of its Swin-T config.
 # What it has not: MESA, the loss from the EMA model's softmax. Batch norm is each GPU's own: sync_bn="torch" has it
 # synchronised, as main.py does. Mixed precision is its --amp.
 _base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
@@ -23,4 +23,9 @@ optim_wrapper = dict(
     # Decay for all but biases and 1-D parameters.
     paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
 )
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=True, begin=0, end=20, convert_to_iter_based=True),
+    # By iteration, where the base has it by epoch.
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=20, end=300, convert_to_iter_based=True),
+]
 custom_hooks = [dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
