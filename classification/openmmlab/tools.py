@@ -57,7 +57,7 @@ def test(scope: str) -> None:
     add("--tta", action="store_true", help="test-time augmentation by the config's tta_model and tta_pipeline")
     add("--out", help="write the predictions: mmdet's to a pickle file, mmseg's to a folder")
     add("--show", action="store_true", help="show predictions on a screen")
-    add("--show-dir", help="folder for images with predictions drawn; under the work dir unless absolute")
+    add("--show-dir", help="folder for images with predictions drawn by the first process; mmdet's is in the work dir")
     add("--wait-time", type=float, default=2, help="seconds that --show shows an image")
     _run(_test, parser.parse_args(), scope)
 
