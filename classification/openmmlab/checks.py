@@ -33,10 +33,10 @@ def check_channels(model: ConfigDict) -> None:
         for part in ("decode_head", "auxiliary_head"):
             heads = model.get(part) or []
             for head in heads if isinstance(heads, list) else [heads]:
-                _compare_channels(part, head, given)
+                _compare_channels(part, {"in_index": -1, **head}, given)  # mmseg's default
 
 
-def _compare_channels(part: str, config: ConfigDict, given: list[int]) -> None:
+def _compare_channels(part: str, config: dict, given: list[int]) -> None:
     wanted, index = config.get("in_channels"), config.get("in_index")
     if isinstance(index, (list, tuple)):
         given = [given[i] for i in index if -len(given) <= i < len(given)]
@@ -83,20 +83,29 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):
             _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", Path.is_dir)
-    if not dataset.get("ann_file"):
-        return
-    annotations = os.path.join(root, dataset.ann_file)
-    _must_exist(annotations, "annotation file", f"{key}.ann_file")
-    if dataset.type == "CocoDataset":
-        classes = (dataset.get("metainfo") or {}).get("classes") or _default_classes(dataset.type)
-        classes = list_from_file(classes) if isinstance(classes, str) else classes
-        _check_categories(annotations, list(classes), key)
+    annotations = os.path.join(root, dataset.get("ann_file") or "")
+    if dataset.get("ann_file"):
+        _must_exist(annotations, "annotation file", f"{key}.ann_file")
+    if classes := _classes(dataset):
+        if dataset.type == "CocoDataset" and dataset.get("ann_file"):
+            _check_categories(annotations, classes, key)
         _check_num_classes(cfg.model, len(classes), key)
+        for step in dataset.get("pipeline") or ():
+            if step.type == "CheckLabels" and step.num_classes != len(classes):
+                raise UserError(
+                    f"{key}.pipeline: CheckLabels has {step.num_classes} classes, but the data set {len(classes)}; "
+                    "make them equal"
+                )
 
 
-def _default_classes(kind: str) -> Sequence[str]:
-    with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
-        return registry.get(kind).METAINFO["classes"]
+def _classes(dataset: ConfigDict) -> list[str]:
+    """The config's, or else those of the data set's type; of some types they are not known."""
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    if not classes:
+        with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
+            kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+        classes = getattr(kind, "METAINFO", {}).get("classes", ())
+    return list_from_file(classes) if isinstance(classes, str) else list(classes)
 
 
 def _must_exist(path: str, what: str, key: str, exists=Path.is_file) -> None:
@@ -148,12 +157,14 @@ def _categories_in_all(path: str) -> list[dict]:
 
 
 def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
-    for part in ("bbox_head", "mask_head"):
-        heads = (model.get("roi_head") or {}).get(part) or []
-        for head in heads if isinstance(heads, list) else [heads]:
+    roi_head = model.get("roi_head") or {}
+    parts = {f"roi_head.{name}": roi_head.get(name) for name in ("bbox_head", "mask_head")}
+    parts |= {name: model.get(name) for name in ("decode_head", "auxiliary_head")}
+    for part, heads in parts.items():
+        for head in heads if isinstance(heads, list) else [heads or {}]:
             if head.get("num_classes", classes) != classes:
                 raise UserError(
-                    f"model.roi_head.{part}.num_classes is {head.num_classes}, but {key} has {classes} classes; "
+                    f"model.{part}.num_classes is {head['num_classes']}, but {key} has {classes} classes; "
                     "make them equal"
                 )
 

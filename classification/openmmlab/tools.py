@@ -1,6 +1,7 @@
 """`train.py` and `test.py` of detection and segmentation: OpenMMLab's command lines over mmengine's Runner."""
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -74,7 +75,8 @@ def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Name
     """Do it; what goes wrong by the user's hand is said once on each machine."""
     try:
         work(args, _read_config(args, scope))
-        if torch.distributed.is_initialized():  # else gloo's threads can outlive the interpreter, which aborts then
+        gc.collect()  # DistributedDataParallel: gloo's threads live as long, and one in Python at the end is an abort
+        if torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except UserError as error:
@@ -261,15 +263,24 @@ def _draw(args: argparse.Namespace, cfg: Config) -> None:
         cfg.default_hooks.visualization.test_out_dir = args.show_dir
     else:
         cfg.default_hooks.visualization.interval = 1
-        cfg.visualizer.save_dir = args.show_dir
+        cfg.visualizer.update({"save_dir": args.show_dir} if args.show_dir else {})
 
 
 def write_maps(cfg: Config, folder: str) -> None:
-    """Have mmseg's metric write the predicted maps as it tests."""
+    """Have mmseg's metrics write the predicted maps as they test.
+
+    Raises:
+        UserError: none of them can.
+    """
     evaluator = cfg.test_evaluator
-    for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
-        if metric.type == "IoUMetric":
-            metric.update(output_dir=folder, keep_results=True)
+    metrics = evaluator if isinstance(evaluator, list) else [evaluator]
+    able = [m for m in metrics if m.type in ("IoUMetric", "DepthMetric", "CityscapesMetric")]
+    for metric in able:
+        metric.output_dir = folder
+        if metric.type == "CityscapesMetric":
+            metric.keep_results = True  # or it removes them
+    if not able:
+        raise UserError(f"--out {folder}: none of test_evaluator's metrics writes maps; add an IoUMetric")
 
 
 def _augment(args: argparse.Namespace, cfg: Config) -> None:

@@ -25,8 +25,9 @@ class CheckLabels:
         labels = results["gt_seg_map"]
         wrong = (labels >= self.num_classes) & (labels != IGNORED)
         if wrong.any():
+            first = int(bool(results.get("reduce_zero_label")))  # what LoadAnnotations has subtracted from the file's
             raise UserError(
-                f"{results['seg_map_path']}: has label {np.max(labels[wrong])}, but with {self.num_classes} classes "
-                f"0 to {self.num_classes - 1} are labels, and {IGNORED} is what is ignored"
+                f"{results['seg_map_path']}: has label {np.max(labels[wrong]) + first}, but with {self.num_classes} "
+                f"classes {first} to {self.num_classes - 1 + first} are labels, and {IGNORED} is what is ignored"
             )
         return results

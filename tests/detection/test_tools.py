@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, free_port, run_command
+from running import ROOT, free_port, note_threads, run_command, threads_left
 from scenes import write_coco, write_few_scenes
 
 pytest.importorskip("mmdet", reason="make install-openmmlab")
@@ -84,14 +84,18 @@ def test_two_processes(scenes, tmp_path):
     port = str(free_port())
     command = ["bash", tools_folder / "dist_train.sh", MICRO, 2, "--work-dir", tmp_path / "run"]
     wrapper = "model_wrapper_cfg.type=MMDistributedDataParallel"
-    done = run_command(*command, *options(scenes, "train_dataloader.batch_size=2", wrapper), cwd=tmp_path, PORT=port)
+    command += options(scenes, "train_dataloader.batch_size=2", wrapper)
+    done = run_command(*command, cwd=tmp_path, PORT=port, **note_threads(tmp_path / "threads"))
     assert done.returncode == 0, done.stderr[-4000:]
+    assert [len(threads) for threads in threads_left(tmp_path / "threads")] == [1, 1]
     assert "no GPU: 2 processes on the CPU" in done.stdout + done.stderr
     assert re.search(r"Epoch\(train\) *\[2\]\[4/4\]", done.stdout)  # 16 scenes by 2 processes of 2
     command = ["bash", tools_folder / "dist_test.sh", MICRO, tmp_path / "run/epoch_2.pth", 2]
     arguments = ["--work-dir", tmp_path / "test", "--out", tmp_path / "found.pkl", "--show-dir", "drawn"]
-    done = run_command(*command, *arguments, *options(scenes), cwd=tmp_path, PORT=port)
+    command += [*arguments, *options(scenes)]
+    done = run_command(*command, cwd=tmp_path, PORT=port, **note_threads(tmp_path / "threads_of_test"))
     assert done.returncode == 0, done.stderr[-4000:]
+    assert [len(threads) for threads in threads_left(tmp_path / "threads_of_test")] == [1, 1]
     assert len(list((tmp_path / "test").glob("*/drawn/*.png"))) == 2  # mmengine draws the first process's share
     with (tmp_path / "found.pkl").open("rb") as file:
         assert len(pickle.load(file)) == 4  # our own, just written

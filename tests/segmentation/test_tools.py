@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import ROOT, free_port, run_command
+from running import ROOT, free_port, note_threads, run_command, threads_left
 from scenes import write_few_scenes
 
 pytest.importorskip("mmseg", reason="make install-openmmlab")
@@ -19,7 +19,10 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 
+from classification.errors import UserError
 from classification.openmmlab import tools
+from classification.openmmlab.checks import check_channels, check_data
+from classification.openmmlab.transforms import CheckLabels
 
 CONFIGS = ROOT / "segmentation/configs/spatialmamba"
 MICRO = CONFIGS / "upernet_spatialmamba_micro_digits.py"
@@ -44,9 +47,10 @@ def test_training_testing_and_resuming(scenes, tmp_path):
     """From other folders: two processes train, one resumes, two test with augmentation, one draws and writes."""
     folder, port = ROOT / "segmentation/tools", str(free_port())
     command = ["bash", folder / "dist_train.sh", MICRO, 2, "--work-dir", tmp_path / "run", *options(scenes)]
-    done = run_command(*command, cwd=tmp_path, PORT=port)
+    done = run_command(*command, cwd=tmp_path, PORT=port, **note_threads(tmp_path / "threads"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"Iter\(train\) *\[6/6\]", done.stdout)
+    assert [len(threads) for threads in threads_left(tmp_path / "threads")] == [1, 1]
     (tmp_path / "run/iter_6.pth").unlink()
     (tmp_path / "run/last_checkpoint").write_text(str(tmp_path / "run/iter_3.pth"))
     command = ["python", folder / "train.py", MICRO, "--work-dir", tmp_path / "run", "--resume", *options(scenes)]
@@ -134,6 +138,52 @@ def test_dims_that_do_not_fit_the_heads(monkeypatch, scenes, change):
     assert re.search(r"model\.(decode|auxiliary)_head\.in_channels is .* but the backbone's maps have", said)
 
 
+def test_a_head_without_an_index_takes_the_last_map():
+    model = Config.fromfile(MICRO).model
+    model.auxiliary_head.pop("in_index")
+    model.auxiliary_head.in_channels = 128
+    check_channels(model)
+    model.auxiliary_head.in_channels = 64
+    with pytest.raises(UserError, match=r"auxiliary_head\.in_channels is 64, but the backbone's maps have 128"):
+        check_channels(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("model.decode_head.num_classes=5", "model.decode_head.num_classes is 5, but train_dataloader.dataset has 11"),
+        ("model.auxiliary_head.num_classes=5", "model.auxiliary_head.num_classes is 5"),
+        ("train_dataloader.dataset.pipeline.2.num_classes=150", "CheckLabels has 150 classes, but the data set 11"),
+    ],
+)
+def test_another_number_of_classes(monkeypatch, scenes, change, expected):
+    assert expected in message(monkeypatch, tools.train, MICRO, *options(scenes, change))
+
+
+def test_classes_that_the_data_set_names_itself(tmp_path):
+    """ADE20K's 150: a config for fewer is an error, the published one is not."""
+    for part in ("images", "annotations"):
+        for split in ("training", "validation"):
+            (tmp_path / part / split).mkdir(parents=True)
+    cfg = Config.fromfile(TINY)
+    tools.merge_options(cfg, {"data_root": str(tmp_path)})
+    init_default_scope("mmseg")
+    check_data(cfg, ("train", "val", "test"))
+    cfg.model.decode_head.num_classes = 19
+    with pytest.raises(UserError, match=r"decode_head\.num_classes is 19, but .* has 150 classes"):
+        check_data(cfg, ("train",))
+
+
+@pytest.mark.parametrize(("reduced", "wrong", "right"), [(False, 3, "0 to 2"), (True, 4, "1 to 3")])
+def test_labels_are_named_as_in_the_file(reduced, wrong, right):
+    labels = np.array([[0, 2, 255, wrong - reduced]])
+    results = dict(gt_seg_map=labels, seg_map_path="m.png", reduce_zero_label=reduced)
+    with pytest.raises(UserError, match=rf"m\.png: has label {wrong}, but with 3 classes {right} are labels"):
+        CheckLabels(3)(results)
+    results["gt_seg_map"] = labels[:, :3]
+    assert CheckLabels(3)(results) is results
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_label_outside_the_classes(scenes, tmp_path, workers):
     root = tmp_path / "scenes"
@@ -164,12 +214,15 @@ def test_checkpoints(monkeypatch, scenes, tmp_path):
 
 
 def test_maps_are_written_by_each_metric_that_can():
-    """An evaluator may be a list; and with --out DIR, each IoUMetric of it writes there."""
+    """With --out DIR; an evaluator may be a list."""
     cfg = Config.fromfile(MICRO)
     cfg.test_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"]), dict(type="CityscapesMetric")]
     tools.write_maps(cfg, "maps")
-    assert cfg.test_evaluator[0] == dict(type="IoUMetric", iou_metrics=["mIoU"], output_dir="maps", keep_results=True)
-    assert cfg.test_evaluator[1] == dict(type="CityscapesMetric")
+    assert cfg.test_evaluator[0] == dict(type="IoUMetric", iou_metrics=["mIoU"], output_dir="maps")
+    assert cfg.test_evaluator[1] == dict(type="CityscapesMetric", output_dir="maps", keep_results=True)
+    cfg.test_evaluator = dict(type="Other")
+    with pytest.raises(UserError, match="none of test_evaluator's metrics"):
+        tools.write_maps(cfg, "maps")
 
 
 def test_augmentation_without_its_pipeline(monkeypatch, scenes):
