@@ -79,6 +79,11 @@ def test_effective_config(size):
     assert [step.scale for step in resizes] == [(1536, 384), (2048, 512), (2560, 640)]
     assert all(step.keep_ratio for step in resizes)
     assert [step.prob for step in flips] == [0.0, 1.0]
+    assert cfg.tta_model.type == "SegTTAModel"
+    assert train["CheckLabels"].num_classes == 150
+    assert train["LoadAnnotations"].reduce_zero_label
+    assert test["LoadAnnotations"].reduce_zero_label
+    assert [hook.type for hook in cfg.custom_hooks] == ["SyncBuffersHook"]
     assert cfg.val_evaluator.iou_metrics == ["mIoU"]
     assert not re.search("swin|window_size=7|http", cfg.pretty_text, re.IGNORECASE)
 
