@@ -18,6 +18,9 @@ from classification.errors import UserError
 from classification.models.openmmlab import BACKBONE, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
+# mmseg's heads whose num_classes is not the data set's: of borders, and of texts without that for the background.
+OTHER_CLASSES = ("STDCHead", "SideAdapterCLIPHead")
+
 
 def check_channels(model: ConfigDict) -> None:
     """Raise a UserError if what follows the backbone expects other channels than it gives."""
@@ -89,9 +92,10 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     if classes := _classes(dataset):
         if dataset.type == "CocoDataset" and dataset.get("ann_file"):
             _check_categories(annotations, classes, key)
-        _check_num_classes(cfg.model, len(classes), key)
+        if dataset.type != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
+            _check_num_classes(cfg.model, len(classes), key)
         for step in dataset.get("pipeline") or ():
-            if step.type == "CheckLabels" and step.num_classes != len(classes):
+            if step.get("type") == "CheckLabels" and step.num_classes != len(classes):
                 raise UserError(
                     f"{key}.pipeline: CheckLabels has {step.num_classes} classes, but the data set {len(classes)}; "
                     "make them equal"
@@ -104,7 +108,7 @@ def _classes(dataset: ConfigDict) -> list[str]:
     if not classes:
         with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
             kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
-        classes = getattr(kind, "METAINFO", {}).get("classes", ())
+        classes = getattr(kind, "METAINFO", {}).get("classes") or ()  # v3det's are None until it is read
     return list_from_file(classes) if isinstance(classes, str) else list(classes)
 
 
@@ -162,7 +166,7 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
     parts |= {name: model.get(name) for name in ("decode_head", "auxiliary_head")}
     for part, heads in parts.items():
         for head in heads if isinstance(heads, list) else [heads or {}]:
-            if head.get("num_classes", classes) != classes:
+            if head.get("type") not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
                 raise UserError(
                     f"model.{part}.num_classes is {head['num_classes']}, but {key} has {classes} classes; "
                     "make them equal"

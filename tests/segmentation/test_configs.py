@@ -12,7 +12,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
+from toolchains import refused
 
+from classification.openmmlab import checks
 from classification.openmmlab.flops import count_model_flops
 from classification.openmmlab.tools import _replace_sync_bn as replace_sync_bn
 
@@ -136,3 +138,10 @@ def test_a_training_step(name, height, width, images):
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
         assert parameter.grad.any(), key
+
+
+def test_mmsegs_own_configs_are_not_refused(monkeypatch):
+    monkeypatch.setattr(checks, "_must_exist", lambda *_: None)
+    count, messages = refused("mmseg", lambda path: True)
+    assert count > 600
+    assert messages == {}
