@@ -89,27 +89,30 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
         _must_exist(annotations, "annotation file", f"{key}.ann_file")
-    if classes := _classes(dataset):
+    if classes := _classes(dataset, key):
         if dataset.type == "CocoDataset" and dataset.get("ann_file"):
             _check_categories(annotations, classes, key)
         if dataset.type != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
-            _check_num_classes(cfg.model, len(classes), key)
+            _check_num_classes(cfg.model.get("module", cfg.model), len(classes), key)  # with --tta
         for step in dataset.get("pipeline") or ():
-            if step.get("type") == "CheckLabels" and step.num_classes != len(classes):
+            if step.get("type") == "CheckLabels" and (number := step.get("num_classes")) != len(classes):
                 raise UserError(
-                    f"{key}.pipeline: CheckLabels has {step.num_classes} classes, but the data set {len(classes)}; "
+                    f"{key}.pipeline: CheckLabels has {number} classes, but the data set {len(classes)}; "
                     "make them equal"
                 )
 
 
-def _classes(dataset: ConfigDict) -> list[str]:
+def _classes(dataset: ConfigDict, key: str) -> list[str]:
     """The config's, or else those of the data set's type; of some types they are not known."""
     classes = (dataset.get("metainfo") or {}).get("classes")
     if not classes:
         with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
             kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
         classes = getattr(kind, "METAINFO", {}).get("classes") or ()  # v3det's are None until it is read
-    return list_from_file(classes) if isinstance(classes, str) else list(classes)
+    if isinstance(classes, str):
+        _must_exist(classes, "file of classes", f"{key}.metainfo.classes")
+        return list_from_file(classes)
+    return list(classes)
 
 
 def _must_exist(path: str, what: str, key: str, exists=Path.is_file) -> None:

@@ -256,8 +256,9 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
 
 def _draw(args: argparse.Namespace, cfg: Config) -> None:
     """mmdet's hook and mmseg's differ in where images go and how many are drawn."""
-    if not cfg.get("default_hooks", {}).get("visualization"):
-        raise UserError(f"{args.config}: has no default_hooks.visualization, which draws; add it, or leave --show out")
+    for key, part in {"default_hooks.visualization": cfg.get("default_hooks", {}), "visualizer": cfg}.items():
+        if not part.get(key.rpartition(".")[2]):
+            raise UserError(f"{args.config}: has no {key}, which draws; add it, or leave --show out")
     cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
     if cfg.default_scope == "mmdet":
         cfg.default_hooks.visualization.test_out_dir = args.show_dir
@@ -274,7 +275,8 @@ def write_maps(cfg: Config, folder: str) -> None:
     """
     evaluator = cfg.test_evaluator
     metrics = evaluator if isinstance(evaluator, list) else [evaluator]
-    able = [m for m in metrics if m.type in ("IoUMetric", "DepthMetric", "CityscapesMetric")]
+    able = [m for m in metrics if m.type in ("IoUMetric", "DepthMetric")]
+    able = able or [m for m in metrics if m.type == "CityscapesMetric"]  # it reads its files again: let it be alone
     for metric in able:
         metric.output_dir = folder
         if metric.type == "CityscapesMetric":

@@ -153,6 +153,7 @@ def test_a_head_without_an_index_takes_the_last_map():
     [
         ("model.decode_head.num_classes=5", "model.decode_head.num_classes is 5, but train_dataloader.dataset has 11"),
         ("model.auxiliary_head.num_classes=5", "model.auxiliary_head.num_classes is 5"),
+        ("train_dataloader.dataset.metainfo.classes=none.txt", "none.txt: no such file of classes"),
         ("train_dataloader.dataset.pipeline.2.num_classes=150", "CheckLabels has 150 classes, but the data set 11"),
     ],
 )
@@ -219,7 +220,10 @@ def test_maps_are_written_by_each_metric_that_can():
     cfg.test_evaluator = [dict(type="IoUMetric", iou_metrics=["mIoU"]), dict(type="CityscapesMetric")]
     tools.write_maps(cfg, "maps")
     assert cfg.test_evaluator[0] == dict(type="IoUMetric", iou_metrics=["mIoU"], output_dir="maps")
-    assert cfg.test_evaluator[1] == dict(type="CityscapesMetric", output_dir="maps", keep_results=True)
+    assert cfg.test_evaluator[1] == dict(type="CityscapesMetric")  # other numbers, and its score is of its files
+    cfg.test_evaluator = [dict(type="CityscapesMetric")]
+    tools.write_maps(cfg, "maps")
+    assert cfg.test_evaluator == [dict(type="CityscapesMetric", output_dir="maps", keep_results=True)]
     cfg.test_evaluator = dict(type="Other")
     with pytest.raises(UserError, match="none of test_evaluator's metrics"):
         tools.write_maps(cfg, "maps")
