@@ -200,6 +200,34 @@ def test_large_planes(compare, large, name, plane):
     compare(OPERATORS[name], EXACT[name], make_inputs(name, plane=plane, batch=1))
 
 
+@pytest.mark.parametrize("width", range(24, 43))
+def test_wide_planes(compare, large, width):
+    """What is left of a row after whole vectors, of a plane after eleven rows at once, and of channels after pairs."""
+    height = 24 + 5 * width % 11
+    compare(state_fusion_output, exact_output, make_output_inputs((3, height, width)))
+    compare(state_fusion_output, exact_output, make_output_inputs((2, height, width), states=2, batch=1))
+    compare(state_fusion, exact_fusion, make_fusion_inputs((16, height, width), batch=1))
+    compare(state_fusion, exact_fusion, make_fusion_inputs((1, height, width), states=3))
+
+
+@pytest.mark.parametrize("height", range(24, 60, 5))
+def test_wide_planes_in_strips(compare, large, height):
+    """Strips of 16 rows, as few channels have; the last one has fewer, down to a single row."""
+    compare(state_fusion_output, exact_output, make_output_inputs((1, height, 37), batch=1))
+    compare(state_fusion_output, exact_output, make_output_inputs((2, 49, height), states=2, batch=1))
+
+
+@pytest.mark.parametrize("name", ["fusion", "output"])
+def test_views_of_wide_planes(check, evaluate, large, layout, name):
+    inputs = make_inputs(name, plane=(3, 29, 35), states=2)
+    views = {n: layout(t) for n, t in inputs.items()}
+    grad = torch.ones_like(views.get("x", views["h"]))
+    _, actual = evaluate(OPERATORS[name], views, {}, grad)
+    _, expected = evaluate(EXACT[name], {n: t.double() for n, t in views.items()}, {}, grad.double())
+    for result in expected:
+        check(actual[result], expected[result], result)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("side", range(1, 13))
 def test_small_planes(compare, sample, side, batch):

@@ -157,10 +157,20 @@ void choose_strips(Problem& p, const Kernel& kernel) {
 
 int64_t tasks(const Problem& p, const Kernel& kernel) { return p.batch * p.blocks(kernel.lanes) * p.strips; }
 
+// Whether `fusion_rows` computes it, and sooner than the kernel whose lanes are channels. It goes down columns: short ones
+// end too soon, and what is not in a cache would be read in the wrong order.
+bool takes_rows(const Problem& p, Types types) {
+  constexpr int64_t kLeastHeight = 24, kMostElements = 2 << 20;
+  const auto has_rows = [](const View& v) { return !v.data || v.column == 1; };
+  return kernels().fusion_rows.run && p.pattern == kFusion && types == kFloat32 && p.width >= kRowsWidth &&
+         p.height >= kLeastHeight && p.batch * p.channels * p.states * p.height * p.width <= kMostElements &&
+         has_rows(p.in) && has_rows(p.C) && has_rows(p.x) && has_rows(p.out);
+}
+
 void run_forward(Problem& p, Types types, const Tensor& out) {
-  const Kernel& kernel = kernels().forward[types];
-  choose_strips(p, kernel);
   p.out = planes(out);
+  const Kernel& kernel = takes_rows(p, types) ? kernels().fusion_rows : kernels().forward[types];
+  choose_strips(p, kernel);
   host::run(kernel, p, tasks(p, kernel));
 }
 

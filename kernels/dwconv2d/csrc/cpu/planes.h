@@ -56,8 +56,12 @@ struct Kernel {
 // The type of `in`, then that of what is read and written beside it.
 enum Types { kFloat32, kFloat64, kFloat16, kBFloat16, kFloat32WithFloat16, kFloat32WithBFloat16, kTypes };
 
+constexpr int64_t kRowsWidth = 24;
+
 struct Kernels {
   Kernel forward[kTypes], backward[kTypes];
+  // Forward, state fusion of float32 planes with contiguous rows of at least kRowsWidth; `run` is null if there is none.
+  Kernel fusion_rows;
 };
 
 extern const Kernels kPortable;

@@ -1,6 +1,15 @@
 #define VECTOR_BYTES 64
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in its own intrinsics: GCC bug 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include "fusion_rows.h"
 #include "planes_kernel.h"
 
 namespace dwconv2d {
-const Kernels kAvx512 = kKernels;
+constexpr Kernels with_rows(Kernels kernels) {
+  kernels.fusion_rows = rows::kForward;
+  return kernels;
+}
+const Kernels kAvx512 = with_rows(kKernels);
 }

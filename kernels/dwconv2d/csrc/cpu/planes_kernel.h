@@ -623,6 +623,7 @@ constexpr Kernels kKernels = {
      kForward<float, Half>, kForward<float, BFloat16>},
     {kBackward<float, float>, kBackward<double, double>, kBackward<Half, Half>, kBackward<BFloat16, BFloat16>,
      kBackward<float, Half>, kBackward<float, BFloat16>},
+    {},
 };
 
 }  // namespace

@@ -1,0 +1,323 @@
+// State fusion of planes whose rows are contiguous, forward, for AVX-512: lanes are columns.
+//
+// Nothing is transposed or copied. A vector of columns goes down the plane; each row is loaded once, shifted to the seven
+// columns that taps reach, and added to the eleven output rows that it reaches, whose sums stay in registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "planes.h"
+
+namespace dwconv2d {
+namespace {
+namespace rows {
+
+#define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
+
+constexpr int kLanes = 16, kReach = 5, kSums = 2 * kReach + 1;
+constexpr int kOffsets[] = {-5, -3, -1, 0, 1, 3, 5}, kCount = 7;  // of taps, along rows and along columns
+static_assert(kRowsWidth >= kLanes + kReach, "the first 16 columns are not to need what is beyond the last");
+constexpr int kTaps = 25, kWeightsHeld = 11;                      // as many as there are registers left for
+
+// The number of the tap in each of the seven rows and columns, in the order of planes.cpp; -1 where there is none.
+constexpr int kTap[kCount][kCount] = {
+    {0, -1, -1, 1, -1, -1, 2},      {-1, 3, -1, 4, -1, 5, -1},      {-1, -1, 6, 7, 8, -1, -1},
+    {9, 10, 11, 12, 13, 14, 15},    {-1, -1, 16, 17, 18, -1, -1},   {-1, 19, -1, 20, -1, 21, -1},
+    {22, -1, -1, 23, -1, -1, 24},
+};
+// Which of the eleven sums is that of an output row.
+constexpr int slot(int row) { return (row % kSums + kSums) % kSums; }
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE __mmask16 first_lanes(int64_t count) { return (1u << least(kLanes, most(0, count))) - 1; }
+
+using Integers = int32_t __attribute__((vector_size(64)));
+constexpr Integers kOneByOne = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr Integers kTwice = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+
+INLINE Integers within(Integers columns, int width) {
+  columns = columns < 0 ? Integers{} : columns;
+  return columns < width ? columns : Integers{} + (width - 1);
+}
+
+// 16 columns, those beyond the last one being copies of it.
+struct Segment {
+  int64_t offset;
+  Integers lanes;
+
+  INLINE Segment() = default;
+  INLINE Segment(int64_t column, int64_t width) {
+    offset = least(column, width - kLanes);
+    lanes = within(int(column) + kOneByOne, width) - int(offset);
+  }
+
+  INLINE __m512 load(const float* row) const {
+    return _mm512_permutexvar_ps((__m512i)lanes, _mm512_loadu_ps(row + offset));
+  }
+};
+
+// Lanes n to n + 15 of `low` and `high` after it.
+template <int n>
+INLINE __m512 shift(__m512 low, __m512 high) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(high), _mm512_castps_si512(low), n));
+}
+
+// Rows of a plane, from a column on. They are gone through one by one, lest GCC keep a pointer to each of several.
+struct Rows {
+  float* data;
+  int64_t stride;
+
+  INLINE float* at(int64_t y) const { return data + y * stride; }
+  INLINE void skip(int64_t rows) { data += rows * stride; }
+  INLINE float* next() {
+    float* const row = data;
+    data += stride;
+    asm volatile("" : "+r"(data));
+    return row;
+  }
+};
+
+// 16 columns, or the last ones, of a plane. Left: they are the first. Right: taps reach beyond the last. Observe: the
+// sums are multiplied by C, and D x is added.
+template <bool Left, bool Right, bool Observe>
+struct Block {
+  Rows in;  // of column 0
+  int64_t column;
+  Segment here, next;      // on the right
+  __mmask16 has_next, has;  // columns after these, and these
+  Rows C, x, out;
+  __m512 D;
+
+  INLINE void load(const float* row, __m512 (&shifted)[kCount]) const {
+    __m512 before = Left ? _mm512_set1_ps(row[0]) : _mm512_loadu_ps(row + column - kLanes);
+    if (!Left) asm("" : "+v"(before));  // one load, not one for each shift
+    const __m512 same = Right ? here.load(row) : _mm512_loadu_ps(row + column);
+    const __m512 after = Right ? next.load(row) : _mm512_maskz_loadu_ps(has_next, row + column + kLanes);
+    shifted[0] = shift<kLanes - 5>(before, same);
+    shifted[1] = shift<kLanes - 3>(before, same);
+    shifted[2] = shift<kLanes - 1>(before, same);
+    shifted[3] = same;
+    shifted[4] = shift<1>(same, after);
+    shifted[5] = shift<3>(same, after);
+    shifted[6] = shift<5>(same, after);
+  }
+
+  INLINE void store(__m512 sum) {
+    if (Observe) {
+      const __m512 skip = _mm512_mul_ps(D, _mm512_maskz_loadu_ps(has, x.next()));
+      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(has, C.next()), sum, skip);
+    }
+    _mm512_mask_storeu_ps(out.next(), has, sum);
+  }
+};
+
+INLINE __m512 join(__m256 low, __m256 high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+
+// Up to eight last columns of two planes.
+template <bool Observe>
+struct Ends {
+  Rows in;  // of column 0
+  int64_t offset;
+  Integers lanes[kCount];
+  __mmask8 has;
+  Rows C, x, out;
+  int64_t in_channel, x_channel, out_channel;  // from the first plane to the second
+  __m512 D;
+
+  INLINE void look_from(int64_t column, int64_t width) {
+    offset = width - kLanes;
+    has = first_lanes(width - column);
+    const Integers second = kOneByOne < 8 ? Integers{} : Integers{} + kLanes;
+    for (int i = 0; i < kCount; ++i) lanes[i] = within(int(column) + kOffsets[i] + kTwice, width) - int(offset) + second;
+  }
+
+  INLINE void load(const float* row, __m512 (&shifted)[kCount]) const {
+    const __m512 first = _mm512_loadu_ps(row + offset);
+    const __m512 second = _mm512_loadu_ps(row + in_channel + offset);
+#pragma GCC unroll 7
+    for (int i = 0; i < kCount; ++i) shifted[i] = _mm512_permutex2var_ps(first, (__m512i)lanes[i], second);
+  }
+
+  INLINE void store(__m512 sum) {
+    if (Observe) {
+      const float* const from = x.next();
+      const __m512 skip = join(_mm256_maskz_loadu_ps(has, from), _mm256_maskz_loadu_ps(has, from + x_channel));
+      const __m256 numbers = _mm256_maskz_loadu_ps(has, C.next());
+      sum = _mm512_fmadd_ps(join(numbers, numbers), sum, _mm512_mul_ps(D, skip));
+    }
+    float* const to = out.next();
+    _mm256_mask_storeu_ps(to, has, _mm512_castps512_ps256(sum));
+    _mm256_mask_storeu_ps(to + out_channel, has, _mm512_extractf32x8_ps(sum, 1));
+  }
+};
+
+// Rows of the plane, and those of them that are asked for.
+struct Strip {
+  int64_t height, begin, rows;
+};
+
+// kFirst: eleven input rows, of which those before the last ten begin no output row that is asked for. kOnly: all input
+// rows, where fewer than eleven rows are asked for.
+enum Part { kFirst, kMiddle, kLast, kOnly };
+
+// Takes the input rows from `first` to `end`, counted from five before the strip, eleven at a time: then each has its
+// sums in registers of its own.
+template <Part part, class Columns>
+NOINLINE void take_rows(const Columns& given, const Strip& strip, int64_t first, int64_t end, __m512* kept,
+                        const float* weights) {
+  Columns columns = given;
+  const int64_t height = strip.height, rows = strip.rows;
+  int64_t y = strip.begin + first - kReach;  // of the input row
+  Rows in = columns.in;
+  in.skip(y);
+  const int64_t stored = strip.begin + most(0, first - 2 * kReach);
+  columns.C.skip(stored), columns.x.skip(stored), columns.out.skip(stored);
+  __m512 sums[kSums], held[kTaps];
+#pragma GCC unroll 25
+  for (int k = 0; k < kWeightsHeld; ++k) held[k] = _mm512_load_ps(weights + k * kLanes);
+#pragma GCC unroll 11
+  for (int i = 0; i < kSums; ++i) sums[i] = part == kFirst || part == kOnly ? _mm512_setzero_ps() : kept[i];
+
+  for (; first < end; first += kSums) {
+#pragma GCC unroll 11
+    for (int phase = 0; phase < kSums; ++phase) {
+      const int64_t row = first + phase;
+      if ((part == kLast || part == kOnly) && row >= end) break;
+      // Without these GCC computes a row's sums where they are stored, many rows on, and what that takes goes to memory;
+      // or it keeps pointers to all rows, and weights that are better read again.
+      if (part == kFirst)
+        asm volatile("" : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "+v"(sums[3]), "+v"(sums[4]), "+v"(sums[5]),
+                     "+v"(sums[6]), "+v"(sums[7]), "+v"(sums[8]), "+v"(sums[9]), "+v"(sums[10]), "+r"(weights), "+r"(y));
+      if (part != kFirst) asm volatile("" : "+r"(weights), "+r"(y));
+      __m512 shifted[kCount];
+      columns.load(part == kMiddle ? in.next() : columns.in.at(most(0, least(y++, height - 1))), shifted);
+
+#pragma GCC unroll 7
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t output = row - kReach - kOffsets[i];
+        if (part == kFirst && phase - kReach - kOffsets[i] < 0) continue;
+        if (part == kOnly && (output < 0 || output >= rows)) continue;
+        // All that needs no row beyond the strip could be left out; a branch for each costs more than it saves.
+        if (part == kLast && (i < 3 ? row >= rows + 4 : i < 6 && row >= rows + 8)) continue;
+        __m512& sum = sums[slot(phase - kReach - kOffsets[i])];
+#pragma GCC unroll 7
+        for (int j = 0; j < kCount; ++j) {
+          const int k = kTap[i][j];
+          if (k < 0) continue;
+          const __m512 weight = k < kWeightsHeld ? held[k] : _mm512_load_ps(weights + k * kLanes);
+          sum = k == 0 ? _mm512_mul_ps(weight, shifted[j]) : _mm512_fmadd_ps(weight, shifted[j], sum);
+        }
+      }
+      if (part == kFirst ? phase == 2 * kReach : part != kOnly || row >= 2 * kReach)
+        columns.store(sums[slot(phase - 2 * kReach)]);
+    }
+  }
+  if (part == kLast || part == kOnly) return;
+#pragma GCC unroll 11
+  for (int i = 0; i < kSums; ++i) kept[i] = sums[i];
+}
+
+template <class Columns>
+INLINE void fuse(const Columns& columns, const Strip& strip, const float* weights) {
+  const int64_t end = strip.rows + 2 * kReach;
+  __m512 sums[kSums];
+  if (strip.rows < kSums) return take_rows<kOnly>(columns, strip, 0, end, sums, weights);
+  const int64_t last = strip.rows / kSums * kSums;
+  take_rows<kFirst>(columns, strip, 0, kSums, sums, weights);
+  if (last > kSums) take_rows<kMiddle>(columns, strip, kSums, last, sums, weights);
+  take_rows<kLast>(columns, strip, last, end, sums, weights);
+}
+
+// A task: a strip of two channels, whose last columns share a vector if they fit.
+struct Pair {
+  const Problem& p;
+  int64_t batch, channel, channels;
+  Strip strip;
+  float* weights[3];  // (taps, lanes) of one channel, of the other, and of half a vector of each
+
+  INLINE Rows rows_of(const View& v, int64_t c, int64_t n, int64_t column) const {
+    if (!v.data) return {nullptr, 0};
+    return {(float*)v.data + batch * v.batch + (channel + c) * v.channel + n * v.state + column, v.row};
+  }
+
+  // D x at first, then the sum over the states so far.
+  INLINE Rows rows_of_x(int64_t c, int64_t n, int64_t column) const {
+    return n == 0 ? rows_of(p.x, c, 0, column) : rows_of(p.out, c, 0, column);
+  }
+  INLINE Rows rows_of_out(int64_t c, int64_t n, int64_t column) const {
+    return rows_of(p.out, c, p.C.data ? 0 : n, column);
+  }
+  INLINE float D(int64_t c, int64_t n) const {
+    return n || !p.D.data ? 1 : ((const float*)p.D.data)[(channel + c) * p.D.channel];
+  }
+
+  template <bool Observe, bool Left, bool Right>
+  INLINE void block(int64_t c, int64_t n, int64_t column) const {
+    Block<Left, Right, Observe> b;
+    b.in = rows_of(p.in, c, n, 0);
+    b.column = column;
+    if (Right) b.here = Segment(column, p.width), b.next = Segment(column + kLanes, p.width);
+    b.has_next = first_lanes(p.width - column - kLanes);
+    b.has = first_lanes(p.width - column);
+    b.C = rows_of(p.C, 0, n, column), b.x = rows_of_x(c, n, column), b.out = rows_of_out(c, n, column);
+    b.D = _mm512_set1_ps(D(c, n));
+    fuse(b, strip, weights[c]);
+  }
+
+  template <bool Observe>
+  INLINE void ends(int64_t n, int64_t column) const {
+    Ends<Observe> e;
+    e.look_from(column, p.width);
+    e.in = rows_of(p.in, 0, n, 0);
+    e.C = rows_of(p.C, 0, n, column), e.x = rows_of_x(0, n, column), e.out = rows_of_out(0, n, column);
+    e.in_channel = p.in.channel, e.out_channel = p.out.channel, e.x_channel = n == 0 ? p.x.channel : p.out.channel;
+    e.D = join(_mm256_set1_ps(D(0, n)), _mm256_set1_ps(D(1, n)));
+    fuse(e, strip, weights[2]);
+  }
+
+  template <bool Observe>
+  INLINE void run() const {
+    const int64_t rest = p.width % kLanes, shared = channels == 2 && 0 < rest && rest <= 8 ? p.width - rest : p.width;
+    for (int64_t n = 0; n < p.states; ++n) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t column = 0; column < shared; column += kLanes) {
+          if (column == 0) {
+            block<Observe, true, false>(c, n, column);
+          } else if (column + kLanes + kReach <= p.width) {
+            block<Observe, false, false>(c, n, column);
+          } else {
+            block<Observe, false, true>(c, n, column);
+          }
+        }
+      }
+      if (shared < p.width) ends<Observe>(n, shared);
+    }
+  }
+};
+
+inline int64_t scratch_bytes(const Problem&) { return 3 * kTaps * kLanes * sizeof(float); }
+
+inline void forward(const Problem& p, int64_t task, void* scratch) {
+  const int64_t strip = task % p.strips, block = task / p.strips % p.blocks(2), begin = strip * p.strip_rows;
+  Pair pair{p, task / p.strips / p.blocks(2), 2 * block, least(2, p.channels - 2 * block),
+            {p.height, begin, least(p.strip_rows, p.height - begin)}, {}};
+  for (int i = 0; i < 3; ++i) pair.weights[i] = (float*)scratch + i * kTaps * kLanes;
+  for (int k = 0; k < kTaps; ++k) {
+    const float* const weight = (const float*)p.weights + k * p.weight_pitch + pair.channel;  // zero after the last
+    const __m512 first = _mm512_set1_ps(weight[0]), second = _mm512_set1_ps(weight[1]);
+    _mm512_store_ps(pair.weights[0] + k * kLanes, first);
+    _mm512_store_ps(pair.weights[1] + k * kLanes, second);
+    _mm512_store_ps(pair.weights[2] + k * kLanes, _mm512_mask_blend_ps(0xff00, first, second));
+  }
+  p.C.data ? pair.run<true>() : pair.run<false>();
+}
+
+constexpr Kernel kForward = {2, 2 * sizeof(float), scratch_bytes, forward};
+
+}  // namespace rows
+}  // namespace
+}  // namespace dwconv2d
