@@ -160,33 +160,37 @@ struct Strip {
   int64_t height, begin, rows;
 };
 
-// kFirst: eleven input rows, of which those before the last ten begin no output row that is asked for. kOnly: all input
-// rows, where fewer than eleven rows are asked for.
+// Of a strip's input rows: the first eleven, those that need no care, the last ones; or all, where the strip has fewer than
+// eleven rows.
 enum Part { kFirst, kMiddle, kLast, kOnly };
 
-// Takes the input rows from `first` to `end`, counted from five before the strip, eleven at a time: then each has its
-// sums in registers of its own.
-template <Part part, class Columns>
-NOINLINE void take_rows(const Columns& given, const Strip& strip, int64_t first, int64_t end, __m512* kept,
-                        const float* weights) {
-  Columns columns = given;
-  const int64_t height = strip.height, rows = strip.rows;
-  int64_t y = strip.begin + first - kReach;  // of the input row
-  Rows in = columns.in;
-  in.skip(y);
-  const int64_t stored = strip.begin + most(0, first - 2 * kReach);
-  columns.C.skip(stored), columns.x.skip(stored), columns.out.skip(stored);
-  __m512 sums[kSums], held[kTaps];
-#pragma GCC unroll 25
-  for (int k = 0; k < kWeightsHeld; ++k) held[k] = _mm512_load_ps(weights + k * kLanes);
-#pragma GCC unroll 11
-  for (int i = 0; i < kSums; ++i) sums[i] = part == kFirst || part == kOnly ? _mm512_setzero_ps() : kept[i];
+// The sums of a strip, from which a row is stored when the last input row that it needs has been added.
+template <class Columns>
+struct Sums {
+  Columns columns;
+  const Strip& strip;
+  Rows in;                           // from the next input row on, in the middle; elsewhere the plane's, and
+  int64_t y = strip.begin - kReach;  // where the next one is, perhaps beyond the plane
+  const float* weights;
+  __m512 held[kWeightsHeld], sums[kSums];
 
-  for (; first < end; first += kSums) {
+  INLINE Sums(const Columns& given, const Strip& strip, const float* weights)
+      : columns(given), strip(strip), in(given.in), weights(weights) {
+    columns.C.skip(strip.begin), columns.x.skip(strip.begin), columns.out.skip(strip.begin);
+#pragma GCC unroll 25
+    for (int k = 0; k < kWeightsHeld; ++k) held[k] = _mm512_load_ps(weights + k * kLanes);
+#pragma GCC unroll 11
+    for (int i = 0; i < kSums; ++i) sums[i] = _mm512_setzero_ps();
+  }
+
+  // Adds eleven input rows, counted from five before the strip: then each has its sums in registers of its own.
+  template <Part part>
+  INLINE void add(int64_t first) {
+    const int64_t height = strip.height, rows = strip.rows;
 #pragma GCC unroll 11
     for (int phase = 0; phase < kSums; ++phase) {
       const int64_t row = first + phase;
-      if ((part == kLast || part == kOnly) && row >= end) break;
+      if ((part == kLast || part == kOnly) && row >= rows + 2 * kReach) break;
       // Without these GCC computes a row's sums where they are stored, many rows on, and what that takes goes to memory;
       // or it keeps pointers to all rows, and weights that are better read again.
       if (part == kFirst)
@@ -201,7 +205,7 @@ NOINLINE void take_rows(const Columns& given, const Strip& strip, int64_t first,
         const int64_t output = row - kReach - kOffsets[i];
         if (part == kFirst && phase - kReach - kOffsets[i] < 0) continue;
         if (part == kOnly && (output < 0 || output >= rows)) continue;
-        // All that needs no row beyond the strip could be left out; a branch for each costs more than it saves.
+        // Sums of rows beyond the strip are never stored. To leave out all of them takes more branches than it saves.
         if (part == kLast && (i < 3 ? row >= rows + 4 : i < 6 && row >= rows + 8)) continue;
         __m512& sum = sums[slot(phase - kReach - kOffsets[i])];
 #pragma GCC unroll 7
@@ -216,20 +220,24 @@ NOINLINE void take_rows(const Columns& given, const Strip& strip, int64_t first,
         columns.store(sums[slot(phase - 2 * kReach)]);
     }
   }
-  if (part == kLast || part == kOnly) return;
-#pragma GCC unroll 11
-  for (int i = 0; i < kSums; ++i) kept[i] = sums[i];
+};
+
+template <class Columns>
+NOINLINE void fuse_few_rows(const Columns& columns, const Strip& strip, const float* weights) {
+  Sums<Columns> sums(columns, strip, weights);
+  for (int64_t row = 0; row < strip.rows + 2 * kReach; row += kSums) sums.template add<kOnly>(row);
 }
 
 template <class Columns>
-INLINE void fuse(const Columns& columns, const Strip& strip, const float* weights) {
-  const int64_t end = strip.rows + 2 * kReach;
-  __m512 sums[kSums];
-  if (strip.rows < kSums) return take_rows<kOnly>(columns, strip, 0, end, sums, weights);
-  const int64_t last = strip.rows / kSums * kSums;
-  take_rows<kFirst>(columns, strip, 0, kSums, sums, weights);
-  if (last > kSums) take_rows<kMiddle>(columns, strip, kSums, last, sums, weights);
-  take_rows<kLast>(columns, strip, last, end, sums, weights);
+NOINLINE void fuse(const Columns& columns, const Strip& strip, const float* weights) {
+  if (strip.rows < kSums) return fuse_few_rows(columns, strip, weights);
+  Sums<Columns> sums(columns, strip, weights);
+  sums.template add<kFirst>(0);
+  int64_t row = kSums;
+  sums.in.skip(strip.begin + row - kReach);
+  for (; row + kSums <= strip.rows; row += kSums) sums.template add<kMiddle>(row);
+  sums.y = strip.begin + row - kReach;
+  for (; row < strip.rows + 2 * kReach; row += kSums) sums.template add<kLast>(row);
 }
 
 // A task: a strip of two channels, whose last columns share a vector if they fit.
