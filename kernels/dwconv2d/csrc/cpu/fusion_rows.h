@@ -6,19 +6,16 @@
 
 #include <immintrin.h>
 
-#include "planes.h"
+#include "planes_kernel.h"
 
 namespace dwconv2d {
 namespace {
 namespace rows {
 
-#define INLINE inline __attribute__((always_inline))
-#define NOINLINE __attribute__((noinline))
-
 constexpr int kLanes = 16, kReach = 5, kSums = 2 * kReach + 1;
 constexpr int kOffsets[] = {-5, -3, -1, 0, 1, 3, 5}, kCount = 7;  // of taps, along rows and along columns
+constexpr int kTaps = 25, kWeightsHeld = 11;  // weights that there are registers for
 static_assert(kRowsWidth >= kLanes + kReach, "the first 16 columns are not to need what is beyond the last");
-constexpr int kTaps = 25, kWeightsHeld = 11;                      // as many as there are registers left for
 
 // The number of the tap in each of the seven rows and columns, in the order of planes.cpp; -1 where there is none.
 constexpr int kTap[kCount][kCount] = {
@@ -29,8 +26,6 @@ constexpr int kTap[kCount][kCount] = {
 // Which of the eleven sums is that of an output row.
 constexpr int slot(int row) { return (row % kSums + kSums) % kSums; }
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE __mmask16 first_lanes(int64_t count) { return (1u << least(kLanes, most(0, count))) - 1; }
 
 using Integers = int32_t __attribute__((vector_size(64)));

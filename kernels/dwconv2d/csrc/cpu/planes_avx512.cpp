@@ -4,7 +4,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include "fusion_rows.h"
-#include "planes_kernel.h"
 
 namespace dwconv2d {
 constexpr Kernels with_rows(Kernels kernels) {
