@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from classification.memory import keep_freed_memory
-from classification.models import VARIANTS, SpatialMamba, spatialmamba
+from classification.models import VARIANTS, SpatialMamba, linear, spatialmamba
 
 SPATIAL_MAMBA = "spatialmamba_tiny"
 OTHERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "mambaout_tiny")
@@ -83,7 +83,7 @@ def use_plain_pytorch(device: str) -> None:
         for name in loading.OPERATORS:
             library.impl(name, loading.without_autocast(getattr(plain, name)), device.upper(), allow_override=True)
         _KEPT.append(library)  # what it registers ends with it
-    spatialmamba.linear = F.linear
+    linear.ONEDNN = False
     spatialmamba.DepthwiseConv3x3.forward = lambda self, x: F.conv2d(
         x, self.weight, self.bias, padding=1, groups=x.shape[1]
     )

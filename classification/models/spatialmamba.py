@@ -17,6 +17,8 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from classification.models.linear import Linear, PointwiseConv2d, linear
+
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes, log-uniform (Mamba, arXiv 2312.00752, section 3.6)
 
 
@@ -42,31 +44,6 @@ class DepthwiseConv3x3(DilatedDWConv2d):
         return super().forward(x)
 
 
-ONEDNN = torch.backends.mkldnn.is_available()
-FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless there are channels to share
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for tokens (..., C), in float32 on a CPU as a 1x1 convolution.
-
-    PyTorch multiplies float32 matrices by MKL, which on processors that are not Intel's leaves half of their vector
-    units idle, and convolves by oneDNN, which does not.
-    """
-    channels_out, channels_in = weight.shape
-    convolves = ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_exporting()
-    if not convolves or x.shape[-1] != channels_in or x.numel() == 0:
-        return F.linear(x, weight, bias)
-    if channels_out < channels_in and x.shape[:-1].numel() < FEW_TOKENS:
-        return F.linear(x, weight, bias)
-    row = x.reshape(1, 1, -1, channels_in).contiguous()
-    return to_tokens(F.conv2d(to_planes(row), weight[..., None, None], bias)).view(*x.shape[:-1], channels_out)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 class ConvLayer(nn.Module):
     """Convolution, padded to keep ceil(size / stride), then batch norm and ReLU where asked."""
 
@@ -82,7 +59,10 @@ class ConvLayer(nn.Module):
         act: bool = True,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+        if kernel_size == 1:
+            self.conv = PointwiseConv2d(in_chans, out_chans, bias)
+        else:
+            self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from classification import models
 from classification.models import VARIANTS, SpatialMamba, SpatialMambaBackbone, spatialmamba_micro, spatialmamba_tiny
-from classification.models.spatialmamba import FEW_TOKENS, Block, StructureAwareSSM, linear
+from classification.models.spatialmamba import Block, StructureAwareSSM
 
 PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
 
@@ -328,31 +328,6 @@ def test_wrong_images_are_refused():
         model.forward_intermediates(torch.zeros(2, 3, 32, 32), indices=[4])
     with pytest.raises(ValueError, match="stop_early"):
         model.forward_intermediates(torch.zeros(2, 3, 32, 32), stop_early=True)
-
-
-# ----- linear layers
-
-
-@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (5, 6), (1, 3, 4, 6), (2, FEW_TOKENS, 6)], ids=str)
-@pytest.mark.parametrize("out", [3, 6, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_linear_is_linear(shape, out, dtype, bias):
-    """Whichever way it takes, values and gradients, also of tokens that are a view."""
-    leaves = [torch.randn(2, *shape, dtype=dtype), torch.randn(out, 6, dtype=dtype)]
-    leaves += [torch.randn(out, dtype=dtype)] if bias else []
-    results = []
-    for function in (linear, F.linear):
-        x, *weights = (leaf.clone().requires_grad_() for leaf in leaves)
-        y = function(x.unbind()[1], *weights)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, *weights))))
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
-def test_linear_of_other_channels_is_pytorchs_error():
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        linear(torch.randn(200, 16), torch.randn(8, 17))
 
 
 def test_empty_batch():
