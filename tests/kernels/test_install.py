@@ -292,6 +292,26 @@ def test_other_instruction_sets(capability):
     assert re.search(r"\d\d+ passed", done.stdout)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
+@pytest.mark.parametrize(("fence", "capability"), [("start", None), ("end", None), ("end", "avx2"), ("end", "default")])
+def test_no_kernel_reaches_beyond_its_tensors(fence, capability, tmp_path):
+    """The random and the wide comparisons again, each tensor next to memory that may not be touched."""
+    library = tmp_path / "fenced_memory.so"
+    source = Path(__file__).with_name("fenced_memory.c")
+    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", source, "-o", library, "-ldl"], check=True)
+    done = run_command(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--random-cases=60"),
+        *("tests/kernels/test_selective_scan.py", "tests/kernels/test_dwconv2d.py"),
+        *("-k", "cpu and (wide or random)"),
+        cwd=ROOT,
+        LD_PRELOAD=library,
+        FENCE=fence,
+        **({"ATEN_CPU_CAPABILITY": capability} if capability else {}),
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d\d+ passed", done.stdout)
+
+
 def test_benchmark(tmp_path):
     """The README's command on a small shape; every backend is timed, which means that it agrees with float64."""
     out = tmp_path / "rows.json"
