@@ -5,10 +5,12 @@ idle, and convolves by oneDNN, which does not.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 ONEDNN = torch.backends.mkldnn.is_available()
 FEW_NUMBERS = 20_480  # so many or less PyTorch does not have oneDNN convolve
@@ -16,22 +18,34 @@ FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for tokens (..., C_in): x weight^T + bias, (..., C_out)."""
-    channels_out, channels_in = weight.shape
-    if not by_onednn(x) or x.shape[-1] != channels_in or x.numel() <= FEW_NUMBERS:
+    """`F.linear` for tokens (..., C_in): x weight^T + bias, (..., C_out).
+
+    It is that wherever oneDNN would not be faster, and in graphs of `torch.export`, but for `strict=True`.
+    """
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or not by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
+    channels_out, channels_in = weight.shape
     if channels_out < channels_in and math.prod(x.shape[:-1]) < FEW_TOKENS:
         return F.linear(x, weight, bias)
-    if torch.compiler.is_dynamo_compiling():
-        return torch.ops.spatialmamba.linear(x, weight, bias)
-    return _convolve(x, weight, bias)
+    if not torch.compiler.is_dynamo_compiling():
+        return _convolve(x, weight, bias)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return F.linear(x, weight, bias)  # whose derivatives of every kind they know
+    return torch.ops.spatialmamba.linear(x, weight, bias)
 
 
-def by_onednn(x: Tensor) -> bool:
-    """Whether `linear` of x may be a convolution; never in an exported graph, which should say what is meant."""
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()  # which says yes to both
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return ONEDNN and on_cpu and not exporting
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN takes a 1x1 convolution of x; of anything unusual PyTorch is to say what it says elsewhere."""
+    if not ONEDNN or x.numel() <= FEW_NUMBERS or torch.is_autocast_enabled("cpu"):
+        return False
+    if not _is_plain(x) or not _is_plain(weight) or weight.numel() == 0:
+        return False
+    return bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1])
+
+
+def _is_plain(t: Tensor) -> bool:
+    is_tensor = type(t) is Tensor or type(t) is nn.Parameter  # no subclass, as those of quantisation and of export are
+    return is_tensor and t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided
 
 
 def dilation() -> int:
@@ -53,11 +67,13 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not by_onednn(x):
+        if x.dim() != 4 or x.shape[1] != self.in_channels or not by_onednn(x, self.weight, self.bias):
             return super().forward(x)
-        if torch.compiler.is_dynamo_compiling():
-            return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return F.conv2d(x, self.weight, self.bias, dilation=dilation())
+        if not torch.compiler.is_dynamo_compiling():
+            return F.conv2d(x, self.weight, self.bias, dilation=dilation())
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def _plane(tokens: Tensor) -> Tensor:
@@ -85,28 +101,35 @@ def _(x, weight, bias):
 
 
 @torch.library.custom_op("spatialmamba::linear_backward", mutates_args=())
-def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; in place of one that is not wanted, a tensor without elements."""
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         *(_plane(grad), _plane(x), weight[..., None, None], weight.shape[:1]),
-        *([1, 1], [0, 0], [dilation(), dilation()], False, [0, 0], 1, [True, True, True]),
+        *([1, 1], [0, 0], [dilation(), dilation()], False, [0, 0], 1, wanted),
     )
-    return grad_x.permute(0, 2, 3, 1).view(x.shape), grad_weight.view(weight.shape), grad_bias
+    nothing = x.new_empty(0)
+    return (
+        grad_x.permute(0, 2, 3, 1).view(x.shape) if wanted[0] else nothing,
+        grad_weight.view(weight.shape) if wanted[1] else nothing.clone(),
+        grad_bias if wanted[2] else nothing.clone(),
+    )
 
 
 @_linear_backward.register_fake
-def _(grad, x, weight):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+def _(grad, x, weight, wanted):
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias = inputs
+    x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
 
 
 def _backward(ctx, grad):
-    grad_x, grad_weight, grad_bias = torch.ops.spatialmamba.linear_backward(grad, *ctx.saved_tensors)
-    return grad_x, grad_weight, grad_bias if ctx.has_bias else None
+    wanted = list(ctx.needs_input_grad)
+    grads = torch.ops.spatialmamba.linear_backward(grad, *ctx.saved_tensors, wanted)
+    return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 
 _linear.register_autograd(_backward, setup_context=_save)

@@ -194,10 +194,11 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_block_compiles_whole_and_agrees():
+@pytest.mark.parametrize("size", [(9, 7), (40, 33)], ids=["few_tokens", "many_tokens"])
+def test_block_compiles_whole_and_agrees(size):
     torch.manual_seed(0)
     block = randomised(Block(16))
-    x = torch.randn(2, 9, 7, 16, requires_grad=True)
+    x = torch.randn(2, *size, 16, requires_grad=True)
     compiled = torch.compile(block, fullgraph=True)
     results = []
     for function in (block, compiled):
