@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 ONEDNN = torch.backends.mkldnn.is_available()
-FEW_NUMBERS = 20_480  # so many or less PyTorch does not have oneDNN convolve
+FEW_NUMBERS = 20_480  # PyTorch gives oneDNN no 1x1 convolution of so few
 FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless there are channels to share
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for tokens (..., C_in): x weight^T + bias, (..., C_out).
 
-    It is that wherever oneDNN would not be faster, and in graphs of `torch.export`, but for `strict=True`.
+    It is `F.linear` wherever oneDNN is not faster, and in graphs of `torch.export`, but those of `strict=True`.
     """
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or not by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -35,7 +35,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN takes a 1x1 convolution of x; of anything unusual PyTorch is to say what it says elsewhere."""
+    """Whether oneDNN may convolve: enough numbers, all of them in plain float32 tensors on a CPU.
+
+    The rest, errors included, is left to PyTorch's own layers.
+    """
     if not ONEDNN or x.numel() <= FEW_NUMBERS or torch.is_autocast_enabled("cpu"):
         return False
     if not _is_plain(x) or not _is_plain(weight) or weight.numel() == 0:
