@@ -14,7 +14,7 @@ namespace rows {
 
 constexpr int kLanes = 16, kReach = 5, kSums = 2 * kReach + 1;
 constexpr int kOffsets[] = {-5, -3, -1, 0, 1, 3, 5}, kCount = 7;  // of taps, along rows and along columns
-constexpr int kTaps = 25, kWeightsHeld = 11;  // weights that there are registers for
+constexpr int kTaps = 25, kWeightsHeld = 9;  // weights in registers all the time: more would put sums into memory
 static_assert(kRowsWidth >= kLanes + kReach, "the first 16 columns are not to need what is beyond the last");
 
 // The number of the tap in each of the seven rows and columns, in the order of planes.cpp; -1 where there is none.
@@ -23,8 +23,6 @@ constexpr int kTap[kCount][kCount] = {
     {9, 10, 11, 12, 13, 14, 15},    {-1, -1, 16, 17, 18, -1, -1},   {-1, 19, -1, 20, -1, 21, -1},
     {22, -1, -1, 23, -1, -1, 24},
 };
-// Which of the eleven sums is that of an output row.
-constexpr int slot(int row) { return (row % kSums + kSums) % kSums; }
 
 INLINE __mmask16 first_lanes(int64_t count) { return (1u << least(kLanes, most(0, count))) - 1; }
 
@@ -156,84 +154,63 @@ struct Strip {
   int64_t height, begin, rows;
 };
 
-// Of a strip's input rows: the first eleven, those that need no care, the last ones; or all, where the strip has fewer than
-// eleven rows.
-enum Part { kFirst, kMiddle, kLast, kOnly };
-
-// The sums of a strip, from which a row is stored when the last input row that it needs has been added.
+// Goes down a strip: sums[j] is that of the output row that is j - 5 rows before the input row, and is stored when j is 10.
 template <class Columns>
 struct Sums {
   Columns columns;
-  const Strip& strip;
-  Rows in;                           // from the next input row on, in the middle; elsewhere the plane's, and
-  int64_t y = strip.begin - kReach;  // where the next one is, perhaps beyond the plane
+  const int64_t height, begin, rows;  // of the plane, and of the strip
   const float* weights;
   __m512 held[kWeightsHeld], sums[kSums];
 
   INLINE Sums(const Columns& given, const Strip& strip, const float* weights)
-      : columns(given), strip(strip), in(given.in), weights(weights) {
-    columns.C.skip(strip.begin), columns.x.skip(strip.begin), columns.out.skip(strip.begin);
+      : columns(given), height(strip.height), begin(strip.begin), rows(strip.rows), weights(weights) {
+    columns.C.skip(begin), columns.x.skip(begin), columns.out.skip(begin);
 #pragma GCC unroll 25
     for (int k = 0; k < kWeightsHeld; ++k) held[k] = _mm512_load_ps(weights + k * kLanes);
 #pragma GCC unroll 11
     for (int i = 0; i < kSums; ++i) sums[i] = _mm512_setzero_ps();
   }
 
-  // Adds eleven input rows, counted from five before the strip: then each has its sums in registers of its own.
-  template <Part part>
-  INLINE void add(int64_t first) {
-    const int64_t height = strip.height, rows = strip.rows;
-#pragma GCC unroll 11
-    for (int phase = 0; phase < kSums; ++phase) {
-      const int64_t row = first + phase;
-      if ((part == kLast || part == kOnly) && row >= rows + 2 * kReach) break;
-      // Without these GCC computes a row's sums where they are stored, many rows on, and what that takes goes to memory;
-      // or it keeps pointers to all rows, and weights that are better read again.
-      if (part == kFirst)
-        asm volatile("" : "+v"(sums[0]), "+v"(sums[1]), "+v"(sums[2]), "+v"(sums[3]), "+v"(sums[4]), "+v"(sums[5]),
-                     "+v"(sums[6]), "+v"(sums[7]), "+v"(sums[8]), "+v"(sums[9]), "+v"(sums[10]), "+r"(weights), "+r"(y));
-      if (part != kFirst) asm volatile("" : "+r"(weights), "+r"(y));
-      __m512 shifted[kCount];
-      columns.load(part == kMiddle ? in.next() : columns.in.at(most(0, least(y++, height - 1))), shifted);
-
-#pragma GCC unroll 7
-      for (int i = 0; i < kCount; ++i) {
-        const int64_t output = row - kReach - kOffsets[i];
-        if (part == kFirst && phase - kReach - kOffsets[i] < 0) continue;
-        if (part == kOnly && (output < 0 || output >= rows)) continue;
-        // Sums of rows beyond the strip are never stored. To leave out all of them takes more branches than it saves.
-        if (part == kLast && (i < 3 ? row >= rows + 4 : i < 6 && row >= rows + 8)) continue;
-        __m512& sum = sums[slot(phase - kReach - kOffsets[i])];
-#pragma GCC unroll 7
-        for (int j = 0; j < kCount; ++j) {
-          const int k = kTap[i][j];
-          if (k < 0) continue;
-          const __m512 weight = k < kWeightsHeld ? held[k] : _mm512_load_ps(weights + k * kLanes);
-          sum = k == 0 ? _mm512_mul_ps(weight, shifted[j]) : _mm512_fmadd_ps(weight, shifted[j], sum);
-        }
-      }
-      if (part == kFirst ? phase == 2 * kReach : part != kOnly || row >= 2 * kReach)
-        columns.store(sums[slot(phase - 2 * kReach)]);
+  // Adds an input row, counted from five before the strip. Inner: the output rows that it reaches are all in the strip.
+  template <bool Inner>
+  INLINE void add(int64_t row) {
+    __m512 shifted[kCount];
+    if (Inner) {
+      columns.load(columns.in.next(), shifted);
+    } else {
+      columns.load(columns.in.at(most(0, least(begin + row - kReach, height - 1))), shifted);
     }
+    asm volatile("" : "+r"(weights));  // lest GCC load them all before the loop, and store them
+#pragma GCC unroll 7
+    for (int i = kCount - 1; i >= 0; --i) {
+      const int64_t output = row - kReach - kOffsets[i];
+      if (!Inner && (output < 0 || output >= rows)) continue;
+      __m512& sum = sums[kOffsets[i] + kReach];
+#pragma GCC unroll 7
+      for (int j = 0; j < kCount; ++j) {
+        const int k = kTap[i][j];
+        if (k < 0) continue;
+        const __m512 weight = k < kWeightsHeld ? held[k] : _mm512_load_ps(weights + k * kLanes);
+        sum = k == 0 ? _mm512_mul_ps(weight, shifted[j]) : _mm512_fmadd_ps(weight, shifted[j], sum);
+      }
+    }
+    if (Inner || row >= 2 * kReach) columns.store(sums[2 * kReach]);
+#pragma GCC unroll 11
+    for (int i = kSums - 1; i > 0; --i) sums[i] = sums[i - 1];
   }
 };
 
 template <class Columns>
-NOINLINE void fuse_few_rows(const Columns& columns, const Strip& strip, const float* weights) {
-  Sums<Columns> sums(columns, strip, weights);
-  for (int64_t row = 0; row < strip.rows + 2 * kReach; row += kSums) sums.template add<kOnly>(row);
-}
-
-template <class Columns>
 NOINLINE void fuse(const Columns& columns, const Strip& strip, const float* weights) {
-  if (strip.rows < kSums) return fuse_few_rows(columns, strip, weights);
   Sums<Columns> sums(columns, strip, weights);
-  sums.template add<kFirst>(0);
-  int64_t row = kSums;
-  sums.in.skip(strip.begin + row - kReach);
-  for (; row + kSums <= strip.rows; row += kSums) sums.template add<kMiddle>(row);
-  sums.y = strip.begin + row - kReach;
-  for (; row < strip.rows + 2 * kReach; row += kSums) sums.template add<kLast>(row);
+  const int64_t first = 2 * kReach, last = most(first, strip.rows);
+  const Rows plane = sums.columns.in;
+  for (int64_t row = 0; row < first; ++row) sums.template add<false>(row);
+  sums.columns.in.skip(strip.begin + kReach);
+#pragma GCC unroll 2  // measured: eleven, with no sums to move, is as fast at best and slow wherever its code lies badly
+  for (int64_t row = first; row < last; ++row) sums.template add<true>(row);
+  sums.columns.in = plane;
+  for (int64_t row = last; row < strip.rows + 2 * kReach; ++row) sums.template add<false>(row);
 }
 
 // A task: a strip of two channels, whose last columns share a vector if they fit.
