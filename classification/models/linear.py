@@ -64,7 +64,7 @@ class Linear(nn.Linear):
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """1x1 convolution of planes (B, C, H, W)."""
+    """`nn.Conv2d` with a 1x1 kernel, by oneDNN wherever `linear` is; planes (B, C, H, W) keep their layout."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)

@@ -15,8 +15,12 @@ from classification.models.linear import FEW_NUMBERS, FEW_TOKENS, PointwiseConv2
 MANY = FEW_NUMBERS // 16 + 1  # tokens of 16 channels
 SHAPES = [(0, 6), (2, 0, 6), (6,), (5, 6), (1, 3, 4, 6), (MANY, 16), (3, 1, MANY, 16), (FEW_TOKENS - 1, 200)]
 
-
 needs_onednn = pytest.mark.skipif(not module.ONEDNN, reason="PyTorch is built without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
@@ -29,7 +33,6 @@ def threads(request):
 
 def leaves_of(shape: tuple[int, ...], out: int, dtype: torch.dtype, bias: bool) -> list[Tensor]:
     """Two x, of which the second is used, weight and perhaps bias."""
-    torch.manual_seed(0)
     leaves = [torch.randn(2, *shape, dtype=dtype), torch.randn(out, shape[-1], dtype=dtype)]
     return leaves + ([torch.randn(out, dtype=dtype)] if bias else [])
 
@@ -77,7 +80,7 @@ def test_linear_is_linear(shape, out, dtype, bias, threads):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("size", [(0, 6, 5, 3), (2, 6, 5, 3), (1, 6, 71, 73), (3, 6, 80, 30), (6, 6, 701)], ids=str)
+@pytest.mark.parametrize("size", [(0, 6, 5, 3), (2, 6, 5, 3), (1, 6, 71, 73), (3, 6, 39, 31), (6, 6, 701)], ids=str)
 def test_pointwise_convolution_is_one(size, layout, bias, compiled, threads):
     """Values, gradients and layout, batched or not."""
     if len(size) == 3 and layout != torch.contiguous_format:
@@ -102,7 +105,7 @@ def test_pointwise_convolution_is_one(size, layout, bias, compiled, threads):
 @needs_onednn
 def test_onednn_convolves(threads):
     """PyTorch would not have it convolve 1x1 on one thread by itself."""
-    x, weight, conv = torch.randn(MANY, 16, requires_grad=True), torch.randn(32, 16), PointwiseConv2d(16, 32)
+    x, weight, conv = torch.randn(MANY, 16), torch.randn(32, 16), PointwiseConv2d(16, 32)
     for call in (lambda: linear(x, weight), lambda: conv(torch.randn(2, 16, 40, 20))):
         assert "aten::mkldnn_convolution" in operators(call)
 
@@ -164,7 +167,7 @@ def test_autocast_is_pytorchs():
     x, weight = torch.randn(MANY, 16), torch.randn(8, 16)
     with torch.autocast("cpu", torch.bfloat16):
         for function in (linear, torch.compile(linear, fullgraph=True, backend="aot_eager")):
-            assert function(x, weight).dtype == torch.bfloat16
+            torch.testing.assert_close(function(x, weight), F.linear(x, weight), rtol=0, atol=0)
 
 
 def test_exported_graphs_say_linear_and_convolution(threads):

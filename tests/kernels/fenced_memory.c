@@ -27,7 +27,7 @@ __attribute__((constructor)) static void reserve(void) {
   reserved = next = memory;
 }
 
-// Pages: one with the size in it, a fence, the block, and the next block's first, which is a fence until then.
+// Pages: one with the size in it, a fence, the block, a fence.
 int posix_memalign(void **out, size_t alignment, size_t size) {
   if (!reserved || size < kVector) return allocate_elsewhere ? allocate_elsewhere(out, alignment, size) : ENOMEM;
   if (alignment > kPage) return EINVAL;
