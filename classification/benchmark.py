@@ -108,10 +108,10 @@ def time_inference(args: argparse.Namespace) -> None:
 def use_plain_pytorch(device: str) -> None:
     """The operators by their packages' plain PyTorch, linear layers and convolutions by PyTorch's own, from now on."""
     for package in ("selective_scan", "dwconv2d"):
-        loading, plain = (importlib.import_module(f"{package}.{module}") for module in ("loading", "reference"))
+        loading = importlib.import_module(f"{package}.loading")
         library = torch.library.Library(package, "IMPL")
-        for name in loading.OPERATORS:
-            library.impl(name, loading.without_autocast(getattr(plain, name)), device.upper(), allow_override=True)
+        for name, kernels in loading.OPERATORS.items():
+            library.impl(name, loading.without_autocast(kernels.plain), device.upper(), allow_override=True)
         _KEPT.append(library)  # what it registers ends with it
     linear.ONEDNN = False
     spatialmamba.DepthwiseConv3x3.forward = lambda self, x: F.conv2d(
@@ -200,7 +200,9 @@ def profile(args: argparse.Namespace) -> None:
     kernels = [e for e in profiler.key_averages() if e.self_device_time_total]
     kernels.sort(key=lambda e: -e.self_device_time_total)
     total, launches = sum(e.self_device_time_total for e in kernels), sum(e.count for e in kernels)
-    print(f"{args.model}, batch {args.batch[0]}: {1e3 * whole:.2f} ms, {total / 1e3:.2f} of them in {launches} kernels\n")
+    print(
+        f"{args.model}, batch {args.batch[0]}: {1e3 * whole:.2f} ms, {total / 1e3:.2f} of them in {launches} kernels\n"
+    )
     print("| ms | % | launches | kernel |\n|---|---|---|---|")
     for e in kernels[: args.rows]:
         ms = e.self_device_time_total / 1e3
@@ -213,7 +215,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=(*VARIANTS, *OTHERS), default=SPATIAL_MAMBA)
     parser.add_argument("--train", action="store_true", help="training steps instead of inference")
     parser.add_argument("--peers", action="store_true", help="with --train: beside the other backbones")
-    parser.add_argument("--profile", action="store_true", help="the GPU's kernels, of inference or with --train of a step")
+    parser.add_argument(
+        "--profile", action="store_true", help="the GPU's kernels, of inference or with --train of a step"
+    )
     parser.add_argument("--rows", type=int, default=40, help="of --profile, at most")
     parser.add_argument("--batch", type=int, nargs="+", help="images at once; 1 and 8, with --train 8")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from dwconv2d import DilatedDWConv2d, state_fusion_output
-from selective_scan import selective_scan_state
+from dwconv2d import DilatedDWConv2d, depthwise_residual_norm, depthwise_silu, state_fusion_output
+from selective_scan import norm_gate, selective_scan_state
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +32,19 @@ def to_tokens(planes: Tensor) -> Tensor:
     return planes.permute(0, 2, 3, 1)
 
 
+def fusible(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether operators that join several modules may stand for them: on a GPU, if calling the modules does no more.
+
+    A hook, or a module of another type, such as an adapter or a quantised layer has put there, is called as it is.
+    """
+    return x.is_cuda and all(type(m) in FUSIBLE and not _has_hooks(m) for m in modules)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 class DepthwiseConv3x3(DilatedDWConv2d):
     """Depthwise 3x3 convolution of planes (B, C, H, W), laid out as they come."""
 
@@ -42,6 +55,9 @@ class DepthwiseConv3x3(DilatedDWConv2d):
         if x.is_cuda:  # cuDNN's, until ours is measured on a GPU
             return F.conv2d(x, self.weight, self.bias, padding=1, groups=x.shape[1])
         return super().forward(x)
+
+
+FUSIBLE = (DepthwiseConv3x3, nn.LayerNorm, DropPath)
 
 
 class ConvLayer(nn.Module):
@@ -102,6 +118,15 @@ class Downsample(nn.Module):
         return to_tokens(self.conv(to_planes(x)))
 
 
+def project_planes(x: Tensor, weight: Tensor) -> Tensor:
+    """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W): on a GPU contiguous, on a CPU channels-last."""
+    if not x.is_cuda:
+        return to_planes(linear(to_tokens(x), weight))
+    # Expanded after autocast's cast, which would store a copy for each image.
+    weight = weight.to(x.dtype).expand(len(x), -1, -1)
+    return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+
+
 class StateFusion(nn.Module):
     """Parameters of structure-aware state fusion and the call that applies it with the observation equation."""
 
@@ -157,9 +182,13 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        x = F.silu(self.conv2d(to_planes(x)))  # (B, D, H, W)
-        y = self.ssm(x)
-        return self.out_proj(self.out_norm(to_tokens(y)) * F.silu(z))
+        if fusible(x, self.conv2d, self.out_norm):
+            x = depthwise_silu(x, self.conv2d.weight, self.conv2d.bias)  # (B, D, H, W), contiguous
+            gated = norm_gate(self.ssm(x), z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
+        else:
+            x = F.silu(self.conv2d(to_planes(x)))  # (B, D, H, W), laid out as tokens
+            gated = self.out_norm(to_tokens(self.ssm(x))) * F.silu(z)
+        return self.out_proj(gated)
 
     def ssm(self, x: Tensor) -> Tensor:
         """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W)."""
@@ -167,24 +196,23 @@ class StructureAwareSSM(nn.Module):
         n = self.d_state
 
         # Input-dependent Delta, B and C from each token.
-        projected = linear(to_tokens(x), self.x_proj_weight)
-        dt, B, C = projected.split([self.dt_rank, n, n], dim=-1)
-        dt = linear(dt, self.dt_projs_weight)
+        dt, B, C = project_planes(x, self.x_proj_weight).split([self.dt_rank, n, n], dim=1)
+        dt = project_planes(dt, self.dt_projs_weight)
 
         # State transition: h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32.
         state_dtype = torch.promote_types(x.dtype, torch.float32)
         h = selective_scan_state(
             x.flatten(2),
-            to_planes(dt).flatten(2),
+            dt.flatten(2),
             -torch.exp(self.A_logs.to(state_dtype)),
-            to_planes(B).flatten(2),
+            B.flatten(2),
             delta_bias=self.dt_projs_bias.to(state_dtype),
             delta_softplus=True,
         )
 
         # Structure-aware state fusion and observation: y = sum_n C_n h'_n + D x.
         h = h.unflatten(3, (height, width))
-        return self.state_fusion(h, to_planes(C), self.Ds, x)
+        return self.state_fusion(h, C, self.Ds, x)
 
 
 class Mlp(nn.Module):
@@ -214,10 +242,29 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + to_tokens(self.cpe1(to_planes(x)))
-        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
-        x = x + to_tokens(self.cpe2(to_planes(x)))
-        return x + self.drop_path(self.mlp(self.ln_2(x)))
+        if not fusible(x, self.cpe1, self.ln_1, self.cpe2, self.ln_2, self.drop_path):
+            x = x + to_tokens(self.cpe1(to_planes(x)))
+            x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+            x = x + to_tokens(self.cpe2(to_planes(x)))
+            return x + self.drop_path(self.mlp(self.ln_2(x)))
+        x, normed = self._position_and_norm(x, self.cpe1, self.ln_1)
+        update = self.self_attention(normed)
+        x, normed = self._position_and_norm(x, self.cpe2, self.ln_2, update, self._scale(update))
+        update, scale = self.mlp(normed), self._scale(update)
+        return x + update if scale is None else torch.addcmul(x, update, scale[:, None, None, None])
+
+    @staticmethod
+    def _position_and_norm(
+        x: Tensor, conv: DepthwiseConv3x3, norm: nn.LayerNorm, update: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x + scale update, through the convolution and its residual, and its norm."""
+        return depthwise_residual_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, update, scale)
+
+    def _scale(self, update: Tensor) -> Tensor | None:
+        """What stochastic depth multiplies each image's update by, drawn as it draws it; None where it does nothing."""
+        if not self.training or self.drop_path.drop_prob == 0.0:
+            return None
+        return self.drop_path(update.new_ones(len(update)))
 
 
 class Stage(nn.Module):
