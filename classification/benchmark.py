@@ -41,7 +41,7 @@ def build(name: str, args: argparse.Namespace) -> nn.Module:
     else:
         model = timm.create_model(name, **({"img_size": args.size} if name.startswith("swin") else {}))
     model = model.to(args.device, dtype(args) if args.cast else torch.float32, memory_format=memory_format(args))
-    return torch.compile(model) if args.compile else model
+    return torch.compile(model, mode=args.compile) if args.compile else model
 
 
 def random_images(batch: int, args: argparse.Namespace) -> Tensor:
@@ -83,7 +83,7 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 
 def time_inference(args: argparse.Namespace) -> None:
-    models = {name: build(name, args).eval() for name in (args.model, *OTHERS)}
+    models = {name: build(name, args).eval() for name in (args.model, *args.beside)}
     on_gpu = args.device == "cuda"
     unit = "images per second" if on_gpu else "ms per image"
     print("| model | " + " | ".join(f"{unit}, batch {batch}" for batch in args.batch) + " |")
@@ -163,7 +163,7 @@ def train_in_a_process(*arguments: str) -> dict[str, float | list[float]]:
 def compare_training(args: argparse.Namespace) -> None:
     runs = {"this repository's": [], "plain PyTorch": ["--plain"]}
     if args.peers:
-        runs = {name: ["--model", name] for name in (args.model, *OTHERS)}
+        runs = {name: ["--model", name] for name in (args.model, *args.beside)}
     print(f"| {'model' if args.peers else 'kernels'} | loss of each step | ms per step | peak memory, MiB |")
     print("|---|---|---|---|")
     milliseconds = []
@@ -200,9 +200,8 @@ def profile(args: argparse.Namespace) -> None:
     kernels = [e for e in profiler.key_averages() if e.self_device_time_total]
     kernels.sort(key=lambda e: -e.self_device_time_total)
     total, launches = sum(e.self_device_time_total for e in kernels), sum(e.count for e in kernels)
-    print(
-        f"{args.model}, batch {args.batch[0]}: {1e3 * whole:.2f} ms, {total / 1e3:.2f} of them in {launches} kernels\n"
-    )
+    print(f"{args.model}, batch {args.batch[0]}: {1e3 * whole:.2f} ms")
+    print(f"{total / 1e3:.2f} of them in {launches} kernels\n")
     print("| ms | % | launches | kernel |\n|---|---|---|---|")
     for e in kernels[: args.rows]:
         ms = e.self_device_time_total / 1e3
@@ -212,19 +211,21 @@ def profile(args: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=(*VARIANTS, *OTHERS), default=SPATIAL_MAMBA)
+    parser.add_argument("--model", default=SPATIAL_MAMBA, help="one of ours, or of timm's by its name")
     parser.add_argument("--train", action="store_true", help="training steps instead of inference")
     parser.add_argument("--peers", action="store_true", help="with --train: beside the other backbones")
-    parser.add_argument(
-        "--profile", action="store_true", help="the GPU's kernels, of inference or with --train of a step"
-    )
+    parser.add_argument("--profile", action="store_true", help="the GPU's kernels, with --train those of a step")
     parser.add_argument("--rows", type=int, default=40, help="of --profile, at most")
     parser.add_argument("--batch", type=int, nargs="+", help="images at once; 1 and 8, with --train 8")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--rounds", type=int, default=10, help="of inference, after one that is not counted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
     parser.add_argument("--cast", action="store_true", help="model and images in --dtype, without autocast")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", choices=("default", "reduce-overhead", "max-autotune"),
+        help="through torch.compile, in this mode; reduce-overhead replays CUDA graphs",
+    )  # fmt: skip
+    parser.add_argument("--beside", nargs="*", default=OTHERS, help="timm's names of the other backbones")
     parser.add_argument("--channels-last", action="store_true", help="weights and images laid out as NHWC")
     parser.add_argument("--threads", type=int, help="of the CPU; by default as many as PyTorch takes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
@@ -252,7 +253,7 @@ def main() -> None:
         print(json.dumps(train(args)))
         return
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    how = [args.dtype, "without autocast" if args.cast else "", "compiled" if args.compile else ""]
+    how = [args.dtype, "without autocast" if args.cast else "", f"compiled ({args.compile})" if args.compile else ""]
     how += ["NHWC" if args.channels_last else ""]
     print(f"{where}, torch {torch.__version__}, {args.size}x{args.size} pixels, {', '.join(filter(None, how))}\n")
     if args.profile:

@@ -32,17 +32,21 @@ def to_tokens(planes: Tensor) -> Tensor:
     return planes.permute(0, 2, 3, 1)
 
 
+def has_fused_kernels(x: Tensor) -> bool:
+    """Whether the operators that join several modules have kernels where x is: on a GPU."""
+    return x.is_cuda
+
+
 def fusible(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether operators that join several modules may stand for them: on a GPU, if calling the modules does no more.
+    """Whether one operator may stand for these modules: it has kernels, and calling the modules does no more.
 
-    A hook, or a module of another type, such as an adapter or a quantised layer has put there, is called as it is.
+    A hook, or a module of another type, as adapters and quantisation put in a module's place, is called as it is.
     """
-    return x.is_cuda and all(type(m) in FUSIBLE and not _has_hooks(m) for m in modules)
+    return has_fused_kernels(x) and all(type(m) in FUSIBLE and not has_hooks(m) for m in modules)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+def has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 class DepthwiseConv3x3(DilatedDWConv2d):
@@ -119,8 +123,8 @@ class Downsample(nn.Module):
 
 
 def project_planes(x: Tensor, weight: Tensor) -> Tensor:
-    """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W): on a GPU contiguous, on a CPU channels-last."""
-    if not x.is_cuda:
+    """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W), contiguous if x is, else channels-last."""
+    if not x.is_contiguous():
         return to_planes(linear(to_tokens(x), weight))
     # Expanded after autocast's cast, which would store a copy for each image.
     weight = weight.to(x.dtype).expand(len(x), -1, -1)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from selective_scan import gate_reference as reference
+from selective_scan.launching import launch
 
 
 @triton.jit
@@ -139,11 +140,11 @@ def _unit(stride: int) -> int:
     return next(u for u in (8, 4, 2, 1) if stride % u == 0)
 
 
-def gate_tiling(channels: int, plane: int, backward: bool) -> dict[str, int]:
-    """All channels of at least 16 positions, which planes hold side by side."""
+def gate_tiling(channels: int, backward: bool) -> dict[str, int]:
+    """Some positions, which planes hold side by side, with all their channels: by timings on an H100, at T's shapes."""
     block_d = max(triton.next_power_of_2(channels), 16)
-    block_p = min(max(4096 // block_d, 16), max(triton.next_power_of_2(plane), 2))
-    return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=min(max(block_p * block_d // 512, 4), 16))
+    block_p = 16 if block_d <= (128 if backward else 256) else 8
+    return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=4 if block_d <= 512 else 16)
 
 
 def _rows(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,17 +164,17 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     planes, tokens = _rows(y, z)
     batch, channels, plane = planes.shape
     strides, unit = _strides_in_units(planes)
-    tiling = gate_tiling(channels, plane, backward=False)
-    if batch:
-        with torch.cuda.device_of(y):
-            _forward_kernel[(batch * triton.cdiv(plane, tiling["BLOCK_P"]),)](
-                *(planes, tokens, weight.contiguous(), bias.contiguous(), out, plane, channels),
-                *(*strides, *tokens.stride()),
-                UNIT=unit,
-                EPS=eps,
-                DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
-                **tiling,
-            )
+    tiling = gate_tiling(channels, backward=False)
+    launch(
+        _forward_kernel,
+        batch * triton.cdiv(plane, tiling["BLOCK_P"]),
+        *(planes, tokens, weight.contiguous(), bias.contiguous(), out, plane, channels),
+        *(*strides, *tokens.stride()),
+        UNIT=unit,
+        EPS=eps,
+        DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
+        **tiling,
+    )
     return out.to(y.dtype)
 
 
@@ -188,19 +189,19 @@ def norm_gate_backward(
     _, grads = _rows(y, grad)
     batch, channels, plane = planes.shape
     strides, unit = _strides_in_units(planes)
-    tiling = gate_tiling(channels, plane, backward=True)
+    tiling = gate_tiling(channels, backward=True)
     programs = batch * triton.cdiv(plane, tiling["BLOCK_P"])
     sums = y.new_empty(programs, 2, channels, dtype=reference.computed_dtype(y))
-    if batch:
-        with torch.cuda.device_of(y):
-            _backward_kernel[(programs,)](
-                *(grads, planes, tokens, weight.contiguous(), bias.contiguous(), grad_y, grad_z, sums),
-                *(plane, plane // _unit(plane), channels, *grads.stride(), *strides, *tokens.stride()),
-                UNIT=unit,
-                PLANE_UNIT=_unit(plane),
-                EPS=eps,
-                DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
-                **tiling,
-            )
+    launch(
+        _backward_kernel,
+        programs,
+        *(grads, planes, tokens, weight.contiguous(), bias.contiguous(), grad_y, grad_z, sums),
+        *(plane, plane // _unit(plane), channels, *grads.stride(), *strides, *tokens.stride()),
+        UNIT=unit,
+        PLANE_UNIT=_unit(plane),
+        EPS=eps,
+        DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
+        **tiling,
+    )
     grad_weight, grad_bias = sums.sum(0).unbind(0)
     return grad_y.to(y.dtype), grad_z.to(z.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
