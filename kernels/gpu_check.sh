@@ -57,8 +57,8 @@ step_build() {
     [ "$(grep -c '^cuda *available' "$out/backends.txt")" = 2 ]
 }
 
-run_tests() { # SECONDS ARGUMENTS...
-    TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 timeout "$1" $python -m pytest -q -p no:cacheprovider "${@:2}"
+run_tests() { # SECONDS ARGUMENTS...; the tests ask PyTorch for deterministic algorithms
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 timeout "$1" $python -m pytest -q -p no:cacheprovider "${@:2}"
 }
 
 step_cuda() {
@@ -76,7 +76,7 @@ step_triton() {
 # Without PyTorch's allocator, whose large blocks would hide what is read or written beyond a tensor: forward and backward
 # of every kind of block, in float32, at lengths and sizes that the tool finishes.
 sanitize() { # TOOL
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \
         --kernel-regex kns=scan --kernel-regex kns=dwconv \
         $python -m pytest -q -x -p no:cacheprovider "${tests[@]}" -k "cuda and not reference and not triton and not float64 and \
         not float16 and not 64521 and not 3136 and (sizes or small_planes or (conv_kernels and replicate))"
@@ -143,7 +143,6 @@ card=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader) || exit
 mkdir -p "$folder"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask PyTorch for deterministic algorithms
 TORCH_CUDA_ARCH_LIST=$($python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
 export TORCH_CUDA_ARCH_LIST
 for name in "$@"; do step "$name"; done

@@ -3,8 +3,8 @@
     python kernels/inspect_triton.py                            for sm_75, sm_80 and sm_90, at the shapes of T
     python kernels/inspect_triton.py --arch 90 --ops depthwise  one architecture, the operators whose name has that
 
-Each launcher runs on fake CUDA tensors, so that a kernel is compiled with the types, alignments and tiles that it will be
-launched with. A stack frame, registers that spilled, is in memory: kernels that training uses should have none.
+Each launcher runs on fake CUDA tensors, so that a kernel is compiled with the types, alignments and tiles that it will
+be launched with. A stack frame, registers that spilled, is in memory: kernels that training uses should have none.
 """
 
 import argparse
@@ -78,6 +78,11 @@ class _Pointer:
         return 0
 
 
+def _launch(kernel: triton.JITFunction, programs: int, *args: object, **constants: object) -> None:
+    """A launch that asks Triton each time, not one that remembers what was compiled."""
+    kernel[(programs,)](*args, **constants)
+
+
 @contextlib.contextmanager
 def recording(arch: int) -> Iterator[list[tuple[str, object]]]:
     """Launches compile for `arch` and are listed, kernel by kernel, instead of run."""
@@ -91,7 +96,9 @@ def recording(arch: int) -> Iterator[list[tuple[str, object]]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
         mock.patch.object(triton.JITFunction, "run", compile_only),
-        mock.patch.object(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()),
+        mock.patch.object(token_triton, "launch", _launch),
+        mock.patch.object(gate_triton, "launch", _launch),
     ):
         yield compiled
 

@@ -84,7 +84,8 @@ class ConvLayer(nn.Module):
         else:
             self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+        # Not in place on what a pointwise convolution may return, a view of tokens: its gradient would be copied.
+        self.act = nn.ReLU(inplace=kernel_size > 1) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -122,9 +123,12 @@ class Downsample(nn.Module):
         return to_tokens(self.conv(to_planes(x)))
 
 
-def project_planes(x: Tensor, weight: Tensor) -> Tensor:
-    """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W), contiguous if x is, else channels-last."""
-    if not x.is_contiguous():
+def project(x: Tensor, weight: Tensor, as_planes: bool) -> Tensor:
+    """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W), contiguous if `as_planes`, else channels-last.
+
+    x is laid out likewise, or part of what is.
+    """
+    if not as_planes:
         return to_planes(linear(to_tokens(x), weight))
     # Expanded after autocast's cast, which would store a copy for each image.
     weight = weight.to(x.dtype).expand(len(x), -1, -1)
@@ -200,8 +204,9 @@ class StructureAwareSSM(nn.Module):
         n = self.d_state
 
         # Input-dependent Delta, B and C from each token.
-        dt, B, C = project_planes(x, self.x_proj_weight).split([self.dt_rank, n, n], dim=1)
-        dt = project_planes(dt, self.dt_projs_weight)
+        as_planes = x.is_contiguous()
+        dt, B, C = project(x, self.x_proj_weight, as_planes).split([self.dt_rank, n, n], dim=1)
+        dt = project(dt, self.dt_projs_weight, as_planes)
 
         # State transition: h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32.
         state_dtype = torch.promote_types(x.dtype, torch.float32)

@@ -62,8 +62,8 @@ def test_model_compiles_whole_and_trains(fused):
     logits, expected = gradients(model)
     compiled, actual = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
     torch.testing.assert_close(compiled, logits, rtol=1e-4, atol=1e-4)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+    for a, b in zip(actual, expected, strict=True):  # a bias before batch norm gets rounding errors alone
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item() + 1e-4)
 
 
 class Adapter(nn.Module):

@@ -124,10 +124,10 @@ def depthwise_residual_norm(
     update: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A residual, a depthwise 3x3 convolution with its residual, and the LayerNorm that follows, in one pass over tokens.
+    """A residual, a depthwise 3x3 convolution with its residual, and the LayerNorm that follows, in one pass.
 
-    s = x + scale update, r = s + bias + dwconv3x3(s), n = LayerNorm(r) over the channels. Outside the image s is 0. n is
-    the norm of r as it is returned, in x's dtype.
+    s = x + scale update, r = s + bias + dwconv3x3(s), n = LayerNorm(r) over the channels. Outside the image s is 0.
+    n is the norm of r as it is returned, in x's dtype.
 
     Args:
         x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, of any strides.

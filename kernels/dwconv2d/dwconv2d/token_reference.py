@@ -46,7 +46,7 @@ def check_residual_norm_inputs(
 
 
 def check_grad(name: str, grad: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise a ValueError or TypeError if a gradient has not the shape, dtype and device of what it is the gradient of."""
+    """Raise a ValueError or TypeError if a gradient has not the shape, dtype and device of its result."""
     _check(like, name, grad, shape)
     if grad.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} as x is, got {grad.dtype}")
@@ -86,7 +86,8 @@ def _convolve(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _convolution_backward(grad: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     channels = s.shape[1]
     geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True])
-    return torch.ops.aten.convolution_backward(grad, s, weight.to(s.dtype), [channels], *geometry)
+    grads = torch.ops.aten.convolution_backward(grad, s, weight.to(s.dtype), [channels], *geometry)
+    return grads[0], grads[1].contiguous(), grads[2]
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def depthwise_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `depthwise_silu` for x, weight and bias, from `grad` of its planes. Nothing but x is needed of it."""
+    """Gradients of `depthwise_silu` for x, weight and bias, from `grad` of its planes."""
     check_silu_inputs(x, weight, bias)
     check_grad("grad", grad, (x.shape[0], x.shape[3], *x.shape[1:3]), x)
     planes = _planes(x).to(computed_dtype(x))

@@ -1,9 +1,9 @@
 """The operators on tokens in Triton, for GPUs: see `token_ops`.
 
-A program owns a tile of positions and channels; lanes lie along the channels, which are side by side in memory. Each tap
-of the 3x3 kernel is one load for the whole tile; taps of neighbouring positions find their values in the first cache.
-What is planes, (B, D, H, W), is stored and loaded with lanes along positions; Triton exchanges the values through shared
-memory.
+A program owns a tile of positions and channels. Lanes lie along the channels, which are side by side in memory. Each
+tap of the 3x3 kernel is one load for the whole tile; taps of neighbouring positions find their values in the first
+cache. What is planes, (B, D, H, W), is stored and loaded with lanes along positions; Triton exchanges the values
+through shared memory.
 
 A gradient that a second kernel convolves again travels in float32 (float64 for float64): rounded to 16 bits in between,
 results would not be within 1.2 roundings of the exact ones. Sums over positions are partial sums, added by PyTorch in a
@@ -183,23 +183,27 @@ def _residual_norm_kernel(
 
     x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
     x_ptrs += d * x_stride_d
-    r = _convolve(
-        x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, height, width, x_stride_y, x_stride_x, DTYPE
-    )
-    r += tl.load(x_ptrs, mask=valid, other=0).to(DTYPE)
+    update_ptrs = update_ptr
+    scale = 1.0
     if update_ptr is not None:
-        update_ptrs = update_ptr + image * update_stride_b + row.to(tl.int64) * update_stride_y
+        update_ptrs += image * update_stride_b + row.to(tl.int64) * update_stride_y
         update_ptrs += column.to(tl.int64) * update_stride_x + d * update_stride_d
-        update = tl.load(update_ptrs, mask=valid, other=0).to(DTYPE)
-        for tap in tl.static_range(9):
-            value = _tap(
-                *(update_ptrs, valid, row, column, height, width, update_stride_y, update_stride_x),
-                *(tap // 3 - 1, tap % 3 - 1, DTYPE),
-            )
-            update += _weight(weight_ptr, d, d_valid, tap, DTYPE) * value
-        if scale_ptr is not None:
-            update *= tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
-        r += update
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
+    r = tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE) + tl.zeros(valid.shape, DTYPE)
+    # A row of taps at a time: the loads of all nine, from both tensors, would take more registers than there are.
+    for i in range(3):
+        for j in tl.static_range(3):
+            y, x = row + (i - 1), column + (j - 1)
+            inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            s = tl.load(x_ptrs + ((i - 1) * x_stride_y + (j - 1) * x_stride_x), mask=inside, other=0).to(DTYPE)
+            if update_ptr is not None:
+                offset = (i - 1) * update_stride_y + (j - 1) * update_stride_x
+                s += scale * tl.load(update_ptrs + offset, mask=inside, other=0).to(DTYPE)
+            weight = tl.load(weight_ptr + d * 9 + (3 * i + j), mask=d_valid, other=0).to(DTYPE)
+            if j == 1:
+                weight += tl.where(i == 1, 1, 0)  # the residual
+            r += weight * s
 
     r = _rounded(r, STORED, BY_BITS)
     p_wide = p.to(tl.int64)[:, None]
@@ -407,9 +411,11 @@ def silu_tiling(channels: int) -> Tiling:
 def norm_tiling(channels: int, backward: bool) -> Tiling:
     """Positions with all their channels."""
     block_d = max(triton.next_power_of_2(channels), 16)
-    elements = 1024 if backward and (block_d <= 64 or block_d >= 512) else 2048
-    block_p = max(elements // block_d, 2 if backward else 8)
-    warps = 2 if backward else 4 if block_d <= 64 else max(block_p * block_d // 1024, 2)
+    if backward:
+        block_p, warps = max(min(2048 // block_d, 16), 2), 4 if block_d >= 512 else 2
+    else:
+        block_p = max(2048 // block_d, 8)
+        warps = 4 if block_d <= 64 else max(block_p * block_d // 1024, 2)
     return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=warps)
 
 
@@ -493,7 +499,8 @@ def _convolution_backward(
         **tiling,
     )
     total = sums.sum(0)
-    return grad_s.to(x.dtype), total[:9].t().reshape(weight.shape), total[9], grad_update.to(x.dtype)
+    grad_weight = total[:9].t().contiguous().view(weight.shape)
+    return grad_s.to(x.dtype), grad_weight, total[9], grad_update.to(x.dtype)
 
 
 def depthwise_residual_norm(
@@ -563,6 +570,6 @@ def depthwise_residual_norm_backward(
         DTYPE=_computed(x),
         **tiling,
     )
-    grad_norm_weight, grad_norm_bias = sums.sum(0).unbind(0)
+    grad_norm_weight, grad_norm_bias = (part.sum(0) for part in sums.unbind(1))
     grad_s, grad_weight, grad_bias, grad_update = _convolution_backward(grad, x, weight, True, update, scale)
     return grad_s, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_update

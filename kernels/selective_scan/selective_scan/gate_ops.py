@@ -63,8 +63,8 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
         eps: added to the variance.
 
     Returns:
-        tokens (B, H, W, D), contiguous, y's dtype. Under autocast y and z are cast to the autocast dtype first. A y whose
-        rows, or a z whose tokens, are not evenly spaced is copied on a GPU.
+        tokens (B, H, W, D), contiguous, y's dtype. Under autocast y and z are cast to the autocast dtype first. On a
+        GPU a y or z is copied if its positions are not evenly spaced, as those of a crop are not.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.

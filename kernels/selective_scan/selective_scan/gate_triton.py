@@ -143,7 +143,7 @@ def _unit(stride: int) -> int:
 def gate_tiling(channels: int, backward: bool) -> dict[str, int]:
     """Some positions, which planes hold side by side, with all their channels: by timings on an H100, at T's shapes."""
     block_d = max(triton.next_power_of_2(channels), 16)
-    block_p = 16 if block_d <= (128 if backward else 256) else 8
+    block_p = 16 if block_d <= (128 if backward else 256) else max(8192 // block_d, 2) if block_d > 1024 else 8
     return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=4 if block_d <= 512 else 16)
 
 
@@ -203,5 +203,5 @@ def norm_gate_backward(
         DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
         **tiling,
     )
-    grad_weight, grad_bias = sums.sum(0).unbind(0)
+    grad_weight, grad_bias = (part.sum(0) for part in sums.unbind(1))
     return grad_y.to(y.dtype), grad_z.to(z.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)

@@ -156,7 +156,7 @@ OPERATORS: dict[str, Kernels] = {}  # all that are registered, by name
 def register(plain: Callable, triton_module: str = "triton_kernels", compiled: bool = True) -> None:
     """Make `plain`, plain PyTorch, the operator of its name on every device without a compiled kernel.
 
-    On a GPU, Triton's kernel of that name goes before it. `compiled` says whether the compiled libraries have the operator.
+    On a GPU, Triton's kernel of that name goes before it. `compiled`: whether the compiled libraries have the operator.
     """
     kernels = OPERATORS[plain.__name__] = Kernels(plain, triton_module, compiled)
     operator = f"{PACKAGE}::{plain.__name__}"
