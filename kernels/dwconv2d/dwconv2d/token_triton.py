@@ -10,6 +10,8 @@ results would not be within 1.2 roundings of the exact ones. Sums over positions
 fixed order: no atomics, so results repeat to the bit.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -400,17 +402,25 @@ def _computed(x: Tensor) -> tl.dtype:
 Tiling = dict[str, int]  # the tile of a program and its warps, as a kernel takes them
 
 
-# Chosen by timings on an H100, at the shapes of T and a batch of 128.
+# Chosen by timings on an H100, at the shapes of T and a batch of 128. Remembered: on the host of a GPU the arithmetic
+# of a launch costs as much as the launch.
 
 
+def _power_of_2(channels: int) -> int:
+    """Not below `channels`, and not below what Triton sums over with ease."""
+    return max(triton.next_power_of_2(channels), 16)
+
+
+@functools.cache
 def silu_tiling(channels: int) -> Tiling:
     """Positions of one image by channels, which are side by side in tokens as positions are in planes."""
-    return dict(BLOCK_P=16, BLOCK_D=min(max(triton.next_power_of_2(channels), 16), 64), num_warps=2)
+    return dict(BLOCK_P=16, BLOCK_D=min(_power_of_2(channels), 64), num_warps=2)
 
 
+@functools.cache
 def norm_tiling(channels: int, backward: bool) -> Tiling:
     """Positions with all their channels."""
-    block_d = max(triton.next_power_of_2(channels), 16)
+    block_d = _power_of_2(channels)
     if backward:
         block_p, warps = max(min(2048 // block_d, 16), 2), 4 if block_d >= 512 else 2
     else:
@@ -419,9 +429,10 @@ def norm_tiling(channels: int, backward: bool) -> Tiling:
     return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=warps)
 
 
+@functools.cache
 def convolution_tiling(channels: int) -> Tiling:
     """Few elements a thread: it holds nine taps and nine sums for each of its channels."""
-    block_d = min(max(triton.next_power_of_2(channels), 16), 32)
+    block_d = min(_power_of_2(channels), 32)
     return dict(BLOCK_P=256 // block_d, BLOCK_D=block_d, num_warps=2)
 
 
@@ -433,17 +444,26 @@ def tiles_of_a_program(positions: int, block_p: int, d_tiles: int) -> int:
     return tiles
 
 
+def _unit(stride: int) -> int:
+    """The largest power of two up to 8 that divides a stride."""
+    return min(stride & -stride, 8) or 8
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _silu(
     x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None, grad: Tensor | None, grad_s: Tensor | None
 ) -> None:
     batch, height, width, channels = x.shape
     plane = height * width
-    unit = next(u for u in (8, 4, 2, 1) if plane % u == 0)
+    unit = _unit(plane)
     tiling = silu_tiling(channels)
     rows = None if grad is None else grad.reshape(batch, channels, plane)
     launch(
         _silu_kernel,
-        batch * triton.cdiv(plane, tiling["BLOCK_P"]) * triton.cdiv(channels, tiling["BLOCK_D"]),
+        batch * _ceil_div(plane, tiling["BLOCK_P"]) * _ceil_div(channels, tiling["BLOCK_D"]),
         *(x, weight.contiguous(), bias.contiguous(), y, rows, grad_s),
         *(height, width, channels, plane // unit, *x.stride(), *((0, 0, 0) if rows is None else rows.stride())),
         UNIT=unit,
@@ -482,9 +502,9 @@ def _convolution_backward(
     batch, height, width, channels = x.shape
     positions = batch * height * width
     tiling = convolution_tiling(channels)
-    d_tiles = triton.cdiv(channels, tiling["BLOCK_D"])
+    d_tiles = _ceil_div(channels, tiling["BLOCK_D"])
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], d_tiles)
-    programs = triton.cdiv(positions, tiling["BLOCK_P"] * tiles)
+    programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
     grad_s = x.new_empty(x.shape, dtype=_stored(x))
     grad_update = x.new_empty(0) if scale is None else torch.empty_like(grad_s)
     sums = grad.new_empty(programs, 10, channels)
@@ -522,7 +542,7 @@ def depthwise_residual_norm(
     n = torch.empty_like(r)
     launch(
         _residual_norm_kernel,
-        triton.cdiv(positions, tiling["BLOCK_P"]),
+        _ceil_div(positions, tiling["BLOCK_P"]),
         *(x, update, scale, weight.contiguous(), bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()),
         *(r, n, positions, height, width, channels, *x.stride()),
         *((0,) * 4 if update is None else update.stride()),
@@ -556,7 +576,7 @@ def depthwise_residual_norm_backward(
     positions = batch * height * width
     tiling = norm_tiling(channels, backward=True)
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], 1)
-    programs = triton.cdiv(positions, tiling["BLOCK_P"] * tiles)
+    programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
     grad = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
     sums = grad.new_empty(programs, 2, channels)
     grad_r, grad_n = grad_r.reshape(positions, channels), grad_n.reshape(positions, channels)

@@ -5,6 +5,8 @@ positions, tokens with lanes along channels; Triton exchanges the values through
 partial sums, added by PyTorch in a fixed order: no atomics, so results repeat to the bit.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -137,9 +139,15 @@ def _stored(y: Tensor) -> torch.dtype:
 
 
 def _unit(stride: int) -> int:
-    return next(u for u in (8, 4, 2, 1) if stride % u == 0)
+    """The largest power of two up to 8 that divides a stride."""
+    return min(stride & -stride, 8) or 8
 
 
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
 def gate_tiling(channels: int, backward: bool) -> dict[str, int]:
     """Some positions, which planes hold side by side, with all their channels: by timings on an H100, at T's shapes."""
     block_d = max(triton.next_power_of_2(channels), 16)
@@ -149,7 +157,8 @@ def gate_tiling(channels: int, backward: bool) -> dict[str, int]:
 
 def _rows(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Planes as (B, D, H W) and tokens as (B, H W, D)."""
-    return y.reshape(*y.shape[:2], -1), z.reshape(z.shape[0], -1, z.shape[3])
+    batch, channels, height, width = y.shape
+    return y.reshape(batch, channels, height * width), z.reshape(batch, height * width, channels)
 
 
 def _strides_in_units(planes: Tensor) -> tuple[tuple[int, int, int], int]:
@@ -167,7 +176,7 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     tiling = gate_tiling(channels, backward=False)
     launch(
         _forward_kernel,
-        batch * triton.cdiv(plane, tiling["BLOCK_P"]),
+        batch * _ceil_div(plane, tiling["BLOCK_P"]),
         *(planes, tokens, weight.contiguous(), bias.contiguous(), out, plane, channels),
         *(*strides, *tokens.stride()),
         UNIT=unit,
@@ -190,7 +199,7 @@ def norm_gate_backward(
     batch, channels, plane = planes.shape
     strides, unit = _strides_in_units(planes)
     tiling = gate_tiling(channels, backward=True)
-    programs = batch * triton.cdiv(plane, tiling["BLOCK_P"])
+    programs = batch * _ceil_div(plane, tiling["BLOCK_P"])
     sums = y.new_empty(programs, 2, channels, dtype=reference.computed_dtype(y))
     launch(
         _backward_kernel,

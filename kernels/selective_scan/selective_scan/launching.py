@@ -41,4 +41,4 @@ def launch(kernel: triton.JITFunction, programs: int, *args: Tensor | int | None
             _compiled[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
         return
     compiled, trailing = found
-    compiled[(programs, 1, 1)](*args, *trailing)
+    compiled[programs, 1, 1](*args, *trailing)
