@@ -76,4 +76,4 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build kernels/*/*/*.so
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build kernels/*/*/*.so kernels/*/*/_not_compiled.txt
