@@ -38,9 +38,8 @@ $(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.tom
 
 install-openmmlab: $(OPENMMLAB)
 
-# mmcv is compiled, against the PyTorch that is installed by now.
-$(OPENMMLAB): $(INSTALLED) requirements-openmmlab.txt
-	$(BIN)/python -m pip install --no-build-isolation -r requirements-openmmlab.txt
+$(OPENMMLAB): $(INSTALLED) requirements-openmmlab.txt $(wildcard classification/openmmlab/mmcv_ext/*)
+	$(BIN)/python -m pip install -r requirements-openmmlab.txt
 	touch $@
 
 demo: $(INSTALLED)
@@ -76,4 +75,4 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build kernels/*/*/*.so kernels/*/*/_not_compiled.txt
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build classification/openmmlab/mmcv_ext/{build,*.egg-info} kernels/*/*/*.so kernels/*/*/_not_compiled.txt

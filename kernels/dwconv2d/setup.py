@@ -149,7 +149,6 @@ class BuildKernels(build_ext):
         nvcc, architectures, _ = plan_cuda()
         include, lib = [f"-isystem{torch}/include"], [f"-L{torch}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
         if nvcc:
-            include += [f"-isystem{nvcc.parents[1]}/include"]
             lib += ["-ltorch_cuda", "-lc10_cuda", f"-L{nvcc.parents[1]}/lib64", "-lcudart"]
         common = ["-O3", "-std=c++17", *(["-DKERNELS_X86"] if X86 else [])]
         host = [*self.cxx, *common, "-fPIC", "-fopenmp", "-Wall", f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi:d}"]
@@ -160,6 +159,8 @@ class BuildKernels(build_ext):
             if (vectors and not X86) or (source.parent.name == "cuda" and not nvcc):
                 continue
             compiler = device if source.suffix == ".cu" else [*host, *include, *(vectors or "").split()]
+            if source.parent.name == "cuda" and source.suffix == ".cpp":
+                compiler.append(f"-isystem{nvcc.parents[1]}/include")
             objects.append(Path(self.build_temp, source.parent.name, source.name + ".o"))
             steps.append([*compiler, "-c", source, "-o", objects[-1]])
             self.mkpath(str(objects[-1].parent))
