@@ -3,6 +3,7 @@
 Every `bash` and `python` block is either run here or named as run elsewhere; a block that is neither fails.
 """
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from running import ROOT, free_port, run_command
 from scenes import write_coco, write_few_scenes
 
+import classification
 from classification.data.digits import write_digits
 from classification.models import spatialmamba_tiny
 
@@ -230,6 +233,21 @@ def test_demo_segmentation(options, tmp_path):
     done = run_command("python", "-c", block, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "torch.Size([1, 128, 128])" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["classification", "selective_scan", "dwconv2d"])
+def test_versions_are_the_same_everywhere(name):
+    written = importlib.import_module(name).__version__
+    assert importlib.metadata.version("spatial-mamba" if name == "classification" else name) == written
+    assert written == classification.__version__
+    assert f"\n## {written}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_ci_is_the_script_and_nothing_else():
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert "2410.15091" in citation["preferred-citation"]["url"]
 
 
 def test_ruff_is_the_same_everywhere():
