@@ -188,7 +188,7 @@ def test_demo(options, tmp_path):
     assert (run / "predictions.png").exists()
 
 
-@whole_or("train_cfg.max_epochs=5 train_cfg.val_interval=5 param_scheduler.1.end=5")
+@whole_or("train_dataloader.batch_size=4 train_cfg.max_epochs=5 train_cfg.val_interval=5 param_scheduler.1.end=5")
 def test_demo_detection(options, tmp_path):
     """`make demo-detection`, and what it has trained by mmdet's own interface in another folder."""
     pytest.importorskip("mmdet", reason="make install-openmmlab")

@@ -220,7 +220,7 @@ def _stop_and_go_on(number, command, folder):
     assert f"resuming from {folder / 'latest.pth'}, epoch 0, step {saved.stem.rpartition('_')[2]}" in log.read_text()
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(2, 3), pytest.param(3, 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("processes", "kills"), [(3, 3), pytest.param(2, 3, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_again_and_again(processes, kills, tmp_path, capsys):
     """tests/kill_and_resume.py, shortened."""
     assert kill_and_resume.run(kills=kills, epochs=2, root=tmp_path, processes=processes) == []
