@@ -11,6 +11,9 @@ BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 OPENMMLAB := $(VENV)/.openmmlab
 
+# Settings over the demo's config, as after main.py's --opts or the tools' --cfg-options; the tests train less.
+DEMO_OPTIONS ?=
+
 DIGITS ?= data/digits
 OUTPUT ?= output
 RUN := $(OUTPUT)/spatialmamba_micro/digits
@@ -38,15 +41,14 @@ $(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.tom
 
 install-openmmlab: $(OPENMMLAB)
 
-# mmcv is compiled, against the PyTorch that is installed by now.
-$(OPENMMLAB): $(INSTALLED) requirements-openmmlab.txt
-	$(BIN)/python -m pip install --no-build-isolation -r requirements-openmmlab.txt
+$(OPENMMLAB): $(INSTALLED) requirements-openmmlab.txt $(wildcard classification/openmmlab/mmcv_ext/*)
+	$(BIN)/python -m pip install -r requirements-openmmlab.txt
 	touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/python -m classification.data.digits $(DIGITS)
 	$(BIN)/python classification/main.py --cfg classification/configs/spatialmamba/spatialmamba_micro_digits.yaml \
-		--data-path $(DIGITS) --output $(OUTPUT) --tag digits
+		--data-path $(DIGITS) --output $(OUTPUT) --tag digits $(if $(DEMO_OPTIONS),--opts $(DEMO_OPTIONS))
 	$(BIN)/python classification/main.py --cfg classification/configs/spatialmamba/spatialmamba_micro_digits.yaml \
 		--data-path $(DIGITS) --output $(OUTPUT) --tag digits --pretrained $(RUN)/best.pth
 	$(BIN)/python -m classification.report $(RUN) --data-path $(DIGITS)
@@ -55,14 +57,15 @@ demo: $(INSTALLED)
 demo-detection demo-segmentation: export PATH := $(BIN):$(PATH)
 demo-detection: $(OPENMMLAB)
 	python -m classification.data.digits_scenes $(SCENES)
-	bash detection/tools/dist_train.sh $(DETECTION) 2 --work-dir $(DETECTION_RUN) --cfg-options data_root=$(SCENES)/
+	bash detection/tools/dist_train.sh $(DETECTION) 2 --work-dir $(DETECTION_RUN) \
+		--cfg-options data_root=$(SCENES)/ $(DEMO_OPTIONS)
 	bash detection/tools/dist_test.sh $(DETECTION) $$(cat $(DETECTION_RUN)/last_checkpoint) 1 --work-dir $(DETECTION_RUN)/test \
 		--show-dir $(abspath $(DETECTION_RUN))/predictions --cfg-options data_root=$(SCENES)/
 
 demo-segmentation: $(OPENMMLAB)
 	python -m classification.data.digits_scenes $(SCENES_ADE20K) --layout ade20k
 	bash segmentation/tools/dist_train.sh $(SEGMENTATION) 2 --work-dir $(SEGMENTATION_RUN) \
-		--cfg-options data_root=$(SCENES_ADE20K)/
+		--cfg-options data_root=$(SCENES_ADE20K)/ $(DEMO_OPTIONS)
 	bash segmentation/tools/dist_test.sh $(SEGMENTATION) $$(cat $(SEGMENTATION_RUN)/last_checkpoint) 1 \
 		--work-dir $(SEGMENTATION_RUN)/test --show-dir $(SEGMENTATION_RUN)/predictions --cfg-options data_root=$(SCENES_ADE20K)/
 	bash segmentation/tools/dist_test.sh $(SEGMENTATION) $$(cat $(SEGMENTATION_RUN)/last_checkpoint) 1 --tta \
@@ -76,4 +79,6 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build kernels/*/*/*.so
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info kernels/*/*.egg-info kernels/*/build \
+		kernels/*/*/*.so kernels/*/*/_not_compiled.txt classification/openmmlab/mmcv_ext/build \
+		classification/openmmlab/mmcv_ext/*.egg-info

@@ -1,4 +1,5 @@
 import os
+from datetime import date
 
 import pytest
 import torch
@@ -11,8 +12,26 @@ if not torch.cuda.is_available():
     )
 
 
+DAYS = 7  # in which `--long today` comes to every long test
+
+
 def pytest_addoption(parser):
     parser.addoption("--random-cases", type=int, default=200, help="random cases for each compared implementation")
+    parser.addoption(
+        "--long", choices=("no", "today", "all"), default="no",
+        help=f"tests that only take longer than others of theirs: none, one in {DAYS} by the date, or all",
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: shows at length what a shorter test shows; --long runs it")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted, day = config.getoption("--long"), date.today().toordinal()
+    for i, item in enumerate(item for item in items if item.get_closest_marker("long")):
+        if wanted == "no" or (wanted == "today" and i % DAYS != day % DAYS):
+            item.add_marker(pytest.mark.skip(reason="--long all runs it"))
 
 
 @pytest.fixture(scope="session", autouse=True)

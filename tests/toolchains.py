@@ -11,15 +11,15 @@ from classification.errors import UserError
 from classification.openmmlab import checks
 
 
-def refused(package: str, accept: Callable[[Path], bool]) -> tuple[int, dict[str, str]]:
+def refused(package: str, accept: Callable[[Path], bool], every: int) -> tuple[int, dict[str, str]]:
     """How many configs with a model `package` brings, of those that `accept` takes; and which of them do not pass.
 
-    None of their data is here, so nothing is asked of files.
+    One in `every` is read, in the order of their names. None of their data is here, so nothing is asked of files.
     """
     folder = Path(find_spec(package).origin).parent / ".mim/configs"
     init_default_scope(package)
     count, messages = 0, {}
-    for path in sorted(p for p in folder.rglob("*.py") if "_base_" not in p.parts and accept(p)):
+    for path in sorted(p for p in folder.rglob("*.py") if "_base_" not in p.parts and accept(p))[::every]:
         cfg = Config.fromfile(path, import_custom_modules=False)  # some want another toolchain
         if "model" not in cfg:
             continue

@@ -4,10 +4,12 @@ import json
 import mmap
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
@@ -51,6 +53,20 @@ def _compare_channels(part: str, config: dict, given: list[int]) -> None:
             f"model.{part}.in_channels is {wanted}, but the backbone's maps have {given} channels; "
             f"set model.{part}.in_channels to that, or model.backbone.dims"
         )
+
+
+def check_operators(model: nn.Module) -> None:
+    """Raise a UserError if a layer takes a compiled operator that mmcv-lite does not have."""
+    advice = getattr(sys.modules.get("mmcv._ext"), "INSTALL_FULL", None)
+    if advice is None:
+        return  # full mmcv, or none of its operators imported
+    for name, module in model.named_modules():
+        source = type(module).__module__
+        if source.startswith("mmcv.ops.") and hasattr(sys.modules[source], "ext_module"):
+            kind = type(module).__name__
+            plain = ("RoIAlign",) if torch.cuda.is_available() else ("RoIAlign", "MultiScaleDeformableAttention")
+            if kind not in plain:
+                raise UserError(f"model.{name} is a {kind}, which mmcv-lite has no operator for; {advice}")
 
 
 # ----- data

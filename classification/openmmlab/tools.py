@@ -15,7 +15,7 @@ from mmengine.registry import METRICS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from classification.errors import UserError
-from classification.openmmlab.checks import check_channels, check_checkpoint, check_data, check_file
+from classification.openmmlab.checks import check_channels, check_checkpoint, check_data, check_file, check_operators
 from classification.openmmlab.flops import complexity_table
 
 RESUME_LATEST = "auto"
@@ -197,7 +197,9 @@ def _replace_sync_bn(value: object) -> None:
 
 
 def _build(cfg: Config) -> Runner:
-    return RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    check_operators(_unwrapped(runner))
+    return runner
 
 
 # ----- the work

@@ -50,7 +50,7 @@ def test_published_layout_loads_with_both_weights(tmp_path):
         assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", ["tiny", *(pytest.param(size, marks=pytest.mark.long) for size in ("small", "base"))])
 def test_published_layout_is_evaluated_by_the_documented_command(size, few_digits, tmp_path):
     """`model` gets the image of class 3 right and `model_ema` that of class 5: their head's biases see to it."""
     torch.manual_seed(0)

@@ -389,7 +389,7 @@ def test_arguments(monkeypatch, scenes, tmp_path):
     [
         ("mmengine/__init__.py", "error: mmengine is needed and cannot be imported"),
         ("mmdet/__init__.py", "error: mmdet is needed and cannot be imported"),
-        ("mmcv/ops/__init__.py", "error: this mmcv has no compiled operators"),
+        ("mmcv/ops/__init__.py", "error: this mmcv has no operators"),
     ],
 )
 def test_what_is_not_installed(missing, expected, tmp_path):

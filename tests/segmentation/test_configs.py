@@ -105,13 +105,18 @@ def test_decay_of_each_parameter():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_published_size(size):
-    """Parameters and FLOPs at 512x2048, as tools/get_flops.py prints them."""
-    _, _, _, parameters, flops = SIZES[size]
-    model = build(config(size))
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == parameters
+def test_published_parameters(size):
+    with torch.device("meta"):
+        model = build(config(size))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == SIZES[size][3]
+
+
+@pytest.mark.parametrize("size", ["tiny", *(pytest.param(size, marks=pytest.mark.long) for size in ("small", "base"))])
+def test_published_flops(size):
+    """At 512x2048, as tools/get_flops.py prints them."""
     with torch.no_grad():
-        assert count_model_flops(model, (512, 2048)).total() / 1e9 == pytest.approx(flops, rel=0.01)
+        counted = count_model_flops(build(config(size)), (512, 2048)).total()
+    assert counted / 1e9 == pytest.approx(SIZES[size][4], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +145,9 @@ def test_a_training_step(name, height, width, images):
         assert parameter.grad.any(), key
 
 
-def test_mmsegs_own_configs_are_not_refused(monkeypatch):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_mmsegs_own_configs_are_not_refused(every, monkeypatch):
     monkeypatch.setattr(checks, "_must_exist", lambda *_: None)
-    count, messages = refused("mmseg", lambda path: True)
-    assert count > 600
+    count, messages = refused("mmseg", lambda path: True, every)
+    assert count > 600 / every
     assert messages == {}

@@ -39,6 +39,12 @@ def scenes(tmp_path_factory) -> Path:
     return write_few_scenes(tmp_path_factory.mktemp("segmentation") / "scenes", layout="ade20k")
 
 
+@pytest.mark.parametrize("name", ["dist_train.sh", "dist_test.sh", "slurm_train.sh", "slurm_test.sh"])
+def test_launchers_are_detections(name):
+    theirs, ours = ROOT / "detection/tools" / name, ROOT / "segmentation/tools" / name
+    assert ours.read_text() == theirs.read_text(), f"edit the first, then cp {theirs} {ours}"
+
+
 def options(scenes: Path, *more: str) -> list[str]:
     return ["--cfg-options", f"data_root={scenes}", *QUICK, *more]
 

@@ -13,3 +13,5 @@ __all__ = [
     "state_fusion",
     "state_fusion_output",
 ]
+
+__version__ = "0.1.0"  # pyproject.toml reads it

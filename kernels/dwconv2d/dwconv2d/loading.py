@@ -1,1 +1,175 @@
-../../selective_scan/selective_scan/loading.py
+"""Loads the compiled kernels, says which kernels there are, and registers those that Python has.
+
+selective_scan and dwconv2d have the same file each, as tests/kernels/test_install.py checks.
+"""
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+PACKAGE = __name__.partition(".")[0]
+_FOLDER = Path(__file__).parent
+_TORCH = "_".join(torch.__version__.split(".")[:2])
+_REINSTALL = (
+    f"pip install --force-reinstall --no-deps PATH/TO/kernels/{PACKAGE}, in the environment that has PyTorch, with "
+    "a C++ compiler and, for CUDA kernels, nvcc of PyTorch's CUDA version"
+)
+if tuple(map(int, _TORCH.split("_"))) < (2, 4):
+    raise ImportError(f"{PACKAGE} needs PyTorch 2.4 or newer, this is {torch.__version__}: pip install --upgrade torch")
+
+
+def _load_compiled() -> bool:
+    """Load the library that setup.py built, if it built one. Its kernels register themselves with the dispatcher."""
+    library = _FOLDER / f"_C_torch{_TORCH}.so"
+    if not library.exists():
+        others = [path.name for path in _FOLDER.glob("_C_torch*.so")]
+        if others:
+            raise ImportError(f"{PACKAGE} has {', '.join(others)} but this is torch {torch.__version__}: {_REINSTALL}")
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(f"{library} does not load with torch {torch.__version__} ({error}): {_REINSTALL}") from error
+    return True
+
+
+COMPILED = _load_compiled()
+COMPILED_FOR_CUDA = COMPILED and any(
+    name.startswith(f"{PACKAGE}::") for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_RUNS_ON_CUDA = not COMPILED_FOR_CUDA and TRITON_INSTALLED
+
+
+def _not_compiled(part: str) -> str:
+    """With the reason that setup.py has noted for "cpu" or "cuda", if it has."""
+    note = _FOLDER / "_not_compiled.txt"
+    reasons = dict(line.split(": ", 1) for line in note.read_text().splitlines()) if note.exists() else {}
+    return f"not compiled{f' ({reasons[part]})' if part in reasons else ''}: {_REINSTALL}"
+
+
+def backends(tensor: Tensor | None = None) -> dict[str, str]:
+    """What can run the operators here: "cpu" and "cuda" are compiled, "triton" and "reference" are Python.
+
+    Maps each name to "available", with detail in brackets, or to why it is not. With a tensor there is one more entry,
+    "selected": the name of what runs for tensors on its device.
+    """
+    gpu = torch.cuda.is_available()
+    found = {
+        "cpu": f"available ({torch.backends.cpu.get_cpu_capability()})" if COMPILED else _not_compiled("cpu"),
+        "cuda": _not_compiled("cuda"),
+        "triton": "not installed",
+        "reference": "available",
+    }
+    if COMPILED_FOR_CUDA:
+        found["cuda"] = "available" if gpu else "compiled, but no GPU is found"
+    if TRITON_INSTALLED:
+        found["triton"] = "available" if gpu else "installed, but no GPU is found"
+    if tensor is not None:
+        found["selected"] = _selected(tensor.device.type)
+    return found
+
+
+def _selected(device: str) -> str:
+    if device == "cpu" and COMPILED:
+        return "cpu"
+    if device == "cuda" and COMPILED_FOR_CUDA:
+        return "cuda"
+    return "triton" if device == "cuda" and TRITON_RUNS_ON_CUDA else "reference"
+
+
+def autocast_dtype(activation: Tensor) -> torch.dtype | None:
+    """What autocast wants activations in, or None where it does not apply: float64 is left alone."""
+    device = activation.device.type
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled and activation.dtype != torch.float64 else None
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: only real numbers of at most 32 bits. What else there is, the checks are to see."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise a TypeError that names the first argument that is no ordinary tensor.
+
+    A tangent of forward-mode differentiation is a NotImplementedError: PyTorch would take it for zero.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors.values()):
+        raise NotImplementedError(f"the operators of {PACKAGE} have no forward-mode derivative (jvp): use reverse mode")
+
+
+def without_autocast(kernel: Callable) -> Callable:
+    """Autocast is still on inside a kernel; what the kernel computes in is its own business."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args, **kwargs)
+
+    return run
+
+
+@functools.cache
+def _warn_of_plain_pytorch(device: str, compiled: bool) -> None:
+    """Once for each device type that could have had a kernel, and each way to get it."""
+    if device == "cuda" or (device == "cpu" and compiled):
+        how = _REINSTALL if compiled else "pip install triton"
+        warnings.warn(f"{PACKAGE} runs as plain PyTorch, slowly, on {device}: {how}", stacklevel=2)
+
+
+class Kernels(NamedTuple):
+    """What can run an operator beside a compiled library."""
+
+    plain: Callable  # in plain PyTorch
+    triton_module: str  # of this package, where Triton's has the same name
+    compiled: bool  # whether the compiled libraries have it
+
+    def in_triton(self) -> Callable:
+        # Imported here, for a process that runs on a CPU need not import Triton.
+        return getattr(importlib.import_module(f"{PACKAGE}.{self.triton_module}"), self.plain.__name__)
+
+
+def _plain(kernels: Kernels) -> Callable:
+    @functools.wraps(kernels.plain)
+    def run(first: Tensor, *args, **kwargs):
+        result = kernels.plain(first, *args, **kwargs)  # what it refuses is not slow
+        _warn_of_plain_pytorch(first.device.type, kernels.compiled)
+        return result
+
+    return without_autocast(run)
+
+
+def _triton(kernels: Kernels) -> Callable:
+    def run(*args, **kwargs):
+        return kernels.in_triton()(*args, **kwargs)
+
+    return without_autocast(run)
+
+
+OPERATORS: dict[str, Kernels] = {}  # all that are registered, by name
+
+
+def register(plain: Callable, triton_module: str = "triton_kernels", compiled: bool = True) -> None:
+    """Make `plain`, plain PyTorch, the operator of its name on every device without a compiled kernel.
+
+    On a GPU, Triton's kernel of that name goes before it. `compiled`: whether the compiled libraries have the operator.
+    """
+    kernels = OPERATORS[plain.__name__] = Kernels(plain, triton_module, compiled)
+    operator = f"{PACKAGE}::{plain.__name__}"
+    torch.library.impl(operator, "default", _plain(kernels))
+    if TRITON_INSTALLED and not (compiled and COMPILED_FOR_CUDA):
+        torch.library.impl(operator, "cuda", _triton(kernels))

@@ -5,3 +5,5 @@ from selective_scan.loading import backends
 from selective_scan.ops import selective_scan_state
 
 __all__ = ["backends", "norm_gate", "selective_scan_state"]
+
+__version__ = "0.1.0"  # pyproject.toml reads it

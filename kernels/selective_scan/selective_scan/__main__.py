@@ -1,4 +1,4 @@
-"""`python -m selective_scan` and `python -m dwconv2d`, which has this by a link, print what each installation has."""
+"""`python -m selective_scan` and `python -m dwconv2d` print what each installation has."""
 
 import importlib
 

@@ -1,6 +1,6 @@
 """Loads the compiled kernels, says which kernels there are, and registers those that Python has.
 
-Both kernel packages have this file, dwconv2d by a link; their names are all that differs.
+selective_scan and dwconv2d have the same file each, as tests/kernels/test_install.py checks.
 """
 
 import functools
@@ -22,6 +22,8 @@ _REINSTALL = (
     f"pip install --force-reinstall --no-deps PATH/TO/kernels/{PACKAGE}, in the environment that has PyTorch, with "
     "a C++ compiler and, for CUDA kernels, nvcc of PyTorch's CUDA version"
 )
+if tuple(map(int, _TORCH.split("_"))) < (2, 4):
+    raise ImportError(f"{PACKAGE} needs PyTorch 2.4 or newer, this is {torch.__version__}: pip install --upgrade torch")
 
 
 def _load_compiled() -> bool:
@@ -47,6 +49,13 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_RUNS_ON_CUDA = not COMPILED_FOR_CUDA and TRITON_INSTALLED
 
 
+def _not_compiled(part: str) -> str:
+    """With the reason that setup.py has noted for "cpu" or "cuda", if it has."""
+    note = _FOLDER / "_not_compiled.txt"
+    reasons = dict(line.split(": ", 1) for line in note.read_text().splitlines()) if note.exists() else {}
+    return f"not compiled{f' ({reasons[part]})' if part in reasons else ''}: {_REINSTALL}"
+
+
 def backends(tensor: Tensor | None = None) -> dict[str, str]:
     """What can run the operators here: "cpu" and "cuda" are compiled, "triton" and "reference" are Python.
 
@@ -54,13 +63,14 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
     "selected": the name of what runs for tensors on its device.
     """
     gpu = torch.cuda.is_available()
-    missing = f"not compiled: {_REINSTALL}"
     found = {
-        "cpu": f"available ({torch.backends.cpu.get_cpu_capability()})" if COMPILED else missing,
-        "cuda": ("available" if gpu else "compiled, but no GPU is found") if COMPILED_FOR_CUDA else missing,
+        "cpu": f"available ({torch.backends.cpu.get_cpu_capability()})" if COMPILED else _not_compiled("cpu"),
+        "cuda": _not_compiled("cuda"),
         "triton": "not installed",
         "reference": "available",
     }
+    if COMPILED_FOR_CUDA:
+        found["cuda"] = "available" if gpu else "compiled, but no GPU is found"
     if TRITON_INSTALLED:
         found["triton"] = "available" if gpu else "installed, but no GPU is found"
     if tensor is not None:

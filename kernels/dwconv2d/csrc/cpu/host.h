@@ -1,1 +1,65 @@
-../../../selective_scan/csrc/cpu/host.h
+// What both kernel packages do around their kernels; both have this file.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+
+#include <string>
+
+namespace host {
+
+// What PyTorch itself would use: the best this processor has, or less if ATEN_CPU_CAPABILITY says so.
+#ifdef KERNELS_X86
+template <class Kernels>
+const Kernels& choose(const Kernels& portable, const Kernels& avx2, const Kernels& avx512) {
+  static const std::string capability = at::get_cpu_capability();
+  return capability == "AVX512" ? avx512 : capability == "AVX2" ? avx2 : portable;
+}
+#endif
+
+// Memory for one thread's tasks, kept for the next call: new memory is slow to touch first, often slower than a task.
+inline void* scratch(size_t bytes) {
+  constexpr size_t kKept = 8 << 20;
+  thread_local c10::DataPtr memory;
+  thread_local size_t size = 0;
+  if (bytes > size || size > kKept) {
+    memory.clear();
+    size = 0;
+    memory = c10::GetAllocator(at::kCPU)->allocate(bytes);
+    size = bytes;
+  }
+  return memory.get();
+}
+
+// Runs every task, each thread with scratch memory of its own.
+template <class Kernel, class Problem>
+void run(const Kernel& kernel, const Problem& p, int64_t tasks) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    void* const memory = scratch(kernel.scratch_bytes(p));
+    for (int64_t task = begin; task < end; ++task) kernel.run(p, task, memory);
+  });
+}
+
+// out[i][j] = sum over k of parts[i][k][j], i < outer and k < terms, in double precision and in the order of k whatever
+// the thread.
+template <class Part>
+at::Tensor sum(const at::Tensor& parts, int64_t outer, int64_t terms, at::Tensor out) {
+  if (terms == 1) return out.copy_(parts.view(out.sizes()));
+  const int64_t inner = outer ? out.numel() / outer : 0;
+  const at::Tensor wide = at::empty({outer, inner}, out.options().dtype(at::kDouble));
+  const Part* from = parts.const_data_ptr<Part>();
+  double* to = wide.mutable_data_ptr<double>();
+  at::parallel_for(0, outer * inner, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t i = index / inner, j = index % inner;
+      double total = 0;
+      for (int64_t k = 0; k < terms; ++k) total += from[(i * terms + k) * inner + j];
+      to[index] = total;
+    }
+  });
+  return out.copy_(wide.view(out.sizes()));
+}
+
+}  // namespace host

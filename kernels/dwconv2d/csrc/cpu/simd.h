@@ -1,1 +1,286 @@
-../../../selective_scan/csrc/cpu/simd.h
+// Vectors of VECTOR_BYTES, functions of them, and tiles of (tokens, lanes): lanes are channels. Both kernel packages
+// have this file.
+//
+// Included once by each file that is compiled for one instruction set. Everything here has internal linkage and no
+// template of the standard library is used: the linker would keep one of several copies of an inline function, and
+// that may be the one for instructions which the machine does not have.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef VECTOR_BYTES
+#error "define VECTOR_BYTES before this header"
+#endif
+
+namespace simd {
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+// ----- element types
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct State {
+  using type = float;
+};
+template <>
+struct State<double> {
+  using type = double;
+};
+
+INLINE float bits_to_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+INLINE uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+INLINE float widen(float x) { return x; }
+INLINE double widen(double x) { return x; }
+INLINE float widen(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+// The exponent is moved by a multiplication, which is exact and makes subnormal numbers normal.
+INLINE float widen(Half x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinity and NaN keep an exponent of ones
+  const uint32_t finite = float_to_bits(bits_to_float(magnitude) * 0x1p112f);
+  return bits_to_float(finite | special | uint32_t(x.bits & 0x8000) << 16);
+}
+
+INLINE void narrow(float x, float& y) { y = x; }
+INLINE void narrow(double x, double& y) { y = x; }
+// Round to nearest, ties to even.
+INLINE void narrow(float x, BFloat16& y) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  y.bits = nan ? bits >> 16 | 0x40 : rounded;
+}
+INLINE void narrow(float x, Half& y) {
+  const uint32_t bits = float_to_bits(x), magnitude = bits & 0x7fffffff;
+  // Below 2^-14 float16 has steps of 2^-24, which are those of float32 just above 1/2: adding 1/2 rounds.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+  const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  y.bits = (magnitude >= 0x477ff000 ? large : finite) | (bits >> 16 & 0x8000);
+}
+
+// ----- vectors
+
+template <class S>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <>
+struct Simd<double> {
+  typedef double type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t ints __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class S>
+using Vec = typename Simd<S>::type;
+template <class S>
+constexpr int kLanes = VECTOR_BYTES / sizeof(S);
+
+using Floats = Vec<float>;
+using Doubles = Vec<double>;
+using Ints = Simd<float>::ints;
+
+template <class S>
+INLINE Vec<S> load(const S* p) {
+  Vec<S> v;
+  memcpy(&v, p, VECTOR_BYTES);
+  return v;
+}
+template <class S>
+INLINE void store(S* p, Vec<S> v) {
+  memcpy(p, &v, VECTOR_BYTES);
+}
+
+// 2^k p + 2^k - 1 is exp(x) - 1 for x = k ln 2 + r and p = exp(r) - 1; half of 2^k, so that k = 128 is representable.
+struct Exponential {
+  Floats p, half_scale;
+};
+
+INLINE Exponential exponential(Floats x) {
+  const Floats low = {}, lowest = low - 87.5f, highest = low + 89.0f;
+  x = x < lowest ? lowest : x;  // comparisons with NaN are false: it stays
+  x = x > highest ? highest : x;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the lowest bits.
+  const float magic = 0x1.8p23f;
+  const Floats shifted = x * 0x1.715476p0f + magic;
+  const Floats k = shifted - magic;
+  const Floats r = (x - k * 0x1.62e4p-1f) - k * 0x1.7f7d1cp-20f;  // ln 2 in two parts; the first product is exact
+  Floats q = r * 0x1.6d1270p-10f + 0x1.120cd4p-7f;  // (exp(r) - 1 - r) / r^2, to 2e-8 of exp(r) - 1
+  q = q * r + 0x1.555518p-5f;
+  q = q * r + 0x1.5554dcp-3f;
+  q = q * r + 0.5f;
+  return {r * r * q + r, (Floats)(((Ints)shifted << 23) + (126 << 23))};
+}
+
+INLINE Floats exp(Exponential e) { return 2.0f * (e.half_scale * e.p + e.half_scale); }
+INLINE Floats expm1(Exponential e) { return 2.0f * (e.half_scale * e.p + (e.half_scale - 0.5f)); }
+INLINE Floats exp(Floats x) { return exp(exponential(x)); }
+
+// log(1 + y) for y in [0, 1], to 3e-8 of the result.
+INLINE Floats log1p(Floats y) {
+  Floats q = y * -0x1.24b298p-8f + 0x1.9d455ap-6f;
+  q = q * y + -0x1.11708cp-4f;
+  q = q * y + 0x1.d992bcp-4f;
+  q = q * y + -0x1.448ee2p-3f;
+  q = q * y + 0x1.969cb2p-3f;
+  q = q * y + -0x1.ffb95cp-3f;
+  q = q * y + 0x1.55540cp-2f;
+  q = q * y + -0x1.fffffep-2f;
+  return y * y * q + y;
+}
+
+INLINE Floats abs(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
+// Double precision is for checking gradients: the C library's, lane by lane.
+template <double (*function)(double)>
+INLINE Doubles each(Doubles x) {
+  for (int j = 0; j < kLanes<double>; ++j) x[j] = function(x[j]);
+  return x;
+}
+INLINE Doubles exponential(Doubles x) { return x; }
+INLINE Doubles exp(Doubles x) { return each<::exp>(x); }
+INLINE Doubles expm1(Doubles x) { return each<::expm1>(x); }
+INLINE Doubles log1p(Doubles x) { return each<::log1p>(x); }
+INLINE Doubles abs(Doubles x) { return each<::fabs>(x); }
+
+// ----- transposition
+
+// Lanes of `a` with the lanes of `b` in place of those whose index has the bit Step: the upper (lower) half of each
+// 2 Step square is exchanged with its neighbour. log2(lanes) rounds of it transpose a square of vectors.
+#if defined(__clang__) || __GNUC__ >= 12
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using type = Indices<I...>;
+};
+template <int Step, class V, int... I>
+INLINE void exchange(V& a, V& b, Indices<I...>) {
+  constexpr int n = sizeof...(I);
+  const V first = __builtin_shufflevector(a, b, (I & Step ? n + I - Step : I)...);
+  b = __builtin_shufflevector(a, b, (I & Step ? n + I : I + Step)...);
+  a = first;
+}
+template <int Step, class S>
+INLINE void exchange(Vec<S>& a, Vec<S>& b) {
+  exchange<Step>(a, b, typename Count<kLanes<S>>::type());
+}
+#else
+template <int Step, class S>
+INLINE void exchange(Vec<S>& a, Vec<S>& b) {
+  typename Simd<S>::ints upper, lower;
+  for (int j = 0; j < kLanes<S>; ++j) {
+    upper[j] = j & Step ? kLanes<S> + j - Step : j;
+    lower[j] = j & Step ? kLanes<S> + j : j + Step;
+  }
+  const Vec<S> first = __builtin_shuffle(a, b, upper);
+  b = __builtin_shuffle(a, b, lower);
+  a = first;
+}
+#endif
+
+template <class S, int Step = kLanes<S> / 2>
+INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
+  for (int i = 0; i < kLanes<S>; ++i)
+    if (!(i & Step)) exchange<Step, S>(rows[i], rows[i | Step]);
+  if constexpr (Step > 1) transpose<S, Step / 2>(rows);
+}
+
+// ----- tiles: tokens of up to kLanes channels, the channels of a token side by side
+
+// The first of the next W tokens to transpose: the last ones overlap those before rather than being fewer. -1 at the end.
+INLINE int64_t next_square(int64_t t, int64_t tokens, int W) {
+  if (t >= tokens) return -1;
+  return t + W <= tokens ? t : tokens - W;
+}
+
+// Channels that do not exist become zero.
+template <class T, class S>
+INLINE void load_tile(S* tile, const T* p, int64_t stride_d, int64_t stride_l, int channels, int64_t tokens) {
+  constexpr int W = kLanes<S>;
+  if (channels == W && stride_d == 1) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int j = 0; j < W; ++j) tile[t * W + j] = widen(p[t * stride_l + j]);
+  } else if (channels == W && stride_l == 1 && tokens >= W) {
+    for (int64_t next = 0, t; (t = next_square(next, tokens, W)) >= 0; next = t + W) {
+      S square[W][W];
+      Vec<S> rows[W];
+      for (int j = 0; j < W; ++j)
+        for (int i = 0; i < W; ++i) square[j][i] = widen(p[j * stride_d + t + i]);
+      for (int j = 0; j < W; ++j) rows[j] = load(square[j]);
+      transpose<S>(rows);
+      for (int i = 0; i < W; ++i) store(tile + (t + i) * W, rows[i]);
+    }
+  } else {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int j = 0; j < W; ++j) tile[t * W + j] = j < channels ? widen(p[j * stride_d + t * stride_l]) : S(0);
+  }
+}
+
+template <class T, class S>
+INLINE void store_tile(T* p, const S* tile, int64_t stride_d, int64_t stride_l, int channels, int64_t tokens) {
+  constexpr int W = kLanes<S>;
+  if (channels == W && stride_d == 1) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int j = 0; j < W; ++j) narrow(tile[t * W + j], p[t * stride_l + j]);
+  } else if (channels == W && stride_l == 1 && tokens >= W) {
+    for (int64_t next = 0, t; (t = next_square(next, tokens, W)) >= 0; next = t + W) {
+      S square[W][W];
+      Vec<S> rows[W];
+      for (int i = 0; i < W; ++i) rows[i] = load(tile + (t + i) * W);
+      transpose<S>(rows);
+      for (int j = 0; j < W; ++j) store(square[j], rows[j]);
+      for (int j = 0; j < W; ++j)
+        for (int i = 0; i < W; ++i) narrow(square[j][i], p[j * stride_d + t + i]);
+    }
+  } else {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int j = 0; j < channels; ++j) narrow(tile[t * W + j], p[j * stride_d + t * stride_l]);
+  }
+}
+
+// The sum of the lanes for each token, always in the order of the channels.
+template <class S>
+INLINE void sum_lanes(S* sums, const S* tile, int64_t tokens) {
+  constexpr int W = kLanes<S>;
+  int64_t t = 0;
+  for (; t + W <= tokens; t += W) {
+    Vec<S> rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = load(tile + (t + i) * W);
+    transpose<S>(rows);
+    Vec<S> sum = rows[0];
+    for (int j = 1; j < W; ++j) sum += rows[j];
+    store(sums + t, sum);
+  }
+  for (; t < tokens; ++t) {
+    S sum = tile[t * W];
+    for (int j = 1; j < W; ++j) sum += tile[t * W + j];
+    sums[t] = sum;
+  }
+}
+
+}  // namespace
+}  // namespace simd

@@ -1,1 +1,88 @@
-../../../selective_scan/csrc/cuda/elements.cuh
+// Element types, shared memory and sums, for the kernels of several packages.
+#pragma once
+
+#ifdef __CUDACC__
+#include "device.cuh"
+#endif
+#include "types.h"
+
+namespace gpu {
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename Input>
+struct StateOf {
+  using type = float;
+};
+
+template <>
+struct StateOf<double> {
+  using type = double;
+};
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(Half x) { return half_to_float(x.bits); }
+__device__ __forceinline__ float widen(BFloat16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
+
+// Two numbers in 32 bits, in the order of their addresses.
+__device__ __forceinline__ void widen_pair(uint32_t bits, Half, float& first, float& second) {
+  first = half_to_float(uint16_t(bits));
+  second = half_to_float(uint16_t(bits >> 16));
+}
+__device__ __forceinline__ void widen_pair(uint32_t bits, BFloat16, float& first, float& second) {
+  first = float_of_bits(bits << 16);
+  second = float_of_bits(bits & 0xffff0000);
+}
+
+__device__ __forceinline__ uint32_t narrow_pair(float first, float second, Half) { return to_halves(first, second); }
+__device__ __forceinline__ uint32_t narrow_pair(float first, float second, BFloat16) {
+  return to_bfloat16s(first, second);
+}
+
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+__device__ __forceinline__ void narrow(float x, Half& to) { to.bits = uint16_t(to_halves(x, 0)); }
+__device__ __forceinline__ void narrow(float x, BFloat16& to) { to.bits = uint16_t(to_bfloat16s(x, 0)); }
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T values[kWidth];
+};
+
+constexpr size_t padded(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+template <typename T>
+__device__ __forceinline__ T* shared_at(size_t offset) {
+  return reinterpret_cast<T*>(shared_memory() + offset);
+}
+
+constexpr int kSumThreads = 224;
+
+// to[o, i] = sum over t of terms[o, t, i], in an order that depends on the sizes alone.
+template <typename State, typename Output>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_terms(const State* terms, Output* to, int64_t outer, int64_t count, int64_t inner) {
+  constexpr int kSlices = kSumThreads / kWarp;
+  State* const sums = shared_at<State>(0);
+  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
+  const int64_t output = int64_t(blockIdx.x) * kWarp + lane, o = output / inner, i = output - o * inner;
+  State sum = 0;
+  if (o < outer) {
+    for (int64_t t = slice; t < count; t += kSlices) sum += terms[(o * count + t) * inner + i];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (slice == 0 && o < outer) {
+    for (int k = 1; k < kSlices; ++k) sum += sums[k * kWarp + lane];
+    narrow(sum, to[output]);
+  }
+}
+
+}  // namespace gpu

@@ -1,1 +1,34 @@
-../../../selective_scan/csrc/cuda/launch.cuh
+// A launch whose dynamic shared memory may exceed the 48 KiB that need no permission.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "elements.cuh"
+
+namespace gpu {
+
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel* kernel, int64_t blocks, int threads, size_t shared, cudaStream_t stream, Args... args) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (shared > 48 * 1024) {
+    // All that the card has: less, for one thread's launch, would be taken from another's.
+    int device = 0, most = 0;
+    auto error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<unsigned(blocks), threads, shared, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+// to[o, i] = sum over t of terms[o, t, i].
+template <typename State, typename Output>
+cudaError_t launch_sum_of(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner,
+                          cudaStream_t stream) {
+  return launch(sum_terms<State, Output>, ceil_div<int64_t>(outer * inner, kWarp), kSumThreads,
+                kSumThreads * sizeof(State), stream, static_cast<const State*>(terms), static_cast<Output*>(to), outer,
+                count, inner);
+}
+
+}  // namespace gpu

@@ -1,4 +1,4 @@
-// What both kernel packages do around their kernels; dwconv2d has this file by a link.
+// What both kernel packages do around their kernels; both have this file.
 #pragma once
 
 #include <ATen/Parallel.h>

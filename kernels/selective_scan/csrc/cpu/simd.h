@@ -1,5 +1,5 @@
 // Vectors of VECTOR_BYTES, functions of them, and tiles of (tokens, lanes): lanes are channels. Both kernel packages
-// have this file, dwconv2d by a link.
+// have this file.
 //
 // Included once by each file that is compiled for one instruction set. Everything here has internal linkage and no
 // template of the standard library is used: the linker would keep one of several copies of an inline function, and
