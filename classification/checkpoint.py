@@ -170,6 +170,43 @@ def load_weights(model: SpatialMamba, state: StateDict, path: str | Path, new_he
     return other_head
 
 
+def like(own: Tensor, value: object, name: str) -> Tensor:
+    """What a file holds for `own`, as a new tensor of its layout, dtype and device.
+
+    A file's tensor can have any strides, overlapping ones too, or be no ordinary tensor at all.
+
+    Raises:
+        ValueError: not of its shape, not dense, not of its kind of number, or not finite.
+    """
+    if fault := _fault(value):
+        raise ValueError(f"{name} {fault}")
+    if value.shape != own.shape and not value.numel() == own.numel() == 1:
+        raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(own.shape)}")
+    if value.is_floating_point() != own.is_floating_point():
+        raise ValueError(f"{name} is of dtype {_name(value.dtype)}, not {_name(own.dtype)}")
+    result = torch.empty_like(own, requires_grad=False).copy_(value.detach().reshape(own.shape))
+    if result.is_floating_point() and not result.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+    return result
+
+
+def _fault(value: object) -> str:
+    """What keeps `value` from being a weight or a count; empty if nothing does."""
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__name__}, not a tensor"
+    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+        return "is not a dense tensor"
+    if value.is_meta:
+        return "is a tensor without values (on the meta device)"
+    if value.is_complex() or value.dtype == torch.bool:
+        return f"is of dtype {_name(value.dtype)}, not of floating point"
+    return ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write whole or not at all: to a file beside it, flushed to disk, then renamed over `path`.
 

@@ -46,7 +46,7 @@ def default_config() -> CfgNode:
     c.TRAIN.ACCUMULATION_STEPS = 1
     c.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing
     c.TRAIN.AMP = "float16"  # "float16" (off on a CPU), "bfloat16" or "off"
-    c.TRAIN.SYNC_BN = True  # batch norm over the batches of all processes
+    c.TRAIN.SYNC_BN = False  # batch norm over the batches of all processes; the recipe normalises each its own
     c.TRAIN.AUTO_RESUME = True  # go on from the last checkpoint in the output folder
     c.TRAIN.MAX_SKIPPED = 20  # as many updates in a row that are not finite end the run
     c.TRAIN.OPTIMIZER = CfgNode()
@@ -57,7 +57,7 @@ def default_config() -> CfgNode:
     c.TRAIN.EMA.DECAY = 0.9999
     c.TRAIN.MESA = CfgNode()  # self-distillation from the EMA model
     c.TRAIN.MESA.WEIGHT = 1.0  # 0: off
-    c.TRAIN.MESA.START = 0.25  # fraction of the epochs
+    c.TRAIN.MESA.START = 0.25  # fraction of the epochs, rounded down to a whole one
 
     c.AUG = CfgNode()
     c.AUG.SCALE = [0.08, 1.0]  # area of a random crop

@@ -59,6 +59,14 @@ class Run:
             raise outcome[1]
         return outcome[0]
 
+    def gather(self, value: T) -> list[T]:
+        """`value` of every process, by rank, in all of them; tensors go over the network as they are on a CPU."""
+        if self.group is None:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def open_log(self, to_file: bool = True) -> None:
         """Console and log.txt in the first process, where log.txt also gets every printed step; warnings in all."""
         logger.setLevel(logging.DEBUG if self.is_main else logging.WARNING)

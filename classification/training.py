@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3, distribute_bn, random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +19,8 @@ from classification.checkpoint import (
     BEST_EMA,
     LATEST,
     CheckpointFolder,
+    StateDict,
+    like,
     load_weights,
     read_checkpoint,
     state_dicts,
@@ -29,9 +31,9 @@ from classification.errors import UserError
 from classification.guards import NonFiniteError, NonFiniteGuard
 from classification.metrics import MetricsLog
 from classification.models import VARIANTS, SpatialMamba
-from classification.optim import build_optimizer, build_scheduler
+from classification.optim import build_optimizer, build_scheduler, load_moments
 from classification.run import Preempted, Preemption, Run
-from classification.sync_bn import synchronise_batch_norm
+from classification.sync_bn import average_batch_norm, running_statistics, synchronise_batch_norm
 
 logger = logging.getLogger("spatialmamba")
 
@@ -110,6 +112,7 @@ class Training:
         self.trainer = self._build_trainer(classes)
         self.state, self.progress = State(), Progress()
         self.resumed_from = None
+        self.own_batch_norm = run.world_size > 1 and not config.TRAIN.SYNC_BN
         self.notes: list[str] = []  # for the log, which is not open yet
         if resumed:
             content, self.resumed_from = resumed
@@ -182,7 +185,7 @@ class Training:
             load_weights(self.ema.module, weights.get("model_ema", weights["model"]), path)
         trainer = self.trainer
         try:
-            _load_optimizer(trainer.optimizer, content["optimizer"])
+            load_moments(trainer.optimizer, content["optimizer"])
             if content.get("scaler") and trainer.scaler.is_enabled():
                 trainer.scaler.load_state_dict(content["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -194,10 +197,28 @@ class Training:
         # Within an epoch, the place is the same one only if as many images make a batch and a step.
         if content.get("progress") and content.get("shares") == self._shares():
             self.progress = Progress(**content["progress"])
+            self._load_own_statistics(content.get("batch_norm"), path)
         elif content.get("progress"):
             self.notes.append(f"{path}: other batches, processes or seed than now; its epoch is begun anew")
         # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
-        trainer.scheduler.step_update(self.updates())
+        if updates := self.updates():
+            trainer.scheduler.step_update(updates - 1)  # as after that update
+
+    def _own_statistics(self) -> list[StateDict]:
+        """Running statistics of model and EMA in this process, which differ from the others' within an epoch."""
+        modules = [self.model, *([self.ema.module] if self.ema else [])]
+        return [running_statistics(module) for module in modules] if self.own_batch_norm else []
+
+    def _load_own_statistics(self, saved: object, path: Path) -> None:
+        own = self._own_statistics()
+        if not own or saved is None:
+            return
+        try:
+            for mine, theirs in zip(own, saved[self.run.rank], strict=True):
+                for name, buffer in mine.items():
+                    buffer.copy_(like(buffer, theirs[name], name))
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}") from error
 
     def _shares(self) -> dict[str, int]:
         """What a batch number within an epoch means."""
@@ -256,7 +277,7 @@ class Training:
         config, trainer, sampler = self.config, self.trainer, self.train_loader.sampler
         sampler.set_epoch(epoch)
         sampler.start = self.progress.step * config.DATA.BATCH_SIZE
-        trainer.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= config.TRAIN.MESA.START * config.TRAIN.EPOCHS)
+        trainer.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= int(config.TRAIN.MESA.START * config.TRAIN.EPOCHS))
         trained = train_one_epoch(trainer, self.train_loader, epoch, config.PRINT_FREQ, self.progress)
         validated = self._validate()
         for name, result in validated.items():
@@ -277,8 +298,8 @@ class Training:
         for name, module in (("model", self.model), ("model_ema", self.ema and self.ema.module)):
             if module is None:
                 continue
-            if self.run.world_size > 1 and not self.config.TRAIN.SYNC_BN:
-                distribute_bn(module, self.run.world_size, reduce=True)
+            if self.own_batch_norm:
+                average_batch_norm(module)
             results[name] = evaluate(
                 module, self.eval_loader, self.run.device, self.run.autocast, self.preemption.check
             )
@@ -313,11 +334,15 @@ class Training:
 
     def _save(self, names: list[str]) -> Path:
         """Write a checkpoint in the first process, under `names` as well; all wait for it."""
+        statistics = None
+        if self.progress.step and self.own_batch_norm:
+            own = [{name: buffer.cpu() for name, buffer in state.items()} for state in self._own_statistics()]
+            statistics = self.run.gather(own)
         return self.run.from_main(
-            lambda: self.checkpoints.save(self._content(), self.state.epoch + 1, self.progress.step, names)
+            lambda: self.checkpoints.save(self._content(statistics), self.state.epoch + 1, self.progress.step, names)
         )
 
-    def _content(self) -> dict:
+    def _content(self, statistics: list | None) -> dict:
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.trainer.optimizer.state_dict(),
@@ -327,7 +352,11 @@ class Training:
             "progress": asdict(self.progress) if self.progress.step else {},
             **asdict(self.state),
         }
-        return content | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
+        if self.ema:
+            content["model_ema"] = self.ema.module.state_dict()
+        if statistics:
+            content["batch_norm"] = statistics  # of each process
+        return content
 
     def log_setup(self) -> None:
         config, run = self.config, self.run
@@ -348,19 +377,6 @@ class Training:
             logger.info("starting from the weights of %s%s", config.MODEL.PRETRAINED, head)
         else:
             logger.info("starting from scratch")
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Moments and step counts as saved; learning rate, decay and other options as the config has them now."""
-    own = optimizer.state_dict()["param_groups"]
-    groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved["param_groups"], strict=True)]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = [i for group in groups for i in group["params"]]
-    for index, parameter in zip(indices, parameters, strict=True):  # the fused update reads whatever lies there
-        state = saved["state"][index]
-        if any(state[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")) or state["step"].numel() != 1:
-            raise ValueError(f"moments of parameter {index} are not of its shape")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def _check_resumable(content: dict, path: Path) -> None:

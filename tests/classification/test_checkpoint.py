@@ -78,6 +78,35 @@ def test_published_layout_is_evaluated_by_the_documented_command(size, few_digit
     assert results["model_ema"]["top1"] == pytest.approx(100 * 3 / images)
 
 
+def training_as_published(content: dict) -> dict:
+    """One of our checkpoints in the layout of the authors': their optimizer's first group is the one that decays."""
+    config = CfgNode({"MODEL": CfgNode({"TYPE": "spatial_mamba", "NAME": "tiny"}), "AMP_ENABLE": True})
+    spared, decayed = content["optimizer"]["param_groups"]
+    old = [*decayed["params"], *spared["params"]]
+    groups = [{**decayed, "params": list(range(len(decayed["params"])))}, spared]
+    groups[1] = {**spared, "params": list(range(len(decayed["params"]), len(old)))}
+    return {
+        **{key: content[key] for key in ("model", "model_ema", "epoch", "max_accuracy")},
+        "optimizer": {"state": {new: content["optimizer"]["state"][i] for new, i in enumerate(old)}, "param_groups": groups},
+        "lr_scheduler": {"t_initial": 300},
+        "scaler": {},
+        "max_accuray_ema": content["max_accuracy_ema"],
+        "config": config,
+    }
+
+
+def test_published_training_checkpoint_resumes(few_digits, tmp_path, run_main):
+    """To the same bits as ours; and the schedule goes on where it was."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK]
+    run_main("--tag", "whole", *arguments, "SAVE_FREQ", "1")
+    run = tmp_path / "spatialmamba_micro"
+    torch.save(training_as_published(read_checkpoint(run / "whole/epoch_1.pth")), tmp_path / "ckpt_epoch_0.pth")
+    run_main("--tag", "on", "--resume", tmp_path / "ckpt_epoch_0.pth", *arguments)
+    whole, on = (read_checkpoint(run / name / "epoch_2.pth") for name in ("whole", "on"))
+    for key in ("model", "model_ema", "optimizer", "epoch"):
+        assert differences(whole[key], on[key]) == []
+
+
 def test_bare_state_dict_loads(tmp_path):
     model = spatialmamba_micro()
     torch.save(model.state_dict(), tmp_path / "bare.pth")
