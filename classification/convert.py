@@ -10,21 +10,24 @@ names of `configs/mmpretrain`. An existing file is not overwritten.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from safetensors.torch import save as safetensors_bytes
 
 from classification.checkpoint import (
+    CLASSES,
     SAFETENSORS,
     StateDict,
+    class_names_of,
     read_checkpoint,
     save_checkpoint,
     state_dicts,
     tensors_digest,
     write_atomically,
 )
-from classification.errors import UserError
+from classification.errors import UserError, printable
 
 MMPRETRAIN = "mmpretrain"
 
@@ -53,17 +56,21 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
         raise UserError(f"{target}: must end in {'' if to else f'{SAFETENSORS} or '}.pth")
     if target.exists():
         raise UserError(f"{target}: exists; remove it or name another file")
-    found = state_dicts(read_checkpoint(source), source)
+    content = read_checkpoint(source)
+    found, names = state_dicts(content, source), class_names_of(content, source)
     if weights not in found:
         raise UserError(f"{source}: holds no {weights}, only {', '.join(found)}")
     state = {name: tensor.resolve_conj().resolve_neg().contiguous().clone() for name, tensor in found[weights].items()}
     if target.suffix == SAFETENSORS:
         metadata = {"format": "pt", "sha256": tensors_digest(state)}
+        if names is not None:
+            metadata[CLASSES] = json.dumps(names)
         write_atomically(target, lambda file: file.write(safetensors_bytes(state, metadata)))
     elif to == MMPRETRAIN:
-        save_checkpoint({"state_dict": to_mmpretrain(state)}, target)
+        meta = {} if names is None else {"dataset_meta": {CLASSES: names}}
+        save_checkpoint({"meta": meta, "state_dict": to_mmpretrain(state)}, target)
     else:
-        save_checkpoint({"model": state}, target)
+        save_checkpoint({"model": state} | ({} if names is None else {CLASSES: names}), target)
     return len(state)
 
 
@@ -77,7 +84,7 @@ def main() -> None:
     try:
         count = convert(args.source, args.target, args.weights, args.to)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     print(f"wrote {args.target}: {count} tensors")
 
 

@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups and saved moments, and the learning rate: linear warm-up, then cosine, every update."""
+"""AdamW with its parameter groups and saved moments, and the learning rate: linear warm-up, then cosine, by update."""
 
 from itertools import permutations
 
@@ -29,8 +29,8 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
     """Moments and step counts as saved; learning rate, decay and other options as the config has them now.
 
     The saved groups may come in another order than ours, as the authors' do: those whose moments have the shapes of our
-    groups' parameters are taken for them. What is read from a file is brought into each parameter's own layout, which the
-    fused update reads without looking.
+    groups' parameters are taken for them. What is read from a file is brought into each parameter's own layout, which
+    the fused update reads without looking.
 
     Raises:
         ValueError: the groups or moments are not of these parameters, or are not dense, real and finite.
@@ -47,7 +47,9 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
     own = optimizer.state_dict()["param_groups"]
     indices = [i for group in in_order for i in group]
     moments = {
-        index: {key: like(_prototype(key, parameter), state[index][key], f"{key} of parameter {index}") for key in _MOMENTS}
+        index: {
+            key: like(_prototype(key, parameter), state[index][key], f"{key} of parameter {index}") for key in _MOMENTS
+        }
         for index, parameter in zip(indices, (p for group in parameters for p in group), strict=True)
     }
     if any(m["step"] < 0 for m in moments.values()):
@@ -103,8 +105,8 @@ def _shapes(groups: tuple[list[int], ...], parameters: list[list[nn.Parameter]],
 def build_scheduler(config: CfgNode, optimizer: AdamW, global_batch: int, updates_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up from WARMUP_LR over WARMUP_EPOCHS, then one cosine to MIN_LR, by update and not by epoch.
 
-    Update k is made with the schedule's rate at max(k - 1, 0), as in the authors' code, which steps it after each update
-    with that update's number.
+    Update k is made with the schedule's rate at max(k - 1, 0), as in the authors' code, which steps it after each
+    update with that update's number.
     """
     scale = global_batch / REFERENCE_BATCH
     warmup = config.TRAIN.WARMUP_EPOCHS * updates_per_epoch

@@ -47,8 +47,8 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 def average_batch_norm(model: nn.Module) -> None:
     """Give the batch norms of all processes the mean of their running statistics, in place.
 
-    Summed in float64, so that the mean of what is the same already is that to the bit: a run that is interrupted between
-    this and its checkpoint does it twice.
+    Summed in float64, so that the mean of what is the same already is that to the bit: a run that is interrupted
+    between this and its checkpoint does it twice.
     """
     for buffer in running_statistics(model).values():
         total = buffer.double()

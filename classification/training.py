@@ -2,6 +2,7 @@
 
 import logging
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +18,24 @@ from yacs.config import CfgNode
 from classification.checkpoint import (
     BEST,
     BEST_EMA,
+    CLASSES,
     LATEST,
     CheckpointFolder,
     StateDict,
+    class_names_of,
     like,
     load_weights,
     read_checkpoint,
     state_dicts,
 )
-from classification.data import UnreadableImages, build_eval_loader, build_mixup, build_train_loader
+from classification.data import (
+    UnreadableImages,
+    build_eval_loader,
+    build_mixup,
+    build_train_loader,
+    escaped,
+    names_differ,
+)
 from classification.engine import Progress, Trainer, evaluate, train_one_epoch
 from classification.errors import UserError
 from classification.guards import NonFiniteError, NonFiniteGuard
@@ -102,7 +112,10 @@ class Training:
         self.train_loader = build_train_loader(config, run.rank, run.world_size)
         self.eval_loader = build_eval_loader(config, run.rank, run.world_size)
         self.checkpoints = CheckpointFolder(run.folder, config.KEEP_LAST)
+        self.notes: list[str] = []  # for the log, which is not open yet
         resumed = run.from_main(self._read_checkpoint)
+        if resumed:
+            self._match_classes(*resumed)
         random_seed(config.SEED)  # the same weights in every process, for the EMA's copy too
         self.model = build_model(config, classes)
         self.new_head = False if resumed else self._load_pretrained()
@@ -113,7 +126,6 @@ class Training:
         self.state, self.progress = State(), Progress()
         self.resumed_from = None
         self.own_batch_norm = run.world_size > 1 and not config.TRAIN.SYNC_BN
-        self.notes: list[str] = []  # for the log, which is not open yet
         if resumed:
             content, self.resumed_from = resumed
             self._resume(content, self.resumed_from)
@@ -125,8 +137,27 @@ class Training:
         path = self.config.MODEL.PRETRAINED
         if not path:
             return False
-        weights = self.run.from_main(lambda: state_dicts(read_checkpoint(path), path)["model"])
-        return load_weights(self.model, weights, path, new_head=True)
+
+        def read() -> tuple[dict, list[str] | None]:
+            content = read_checkpoint(path)
+            return state_dicts(content, path)["model"], class_names_of(content, path)
+
+        weights, names = self.run.from_main(read)
+        others = names is not None and bool(names_differ(names, self.train_loader.classes))
+        if names is not None and not others:
+            self._renumber(names, path)
+        return load_weights(self.model, weights, path, new_head=True, other_classes=others)
+
+    def _match_classes(self, content: dict, path: Path) -> None:
+        names = class_names_of(content, path)
+        if names is None:
+            self.notes.append(f"{path}: holds no names of classes; they are taken in the order of the folders")
+        else:
+            self._renumber(names, path)
+
+    def _renumber(self, names: list[str], path: str | Path) -> None:
+        for loader in (self.train_loader, self.eval_loader):
+            loader.renumber(names, str(path))
 
     def _build_trainer(self, classes: int) -> Trainer:
         config, run = self.config, self.run
@@ -163,11 +194,12 @@ class Training:
         names another one in that very folder.
         """
         path = Path(self.config.MODEL.RESUME) if self.config.MODEL.RESUME else None
-        if path and (not self.checkpoints.exists() or path.resolve().parent == self.run.folder.resolve()):
+        begun = self.checkpoints.look()
+        if path and (not begun or path.resolve().parent == self.run.folder.resolve()):
             content = read_checkpoint(path)
             _check_resumable(content, path)
             return content, path
-        if not self.checkpoints.exists():
+        if not begun:
             return None
         if not self.config.TRAIN.AUTO_RESUME:
             raise UserError(
@@ -195,8 +227,11 @@ class Training:
             for key in ("max_accuracy", "max_accuracy_ema"):
                 setattr(self.state, key, content.get(key, NO_ACCURACY))
         # Within an epoch, the place is the same one only if as many images make a batch and a step.
-        if content.get("progress") and content.get("shares") == self._shares():
+        if content.get("progress") and _same(content.get("shares"), self._shares()):
             self.progress = Progress(**content["progress"])
+            within = self.progress.step % self.config.TRAIN.ACCUMULATION_STEPS and self.progress.step != self.batches
+            if within or self.progress.step > self.batches:
+                raise UserError(f"{path}: its step is {self.progress.step} of {self.batches}, between no two updates")
             self._load_own_statistics(content.get("batch_norm"), path)
         elif content.get("progress"):
             self.notes.append(f"{path}: other batches, processes or seed than now; its epoch is begun anew")
@@ -218,7 +253,9 @@ class Training:
                 for name, buffer in mine.items():
                     buffer.copy_(like(buffer, theirs[name], name))
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}") from error
+            raise UserError(
+                f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}"
+            ) from error
 
     def _shares(self) -> dict[str, int]:
         """What a batch number within an epoch means."""
@@ -250,7 +287,6 @@ class Training:
         if first >= config.TRAIN.EPOCHS:
             logger.info("all %d epochs are done; raise TRAIN.EPOCHS to go on", config.TRAIN.EPOCHS)
             return
-        run.from_main(self.checkpoints.lock)
         self.metrics = MetricsLog(run.folder, self.updates(), config.TENSORBOARD) if run.is_main else None
         if self.metrics:
             self.trainer.on_report = self.metrics.step
@@ -348,6 +384,7 @@ class Training:
             "optimizer": self.trainer.optimizer.state_dict(),
             "scaler": self.trainer.scaler.state_dict(),
             "config": self.config.dump(),
+            CLASSES: [escaped(name) for name in self.train_loader.classes],
             "shares": self._shares(),
             "progress": asdict(self.progress) if self.progress.step else {},
             **asdict(self.state),
@@ -358,13 +395,33 @@ class Training:
             content["batch_norm"] = statistics  # of each process
         return content
 
+    def lock(self) -> None:
+        """Keep other runs out of the output folder, before anything is written into it; there may be nothing to do.
+
+        Raises:
+            UserError: another one is in it, or was since this one has looked for checkpoints.
+        """
+        if self.state.epoch + 1 < self.config.TRAIN.EPOCHS:
+            self.run.from_main(self.checkpoints.lock)
+
     def log_setup(self) -> None:
         config, run = self.config, self.run
         logger.info("config:\n%s", config.dump().rstrip())
         count = f"{sum(p.numel() for p in self.model.parameters()):,}"
         logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, run.describe(), run.folder)
-        for message in [*self.checkpoints.set_aside, *self.notes]:
-            logger.warning("%s", message)
+        left_out = [loader.dataset.folder.left_out for loader in (self.train_loader, self.eval_loader)]
+        one = ["there is one class, so every prediction is right: accuracy says nothing"] * (
+            self.model.num_classes == 1
+        )
+        if run.is_main:
+            for message in [
+                *self.checkpoints.set_aside,
+                *self.checkpoints.notes,
+                *self.notes,
+                *filter(None, left_out),
+                *one,
+            ]:
+                logger.warning("%s", message)
         if self.resumed_from:
             flag = "--pretrained" if config.MODEL.PRETRAINED else "--resume"
             done = config.MODEL.PRETRAINED or config.MODEL.RESUME not in ("", str(self.resumed_from))
@@ -373,10 +430,14 @@ class Training:
             logger.info("resuming from %s, %s%s", self.resumed_from, place, ignored)
         elif config.MODEL.PRETRAINED:
             classes = self.model.num_classes
-            head = f"; its head has another size, a new one has {classes} classes" if self.new_head else ""
+            head = f"; its head is for other classes, a new one has {classes} classes" if self.new_head else ""
             logger.info("starting from the weights of %s%s", config.MODEL.PRETRAINED, head)
         else:
             logger.info("starting from scratch")
+
+
+def _same(saved: object, own: dict[str, int]) -> bool:
+    return isinstance(saved, dict) and all(type(v) in (int, str) for v in saved.values()) and saved == own
 
 
 def _check_resumable(content: dict, path: Path) -> None:
@@ -388,7 +449,27 @@ def _check_resumable(content: dict, path: Path) -> None:
     if missing := [key for key in ("optimizer", "epoch") if key not in content]:
         raise UserError(f"{path}: has no {', '.join(missing)}, so training cannot go on from it; {START_OVER}")
     epoch, progress = content["epoch"], content.get("progress", {})
-    if not isinstance(epoch, int) or epoch < -1:
-        raise UserError(f"{path}: its epoch is {epoch!r}, so training cannot go on from it; {START_OVER}")
-    if not isinstance(progress, dict) or (progress and set(progress) != set(asdict(Progress()))):
-        raise UserError(f"{path}: its progress is {progress!r}, so training cannot go on from it; {START_OVER}")
+    if type(epoch) is not int or not -1 <= epoch < LAST_EPOCH:
+        raise UserError(f"{path}: its epoch is {reprlib.repr(epoch)}, so training cannot go on from it; {START_OVER}")
+    if not isinstance(progress, dict) or (progress and not _is_progress(progress)):
+        shown = reprlib.repr(progress)
+        raise UserError(f"{path}: its progress is {shown}, so training cannot go on from it; {START_OVER}")
+    for key in ("max_accuracy", "max_accuracy_ema"):
+        if not _is_number(content.get(key, NO_ACCURACY), NO_ACCURACY, 100):
+            raise UserError(f"{path}: its {key} is {reprlib.repr(content[key])}, not an accuracy; {START_OVER}")
+    scaler = content.get("scaler") or {}
+    if not isinstance(scaler, dict) or not all(_is_number(value, 0, LARGEST_SCALE) for value in scaler.values()):
+        raise UserError(f"{path}: its scaler is {reprlib.repr(scaler)}, not that of a run; {START_OVER}")
+
+
+LAST_EPOCH, LARGEST_SCALE = 2**31, 2.0**127
+
+
+def _is_progress(progress: dict) -> bool:
+    counts = all(type(progress.get(key)) is int and progress[key] >= 0 for key in ("step", "finite"))
+    floats = all(_is_number(progress.get(key), -LARGEST_SCALE, LARGEST_SCALE) for key in ("loss", "seconds"))
+    return set(progress) == set(asdict(Progress())) and counts and floats and progress["finite"] <= progress["step"]
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high

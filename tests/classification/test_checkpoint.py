@@ -87,7 +87,10 @@ def training_as_published(content: dict) -> dict:
     groups[1] = {**spared, "params": list(range(len(decayed["params"]), len(old)))}
     return {
         **{key: content[key] for key in ("model", "model_ema", "epoch", "max_accuracy")},
-        "optimizer": {"state": {new: content["optimizer"]["state"][i] for new, i in enumerate(old)}, "param_groups": groups},
+        "optimizer": {
+            "state": {new: content["optimizer"]["state"][i] for new, i in enumerate(old)},
+            "param_groups": groups,
+        },
         "lr_scheduler": {"t_initial": 300},
         "scaler": {},
         "max_accuray_ema": content["max_accuracy_ema"],

@@ -1,9 +1,9 @@
 """main.py against a training loop written by hand, with timm and PyTorch and nothing of ours but the model.
 
-In double precision: two processes, accumulation 2 with a batch left over, mixup, random crops, stochastic depth, EMA, MESA,
-clipping, warmup and cosine, for 24 updates. The loop has the order of steps of the authors' code: the schedule is stepped
-after each update with that update's number, and MESA starts at epoch int(0.25 * epochs). It knows the rule by which seeds
-follow from a place in the run.
+In double precision: two processes, accumulation 2 with a batch left over, mixup, random crops, stochastic depth, EMA,
+MESA, clipping, warmup and cosine, for 24 updates. The loop has the order of steps of the authors' code: the schedule is
+stepped after each update with that update's number, and MESA starts at epoch int(0.25 * epochs). It knows the rule by
+which seeds follow from a place in the run.
 """
 
 import pytest
@@ -143,7 +143,7 @@ def test_main_is_the_recipe_written_by_hand(digits, tmp_path):
 
     options = [
         *("DATA.BATCH_SIZE", BATCH, "TRAIN.ACCUMULATION_STEPS", ACCUMULATION, "TRAIN.EPOCHS", EPOCHS, "SEED", SEED),
-        # The gradient of a bias before batch norm is rounding alone, which AdamW scales up: not beyond 1e-12 at this rate.
+        # Gradients of biases before batch norm are rounding alone, which AdamW scales up: at this rate, not to 1e-12.
         *("TRAIN.BASE_LR", 4e-3, "TRAIN.WARMUP_EPOCHS", 1, "TRAIN.EMA.DECAY", 0.9, "TRAIN.MESA.WEIGHT", 1.5),
         *("TRAIN.CLIP_GRAD", 1.0, "MODEL.DROP_PATH_RATE", 0.2, "AUG.REPROB", 0.25, "AUG.CUTMIX", 1.0),
         *("PRINT_FREQ", ACCUMULATION, "DATA.NUM_WORKERS", 1),
