@@ -10,11 +10,8 @@ from typing import BinaryIO
 
 import torch
 
-# What a call may be of, beside what stands in for a name: tensors' parts, and containers of what is there already.
-CALLED = {
-    *("collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.complex"),
-    *("torch.Size", "torch.device", "torch.serialization._get_layout"),
-}
+# What may be called of PyTorch's, beside what rebuilds a tensor. Other names are refused by it, or have stand-ins.
+CALLED = ("torch.Size", "torch.device", "torch.serialization._get_layout")
 REBUILT = "torch._utils._rebuild_"
 ENCODE = "_codecs.encode"  # how bytes stand in pickles of protocol 2
 OPAQUE = object()
@@ -74,7 +71,7 @@ class Scan:
             self.stack.append(_Made(callee))
         elif name == "BUILD":
             built, _ = self._pop(len(self.stack) - 2)
-            if not isinstance(built, _Made) or built.startswith(("torch.", "builtins.")):
+            if not isinstance(built, _Made) or built.startswith("torch."):
                 raise RefusedPickleError("it changes the state of what it has not made")
             self.stack.append(built)
         elif name == "BINPERSID":
@@ -120,18 +117,14 @@ _CONSTANTS = {
 
 
 def _check_call(callee: object, arguments: object, new: bool) -> None:
+    if isinstance(callee, _Made):
+        raise RefusedPickleError(f"what {callee} returns is called")
     if not isinstance(callee, _Name) or not isinstance(arguments, tuple):
         raise RefusedPickleError("it calls what it does not name")
-    if callee == ENCODE and not new:
-        if len(arguments) != 2 or arguments[1] != "latin1" or not isinstance(arguments[0], str):
-            raise RefusedPickleError(f"{callee} of what is no text")
-    elif callee.startswith(("torch.", "builtins.", "_codecs.")) and callee not in _STAND_INS:
-        known = callee in CALLED or callee.startswith(REBUILT)
-        if new or not known:
-            raise RefusedPickleError(callee)
-
-
-_STAND_INS = {"builtins.bytes"}  # of the toolchains' checkpoints: an empty one
+    text = len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1"
+    allowed = not new and (callee in CALLED or callee.startswith(REBUILT) or (callee == ENCODE and text))
+    if callee.startswith(("torch.", "_codecs.", "builtins.bytearray")) and not allowed:
+        raise RefusedPickleError(callee)
 
 
 def _item_size(kind: object) -> int:

@@ -35,6 +35,9 @@ def read_metrics(folder: Path) -> list[dict]:
     epochs = read_lines(folder / EPOCHS, "epoch")
     if not epochs:
         raise UserError(f"{folder / EPOCHS}: holds no epochs yet")
+    for line in epochs:
+        if not all(isinstance(line.get(key), int | float) for key in ("loss", "seconds")):
+            raise UserError(f"{folder / EPOCHS}: is damaged: its epoch {line['epoch']} has no loss and seconds")
     return epochs
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -132,12 +132,13 @@ def escaped(name: str) -> str:
 
 def names_differ(names: Sequence[str], folder: Sequence[str]) -> str:
     """The first difference between a checkpoint's classes and a folder's, in whatever order; empty if there is none."""
-    theirs, ours = sorted(names), sorted(map(escaped, folder))
-    for a, b in zip_longest(theirs, ours):
-        if a != b:
-            here, there = ("no further class" if name is None else repr(name) for name in (b, a))
-            return f"it has {there} where the folder has {here} ({len(theirs)} and {len(ours)} classes, by name)"
-    return ""
+    own = [escaped(name) for name in folder]
+    theirs, ours = set(names), set(own)
+    absent, new = [name for name in names if name not in ours], [name for name in own if name not in theirs]
+    if not absent and not new:
+        return ""
+    parts = [f"{what} {found[0]!r}" for what, found in (("it has", absent), ("the folder has", new)) if found]
+    return f"{', '.join(parts)} ({len(names)} and {len(own)} classes)"
 
 
 class EpochSampler(DistributedSampler):

@@ -198,6 +198,11 @@ def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False) -
                 f"{path}: has no weights of a backbone; a classification checkpoint is loaded by "
                 "model.backbone.pretrained instead"
             )
+    for key, value in state.items():
+        if key in own and value.is_floating_point() != own[key].is_floating_point():
+            raise UserError(
+                f"{path}: its weights hold {key!r} as {value.dtype}, which is {own[key].dtype} in the model"
+            )
     if found := differences(own, state):
         backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
         hint = size_hint(backbone) if backbone else "; it is no checkpoint of such a model"

@@ -213,7 +213,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, digits, tmp_path):
     assert kill_and_resume.compare(tmp_path / "whole", tmp_path / "stopped") == []
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize(("processes", "kills"), [(2, 4), (3, 2)])
 def test_a_run_that_is_killed_again_and_again(processes, kills, tmp_path, capsys):
     """tests/kill_and_resume.py, shortened."""
     assert kill_and_resume.run(kills=kills, epochs=2, root=tmp_path, processes=processes) == []

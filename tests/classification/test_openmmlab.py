@@ -99,7 +99,7 @@ def test_is_the_backbone(classifier, tmp_path):
         torch.testing.assert_close(map_, norm.permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("name", ["depth", "norm_cfg", "mlp_ratios"])
+@pytest.mark.parametrize("name", ["depth", "norm_cfgs", "mlp_ratios"])
 def test_unknown_arguments_are_errors(name):
     with pytest.raises(TypeError, match=name):
         build(**{name: 1})
