@@ -138,11 +138,8 @@ def _read_yaml(path: str) -> dict:
     return _parse_yaml(text, f"--cfg {path}")
 
 
-class _TextLoader(yaml.BaseLoader):
-    """Every value as the text that stands there, as --opts has it: no dates, no octal numbers, no `off` for False.
-
-    Aliases, which can make gigabytes of a few lines, tags and repeated keys are errors.
-    """
+class StrictYaml:
+    """Of a loader: aliases, which make gigabytes of a few lines, tags, which run code, and repeated keys are errors."""
 
     def compose_node(self, parent, index):
         event = self.peek_event()
@@ -157,6 +154,10 @@ class _TextLoader(yaml.BaseLoader):
         if len(mapping) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", node.start_mark)
         return mapping
+
+
+class _TextLoader(StrictYaml, yaml.BaseLoader):
+    """Every value as the text that stands there, as --opts has it: no dates, no octal numbers, no `off` for False."""
 
 
 def _parse_yaml(text: str, source: str) -> dict:

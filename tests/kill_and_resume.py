@@ -3,9 +3,9 @@
     python tests/kill_and_resume.py --kills 30
 
 Processes train on digits, with EMA, MESA and mixup, and save after every update. All get a signal at random times: in
-turn SIGKILL, Ctrl-C, SIGKILL as soon as a checkpoint is seen half-written, and SIGHUP; those that can be caught save
-first. The same command goes on each time. In the end weights, EMA and optimizer must be those of the undisturbed run bit
-for bit.
+turn SIGKILL, Ctrl-C, SIGKILL as soon as a checkpoint is seen half-written, and SIGHUP; what can be caught has the run
+saved. The same command goes on each time. In the end weights, EMA and optimizer must be those of the undisturbed run,
+bit for bit.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def read_image(path: str) -> Image.Image:
         UnreadableImageError: the file cannot be read as such.
     """
     try:
-        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+        with open(path, "rb") as file, Image.open(file, formats=image_formats()) as image:
             return _to_rgb(image)
     except Exception as error:  # Pillow's plugins raise what they like on a damaged file
         raise UnreadableImageError(f"{path}: cannot be read as an image ({error})") from error
@@ -48,7 +48,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def image_formats() -> tuple[str, ...]:
     """Those of the formats that this Pillow has."""
     Image.init()
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
@@ -56,7 +56,7 @@ def _formats() -> tuple[str, ...]:
 
 def image_suffixes() -> tuple[str, ...]:
     """Of these formats, in lower case."""
-    kinds = (*_formats(), "MPO")  # read as JPEG
+    kinds = (*image_formats(), "MPO")  # read as JPEG
     return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 

@@ -125,6 +125,8 @@ def _must_exist(path: str, what: str, key: str, exists=Path.is_file) -> None:
 
 def _check_categories(path: str, classes: list[str], key: str) -> None:
     names = _categories(path)
+    if key.startswith("train"):
+        _check_annotated(path)
     absent = [name for name in classes if name not in names]
     if absent:
         raise UserError(
@@ -140,23 +142,36 @@ def _check_categories(path: str, classes: list[str], key: str) -> None:
 def _categories(path: str) -> list[str]:
     """Names of a COCO file's categories, where that can be without parsing half a gigabyte of annotations."""
     for read in (_categories_at_an_end, _categories_in_all):
-        with suppress(ValueError, TypeError, KeyError):
-            return [category["name"] for category in read(path)]
+        with suppress(KeyError, RecursionError, TypeError, ValueError):
+            names = [category["name"] for category in read(path)]
+            if all(isinstance(name, str) for name in names):
+                return names
     raise UserError(
         f'{path}: is no COCO annotation file: it has no "categories" list of {{"id": ..., "name": ...}}; add one'
     )
 
 
 def _categories_at_an_end(path: str) -> list[dict]:
-    """The file's first list of that name or its last, if they are of categories: images may have such lists too."""
+    """The file's only list of that name: where there are more, images have such lists too."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for at in (text.find(b'"categories"'), text.rfind(b'"categories"')):
-            chunk = text[at : at + CHUNK].decode(errors="ignore") if at >= 0 else ""
-            if start := re.match(r'"categories"\s*:\s*(?=\[\s*\{)', chunk):
-                found, _ = json.JSONDecoder().raw_decode(chunk, start.end())
-                if all("name" in category for category in found):
-                    return found
-    raise ValueError("no categories")
+        at = text.find(b'"categories"')
+        if at < 0 or text.rfind(b'"categories"') != at:
+            raise ValueError("no list of that name, or more than one")
+        chunk = text[at : at + CHUNK].decode(errors="ignore")
+        start = re.match(r'"categories"\s*:\s*(?=\[\s*\{)', chunk)
+        if not start:
+            raise ValueError("no list of categories")
+        return json.JSONDecoder().raw_decode(chunk, start.end())[0]
+
+
+def _check_annotated(path: str) -> None:
+    """Without a single annotation there is nothing to train on, and mmdet's sampler fails."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for key in ("images", "annotations"):
+            at = text.find(f'"{key}"'.encode())
+            alone = text.rfind(f'"{key}"'.encode()) == at
+            if at < 0 or (alone and re.match(rb'"\w+"\s*:\s*\[\s*\]', text[at : at + 1000])):
+                raise UserError(f"{path}: has no {key}, so there is nothing to train on")
 
 
 def _categories_in_all(path: str) -> list[dict]:
