@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--random-cases", type=int, default=200, help="random cases for each compared implementation")
+    parser.addoption("--hostile-cases", type=int, default=50, help="hostile checkpoints; a fifth as many of the rest")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -83,12 +83,12 @@ def kill(
     while during_save and not any(folder.glob(".*.partial")) and all(p.poll() is None for p in processes):
         if time.monotonic() > deadline:
             break
+    training = all(p.poll() is None for p in processes)  # and not about to end, its epochs done
     for process in processes:
         process.send_signal(number)
-    for process in processes:
-        status = process.wait(PATIENCE)
-        if number != signal.SIGKILL and status not in (128 + number, 0):
-            raise RuntimeError(f"{number.name} ended a process with status {status}")
+    statuses = [process.wait(PATIENCE) for process in processes]
+    if training and number != signal.SIGKILL and not set(statuses) <= {128 + number, 0}:
+        raise RuntimeError(f"{number.name} ended the processes with {statuses}, and not after saving")
     partial = "half-written, " if any(folder.glob(".*.partial")) else ""
     newest = max(folder.glob("epoch_*.pth"), key=_modified, default=None)
     return f"{number.name}, {partial}newest {newest.name if newest else 'none'}"

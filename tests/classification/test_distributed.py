@@ -213,10 +213,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, digits, tmp_path):
     assert kill_and_resume.compare(tmp_path / "whole", tmp_path / "stopped") == []
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(2, 4), (3, 2)])
-def test_a_run_that_is_killed_again_and_again(processes, kills, tmp_path, capsys):
+@pytest.mark.parametrize(("processes", "kills", "epochs"), [(2, 4, 4), (3, 2, 2)])
+def test_a_run_that_is_killed_again_and_again(processes, kills, epochs, tmp_path, capsys):
     """tests/kill_and_resume.py, shortened."""
-    assert kill_and_resume.run(kills=kills, epochs=2, root=tmp_path, processes=processes) == []
+    assert kill_and_resume.run(kills=kills, epochs=epochs, root=tmp_path, processes=processes) == []
     assert f"{kills} kills, {kills} times resumed" in capsys.readouterr().out
 
 
