@@ -136,7 +136,9 @@ def compare_training(args: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", choices=VARIANTS, default=SPATIAL_MAMBA)
     parser.add_argument("--train", action="store_true", help="training steps instead of inference")
     parser.add_argument("--batch", type=int, nargs="+", help="images at once; 1 and 8, with --train 8")

@@ -75,7 +75,7 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert weights between .pth and .safetensors.")
+    parser = argparse.ArgumentParser(description="Convert weights between .pth and .safetensors.", allow_abbrev=False)
     parser.add_argument("source", type=Path, help="checkpoint or safetensors file")
     parser.add_argument("target", type=Path, help="file to write, .safetensors or .pth")
     parser.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")

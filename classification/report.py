@@ -173,7 +173,9 @@ def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Summarise a run and draw its curves and predictions.")
+    parser = argparse.ArgumentParser(
+        description="Summarise a run and draw its curves and predictions.", allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path, help="of the run, OUTPUT/MODEL.NAME/TAG")
     parser.add_argument("--data-path", metavar="DIR", help="image folder with val/, for predictions")
     args = parser.parse_args()

@@ -70,6 +70,18 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
 
 
+def note_class_weights(cfg: Config) -> None:
+    """Have CheckLabels know of a loss with weights of classes."""
+    heads = [cfg.model.get(part) or [] for part in ("decode_head", "auxiliary_head")]
+    heads = [head for part in heads for head in (part if isinstance(part, list) else [part])]
+    losses = [head.get("loss_decode") or [] for head in heads]
+    weighted = any(loss.get("class_weight") for part in losses for loss in (part if isinstance(part, list) else [part]))
+    for dataset in _datasets(cfg.train_dataloader.dataset) if weighted else ():
+        for step in dataset.get("pipeline") or ():
+            if step.get("type") == "CheckLabels":
+                step.class_weight = True
+
+
 def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
     """Those that read files, out of wrappers such as RepeatDataset and ConcatDataset."""
     inner = dataset.get("dataset", dataset.get("datasets"))

@@ -13,14 +13,22 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
 from mmengine.registry import METRICS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
+from PIL import EpsImagePlugin
 
 from classification.errors import UserError, is_file, printable
 from classification.openmmlab import yaml_files  # noqa: F401, has mmengine read YAML as data
-from classification.openmmlab.checks import check_channels, check_checkpoint, check_data, check_file
+from classification.openmmlab.checks import (
+    check_channels,
+    check_checkpoint,
+    check_data,
+    check_file,
+    note_class_weights,
+)
 from classification.openmmlab.flops import complexity_table
 from classification.run import check_environment
 
 RESUME_LATEST = "auto"
+EpsImagePlugin.gs_binary = False  # or an EPS of another name among the data has Pillow start Ghostscript
 
 
 class _Options(DictAction):
@@ -246,6 +254,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     check_file(cfg.get("load_from"))
     check_file((cfg.model.get("backbone") or {}).get("pretrained"))
     check_data(cfg, ("train", "val"))
+    note_class_weights(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")

@@ -16,12 +16,16 @@ class CheckLabels:
 
     Otherwise one that is no class ends training in the loss: on a GPU as an assertion that names no file.
 
+    Args:
+        num_classes: labels are below that, or 255, which is ignored.
+        class_weight: whether the loss has weights of classes. mmseg looks one up for each pixel, ignored ones too.
+
     Raises:
-        UserError: one that is neither below `num_classes` nor ignored (255), or a file that is no map of labels.
+        UserError: a label that is no class, or ignored where none may be; or a file that is no map of labels.
     """
 
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, class_weight: bool = False):
+        self.num_classes, self.class_weight = num_classes, class_weight
 
     def __call__(self, results: dict) -> dict:
         path, labels = results["seg_map_path"], results["gt_seg_map"]
@@ -39,6 +43,11 @@ class CheckLabels:
             raise UserError(
                 f"{path}: has label {wrong}, but with {self.num_classes} "
                 f"classes {first} to {self.num_classes - 1 + first} are labels, and {IGNORED} is what is ignored"
+            )
+        if self.class_weight and (labels == IGNORED).any():
+            raise UserError(
+                f"{path}: has ignored pixels (255), for which a loss "
+                "with class_weight has no weight: leave class_weight out of the heads' loss_decode, or label them"
             )
         return results
 

@@ -566,6 +566,13 @@ def test_maps_of_labels_beyond_a_byte(tmp_path):
                 CheckLabels(5)(results)
         else:
             assert CheckLabels(5)(results) is results
+    with pytest.raises(UserError, match=r"map.png: has ignored pixels .*class_weight"):
+        CheckLabels(5, class_weight=True)(results)
+    heads = dict(decode_head=dict(loss_decode=[dict(class_weight=[1, 2])]), auxiliary_head=None)
+    pipeline = [dict(type="LoadAnnotations"), dict(type="CheckLabels", num_classes=2)]
+    cfg = Config(dict(model=heads, train_dataloader=dict(dataset=dict(pipeline=pipeline))))
+    checks.note_class_weights(cfg)
+    assert cfg.train_dataloader.dataset.pipeline[1].class_weight
     with pytest.raises(UserError, match=r"map.png: is a picture of 3 colours, not a map of labels"):
         CheckLabels(5)({**results, "gt_seg_map": np.zeros((2, 2, 3), np.uint8)})
 
