@@ -273,6 +273,8 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
         UserError: there are no weights, or they are not dense tensors of real numbers.
     """
     named = {key: content[key] for key in ("model", "model_ema") if isinstance(content.get(key), dict)}
+    if "model" in named and not isinstance(content.get("model_ema", {}), dict):
+        raise UserError(f"{path}: its 'model_ema' is of type {type(content['model_ema']).__name__}, not weights")
     if not named and all(isinstance(value, Tensor) for value in content.values()):
         named = {"model": content}
     if "model" not in named:

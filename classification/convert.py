@@ -11,6 +11,7 @@ names of `configs/mmpretrain`. An existing file is not overwritten.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from classification.checkpoint import (
     tensors_digest,
     write_atomically,
 )
-from classification.errors import UserError, printable
+from classification.errors import UserError, escape_on_streams, printable
 
 MMPRETRAIN = "mmpretrain"
 
@@ -54,7 +55,7 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
     """
     if target.suffix not in (SAFETENSORS, ".pth") or (to and target.suffix != ".pth"):
         raise UserError(f"{target}: must end in {'' if to else f'{SAFETENSORS} or '}.pth")
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target}: exists; remove it or name another file")
     content = read_checkpoint(source)
     found, names = state_dicts(content, source), class_names_of(content, source)
@@ -81,11 +82,12 @@ def main() -> None:
     parser.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
     parser.add_argument("--to", choices=(MMPRETRAIN,), help="by whose names; ours by default")
     args = parser.parse_args()
+    escape_on_streams()
     try:
         count = convert(args.source, args.target, args.weights, args.to)
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
-    print(f"wrote {args.target}: {count} tensors")
+    print(printable(f"wrote {args.target}: {count} tensors"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What goes wrong by the user's hand, as opposed to by ours; and what names look like in a message."""
 
+import io
 import os
 import stat
+import sys
 
 
 class UserError(ValueError):
@@ -11,6 +13,13 @@ class UserError(ValueError):
 def printable(text: str) -> str:
     """Text as a terminal may show it: what is not printable is escaped, so that a name cannot steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def escape_on_streams() -> None:
+    """Have the console escape what its encoding lacks: a name is no reason to end with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_file(path: str | os.PathLike) -> bool:

@@ -9,7 +9,6 @@ The same under torchrun or `python -m torch.distributed.launch`, on GPUs (NCCL) 
 
 import argparse
 import gc
-import io
 import json
 import logging
 import math
@@ -27,7 +26,7 @@ from classification.checkpoint import class_names_of, load_weights, read_checkpo
 from classification.config import load_config
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
-from classification.errors import UserError, printable
+from classification.errors import UserError, escape_on_streams, printable
 from classification.flops import flops_table
 from classification.guards import NonFiniteError
 from classification.run import Preempted, Run
@@ -241,9 +240,7 @@ def main() -> None:
     The launcher ends all processes when the first ends. So the first one speaks at once, and the others, which mostly
     have the same to say, wait to be ended; what only one of them knows is still said.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that its encoding lacks is no reason to end
+    escape_on_streams()
     try:
         _main(parse_args())
         status = 0

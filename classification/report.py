@@ -23,7 +23,7 @@ from classification.config import saved_config
 from classification.data import names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
-from classification.errors import UserError, printable
+from classification.errors import UserError, escape_on_streams, printable
 from classification.metrics import EPOCHS, STEPS, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
@@ -145,10 +145,16 @@ def report(folder: Path, data_path: str | None) -> None:
         path = folder / BEST
         checkpoint = read_checkpoint(path)
         figures["predictions.png"] = draw_predictions(*_best_model_and_images(checkpoint, path, data_path))
-        print(summary(folder, metrics, checkpoint))
+        try:
+            print(summary(folder, metrics, checkpoint))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-        print(f"wrote {folder / name}")
+        try:
+            figure.savefig(folder / name, dpi=120)
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be written ({error})") from error
+        print(printable(f"wrote {folder / name}"))
 
 
 def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tuple[SpatialMamba, ImageFolder, list[str]]:
@@ -180,6 +186,7 @@ def main() -> None:
     parser.add_argument("--data-path", metavar="DIR", help="image folder with val/, for predictions")
     args = parser.parse_args()
     mpl.use("Agg")
+    escape_on_streams()
     try:
         report(args.folder, args.data_path)
     except UserError as error:

@@ -133,6 +133,8 @@ def check_environment() -> int:
             raise UserError(f"{name} is {text!r}, not a whole number; a launcher such as torchrun sets it")
         if text is not None:
             values[name] = int(text)
+    if values.get("MASTER_PORT", 1) > 65535:
+        raise UserError(f"MASTER_PORT is {values['MASTER_PORT']}, but ports end at 65535")
     if "WORLD_SIZE" in values:
         rank, size, names = "RANK", "WORLD_SIZE", ("RANK", "MASTER_ADDR", "MASTER_PORT")
     elif values.get("SLURM_NTASKS", 1) > 1:
@@ -142,6 +144,8 @@ def check_environment() -> int:
                 f"SLURM_NTASKS is {values[size]}, but srun has not started this process, which would wait for "
                 "the others: start it by tools/slurm_train.sh, srun or torchrun, or unset SLURM_NTASKS"
             )
+    elif values.get("RANK", 0):
+        raise UserError(f"RANK is {values['RANK']}, but WORLD_SIZE is not set; start the processes by torchrun")
     else:
         return values.get("LOCAL_RANK", 0)
     missing = [name for name in names if name not in os.environ]

@@ -215,6 +215,8 @@ class Training:
         load_weights(self.model, weights["model"], path)
         if self.ema:
             load_weights(self.ema.module, weights.get("model_ema", weights["model"]), path)
+            if "model_ema" not in weights:
+                self.notes.append(f"{path}: has no model_ema; the average begins anew, at its model's weights")
         trainer = self.trainer
         try:
             load_moments(trainer.optimizer, content["optimizer"])
@@ -234,7 +236,7 @@ class Training:
                 raise UserError(f"{path}: its step is {self.progress.step} of {self.batches}, between no two updates")
             self._load_own_statistics(content.get("batch_norm"), path)
         elif content.get("progress"):
-            self.notes.append(f"{path}: other batches, processes or seed than now; its epoch is begun anew")
+            self.notes.append(f"{path}: other images, batches, processes or seed than now; its epoch is begun anew")
         # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
         if updates := self.updates():
             trainer.scheduler.step_update(updates - 1)  # as after that update
@@ -265,6 +267,7 @@ class Training:
             "batch": config.DATA.BATCH_SIZE,
             "accumulation": config.TRAIN.ACCUMULATION_STEPS,
             "batches": self.batches,
+            "images": len(self.train_loader.dataset),
             "seed": config.SEED,
         }
 

@@ -16,6 +16,7 @@ from classification.errors import UserError, is_dir
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 IN_FULL_RANGE = ("PNG", "PPM")  # of which Pillow's mode I is 16 bits
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF, which Pillow inverts in 8 bits alone
 EIGHT_BITS_A_BAND = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
@@ -24,7 +25,7 @@ class UnreadableImageError(UserError):
 
 
 def read_image(path: str) -> Image.Image:
-    """As RGB, 8 bits a band; 16 bits are scaled by 255 / 65535.
+    """As RGB, 8 bits a band; 16 bits are scaled by 255 / 65535, and 12 of a TIFF by 255 / 4095.
 
     Raises:
         UnreadableImageError: the file cannot be read as such.
@@ -41,10 +42,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     if image.mode not in SIXTEEN_BITS and not (image.mode == "I" and image.format in IN_FULL_RANGE):
         raise ValueError(f"its values are of mode {image.mode}, whose range is not known; convert it to 8 or 16 bits")
-    values = np.asarray(image).astype(np.int64)
-    if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise ValueError(f"its values, {values.min()} to {values.max()}, are not in 16 bits; convert it")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    values, highest = np.asarray(image).astype(np.int64), 65535
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
+        highest = 2**bits - 1 if bits in (12, 16) else highest
+        values = highest - values if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else values
+    if values.min(initial=0) < 0 or values.max(initial=0) > highest:
+        raise ValueError(f"its values, {values.min()} to {values.max()}, are not below {highest + 1}; convert it")
+    return Image.fromarray(((values * 255 + highest // 2) // highest).astype(np.uint8)).convert("RGB")
 
 
 @functools.cache

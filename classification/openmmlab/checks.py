@@ -14,7 +14,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from classification.checkpoint import differences
-from classification.errors import UserError
+from classification.errors import UserError, is_dir, is_file
 from classification.models.openmmlab import BACKBONE, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
@@ -97,7 +97,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     root = dataset.get("data_root") or ""
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):
-            _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", Path.is_dir)
+            _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
         _must_exist(annotations, "annotation file", f"{key}.ann_file")
@@ -127,8 +127,8 @@ def _classes(dataset: ConfigDict, key: str) -> list[str]:
     return list(classes)
 
 
-def _must_exist(path: str, what: str, key: str, exists=Path.is_file) -> None:
-    if "://" not in path and not exists(Path(path)):
+def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
+    if "://" not in path and not exists(path):
         raise UserError(
             f"{path}: no such {what} ({key}); pass --cfg-options data_root=/path/to/data/, "
             f"or set {key} if yours is called otherwise"
@@ -208,7 +208,7 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
 
 def check_file(path: str | None) -> None:
     """Raise a UserError if a checkpoint that is named is not there."""
-    if path and not Path(path).expanduser().is_file():
+    if path and not is_file(Path(path).expanduser()):
         raise UserError(f"{path}: no such checkpoint file; if it is an address, download it first")
 
 

@@ -185,6 +185,8 @@ ENVIRONMENTS = {
         dict(WORLD_SIZE="2", RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"),
         "RANK is 2, but WORLD_SIZE is 2: ranks are 0 to 1",
     ),
+    "rank alone": (dict(RANK="1"), "RANK is 1, but WORLD_SIZE is not set"),
+    "port": (dict(MASTER_PORT="70000"), "MASTER_PORT is 70000, but ports end at 65535"),
     "no srun": (dict(SLURM_NTASKS="4", SLURM_PROCID="0"), "SLURM_NTASKS is 4, but srun has not started this process"),
     "no port": (
         dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="x"),
@@ -428,6 +430,7 @@ def test_weights_that_are_no_tensors(value, refuse, few_digits, tmp_path):
         (dict(max_accuracy="99"), "its max_accuracy is '99', not an accuracy"),
         (dict(max_accuracy_ema=float("inf")), "its max_accuracy_ema is inf, not an accuracy"),
         (dict(scaler={"scale": float("nan")}), "its scaler is {'scale': nan}"),
+        (dict(model_ema=[1]), "its 'model_ema' is of type list, not weights"),
         (dict(classes="0123456789"), "its 'classes' is not a list of names"),
         (dict(classes=["a"] * 10), "its 'classes' is not a list of names, each of its own"),
         (dict(optimizer={"state": [], "param_groups": []}), "its optimizer state is not of this model"),

@@ -187,6 +187,9 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
     for name in ("a.png", "a.tif", "a.pgm", "big_endian.tif"):
         Image.fromarray(values.astype(">u2" if "big" in name else "<u2")).save(tmp_path / name)
         assert np.array_equal(np.asarray(read_image(str(tmp_path / name))), expected), name
+    white = values.max() - values  # stored so that zero is white, which Pillow leaves as it is in 16 bits
+    Image.fromarray(white).save(tmp_path / "white.tif", tiffinfo={262: 0})
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / "white.tif"))), expected)
     for name, unknown in (("i.tif", values.astype(np.int32)), ("f.tif", values.astype(np.float32))):
         Image.fromarray(unknown).save(tmp_path / name)
         with pytest.raises(UnreadableImageError, match=rf"{name}.*mode {name[0].upper()}, whose range is not known"):

@@ -368,7 +368,7 @@ def test_other_batches_begin_the_epoch_anew(few_digits, tmp_path, run_main):
     run = tmp_path / name_of(".")
     resume = ["--resume", run / "epoch_0_step_4.pth", "--tag", "other", "--batch-size", "4"]
     printed = run_main(*resume, *arguments, "1", "DATA.BATCH_SIZE", "4")
-    assert "epoch_0_step_4.pth: other batches, processes or seed than now; its epoch is begun anew" in printed
+    assert "epoch_0_step_4.pth: other images, batches, processes or seed than now; its epoch is begun anew" in printed
     assert "its epoch is begun anew" in (tmp_path / "spatialmamba_micro/other/log.txt").read_text()
     assert "epoch 0 step 10/10" in printed
 
