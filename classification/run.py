@@ -111,12 +111,12 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:
             self.failed = True
-            print(f"{self.baseFilename}: cannot be written to ({sys.exc_info()[1]})", file=sys.stderr)
+            print(printable(f"{self.baseFilename}: cannot be written to ({sys.exc_info()[1]})"), file=sys.stderr)
 
 
 WHOLE_NUMBERS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
-    *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
 
 
@@ -144,6 +144,8 @@ def check_environment() -> int:
                 f"SLURM_NTASKS is {values[size]}, but srun has not started this process, which would wait for "
                 "the others: start it by tools/slurm_train.sh, srun or torchrun, or unset SLURM_NTASKS"
             )
+    elif several := [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if values.get(name, 1) > 1]:
+        raise UserError(f"{several[0]} is {values[several[0]]}: mpirun is not known here; start by torchrun or srun")
     elif values.get("RANK", 0):
         raise UserError(f"RANK is {values['RANK']}, but WORLD_SIZE is not set; start the processes by torchrun")
     else:

@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from classification.checkpoint import StateDict, differences, like, state_dicts, variant_of
-from classification.errors import UserError
+from classification.errors import UserError, printable
 from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
@@ -204,4 +204,4 @@ def _modules(keys: Sequence[str]) -> str:
 
 
 def _say(message: str, level: int) -> None:
-    print_log(f"MM_SpatialMamba: {message}", logger="current", level=level)
+    print_log(printable(f"MM_SpatialMamba: {message}"), logger="current", level=level)

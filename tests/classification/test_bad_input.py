@@ -187,6 +187,7 @@ ENVIRONMENTS = {
     ),
     "rank alone": (dict(RANK="1"), "RANK is 1, but WORLD_SIZE is not set"),
     "port": (dict(MASTER_PORT="70000"), "MASTER_PORT is 70000, but ports end at 65535"),
+    "mpirun": (dict(OMPI_COMM_WORLD_SIZE="2"), "OMPI_COMM_WORLD_SIZE is 2: mpirun is not known here"),
     "no srun": (dict(SLURM_NTASKS="4", SLURM_PROCID="0"), "SLURM_NTASKS is 4, but srun has not started this process"),
     "no port": (
         dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="x"),

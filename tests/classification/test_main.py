@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from classification import engine as engine_module
 from classification import main as main_module
 from classification import training as training_module
-from classification.checkpoint import read_checkpoint, save_checkpoint
+from classification.checkpoint import CheckpointFolder, read_checkpoint, save_checkpoint
 from classification.metrics import read_lines
 from classification.run import Preemption
 
@@ -284,6 +284,21 @@ def test_two_runs_do_not_share_a_folder(few_digits, tmp_path, run_main):
     assert f"{run}: another process is training in it" in stop.value.code
     assert {f: f.stat().st_mtime_ns for f in run.glob("*")} == before
     assert "epoch 1 step 5/5" in run_main(*arguments, "2")
+
+
+def test_a_run_that_is_refused_has_written_nothing(few_digits, tmp_path, run_main):
+    """It finds no checkpoint to go on from, for the other run has just begun."""
+    run = tmp_path / name_of(".")
+    first = CheckpointFolder(run, keep=3)
+    with subprocess.Popen([sys.executable, "-c", OTHER_RUN, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(SystemExit) as stop:
+            run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK)
+        other.kill()
+    assert "another process is training in it" in stop.value.code
+    assert [f.name for f in run.iterdir()] == [".lock"]
+    first.lock()
+    first.lock()  # once more is no other process, and must not give it back
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(few_digits, tmp_path, run_main, capsys):

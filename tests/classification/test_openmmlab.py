@@ -9,6 +9,7 @@ import zipfile
 from collections import OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
@@ -125,6 +126,28 @@ def test_what_is_inherited_from_swin_is_named_once(classifier, tmp_path, log):
     for name, value in dict(in_channels=1, drop_rate=0.5, use_abs_pos_embed=True, norm_layer="bn").items():
         with pytest.raises(ValueError, match=f"has no {name}, which here is always"):
             build(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
+     "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"],
+)  # fmt: skip
+def test_configs_that_derive_from_swin_run(base, tmp_path, log):
+    """As the authors' do, with their keys: Swin's own are not deleted."""
+    if find_spec(base.partition("::")[0]) is None:
+        pytest.skip("make install-openmmlab")
+    sizes = 'out_indices=(0, 1, 2, 3), pretrained="", dims=16, d_state=1, depths=(1, 1, 2, 1), drop_path_rate=0.2'
+    text = f'_base_ = ["{base}"]\nmodel = dict(backbone=dict(type="MM_SpatialMamba", {sizes}))\n'
+    (tmp_path / "theirs.py").write_text(text)
+    backbone = MODELS.build(Config.fromfile(tmp_path / "theirs.py").model.backbone)
+    backbone.init_weights()
+    assert [m.shape[1] for m in backbone(torch.randn(1, 3, 64, 64))] == [16, 32, 64, 128]
+    warnings = [r.message for r in log.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert "do nothing here: " in warnings[0]
+    assert "embed_dims" in warnings[0]
+    assert "from scratch" in warnings[1]
 
 
 @pytest.mark.parametrize("wanted", [(0,), (0, 1, 2), (2,)])
