@@ -248,10 +248,13 @@ class Training:
 
     def _load_own_statistics(self, saved: object, path: Path) -> None:
         own = self._own_statistics()
-        if not own or saved is None:
+        if not own:
+            return
+        if saved is None:
+            self.notes.append(f"{path}: has no batch norm statistics of each process; all go on with the first one's")
             return
         try:
-            for mine, theirs in zip(own, saved[self.run.rank], strict=True):
+            for mine, theirs in zip(own, saved[self.run.rank], strict=False):  # perhaps without the average
                 for name, buffer in mine.items():
                     buffer.copy_(like(buffer, theirs[name], name))
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -413,18 +416,10 @@ class Training:
         count = f"{sum(p.numel() for p in self.model.parameters()):,}"
         logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, run.describe(), run.folder)
         left_out = [loader.dataset.folder.left_out for loader in (self.train_loader, self.eval_loader)]
-        one = ["there is one class, so every prediction is right: accuracy says nothing"] * (
-            self.model.num_classes == 1
-        )
-        if run.is_main:
-            for message in [
-                *self.checkpoints.set_aside,
-                *self.checkpoints.notes,
-                *self.notes,
-                *filter(None, left_out),
-                *one,
-            ]:
-                logger.warning("%s", message)
+        one = "there is one class, so every prediction is right: accuracy says nothing"
+        messages = [*self.checkpoints.set_aside, *self.checkpoints.notes, *self.notes, *left_out]
+        for message in filter(None, [*messages, one if self.model.num_classes == 1 else ""]):
+            logger.log(logging.WARNING if run.is_main else logging.DEBUG, "%s", message)
         if self.resumed_from:
             flag = "--pretrained" if config.MODEL.PRETRAINED else "--resume"
             done = config.MODEL.PRETRAINED or config.MODEL.RESUME not in ("", str(self.resumed_from))
@@ -457,7 +452,7 @@ def _check_resumable(content: dict, path: Path) -> None:
     if not isinstance(progress, dict) or (progress and not _is_progress(progress)):
         shown = reprlib.repr(progress)
         raise UserError(f"{path}: its progress is {shown}, so training cannot go on from it; {START_OVER}")
-    for key in ("max_accuracy", "max_accuracy_ema"):
+    for key in ("max_accuracy", "max_accuracy_ema") if "shares" in content else ():  # others' are not used
         if not _is_number(content.get(key, NO_ACCURACY), NO_ACCURACY, 100):
             raise UserError(f"{path}: its {key} is {reprlib.repr(content[key])}, not an accuracy; {START_OVER}")
     scaler = content.get("scaler") or {}

@@ -206,18 +206,48 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
 # ----- checkpoints
 
 
+def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
+    known = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    names = (
+        next((known[key] for key in ("classes", "CLASSES") if key in known), None) if isinstance(known, dict) else None
+    )
+    if not isinstance(names, list | tuple) or not classes or list(names) == list(classes):
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(names, classes, strict=False)) if a != b), min(len(names), len(classes))
+    )
+    here, there = (repr(found[at]) if at < len(found) else "missing" for found in (classes, names))
+    raise UserError(
+        f"{path}: its classes are not the data set's: class {at} is {there} in it and {here} in the data set "
+        f"({len(names)} and {len(classes)} classes); set metainfo.classes to its own, or train for these"
+    )
+
+
 def check_file(path: str | None) -> None:
     """Raise a UserError if a checkpoint that is named is not there."""
     if path and not is_file(Path(path).expanduser()):
         raise UserError(f"{path}: no such checkpoint file; if it is an address, download it first")
 
 
-def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False) -> None:
+def data_classes(cfg: Config, split: str) -> list[str]:
+    """Names of the classes of a split's first data set, as far as its config says."""
+    loader = cfg.get(f"{split}_dataloader")
+    dataset = next(_datasets(loader.dataset), None) if loader else None
+    return _classes(dataset, f"{split}_dataloader.dataset") if dataset else []
+
+
+def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False, classes: Sequence[str] = ()) -> None:
     """Raise a UserError if a checkpoint does not fit: mmengine would load what fits and go on.
 
-    With `only_backbone`, what comes after the backbone may differ, as it does in fine-tuning for other classes.
+    Args:
+        model: what it is loaded into.
+        path: the file.
+        only_backbone: what comes after the backbone may differ, as it does in fine-tuning for other classes.
+        classes: names, which must be the checkpoint's, in its order, if it knows them.
     """
-    state, own = weights_of(load_from_local(path), path), model.state_dict()
+    content = load_from_local(path)
+    _compare_classes(content.get("meta"), classes, path)
+    state, own = weights_of(content, path), model.state_dict()
     if only_backbone:
         state, own = ({k: v for k, v in names.items() if k.startswith(BACKBONE)} for names in (state, own))
         if not state:

@@ -22,6 +22,7 @@ from classification.openmmlab.checks import (
     check_checkpoint,
     check_data,
     check_file,
+    data_classes,
     note_class_weights,
 )
 from classification.openmmlab.flops import complexity_table
@@ -262,7 +263,9 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         cfg.load_from = _latest_checkpoint(cfg.work_dir)
     runner = _build(cfg)
     if cfg.get("load_from"):
-        check_checkpoint(_unwrapped(runner), cfg.load_from, only_backbone=not cfg.get("resume"))
+        resumed = bool(cfg.get("resume"))
+        classes = data_classes(cfg, "train") if resumed else ()
+        check_checkpoint(_unwrapped(runner), cfg.load_from, only_backbone=not resumed, classes=classes)
     runner.train()
 
 
@@ -287,7 +290,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     check_data(cfg, ("test",))
     _prepare(cfg, args)
     runner = _build(cfg)
-    check_checkpoint(_unwrapped(runner), args.checkpoint)
+    check_checkpoint(_unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"))
     if args.out and cfg.default_scope == "mmdet":
         runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
     runner.test()

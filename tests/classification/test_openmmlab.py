@@ -578,6 +578,23 @@ def test_coco_files(changed, message, tmp_path):
             checks.check_data(cfg, ("train",))
 
 
+def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path):
+    """mmengine keeps their names, and does not look at them."""
+    model = torch.nn.Linear(2, 3)
+    for key, names in (("classes", ("cat", "dog", "owl")), ("CLASSES", ["cat", "dog", "owl"])):
+        path = save({"meta": {"dataset_meta": {key: names}}, "state_dict": model.state_dict()}, tmp_path / "m.pth")
+        checks.check_checkpoint(model, path, classes=["cat", "dog", "owl"])
+        checks.check_checkpoint(model, path)
+        for other, message in (
+            (["cat", "owl", "dog"], "class 1 is 'dog' in it and 'owl' in the data set (3 and 3 classes)"),
+            (["cat", "dog"], "class 2 is 'owl' in it and missing in the data set (3 and 2 classes)"),
+        ):
+            with pytest.raises(UserError, match=re.escape(message)):
+                checks.check_checkpoint(model, path, classes=other)
+    nameless = save({"meta": {"dataset_meta": None}, "state_dict": model.state_dict()}, tmp_path / "n.pth")
+    checks.check_checkpoint(model, nameless, classes=["cat"])
+
+
 def test_maps_of_labels_beyond_a_byte(tmp_path):
     """LoadAnnotations takes them modulo 256: 259 would be 3."""
     path = tmp_path / "map.png"
