@@ -49,9 +49,16 @@ def start(data: Path, output: Path, epochs: int, count: int) -> list[subprocess.
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                preexec_fn=_heed_signals,
             )
         )
     return processes
+
+
+def _heed_signals() -> None:
+    """In the background of a shell, or under nohup, they are ignored, and so they would be in what is started."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait(processes: list[subprocess.Popen], output: Path) -> None:

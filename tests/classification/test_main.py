@@ -234,7 +234,7 @@ def test_one_class_is_said_to_say_nothing(few_digits, tmp_path, run_main):
     assert "there is one class, so every prediction is right: accuracy says nothing" in printed
 
 
-def test_a_second_ctrl_c_ends_at_once(few_digits, tmp_path, run_main, monkeypatch):
+def test_a_second_ctrl_c_ends_at_once(few_digits, tmp_path, run_main, monkeypatch, request):
     """The first one saves; a launcher's copy of it, in the same second, changes nothing."""
     received = []
 
@@ -248,6 +248,8 @@ def test_a_second_ctrl_c_ends_at_once(few_digits, tmp_path, run_main, monkeypatc
 
     original = engine_module._accumulate
     monkeypatch.setattr(engine_module, "_accumulate", interrupt)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK]
     with pytest.raises(SystemExit) as stop:
         run_main(*arguments)
