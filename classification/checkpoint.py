@@ -143,7 +143,9 @@ def _check_archive(path: Path) -> bool:
                 altered = archive.testzip()
                 pickled = {name: archive.read(name) for name in sizes if name.endswith("/data.pkl")}
             else:
-                raise UserError(f"{path}: is packed as torch.save does not: what it claims is more than what it holds")
+                raise DamagedCheckpointError(
+                    f"{path}: is packed as torch.save does not, or damaged: its entries claim more than what it holds"
+                )
     except Exception as error:  # a damaged directory can send zipfile anywhere
         if isinstance(error, UserError) or _is_momentary(error):
             raise
