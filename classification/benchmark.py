@@ -210,7 +210,9 @@ def profile(args: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default=SPATIAL_MAMBA, help="one of ours, or of timm's by its name")
     parser.add_argument("--train", action="store_true", help="training steps instead of inference")
     parser.add_argument("--peers", action="store_true", help="with --train: beside the other backbones")

@@ -1,26 +1,32 @@
 """Checkpoints: read safely, load strictly, save atomically, and find the last whole one of a run."""
 
+import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from classification.errors import UserError
+from classification.errors import UserError, is_file
 from classification.models import VARIANTS, SpatialMamba
+from classification.pickles import RefusedPickleError, Scan
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
+ORDER = "checkpoints.txt"
+CLASSES = "classes"  # names, in the order of the head
 SAFETENSORS, DAMAGED = ".safetensors", ".damaged"
 # What stands in for the name in a pickle: the safe unpickler fills no subclass of dict but this one.
 CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
@@ -30,7 +36,7 @@ StandIn = tuple[object, str]
 
 
 class DamagedCheckpointError(UserError):
-    """A file that is not what was written."""
+    """A file that is provably not what was written."""
 
 
 def read_checkpoint(
@@ -41,9 +47,10 @@ def read_checkpoint(
 ) -> dict:
     """The content of a checkpoint file, unpickling nothing but tensors and containers.
 
-    A yacs CfgNode, as in the published checkpoints, is read as an OrderedDict. What torch.save has written carries
-    checksums, which are compared. A .safetensors file is read as a bare state dict, and its digest compared if it has
-    one (see `classification.convert`).
+    A yacs CfgNode, as in the published checkpoints, is read as a dict, and so is any other. What torch.save has written
+    carries checksums, which are compared; and nothing is made that is larger than what the file holds. A .safetensors
+    file is read as a bare state dict, and its digest compared if it has one (see `classification.convert`); with the
+    names of its classes, if it has these, as {"model": state dict, "classes": names}.
 
     Args:
         path: the file.
@@ -52,51 +59,169 @@ def read_checkpoint(
         others: gives that for a name which is not among these; without it such a name is an error.
 
     Raises:
-        UserError: no such file, or not a checkpoint that can be read safely.
+        UserError: no such file, one that cannot be read now, or not a checkpoint that can be read safely.
         DamagedCheckpointError: truncated, altered, or no checkpoint at all.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such checkpoint file")
-    if path.suffix == SAFETENSORS:
-        return _read_safetensors(path)
-    _compare_checksums(path)
-    known = [name for _, name in stand_ins]
-    refused = [name for name in _unsafe_names(path) if name not in known]
-    if others is not None:
-        stand_ins = [*stand_ins, *((others(name), name) for name in refused)]
-    try:
-        with torch.serialization.safe_globals(list(stand_ins)):
-            content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # a file that is no checkpoint can fail anywhere in the unpickler
-        if refused:
-            names = ", ".join(refused[:5])
-            raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {names}") from error
-        raise _damaged(path) from error
+    with _reading(path):
+        if path.suffix == SAFETENSORS:
+            return _read_safetensors(path)
+        whole = _check_archive(path)
+        known = [name for _, name in stand_ins]
+        refused = [name for name in _unsafe_names(path) if name not in known]
+        if others is not None:
+            stand_ins = [*stand_ins, *((others(name), name) for name in refused)]
+        try:
+            with torch.serialization.safe_globals(list(stand_ins)), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other pickle protocols, which may well be read
+                content = torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:  # a file that is no checkpoint can fail anywhere in the unpickler
+            if _is_momentary(error):
+                raise
+            if refused:
+                names = ", ".join(refused[:5])
+                raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {names}") from error
+            if whole:  # to the last bit, but not what can be read
+                raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
+            raise _damaged(path) from error
+        content = plain(content, path)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint or state dict")
     return content
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What keeps a file from being read now is no fault of the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not _is_momentary(error):
+            raise
+        raise UserError(f"{path}: cannot be read now ({_first_line(error)}); it was left as it is") from error
+
+
+def _is_momentary(error: BaseException | None) -> bool:
+    """Whether memory, the disk or the network was the cause: of a damaged file's offsets, the system says EINVAL."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_NO_MEMORY = ("DefaultCPUAllocator", "allocate memory", "CUDA out of memory")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _damaged(path: Path) -> DamagedCheckpointError:
     return DamagedCheckpointError(f"{path}: is not a checkpoint saved by torch.save, or is damaged")
 
 
-def _compare_checksums(path: Path) -> None:
-    """torch.load does not; a bit that has flipped would be another weight."""
-    try:
-        with path.open("rb") as file:
-            if file.read(2) != b"PK":  # PyTorch's format before 1.6 has no checksums
-                return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+def _check_archive(path: Path) -> bool:
+    """Compare checksums, which torch.load does not, and claims with what is there. Returns whether it is whole.
+
+    A bit that has flipped would be another weight; PyTorch's format before 1.6 has no checksums.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            _check_old_format(path)
+            return False
     try:
         with zipfile.ZipFile(path) as archive:
-            altered = archive.testzip()
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            sizes = {entry.filename: entry.file_size for entry in entries}
+            if stored and len(sizes) == len(entries) and sum(sizes.values()) <= path.stat().st_size:
+                altered = archive.testzip()
+                pickled = {name: archive.read(name) for name in sizes if name.endswith("/data.pkl")}
+            else:
+                raise DamagedCheckpointError(
+                    f"{path}: is packed as torch.save does not, or damaged: its entries claim more than what it holds"
+                )
     except Exception as error:  # a damaged directory can send zipfile anywhere
+        if isinstance(error, UserError) or _is_momentary(error):
+            raise
         raise _damaged(path) from error
     if altered:
         raise DamagedCheckpointError(f"{path}: is damaged: {altered} in it does not match its checksum")
+    for name, content in pickled.items():
+        folder = name.removesuffix("data.pkl")
+        for key, size in _scan(content, path).storages.items():
+            held = sizes.get(f"{folder}data/{key}")
+            if held != size:
+                raise UserError(f"{path}: claims {size} bytes for a tensor of which it holds {held or 0}")
+    return True
+
+
+OLD_FORMAT = 0x1950A86A20F9469CFC6C  # the number that it begins with
+
+
+def _check_old_format(path: Path) -> None:
+    """PyTorch's before 1.6: four pickles, of which the last is the content, a list of storages, and their bytes."""
+    with path.open("rb") as file:
+        try:
+            if Scan(file).stack != [OLD_FORMAT]:
+                raise ValueError("another magic number")
+            claimed = sum(size for _ in range(3) for size in _scan(file, path).storages.values())
+        except UserError:
+            raise
+        except Exception as error:
+            if _is_momentary(error):
+                raise
+            raise _damaged(path) from error
+    if claimed > path.stat().st_size:
+        raise _damaged(path)
+
+
+def _scan(pickled: bytes | BinaryIO, path: Path) -> Scan:
+    try:
+        return Scan(pickled)
+    except RefusedPickleError as error:
+        raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {error}") from error
+    except (IndexError, KeyError, ValueError) as error:
+        raise _damaged(path) from error
+
+
+DEEPEST, MOST = 64, 10**7  # levels of containers, and things in them if each is counted wherever it stands
+
+
+def plain(content: object, path: str | Path, leaf: Callable[[object], object] = lambda value: value) -> object:
+    """With plain dicts, lists and tuples for all that are containers, and `leaf` of everything else.
+
+    A dict of a subclass can bring attributes along that take the place of its methods, or that load_state_dict obeys.
+
+    Raises:
+        UserError: containers in containers without end, or that come to gigabytes of a few bytes.
+    """
+    made: dict[int, tuple[object, int]] = {}
+
+    def walk(value: object, depth: int) -> tuple[object, int]:
+        if not isinstance(value, dict | list | tuple) or isinstance(value, torch.Size):
+            return leaf(value), 1
+        if id(value) not in made:
+            if depth > DEEPEST:
+                raise UserError(f"{path}: is nested too deeply to be a checkpoint")
+            if isinstance(value, dict):
+                found = {key: walk(item, depth + 1) for key, item in dict.items(value)}
+                result = {key: item for key, (item, _) in found.items()}, 1 + sum(n for _, n in found.values())
+            else:
+                found = [walk(item, depth + 1) for item in value]
+                kind = list if isinstance(value, list) else tuple
+                result = kind(item for item, _ in found), 1 + sum(n for _, n in found)
+            if result[1] > MOST:
+                raise UserError(f"{path}: comes to more than {MOST} things, which no checkpoint holds")
+            made[id(value)] = result
+        return made[id(value)]
+
+    return walk(content, 0)[0]
 
 
 def tensors_digest(tensors: StateDict) -> str:
@@ -109,37 +234,84 @@ def tensors_digest(tensors: StateDict) -> str:
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> StateDict:
+def _read_safetensors(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            digest = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError, ValueError) as error:
+            metadata = file.metadata() or {}
+    except (SafetensorError, ValueError) as error:
         raise DamagedCheckpointError(f"{path}: is not a safetensors file, or is damaged ({error})") from error
+    digest = metadata.get("sha256")
     if digest is not None and digest != tensors_digest(tensors):
         raise DamagedCheckpointError(f"{path}: is damaged: its tensors do not match its digest")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    return tensors
+    if CLASSES not in metadata:
+        return tensors
+    try:
+        return {"model": tensors, CLASSES: json.loads(metadata[CLASSES])}
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: its names of classes are not a JSON list ({error})") from error
+
+
+def class_names_of(content: dict, path: str | Path) -> list[str] | None:
+    """Names of a checkpoint's classes in the order of its head, or None if it has none, as published ones.
+
+    Raises:
+        UserError: they are no list of names, each of its own.
+    """
+    names = content.get(CLASSES)
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise UserError(f"{path}: its {CLASSES!r} is not a list of names, each of its own")
+    return names
 
 
 def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
     """The weights in a checkpoint: `model`, and `model_ema` if there; a bare state dict counts as `model`.
 
     Raises:
-        UserError: there are no weights.
+        UserError: there are no weights, or they are not dense tensors of real numbers.
     """
     named = {key: content[key] for key in ("model", "model_ema") if isinstance(content.get(key), dict)}
+    if "model" in named and not isinstance(content.get("model_ema", {}), dict):
+        raise UserError(f"{path}: its 'model_ema' is of type {type(content['model_ema']).__name__}, not weights")
     if not named and all(isinstance(value, Tensor) for value in content.values()):
         named = {"model": content}
     if "model" not in named:
         keys = ", ".join(map(str, list(content)[:8]))
         raise UserError(f"{path}: holds no weights under 'model' and is no state dict; its keys are {keys}")
-    for key, value in (item for state in named.values() for item in state.items()):
-        dense = isinstance(value, Tensor) and value.layout == torch.strided
-        if not (isinstance(key, str) and dense and not value.is_quantized and not value.is_meta):
-            raise UserError(f"{path}: its weights hold {key!r}, which is not a name and a dense tensor")
+    for state in named.values():
+        check_weights(state, path)
     return named
+
+
+def check_weights(state: dict, path: str | Path, counts: str = "num_batches_tracked") -> None:
+    """
+    Args:
+        counts: how the names of tensors of whole numbers end.
+
+    Raises:
+        UserError: something in it is not a name and a dense tensor of finite real numbers, or is larger than what the
+            file holds for it.
+    """
+    held: dict[int, int] = {}
+    claimed = 0
+    for key, value in state.items():
+        fault = _fault(value) if isinstance(key, str) else "is not a name"
+        if not fault and not value.is_floating_point() and not key.endswith(counts):
+            fault = f"is of dtype {_name(value.dtype)}, not of floating point"
+        if fault:
+            raise UserError(f"{path}: its weights hold {key!r}, which {fault}")
+        storage = value.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        claimed += value.numel() * value.element_size()
+    if claimed > sum(held.values()):
+        raise UserError(f"{path}: its weights claim {claimed} bytes, of which the file holds {sum(held.values())}")
+    for key, value in state.items():
+        if not _finite(value):
+            raise UserError(f"{path}: its weights hold {key!r}, which is not finite; they are not usable")
 
 
 def num_classes(state: StateDict) -> int | None:
@@ -148,15 +320,19 @@ def num_classes(state: StateDict) -> int | None:
     return weight.shape[0] if weight is not None and weight.ndim == 2 else None
 
 
-def load_weights(model: SpatialMamba, state: StateDict, path: str | Path, new_head: bool = False) -> bool:
-    """Load strictly. With `new_head`, a head of another size is left as initialised; returns whether it was.
+def load_weights(
+    model: SpatialMamba, state: StateDict, path: str | Path, new_head: bool = False, other_classes: bool = False
+) -> bool:
+    """Load strictly. With `new_head`, a head of another size, or of `other_classes`, is left as initialised.
+
+    Returns whether it was.
 
     Raises:
         UserError: keys or shapes differ; the message says how and, if one of our sizes fits, which.
     """
     own = model.state_dict()
     theirs, ours = num_classes(state), num_classes(own)
-    other_head = theirs != ours
+    other_head = theirs != ours or (new_head and other_classes)
     if other_head and not differences(own, state, ignore=HEAD):
         if not new_head:
             raise UserError(
@@ -166,8 +342,55 @@ def load_weights(model: SpatialMamba, state: StateDict, path: str | Path, new_he
         state = {**state, **{key: own[key] for key in HEAD}}
     if found := differences(own, state):
         raise UserError(f"{path}: its weights are of another model: {found}{_hint(state)}")
-    model.load_state_dict(state)
+    try:
+        weights = {key: like(value, state[key], key) for key, value in own.items()}  # without the file's _metadata
+    except ValueError as error:
+        raise UserError(f"{path}: its weights hold what is no weight: {error}") from error
+    model.load_state_dict(weights)
     return other_head
+
+
+def like(own: Tensor, value: object, name: str) -> Tensor:
+    """What a file holds for `own`, as a new tensor of its layout, dtype and device.
+
+    A file's tensor can have any strides, overlapping ones too, or be no ordinary tensor at all.
+
+    Raises:
+        ValueError: not of its shape, not dense, not of its kind of number, or not finite.
+    """
+    if fault := _fault(value):
+        raise ValueError(f"{name} {fault}")
+    if value.shape != own.shape and not value.numel() == own.numel() == 1:
+        raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(own.shape)}")
+    if value.is_floating_point() != own.is_floating_point():
+        raise ValueError(f"{name} is of dtype {_name(value.dtype)}, not {_name(own.dtype)}")
+    result = torch.empty_like(own, requires_grad=False).copy_(value.detach().reshape(own.shape))
+    if not _finite(result):
+        raise ValueError(f"{name} is not finite")
+    return result
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    return bool((value if value.element_size() > 1 else value.float()).isfinite().all())
+
+
+def _fault(value: object) -> str:
+    """What keeps `value` from being a weight or a count; empty if nothing does."""
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__name__}, not a tensor"
+    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+        return "is not a dense tensor"
+    if value.is_meta:
+        return "is a tensor without values (on the meta device)"
+    if value.is_complex() or value.dtype == torch.bool:
+        return f"is of dtype {_name(value.dtype)}, not of floating point"
+    return ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -220,16 +443,31 @@ class CheckpointFolder:
 
     Each is written once, as epoch_E.pth or epoch_E_step_S.pth; latest.pth, best.pth and best_ema.pth are further names
     of one of them (hard links, or copies where the file system has none). `keep` numbered ones are kept.
+    checkpoints.txt lists them in the order in which they were written, which clocks and copies cannot change.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
         self.set_aside: list[str] = []  # what was found damaged
+        self.notes: list[str] = []  # what else is to be said
+        self.lock_file: TextIO | None = None
+        self.seen: dict[str, tuple[int, int]] | None = None
 
     def numbered(self) -> list[Path]:
-        """The numbered ones in the order in which they were written: a run may have gone on from an earlier one."""
-        found = [p for p in self.folder.glob("epoch_*.pth") if re.fullmatch(r"epoch_\d+(_step_\d+)?\.pth", p.name)]
-        return sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime_ns)
+        """The numbered ones in the order in which they were written: a run may have gone on from an earlier one.
+
+        Those that are not listed come first, by their epochs and steps.
+        """
+        found = {p: re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pth", p.name) for p in self.folder.glob("epoch_*.pth")}
+        places = {path: (int(m[1]), int(m[2] or 0)) for path, m in found.items() if m and path.is_file()}
+        listed = {name: i for i, name in enumerate(self._listed())}
+        return sorted(places, key=lambda path: (listed.get(path.name, -1), places[path]))
+
+    def _listed(self) -> list[str]:
+        try:
+            return (self.folder / ORDER).read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            return []
 
     def save(self, content: dict, epochs: int, step: int, names: list[str]) -> Path:
         """Write a checkpoint and give it `names`; then remove the oldest ones.
@@ -239,10 +477,13 @@ class CheckpointFolder:
         """
         path = self.folder / (f"epoch_{epochs}_step_{step}.pth" if step else f"epoch_{epochs}.pth")
         save_checkpoint(content, path)
+        order = [*(old for old in self.numbered() if old != path), path]
+        lines = "".join(f"{kept.name}\n" for kept in order)
+        write_atomically(self.folder / ORDER, lambda file: file.write(lines.encode()))
         for name in names:
             self._name(path, self.folder / name)
-        for old in self.numbered()[: -self.keep]:
-            if old != path:  # a clock can be behind
+        for old in order[: -self.keep]:
+            with suppress(OSError):
                 old.unlink()
         return path
 
@@ -263,27 +504,52 @@ class CheckpointFolder:
         """Keep other runs out of the folder for as long as this process lives, where the file system has locks.
 
         Raises:
-            UserError: another process has done so.
+            UserError: another process has done so, or has trained in it since `look`; or it cannot be written to.
         """
-        try:
-            self.lock_file = (self.folder / ".lock").open("a")
-            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(
-                f"{self.folder}: another process is training in it, or it is not yours to write; wait for that one to "
-                "end, or pass another --tag"
-            ) from error
-        except OSError:
+        if self.lock_file is not None:  # closing a second one would give the lock back
             return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock_file = (self.folder / ".lock").open("a")
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written to ({error}); choose another --output") from error
+        try:
+            fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                lock_file.close()
+                raise UserError(
+                    f"{self.folder}: another process is training in it; wait for that one to end, or pass another --tag"
+                ) from error
+            self.notes.append(f"{self.folder}: its file system has no locks; start one run in it at a time ({error})")
+        self.lock_file = lock_file
+        if self.seen is not None and self.seen != self._present():
+            raise UserError(
+                f"{self.folder}: another process has trained in it meanwhile; the same command goes on from there"
+            )
+
+    def look(self) -> bool:
+        """Whether there are any, be they damaged: a run that has begun. `lock` compares what was there now."""
+        self.seen = self._present()
+        return bool(self.seen)
+
+    def _present(self) -> dict[str, tuple[int, int]]:
+        files = [*self.folder.glob("epoch_*.pth"), self.folder / LATEST, *self.folder.glob(f"*{DAMAGED}*")]
+        found = {}
+        for file in files:
+            try:
+                status = file.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise UserError(f"{file}: cannot be looked at ({error.strerror}); choose another --output") from error
+            found[file.name] = status.st_ino, status.st_size
+        return found
 
     def remove_partial(self) -> None:
         """What a killed process left half-written."""
         for path in self.folder.glob(".*.partial"):
             path.unlink(missing_ok=True)
-
-    def exists(self) -> bool:
-        """Whether there are any, be they damaged: a run that has begun."""
-        return bool(self.numbered()) or (self.folder / LATEST).is_file() or any(self.folder.glob(f"*{DAMAGED}*"))
 
     def read_last(self, check: Callable[[dict, Path], object]) -> tuple[dict, Path]:
         """The newest checkpoint that is whole and passes `check`.

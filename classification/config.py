@@ -3,13 +3,15 @@
 import ast
 import difflib
 import functools
+import reprlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode
 
-from classification.errors import UserError
+from classification.errors import UserError, is_file
 from classification.models import VARIANTS
 
 
@@ -46,7 +48,7 @@ def default_config() -> CfgNode:
     c.TRAIN.ACCUMULATION_STEPS = 1
     c.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing
     c.TRAIN.AMP = "float16"  # "float16" (off on a CPU), "bfloat16" or "off"
-    c.TRAIN.SYNC_BN = True  # batch norm over the batches of all processes
+    c.TRAIN.SYNC_BN = False  # batch norm over the batches of all processes; the recipe normalises each its own
     c.TRAIN.AUTO_RESUME = True  # go on from the last checkpoint in the output folder
     c.TRAIN.MAX_SKIPPED = 20  # as many updates in a row that are not finite end the run
     c.TRAIN.OPTIMIZER = CfgNode()
@@ -57,7 +59,7 @@ def default_config() -> CfgNode:
     c.TRAIN.EMA.DECAY = 0.9999
     c.TRAIN.MESA = CfgNode()  # self-distillation from the EMA model
     c.TRAIN.MESA.WEIGHT = 1.0  # 0: off
-    c.TRAIN.MESA.START = 0.25  # fraction of the epochs
+    c.TRAIN.MESA.START = 0.25  # fraction of the epochs, rounded down to a whole one
 
     c.AUG = CfgNode()
     c.AUG.SCALE = [0.08, 1.0]  # area of a random crop
@@ -104,21 +106,71 @@ def load_config(path: str, overrides: dict[str, object], opts: Sequence[str] = (
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         _set(config, key, value, "--opts")
     _validate(config)
+    for key, value in _flatten(config):
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{key} holds a character that no name can have: {value!r}")
     config.freeze()
     return config
 
 
+def saved_config(text: str, source: str) -> CfgNode:
+    """The config that a checkpoint holds as text; keys that there are no more are passed over.
+
+    Raises:
+        UserError: it is no such text, or a value of it is not what it should be.
+    """
+    config = default_config()
+    known = {key for key, _ in _flatten(config)}
+    for key, value in _flatten(_parse_yaml(text, source)):
+        if key in known:
+            _set(config, key, value, source)
+    _validate(config)
+    return config
+
+
 def _read_yaml(path: str) -> dict:
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"--cfg {path}: no such file; the published sizes are in classification/configs/spatialmamba")
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--cfg {path}: not a YAML file: {error}") from error
-    if content is None:
+    return _parse_yaml(text, f"--cfg {path}")
+
+
+class StrictYaml:
+    """Of a loader: aliases, which make gigabytes of a few lines, tags, which run code, and repeated keys are errors."""
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.constructor.ConstructorError(None, None, "anchors and aliases are not read", event.start_mark)
+        if getattr(event, "tag", None):
+            raise yaml.constructor.ConstructorError(None, None, "tags are not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", node.start_mark)
+        return mapping
+
+
+class _TextLoader(StrictYaml, yaml.BaseLoader):
+    """Every value as the text that stands there, as --opts has it: no dates, no octal numbers, no `off` for False."""
+
+
+def _parse_yaml(text: str, source: str) -> dict:
+    try:
+        content = yaml.load(text, _TextLoader)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"{source}: not a YAML file: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: not a config: it is nested too deeply") from error
+    if content is None or content == "":
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"--cfg {path}: expected sections such as DATA and TRAIN, got {type(content).__name__}")
+        raise UserError(f"{source}: expected sections such as DATA and TRAIN, got {type(content).__name__}")
     return content
 
 
@@ -129,33 +181,77 @@ def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
     return leaves
 
 
+# Keys of the authors' repository, or what they begin with, and what takes their place; docs/from_the_authors_code.md.
+AUTHORS_KEYS = {
+    "MODEL.SPATIALMAMBA": "the sizes follow from MODEL.NAME, e.g. spatialmamba_tiny",
+    "MODEL.TYPE": "leave it out; MODEL.NAME says which model, e.g. spatialmamba_tiny",
+    "MODEL.DDP": "leave it out; training is distributed by PyTorch",
+    "MODEL.DROP_RATE": "leave it out; the recipe has no dropout",
+    "TRAIN.MESA": "set TRAIN.MESA.WEIGHT",
+    "TRAIN.START_EPOCH": "leave it out; a run goes on from its last checkpoint",
+    "TRAIN.LR_SCHEDULER": "leave it out; the schedule is the recipe's cosine, see TRAIN.WARMUP_EPOCHS and TRAIN.MIN_LR",
+    "TRAIN.OPTIMIZER.NAME": "leave it out; the optimizer is AdamW",
+    "TRAIN.OPTIMIZER.MOMENTUM": "leave it out; the optimizer is AdamW, see TRAIN.OPTIMIZER.BETAS",
+    "TRAIN.MOE": "leave it out; there are no experts in this model",
+    "DATA.DATASET": "leave it out; the data is an image folder",
+    "DATA.ZIP_MODE": "leave it out; the data is an image folder",
+    "DATA.CACHE_MODE": "leave it out; images are read as they are needed",
+    "AUG.CUTMIX_MINMAX": "leave it out; set AUG.CUTMIX",
+    "TEST.CROP": "set TEST.CROP_PCT: 0.875 crops the centre, 1.0 does not",
+    "TEST.SEQUENTIAL": "leave it out; every validation image counts once, in order",
+    "TEST.SHUFFLE": "leave it out; every validation image counts once, in order",
+    "AMP_ENABLE": "set TRAIN.AMP to float16, bfloat16 or off",
+    "AMP_OPT_LEVEL": "set TRAIN.AMP to float16, bfloat16 or off",
+    "ENABLE_AMP": "set TRAIN.AMP to float16, bfloat16 or off",
+    "EVAL_MODE": "pass --eval",
+    "THROUGHPUT_MODE": "pass --throughput",
+    "TRAINCOST_MODE": "leave it out; `python -m classification.benchmark --train` times training",
+    "LOCAL_RANK": "leave it out; the launcher says it",
+    "FUSED_LAYERNORM": "leave it out; there is one LayerNorm, PyTorch's",
+    "FUSED_WINDOW_PROCESS": "leave it out; there are no windows in this model",
+    "BASE": "leave it out; write what differs from classification/config.py",
+}
+
+
+def _hint(key: str, known: list[str]) -> str:
+    for name, instead in AUTHORS_KEYS.items():
+        if key == name or key.startswith(f"{name}."):
+            return f"; it is of the authors' repository: {instead}"
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "; classification/config.py lists the keys"
+
+
 def _set(config: CfgNode, key: str, value: object, source: str) -> None:
     """Set one leaf to a value of its default's type."""
     known = [k for k, _ in _flatten(config)]
     if key not in known:
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; classification/config.py lists the keys"
-        raise UserError(f"{source}: no config key {key}{hint}")
+        raise UserError(f"{source}: no config key {key}{_hint(key, known)}")
     *sections, leaf = key.split(".")
     node = functools.reduce(CfgNode.__getitem__, sections, config)
     kind = type(node[leaf])
-    if kind is not str and type(value) is str:
-        value = _literal(value)  # YAML reads 5e-5 as a word
+    if kind is not str:
+        value = [_literal(v, kind) for v in value] if isinstance(value, list) else _literal(value, kind)
     if (kind is float and type(value) is int) or (kind is str and type(value) in (int, float)):
-        value = kind(value)
+        with suppress(OverflowError):
+            value = kind(value)
     if type(value) is not kind:
-        raise UserError(f"{source}: {key} must be of type {kind.__name__}, got {value!r}")
+        raise UserError(f"{source}: {key} must be of type {kind.__name__}, got {reprlib.repr(value)}")
     node[leaf] = value
 
 
-def _literal(text: str) -> object:
-    """A word as Python reads it, or the word itself."""
+def _literal(value: object, kind: type) -> object:
+    """A word as Python reads it, a truth value as YAML does too; or the word itself."""
+    if type(value) is not str:
+        return value
+    if kind is bool and value.lower() in WORDS:
+        return WORDS[value.lower()]
     try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+        return ast.literal_eval(value)
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+        return value
 
 
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 CHOICES = {
     "MODEL.NAME": tuple(VARIANTS),
     "DATA.INTERPOLATION": ("bilinear", "bicubic", "nearest", "random"),
@@ -163,45 +259,45 @@ CHOICES = {
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
 }
-INFINITY = float("inf")
-# Lowest and highest value; for a list, of each of its two ascending numbers.
+COUNT = 2**31 - 1  # no more of anything
+# Lowest and highest value; for a list, of each of its two ascending numbers. None of them is infinite.
 RANGES = {
-    "DATA.BATCH_SIZE": (1, INFINITY),
-    "DATA.IMG_SIZE": (1, INFINITY),
-    "DATA.NUM_WORKERS": (0, INFINITY),
-    "DATA.PREFETCH_FACTOR": (1, INFINITY),
-    "DATA.MAX_UNREADABLE": (0, INFINITY),
-    "MODEL.NUM_CLASSES": (0, INFINITY),
+    "DATA.BATCH_SIZE": (1, 2**20),
+    "DATA.IMG_SIZE": (1, 2**14),
+    "DATA.NUM_WORKERS": (0, 2**12),
+    "DATA.PREFETCH_FACTOR": (1, 2**12),
+    "DATA.MAX_UNREADABLE": (0, COUNT),
+    "MODEL.NUM_CLASSES": (0, 2**24),
     "MODEL.DROP_PATH_RATE": (0, 0.999),
     "MODEL.LABEL_SMOOTHING": (0, 0.999),
-    "TRAIN.EPOCHS": (1, INFINITY),
-    "TRAIN.BASE_LR": (0, INFINITY),
-    "TRAIN.WARMUP_LR": (0, INFINITY),
-    "TRAIN.MIN_LR": (0, INFINITY),
-    "TRAIN.WEIGHT_DECAY": (0, INFINITY),
-    "TRAIN.CLIP_GRAD": (0, INFINITY),
-    "TRAIN.ACCUMULATION_STEPS": (1, INFINITY),
-    "TRAIN.MAX_SKIPPED": (1, INFINITY),
+    "TRAIN.EPOCHS": (1, 2**20),
+    "TRAIN.BASE_LR": (0, 1e3),
+    "TRAIN.WARMUP_LR": (0, 1e3),
+    "TRAIN.MIN_LR": (0, 1e3),
+    "TRAIN.WEIGHT_DECAY": (0, 1e3),
+    "TRAIN.CLIP_GRAD": (0, 1e9),
+    "TRAIN.ACCUMULATION_STEPS": (1, 2**20),
+    "TRAIN.MAX_SKIPPED": (1, COUNT),
     "TRAIN.OPTIMIZER.BETAS": (0, 0.999999),
-    "TRAIN.OPTIMIZER.EPS": (0, INFINITY),
+    "TRAIN.OPTIMIZER.EPS": (0, 1),
     "TRAIN.EMA.DECAY": (0, 1),
-    "TRAIN.MESA.WEIGHT": (0, INFINITY),
+    "TRAIN.MESA.WEIGHT": (0, 1e3),
     "TRAIN.MESA.START": (0, 1),
     "AUG.SCALE": (1e-6, 1),
     "AUG.RATIO": (1e-3, 1e3),
     "AUG.HFLIP": (0, 1),
-    "AUG.COLOR_JITTER": (0, INFINITY),
+    "AUG.COLOR_JITTER": (0, 10),
     "AUG.REPROB": (0, 1),
-    "AUG.RECOUNT": (1, INFINITY),
-    "AUG.MIXUP": (0, INFINITY),
-    "AUG.CUTMIX": (0, INFINITY),
+    "AUG.RECOUNT": (1, 1000),
+    "AUG.MIXUP": (0, 1e3),
+    "AUG.CUTMIX": (0, 1e3),
     "AUG.MIXUP_PROB": (0, 1),
     "AUG.MIXUP_SWITCH_PROB": (0, 1),
     "TEST.CROP_PCT": (0.1, 1),
-    "SAVE_FREQ": (1, INFINITY),
-    "SAVE_STEPS": (0, INFINITY),
-    "KEEP_LAST": (1, INFINITY),
-    "PRINT_FREQ": (1, INFINITY),
+    "SAVE_FREQ": (1, COUNT),
+    "SAVE_STEPS": (0, COUNT),
+    "KEEP_LAST": (1, COUNT),
+    "PRINT_FREQ": (1, COUNT),
     "SEED": (0, 2**31),
 }
 FLAGS = {"DATA.BATCH_SIZE": "--batch-size", "TRAIN.ACCUMULATION_STEPS": "--accumulation-steps", "SEED": "--seed"}
@@ -212,7 +308,9 @@ def _validate(config: CfgNode) -> None:
     values = dict(_flatten(config))
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            raise UserError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}")
+            ours = f"spatialmamba_{values[key]}"  # the authors' name is the size alone
+            hint = f"; {ours} is that size" if ours in choices else ""
+            raise UserError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}{hint}")
     for key, (low, high) in RANGES.items():
         _check_range(key, values[key], low, high)
     if not 0 <= config.TRAIN.WARMUP_EPOCHS < config.TRAIN.EPOCHS:
@@ -231,5 +329,5 @@ def _check_range(key: str, value: object, low: float, high: float) -> None:
         if not (numbers and low <= value[0] <= value[1] <= high):
             raise UserError(f"{name} must be two ascending numbers in [{low}, {high}], got {value}")
     elif not low <= value <= high:
-        bounds = f"at least {low}" if high == INFINITY else f"in [{low}, {high}]"
-        raise UserError(f"{name} must be {bounds}, got {value}")
+        bound = f"at least {low}" if value < low else f"at most {high}"
+        raise UserError(f"{name} must be {bound}, got {reprlib.repr(value)}")

@@ -10,21 +10,25 @@ names of `configs/mmpretrain`. An existing file is not overwritten.
 """
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
 from safetensors.torch import save as safetensors_bytes
 
 from classification.checkpoint import (
+    CLASSES,
     SAFETENSORS,
     StateDict,
+    class_names_of,
     read_checkpoint,
     save_checkpoint,
     state_dicts,
     tensors_digest,
     write_atomically,
 )
-from classification.errors import UserError
+from classification.errors import UserError, escape_on_streams, printable
 
 MMPRETRAIN = "mmpretrain"
 
@@ -51,34 +55,39 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
     """
     if target.suffix not in (SAFETENSORS, ".pth") or (to and target.suffix != ".pth"):
         raise UserError(f"{target}: must end in {'' if to else f'{SAFETENSORS} or '}.pth")
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target}: exists; remove it or name another file")
-    found = state_dicts(read_checkpoint(source), source)
+    content = read_checkpoint(source)
+    found, names = state_dicts(content, source), class_names_of(content, source)
     if weights not in found:
         raise UserError(f"{source}: holds no {weights}, only {', '.join(found)}")
     state = {name: tensor.resolve_conj().resolve_neg().contiguous().clone() for name, tensor in found[weights].items()}
     if target.suffix == SAFETENSORS:
         metadata = {"format": "pt", "sha256": tensors_digest(state)}
+        if names is not None:
+            metadata[CLASSES] = json.dumps(names)
         write_atomically(target, lambda file: file.write(safetensors_bytes(state, metadata)))
     elif to == MMPRETRAIN:
-        save_checkpoint({"state_dict": to_mmpretrain(state)}, target)
+        meta = {} if names is None else {"dataset_meta": {CLASSES: names}}
+        save_checkpoint({"meta": meta, "state_dict": to_mmpretrain(state)}, target)
     else:
-        save_checkpoint({"model": state}, target)
+        save_checkpoint({"model": state} | ({} if names is None else {CLASSES: names}), target)
     return len(state)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert weights between .pth and .safetensors.")
+    parser = argparse.ArgumentParser(description="Convert weights between .pth and .safetensors.", allow_abbrev=False)
     parser.add_argument("source", type=Path, help="checkpoint or safetensors file")
     parser.add_argument("target", type=Path, help="file to write, .safetensors or .pth")
     parser.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
     parser.add_argument("--to", choices=(MMPRETRAIN,), help="by whose names; ours by default")
     args = parser.parse_args()
+    escape_on_streams()
     try:
         count = convert(args.source, args.target, args.weights, args.to)
     except UserError as error:
-        sys.exit(f"error: {error}")
-    print(f"wrote {args.target}: {count} tensors")
+        sys.exit(f"error: {printable(str(error))}")
+    print(printable(f"wrote {args.target}: {count} tensors"))
 
 
 if __name__ == "__main__":

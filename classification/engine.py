@@ -119,7 +119,8 @@ def train_one_epoch(
         progress: where an interrupted epoch goes on, always between two updates; in the end, where it ended.
 
     Returns:
-        `loss`: mean over this process' batches; `lr`: of the last update; `skipped`: updates that were not finite,
+        `loss`: mean over this process' batches; `lr`: the schedule's at the last update, with which
+        the next one is made; `skipped`: updates that were not finite,
         since the run was started or resumed; `seconds`.
 
     Raises:
@@ -158,8 +159,8 @@ def train_one_epoch(
                 )
                 unchecked = False
             t.optimizer.zero_grad()
+            t.scheduler.step_update(update)  # with the number of the update just done, as in the authors' code
             update += 1
-            t.scheduler.step_update(update)
         if reports:
             _report(t, bar, sums, norm, epoch, step + 1, batches, update)
         if last_of_group:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,11 +22,11 @@ import torch
 import torch.distributed as dist
 from yacs.config import CfgNode
 
-from classification.checkpoint import load_weights, read_checkpoint, state_dicts, write_atomically
+from classification.checkpoint import class_names_of, load_weights, read_checkpoint, state_dicts, write_atomically
 from classification.config import load_config
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
-from classification.errors import UserError
+from classification.errors import UserError, escape_on_streams, printable
 from classification.flops import flops_table
 from classification.guards import NonFiniteError
 from classification.run import Preempted, Run
@@ -39,7 +40,9 @@ THROUGHPUT_SECONDS = 10.0
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train and evaluate Spatial-Mamba.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Train and evaluate Spatial-Mamba.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="YAML config, e.g. configs/spatialmamba/spatialmamba_tiny.yaml")
@@ -61,7 +64,33 @@ def parse_args() -> argparse.Namespace:
     add("--tag", help="name of the run")
     add("--seed", type=int, help="of weights, data order and augmentation")
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
-    return parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    for flag in (word.partition("=")[0] for word in unknown):
+        if instead := AUTHORS_FLAGS.get(flag.replace("-", "_").lstrip("_")):
+            parser.error(f"{flag} is of the authors' repository: {instead}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+# What takes the place of flags of the authors' repository; docs/from_the_authors_code.md.
+_OFF = "leave it out"
+AUTHORS_FLAGS = {
+    "model_ema": "set --opts TRAIN.EMA.ENABLE True or False",
+    "model_ema_decay": "set --opts TRAIN.EMA.DECAY",
+    "model_ema_force_cpu": f"{_OFF}; the average is kept on the device",
+    "zip": f"{_OFF}; the data is an image folder",
+    "cache_mode": f"{_OFF}; images are read as they are needed",
+    "fused_layernorm": f"{_OFF}; there is one LayerNorm, PyTorch's",
+    "fused_window_process": f"{_OFF}; there are no windows in this model",
+    "optim": f"{_OFF}; the optimizer is AdamW, with PyTorch's fused update",
+    "memory_limit_rate": f"{_OFF}; PYTORCH_CUDA_ALLOC_CONF limits PyTorch's memory",
+    "enable_persistance": f"{_OFF}; the data loader's workers stay from epoch to epoch",
+    "amp_opt_level": "set --opts TRAIN.AMP float16, bfloat16 or off",
+    "ddp": f"{_OFF}; training is distributed by PyTorch",
+    "mesa": "set --opts TRAIN.MESA.WEIGHT",
+    "traincost": "`python -m classification.benchmark --train` times training",
+}
 
 
 def config_from(args: argparse.Namespace) -> CfgNode:
@@ -107,14 +136,27 @@ def count_classes(config: CfgNode, split: str) -> int:
 
 def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
     """Evaluate every set of weights in the checkpoint at `path`; the first process writes evaluation.json."""
-    weights = run.from_main(lambda: state_dicts(read_checkpoint(path), path))
+
+    def read() -> tuple[dict, list[str] | None]:
+        content = read_checkpoint(path)
+        return state_dicts(content, path), class_names_of(content, path)
+
+    weights, names = run.from_main(read)
     classes = count_classes(config, "val")
     loader = build_eval_loader(config, run.rank, run.world_size)
+    if names is not None:
+        loader.renumber(names, path)
     model = build_model(config, classes)
     for state in weights.values():
         load_weights(model, state, path)
     run.open_log()
     logger.info("evaluating %s on %s (%s)", path, Path(config.DATA.DATA_PATH, "val"), run.describe())
+    if names is None:
+        logger.info("%s: holds no names of classes; they are taken in the order of the folders", path)
+    if run.is_main and loader.dataset.folder.left_out:
+        logger.warning("%s", loader.dataset.folder.left_out)
+    if run.is_main and classes == 1:
+        logger.warning("there is one class, so every prediction is right: accuracy says nothing")
     results = {"checkpoint": str(path)}
     model.to(run.device)
     for name, state in weights.items():
@@ -181,6 +223,7 @@ def print_flops(config: CfgNode) -> None:
 def train(config: CfgNode, run: Run) -> None:
     training = Training(config, run, classes=count_classes(config, "train"))
     try:
+        training.lock()
         run.open_log()
         training.log_setup()
         training.fit()
@@ -197,9 +240,12 @@ def main() -> None:
     The launcher ends all processes when the first ends. So the first one speaks at once, and the others, which mostly
     have the same to say, wait to be ended; what only one of them knows is still said.
     """
+    escape_on_streams()
     try:
         _main(parse_args())
         status = 0
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except Preempted as request:
         status = 128 + request.signal  # as a shell says it; not 0, for the run is not done
     except (UserError, NonFiniteError) as error:
@@ -207,7 +253,15 @@ def main() -> None:
             time.sleep(3)
         # A data loader's worker wraps the message in its traceback.
         message = str(error).rpartition(f"{UserError.__name__}: ")[2].strip()
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {printable(message)}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        cause = str(error).splitlines()[0]
+        sys.exit(
+            f"error: {printable(cause)}. If it is memory: start the container with a larger /dev/shm (docker's "
+            "--shm-size=16g or --ipc=host), or lower DATA.NUM_WORKERS, 0 for none"
+        )
     gc.collect()  # DistributedDataParallel must be gone before the processes part
     if dist.is_initialized():
         dist.destroy_process_group()

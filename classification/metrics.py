@@ -1,11 +1,13 @@
 """What a run measures, written as it goes: JSON lines and TensorBoard scalars."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from classification.errors import UserError
+from classification.errors import UserError, is_file
 
 EPOCHS, STEPS, TENSORBOARD = "metrics.jsonl", "steps.jsonl", "tensorboard"
 
@@ -19,31 +21,45 @@ class MetricsLog:
 
     def __init__(self, folder: Path, updates: int, tensorboard: bool = True):
         """`updates` have been made; what TensorBoard holds of later ones is from a run that did not save them."""
-        for name in (EPOCHS, STEPS):
-            _drop_partial_line(folder / name)
-        self.files = {name: (folder / name).open("a") for name in (EPOCHS, STEPS)}
-        self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=updates + 1) if tensorboard else None
+        self.folder = folder
+        with self._writing():
+            for name in (EPOCHS, STEPS):
+                _drop_partial_line(folder / name)
+            self.files = {name: (folder / name).open("a") for name in (EPOCHS, STEPS)}
+            self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=updates + 1) if tensorboard else None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: metrics cannot be written ({error}); the last checkpoint is whole"
+            ) from error
 
     def step(self, values: dict[str, float]) -> None:
         """`values` holds `update`, the updates made so far, and scalars."""
-        self._write(STEPS, values)
-        self._draw("train", values, values["update"])
+        with self._writing():
+            self._write(STEPS, values)
+            self._draw("train", values, values["update"])
 
     def epoch(self, values: dict, update: int) -> None:
         """`values` holds `epoch`, scalars, and a dict of scalars for each set of weights that was evaluated."""
-        self._write(EPOCHS, values)
-        self._draw("epoch", values, update)
-        for name, scalars in values.items():
-            if isinstance(scalars, dict):
-                self._draw(f"val/{name}", scalars, update)
-        if self.writer:
-            self.writer.flush()
+        with self._writing():
+            self._write(EPOCHS, values)
+            self._draw("epoch", values, update)
+            for name, scalars in values.items():
+                if isinstance(scalars, dict):
+                    self._draw(f"val/{name}", scalars, update)
+            if self.writer:
+                self.writer.flush()
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-        if self.writer:
-            self.writer.close()
+        with suppress(OSError):  # what has been written is there
+            for file in self.files.values():
+                file.close()
+            if self.writer:
+                self.writer.close()
 
     def _write(self, name: str, values: dict) -> None:
         self.files[name].write(json.dumps(values) + "\n")
@@ -62,13 +78,15 @@ def read_lines(path: Path, key: str) -> list[dict]:
     Raises:
         UserError: the file is not there or not of this kind. A last line that was cut off is passed over.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file; name the folder of a run, OUTPUT/MODEL.NAME/TAG")
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
     try:
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]
         lines = {line[key]: line for line in map(json.loads, whole.splitlines())}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        if wrong := [value for value in lines if type(value) is not int]:
+            raise TypeError(f"{key} is {wrong[0]!r}, not a whole number")
+    except (OSError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({error!r}); main.py writes one JSON object a line") from error
     return [lines[value] for value in sorted(lines)]
 

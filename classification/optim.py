@@ -1,10 +1,15 @@
-"""AdamW with its parameter groups, and the learning rate: linear warm-up, then cosine, stepped every update."""
+"""AdamW with its parameter groups and saved moments, and the learning rate: linear warm-up, then cosine, by update."""
 
+from itertools import permutations
+
+import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import AdamW
 from yacs.config import CfgNode
+
+from classification.checkpoint import like
 
 REFERENCE_BATCH = 512  # the global batch that the config's learning rates are for
 
@@ -20,8 +25,89 @@ def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Ada
     )
 
 
+def load_moments(optimizer: AdamW, saved: dict) -> None:
+    """Moments and step counts as saved; learning rate, decay and other options as the config has them now.
+
+    The saved groups may come in another order than ours, as the authors' do: those whose moments have the shapes of our
+    groups' parameters are taken for them. What is read from a file is brought into each parameter's own layout, which
+    the fused update reads without looking.
+
+    Raises:
+        ValueError: the groups or moments are not of these parameters, or are not dense, real and finite.
+    """
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), t) for k, t in _OPTIMIZER_STATE.items()):
+        raise ValueError("it is not {'state': {...}, 'param_groups': [...]}")
+    state, groups = saved["state"], [_indices(group) for group in saved["param_groups"]]
+    parameters = [group["params"] for group in optimizer.param_groups]
+    if len(groups) != len(parameters):
+        raise ValueError(f"it has {len(groups)} groups, not {len(parameters)}")
+    in_order = next((g for g in permutations(groups) if _fit(g, parameters, state)), None)
+    if in_order is None:
+        _complain(groups, parameters, state)
+    own = optimizer.state_dict()["param_groups"]
+    indices = [i for group in in_order for i in group]
+    moments = {
+        index: {
+            key: like(_prototype(key, parameter), state[index][key], f"{key} of parameter {index}") for key in _MOMENTS
+        }
+        for index, parameter in zip(indices, (p for group in parameters for p in group), strict=True)
+    }
+    if any(m["step"] < 0 for m in moments.values()):
+        raise ValueError("a step count is negative")
+    new = [{**mine, "params": theirs} for mine, theirs in zip(own, in_order, strict=True)]
+    optimizer.load_state_dict({"state": moments, "param_groups": new})
+
+
+_OPTIMIZER_STATE = {"state": dict, "param_groups": list}
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _prototype(key: str, parameter: nn.Parameter) -> torch.Tensor:
+    return torch.zeros((), dtype=torch.float32, device=parameter.device) if key == "step" else parameter.detach()
+
+
+def _indices(group: object) -> list[int]:
+    indices = group.get("params") if isinstance(group, dict) else None
+    if not isinstance(indices, list) or not all(type(i) is int for i in indices):
+        raise ValueError("a group of it has no list of parameters")
+    return indices
+
+
+def _fit(groups: tuple[list[int], ...], parameters: list[list[nn.Parameter]], state: dict) -> bool:
+    """Whether each group's moments have the shapes of the parameters in its place."""
+    return all(
+        len(indices) == len(ours) and all(_shape(state, i) == p.shape for i, p in zip(indices, ours, strict=True))
+        for indices, ours in zip(groups, parameters, strict=True)
+    )
+
+
+def _shape(state: dict, index: int) -> torch.Size | None:
+    moments = state.get(index)
+    shapes = {getattr(moments.get(key), "shape", None) for key in _MOMENTS[1:]} if isinstance(moments, dict) else {None}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def _complain(groups: list[list[int]], parameters: list[list[nn.Parameter]], state: dict) -> None:
+    """Name the first moments that do not fit, with the groups in the order in which most of them do."""
+    if sorted(map(len, groups)) != sorted(map(len, parameters)):
+        raise ValueError(f"its groups have {[len(g) for g in groups]} parameters, not {[len(p) for p in parameters]}")
+    best = max(permutations(groups), key=lambda order: sum(a == b for a, b in _shapes(order, parameters, state)))
+    flat = [i for group in best for i in group]
+    index = next(i for i, (a, b) in zip(flat, _shapes(best, parameters, state), strict=False) if a != b)
+    raise ValueError(f"moments of parameter {index} are not of its shape")
+
+
+def _shapes(groups: tuple[list[int], ...], parameters: list[list[nn.Parameter]], state: dict) -> list[tuple]:
+    flat = [i for group in groups for i in group], [p for group in parameters for p in group]
+    return [(_shape(state, i), p.shape) for i, p in zip(*flat, strict=False)]
+
+
 def build_scheduler(config: CfgNode, optimizer: AdamW, global_batch: int, updates_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up from WARMUP_LR over WARMUP_EPOCHS, then one cosine to MIN_LR, by update and not by epoch."""
+    """Linear warm-up from WARMUP_LR over WARMUP_EPOCHS, then one cosine to MIN_LR, by update and not by epoch.
+
+    Update k is made with the schedule's rate at max(k - 1, 0), as in the authors' code, which steps it after each
+    update with that update's number.
+    """
     scale = global_batch / REFERENCE_BATCH
     warmup = config.TRAIN.WARMUP_EPOCHS * updates_per_epoch
     return CosineLRScheduler(

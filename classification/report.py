@@ -16,14 +16,14 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from yacs.config import CfgNode
 
-from classification.checkpoint import BEST, load_weights, num_classes, read_checkpoint, state_dicts
-from classification.data.build import UnreadableImageError, eval_transform, image_folder
-from classification.errors import UserError
+from classification.checkpoint import BEST, class_names_of, load_weights, num_classes, read_checkpoint, state_dicts
+from classification.config import saved_config
+from classification.data import names_differ
+from classification.data.build import eval_transform
+from classification.data.images import ImageFolder, UnreadableImageError, read_image
+from classification.errors import UserError, escape_on_streams, printable
 from classification.metrics import EPOCHS, STEPS, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
@@ -35,6 +35,9 @@ def read_metrics(folder: Path) -> list[dict]:
     epochs = read_lines(folder / EPOCHS, "epoch")
     if not epochs:
         raise UserError(f"{folder / EPOCHS}: holds no epochs yet")
+    for line in epochs:
+        if not all(isinstance(line.get(key), int | float) for key in ("loss", "seconds")):
+            raise UserError(f"{folder / EPOCHS}: is damaged: its epoch {line['epoch']} has no loss and seconds")
     return epochs
 
 
@@ -48,10 +51,13 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict) -> str:
         (f"top-1 in training, epoch {checkpoint['epoch']}", f"{trained:.3f} %"),
     ]
     evaluation = folder / "evaluation.json"
-    evaluated = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
-    if evaluated and Path(evaluated["checkpoint"]).resolve() == (folder / BEST).resolve():
-        again = evaluated["model"]
-        rows.append((f"top-1 evaluated again, {again['images']} images", f"{again['top1']:.3f} %"))
+    try:
+        evaluated = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
+        if evaluated and Path(evaluated["checkpoint"]).resolve() == (folder / BEST).resolve():
+            again = evaluated["model"]
+            rows.append((f"top-1 evaluated again, {again['images']} images", f"{again['top1']:.3f} %"))
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{evaluation}: is damaged ({error!r}); evaluate the checkpoint again") from error
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -94,8 +100,12 @@ def draw_training_curves(steps: list[dict]) -> Figure:
 
 
 @torch.no_grad()
-def draw_predictions(model: SpatialMamba, dataset: ImageFolder) -> Figure:
-    """A grid of validation images with the predicted class above each; a wrong one in red, with the true class."""
+def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]) -> Figure:
+    """A grid of validation images with the predicted class above each; a wrong one in red, with the true class.
+
+    Args:
+        names: of the model's classes, in the order of its head.
+    """
     count = min(GRID_ROWS * GRID_COLUMNS, len(dataset))
     spread = torch.linspace(0, len(dataset) - 1, count).round().int().tolist()
     read = {i: sample for i in spread if (sample := _read(dataset, i)) is not None}
@@ -105,9 +115,10 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder) -> Figure:
     for cell in axes.flat:
         cell.axis("off")
     for cell, index, guess, (_, target) in zip(axes.flat, indices, predicted, samples, strict=False):
-        cell.imshow(Image.open(dataset.samples[index][0]).convert("RGB"))
-        right = guess == target
-        title = dataset.classes[guess] if right else f"{dataset.classes[guess]}, is {dataset.classes[target]}"
+        cell.imshow(read_image(dataset.samples[index][0]))
+        truth = dataset.classes[target]
+        right = names[guess] == truth
+        title = printable(truth if right else f"{names[guess]}, is {truth}").replace("$", r"\$")
         cell.set_title(title, color="black" if right else "red", fontsize=10)
     figure.suptitle(f"Predictions on {count} validation images, evenly spaced over the classes")
     return figure
@@ -122,42 +133,64 @@ def _read(dataset: ImageFolder, index: int) -> tuple[Tensor, int] | None:
 
 def report(folder: Path, data_path: str | None) -> None:
     metrics = read_metrics(folder)
-    figures = {"learning_curve.png": draw_learning_curve(metrics)}
-    if (folder / STEPS).exists():
-        figures["training_curves.png"] = draw_training_curves(read_lines(folder / STEPS, "update"))
+    try:
+        figures = {"learning_curve.png": draw_learning_curve(metrics)}
+        if (folder / STEPS).exists():
+            figures["training_curves.png"] = draw_training_curves(read_lines(folder / STEPS, "update"))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: its {EPOCHS} or {STEPS} is damaged ({error!r}); a number is missing") from error
     if data_path:
         path = folder / BEST
         checkpoint = read_checkpoint(path)
         figures["predictions.png"] = draw_predictions(*_best_model_and_images(checkpoint, path, data_path))
-        print(summary(folder, metrics, checkpoint))
+        try:
+            print(summary(folder, metrics, checkpoint))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-        print(f"wrote {folder / name}")
+        try:
+            figure.savefig(folder / name, dpi=120)
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be written ({error})") from error
+        print(printable(f"wrote {folder / name}"))
 
 
-def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tuple[SpatialMamba, ImageFolder]:
+def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tuple[SpatialMamba, ImageFolder, list[str]]:
     if not isinstance(checkpoint.get("config"), str):
         raise UserError(f"{path}: has no 'config', so it was not saved by main.py")
-    config = CfgNode.load_cfg(checkpoint["config"])
+    config = saved_config(checkpoint["config"], f"{path}: its config")
     state = state_dicts(checkpoint, path)["model"]
     model = SpatialMamba(num_classes=num_classes(state) or 0, **VARIANTS[config.MODEL.NAME]).eval()
     load_weights(model, state, path)
-    dataset = image_folder(data_path, "val", eval_transform(config))
+    dataset = ImageFolder(data_path, "val", eval_transform(config))
     if len(dataset.classes) != model.num_classes:
         raise UserError(f"{data_path}: has {len(dataset.classes)} classes, the checkpoint {model.num_classes}")
-    return model, dataset
+    names = class_names_of(checkpoint, path)
+    if names is None:
+        print(f"{path}: holds no names of classes; they are taken in the order of the folders")
+        names = dataset.classes
+    elif difference := names_differ(names, dataset.classes):
+        raise UserError(f"{path}: its classes are not those of {dataset.root}: {difference}")
+    if dataset.left_out:
+        print(printable(dataset.left_out))
+    return model, dataset, names
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Summarise a run and draw its curves and predictions.")
+    parser = argparse.ArgumentParser(
+        description="Summarise a run and draw its curves and predictions.", allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path, help="of the run, OUTPUT/MODEL.NAME/TAG")
     parser.add_argument("--data-path", metavar="DIR", help="image folder with val/, for predictions")
     args = parser.parse_args()
     mpl.use("Agg")
+    escape_on_streams()
     try:
         report(args.folder, args.data_path)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from yacs.config import CfgNode
 
-from classification.errors import UserError
+from classification.errors import UserError, printable
 from classification.memory import keep_freed_memory
 
 logger = logging.getLogger("spatialmamba")
@@ -26,10 +27,16 @@ class Run:
     def __init__(self, config: CfgNode):
         gpus = torch.cuda.device_count()
         # The rank on this node: a node's GPUs are counted from 0 whatever the number of nodes.
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        local_rank = check_environment()
         if gpus and local_rank >= gpus:
             raise UserError(f"more processes than GPUs on this node: it has {gpus}; lower --nproc_per_node")
-        info = init_distributed_device_so("cuda" if gpus else "cpu")
+        try:
+            info = init_distributed_device_so("cuda" if gpus else "cpu")
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            why = str(error).splitlines()[0]
+            hint = "; the port is in use, choose another --master_port" if "EADDRINUSE" in str(error) else ""
+            raise UserError(f"the processes do not find each other at {place} ({why}){hint}") from error
         self.rank, self.world_size = info["global_rank"], info["world_size"]
         self.device = torch.device(info["device"])
         # What is agreed on goes over the network, beside what the device is at.
@@ -59,6 +66,14 @@ class Run:
             raise outcome[1]
         return outcome[0]
 
+    def gather(self, value: T) -> list[T]:
+        """`value` of every process, by rank, in all of them; tensors go over the network as they are on a CPU."""
+        if self.group is None:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def open_log(self, to_file: bool = True) -> None:
         """Console and log.txt in the first process, where log.txt also gets every printed step; warnings in all."""
         logger.setLevel(logging.DEBUG if self.is_main else logging.WARNING)
@@ -69,11 +84,11 @@ class Run:
         if self.is_main and to_file:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                handlers.append(logging.FileHandler(self.folder / "log.txt"))
+                handlers.append(_LogFile(self.folder / "log.txt", encoding="utf-8", errors="backslashreplace"))
             except OSError as error:
                 raise UserError(f"{self.folder}: cannot be written to ({error}); choose another --output") from error
         for handler in handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.handlers = handlers
 
     def describe(self) -> str:
@@ -81,6 +96,69 @@ class Run:
         if self.device.type == "cpu":
             return f"{self.world_size} process(es), CPU with {torch.get_num_threads()} thread(s) each, {amp}"
         return f"{self.world_size} process(es), {torch.cuda.get_device_name(self.device)}, {amp}"
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """One line on the console, once, where the file cannot be written any more: the run goes on."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            print(printable(f"{self.baseFilename}: cannot be written to ({sys.exc_info()[1]})"), file=sys.stderr)
+
+
+WHOLE_NUMBERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+)
+
+
+def check_environment() -> int:
+    """What the launcher says of this process, before anything waits for the others. Returns its rank on this node.
+
+    Raises:
+        UserError: a variable is missing, no number, or contradicts another.
+    """
+    values = {}
+    for name in WHOLE_NUMBERS:
+        text = os.environ.get(name)
+        if text is not None and not (text.isascii() and text.isdigit()):
+            raise UserError(f"{name} is {text!r}, not a whole number; a launcher such as torchrun sets it")
+        if text is not None:
+            values[name] = int(text)
+    if values.get("MASTER_PORT", 1) > 65535:
+        raise UserError(f"MASTER_PORT is {values['MASTER_PORT']}, but ports end at 65535")
+    if "WORLD_SIZE" in values:
+        rank, size, names = "RANK", "WORLD_SIZE", ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    elif values.get("SLURM_NTASKS", 1) > 1:
+        rank, size, names = "SLURM_PROCID", "SLURM_NTASKS", ("SLURM_PROCID", "MASTER_ADDR", "MASTER_PORT")
+        if "SLURM_STEP_NUM_TASKS" not in os.environ:
+            raise UserError(
+                f"SLURM_NTASKS is {values[size]}, but srun has not started this process, which would wait for "
+                "the others: start it by tools/slurm_train.sh, srun or torchrun, or unset SLURM_NTASKS"
+            )
+    elif several := [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if values.get(name, 1) > 1]:
+        raise UserError(f"{several[0]} is {values[several[0]]}: mpirun is not known here; start by torchrun or srun")
+    elif values.get("RANK", 0):
+        raise UserError(f"RANK is {values['RANK']}, but WORLD_SIZE is not set; start the processes by torchrun")
+    else:
+        return values.get("LOCAL_RANK", 0)
+    missing = [name for name in names if name not in os.environ]
+    if values[size] > 1 and missing:
+        raise UserError(
+            f"{size} is {values[size]}, but {', '.join(missing)} is not set: start the processes by torchrun, or unset "
+            f"{size} for a single one"
+        )
+    if not 0 <= values.get(rank, 0) < max(values[size], 1):
+        raise UserError(f"{rank} is {values[rank]}, but {size} is {values[size]}: ranks are 0 to {values[size] - 1}")
+    return values.get("LOCAL_RANK", values.get("SLURM_LOCALID", 0))
 
 
 class Preempted(Exception):
@@ -92,21 +170,26 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """SIGTERM and SIGUSR1, with which clusters announce that they are about to kill a job, asked for between steps.
+    """Signals that ask the run to stop, looked at between steps.
 
-    Used as a context manager, which puts the handlers back.
+    SIGTERM and SIGUSR1, with which clusters announce that they are about to kill a job; Ctrl-C, which ends the run at
+    once the second time; and SIGHUP, which a terminal sends that is closed. Used as a context manager, which puts the
+    handlers back.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    SAME_SECOND = 1.0  # a launcher passes on the Ctrl-C that the terminal has sent to all
 
     def __init__(self, run: Run):
         self.group = run.group
         self.received = 0
+        self.interrupted = 0.0
         self.flag = torch.zeros(1, dtype=torch.int64)
         self.pending: dist.Work | None = None
 
     def __enter__(self) -> "Preemption":
-        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        ignored = {number for number in self.SIGNALS if signal.getsignal(number) == signal.SIG_IGN}  # by nohup
+        self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS if number not in ignored}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -115,6 +198,11 @@ class Preemption:
 
     def _note(self, number: int, frame: object) -> None:
         self.received = number
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self.interrupted and now - self.interrupted > self.SAME_SECOND:
+                raise KeyboardInterrupt
+            self.interrupted = self.interrupted or now
 
     def check(self) -> None:
         """Called by all processes alike; what one of them has received ends them all, one call later.

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all processes, on the devices for which PyTorch has none."""
+"""Batch norm among processes: over the batches of all, where PyTorch has none; or each its own, then averaged."""
 
 import torch
 import torch.distributed as dist
@@ -37,3 +37,20 @@ def synchronise_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running means and variances of a model's batch norms, by name: the buffers themselves."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
+
+
+def average_batch_norm(model: nn.Module) -> None:
+    """Give the batch norms of all processes the mean of their running statistics, in place.
+
+    Summed in float64, so that the mean of what is the same already is that to the bit: a run that is interrupted
+    between this and its checkpoint does it twice.
+    """
+    for buffer in running_statistics(model).values():
+        total = buffer.double()
+        dist.all_reduce(total)
+        buffer.copy_(total / dist.get_world_size())

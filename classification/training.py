@@ -2,13 +2,14 @@
 
 import logging
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3, distribute_bn, random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -17,21 +18,32 @@ from yacs.config import CfgNode
 from classification.checkpoint import (
     BEST,
     BEST_EMA,
+    CLASSES,
     LATEST,
     CheckpointFolder,
+    StateDict,
+    class_names_of,
+    like,
     load_weights,
     read_checkpoint,
     state_dicts,
 )
-from classification.data import UnreadableImages, build_eval_loader, build_mixup, build_train_loader
+from classification.data import (
+    UnreadableImages,
+    build_eval_loader,
+    build_mixup,
+    build_train_loader,
+    escaped,
+    names_differ,
+)
 from classification.engine import Progress, Trainer, evaluate, train_one_epoch
 from classification.errors import UserError
 from classification.guards import NonFiniteError, NonFiniteGuard
 from classification.metrics import MetricsLog
 from classification.models import VARIANTS, SpatialMamba
-from classification.optim import build_optimizer, build_scheduler
+from classification.optim import build_optimizer, build_scheduler, load_moments
 from classification.run import Preempted, Preemption, Run
-from classification.sync_bn import synchronise_batch_norm
+from classification.sync_bn import average_batch_norm, running_statistics, synchronise_batch_norm
 
 logger = logging.getLogger("spatialmamba")
 
@@ -100,7 +112,10 @@ class Training:
         self.train_loader = build_train_loader(config, run.rank, run.world_size)
         self.eval_loader = build_eval_loader(config, run.rank, run.world_size)
         self.checkpoints = CheckpointFolder(run.folder, config.KEEP_LAST)
+        self.notes: list[str] = []  # for the log, which is not open yet
         resumed = run.from_main(self._read_checkpoint)
+        if resumed:
+            self._match_classes(*resumed)
         random_seed(config.SEED)  # the same weights in every process, for the EMA's copy too
         self.model = build_model(config, classes)
         self.new_head = False if resumed else self._load_pretrained()
@@ -110,7 +125,7 @@ class Training:
         self.trainer = self._build_trainer(classes)
         self.state, self.progress = State(), Progress()
         self.resumed_from = None
-        self.notes: list[str] = []  # for the log, which is not open yet
+        self.own_batch_norm = run.world_size > 1 and not config.TRAIN.SYNC_BN
         if resumed:
             content, self.resumed_from = resumed
             self._resume(content, self.resumed_from)
@@ -122,8 +137,27 @@ class Training:
         path = self.config.MODEL.PRETRAINED
         if not path:
             return False
-        weights = self.run.from_main(lambda: state_dicts(read_checkpoint(path), path)["model"])
-        return load_weights(self.model, weights, path, new_head=True)
+
+        def read() -> tuple[dict, list[str] | None]:
+            content = read_checkpoint(path)
+            return state_dicts(content, path)["model"], class_names_of(content, path)
+
+        weights, names = self.run.from_main(read)
+        others = names is not None and bool(names_differ(names, self.train_loader.classes))
+        if names is not None and not others:
+            self._renumber(names, path)
+        return load_weights(self.model, weights, path, new_head=True, other_classes=others)
+
+    def _match_classes(self, content: dict, path: Path) -> None:
+        names = class_names_of(content, path)
+        if names is None:
+            self.notes.append(f"{path}: holds no names of classes; they are taken in the order of the folders")
+        else:
+            self._renumber(names, path)
+
+    def _renumber(self, names: list[str], path: str | Path) -> None:
+        for loader in (self.train_loader, self.eval_loader):
+            loader.renumber(names, str(path))
 
     def _build_trainer(self, classes: int) -> Trainer:
         config, run = self.config, self.run
@@ -160,11 +194,12 @@ class Training:
         names another one in that very folder.
         """
         path = Path(self.config.MODEL.RESUME) if self.config.MODEL.RESUME else None
-        if path and (not self.checkpoints.exists() or path.resolve().parent == self.run.folder.resolve()):
+        begun = self.checkpoints.look()
+        if path and (not begun or path.resolve().parent == self.run.folder.resolve()):
             content = read_checkpoint(path)
             _check_resumable(content, path)
             return content, path
-        if not self.checkpoints.exists():
+        if not begun:
             return None
         if not self.config.TRAIN.AUTO_RESUME:
             raise UserError(
@@ -180,9 +215,11 @@ class Training:
         load_weights(self.model, weights["model"], path)
         if self.ema:
             load_weights(self.ema.module, weights.get("model_ema", weights["model"]), path)
+            if "model_ema" not in weights:
+                self.notes.append(f"{path}: has no model_ema; the average begins anew, at its model's weights")
         trainer = self.trainer
         try:
-            _load_optimizer(trainer.optimizer, content["optimizer"])
+            load_moments(trainer.optimizer, content["optimizer"])
             if content.get("scaler") and trainer.scaler.is_enabled():
                 trainer.scaler.load_state_dict(content["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -192,12 +229,38 @@ class Training:
             for key in ("max_accuracy", "max_accuracy_ema"):
                 setattr(self.state, key, content.get(key, NO_ACCURACY))
         # Within an epoch, the place is the same one only if as many images make a batch and a step.
-        if content.get("progress") and content.get("shares") == self._shares():
+        if content.get("progress") and _same(content.get("shares"), self._shares()):
             self.progress = Progress(**content["progress"])
+            within = self.progress.step % self.config.TRAIN.ACCUMULATION_STEPS and self.progress.step != self.batches
+            if within or self.progress.step > self.batches:
+                raise UserError(f"{path}: its step is {self.progress.step} of {self.batches}, between no two updates")
+            self._load_own_statistics(content.get("batch_norm"), path)
         elif content.get("progress"):
-            self.notes.append(f"{path}: other batches, processes or seed than now; its epoch is begun anew")
+            self.notes.append(f"{path}: other images, batches, processes or seed than now; its epoch is begun anew")
         # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
-        trainer.scheduler.step_update(self.updates())
+        if updates := self.updates():
+            trainer.scheduler.step_update(updates - 1)  # as after that update
+
+    def _own_statistics(self) -> list[StateDict]:
+        """Running statistics of model and EMA in this process, which differ from the others' within an epoch."""
+        modules = [self.model, *([self.ema.module] if self.ema else [])]
+        return [running_statistics(module) for module in modules] if self.own_batch_norm else []
+
+    def _load_own_statistics(self, saved: object, path: Path) -> None:
+        own = self._own_statistics()
+        if not own:
+            return
+        if saved is None:
+            self.notes.append(f"{path}: has no batch norm statistics of each process; all go on with the first one's")
+            return
+        try:
+            for mine, theirs in zip(own, saved[self.run.rank], strict=False):  # perhaps without the average
+                for name, buffer in mine.items():
+                    buffer.copy_(like(buffer, theirs[name], name))
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}"
+            ) from error
 
     def _shares(self) -> dict[str, int]:
         """What a batch number within an epoch means."""
@@ -207,6 +270,7 @@ class Training:
             "batch": config.DATA.BATCH_SIZE,
             "accumulation": config.TRAIN.ACCUMULATION_STEPS,
             "batches": self.batches,
+            "images": len(self.train_loader.dataset),
             "seed": config.SEED,
         }
 
@@ -229,7 +293,6 @@ class Training:
         if first >= config.TRAIN.EPOCHS:
             logger.info("all %d epochs are done; raise TRAIN.EPOCHS to go on", config.TRAIN.EPOCHS)
             return
-        run.from_main(self.checkpoints.lock)
         self.metrics = MetricsLog(run.folder, self.updates(), config.TENSORBOARD) if run.is_main else None
         if self.metrics:
             self.trainer.on_report = self.metrics.step
@@ -256,7 +319,7 @@ class Training:
         config, trainer, sampler = self.config, self.trainer, self.train_loader.sampler
         sampler.set_epoch(epoch)
         sampler.start = self.progress.step * config.DATA.BATCH_SIZE
-        trainer.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= config.TRAIN.MESA.START * config.TRAIN.EPOCHS)
+        trainer.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= int(config.TRAIN.MESA.START * config.TRAIN.EPOCHS))
         trained = train_one_epoch(trainer, self.train_loader, epoch, config.PRINT_FREQ, self.progress)
         validated = self._validate()
         for name, result in validated.items():
@@ -277,8 +340,8 @@ class Training:
         for name, module in (("model", self.model), ("model_ema", self.ema and self.ema.module)):
             if module is None:
                 continue
-            if self.run.world_size > 1 and not self.config.TRAIN.SYNC_BN:
-                distribute_bn(module, self.run.world_size, reduce=True)
+            if self.own_batch_norm:
+                average_batch_norm(module)
             results[name] = evaluate(
                 module, self.eval_loader, self.run.device, self.run.autocast, self.preemption.check
             )
@@ -313,29 +376,50 @@ class Training:
 
     def _save(self, names: list[str]) -> Path:
         """Write a checkpoint in the first process, under `names` as well; all wait for it."""
+        statistics = None
+        if self.progress.step and self.own_batch_norm:
+            own = [{name: buffer.cpu() for name, buffer in state.items()} for state in self._own_statistics()]
+            statistics = self.run.gather(own)
         return self.run.from_main(
-            lambda: self.checkpoints.save(self._content(), self.state.epoch + 1, self.progress.step, names)
+            lambda: self.checkpoints.save(self._content(statistics), self.state.epoch + 1, self.progress.step, names)
         )
 
-    def _content(self) -> dict:
+    def _content(self, statistics: list | None) -> dict:
         content = {
             "model": self.model.state_dict(),
             "optimizer": self.trainer.optimizer.state_dict(),
             "scaler": self.trainer.scaler.state_dict(),
             "config": self.config.dump(),
+            CLASSES: [escaped(name) for name in self.train_loader.classes],
             "shares": self._shares(),
             "progress": asdict(self.progress) if self.progress.step else {},
             **asdict(self.state),
         }
-        return content | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
+        if self.ema:
+            content["model_ema"] = self.ema.module.state_dict()
+        if statistics:
+            content["batch_norm"] = statistics  # of each process
+        return content
+
+    def lock(self) -> None:
+        """Keep other runs out of the output folder, before anything is written into it; there may be nothing to do.
+
+        Raises:
+            UserError: another one is in it, or was since this one has looked for checkpoints.
+        """
+        if self.state.epoch + 1 < self.config.TRAIN.EPOCHS:
+            self.run.from_main(self.checkpoints.lock)
 
     def log_setup(self) -> None:
         config, run = self.config, self.run
         logger.info("config:\n%s", config.dump().rstrip())
         count = f"{sum(p.numel() for p in self.model.parameters()):,}"
         logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, run.describe(), run.folder)
-        for message in [*self.checkpoints.set_aside, *self.notes]:
-            logger.warning("%s", message)
+        left_out = [loader.dataset.folder.left_out for loader in (self.train_loader, self.eval_loader)]
+        one = "there is one class, so every prediction is right: accuracy says nothing"
+        messages = [*self.checkpoints.set_aside, *self.checkpoints.notes, *self.notes, *left_out]
+        for message in filter(None, [*messages, one if self.model.num_classes == 1 else ""]):
+            logger.log(logging.WARNING if run.is_main else logging.DEBUG, "%s", message)
         if self.resumed_from:
             flag = "--pretrained" if config.MODEL.PRETRAINED else "--resume"
             done = config.MODEL.PRETRAINED or config.MODEL.RESUME not in ("", str(self.resumed_from))
@@ -344,23 +428,14 @@ class Training:
             logger.info("resuming from %s, %s%s", self.resumed_from, place, ignored)
         elif config.MODEL.PRETRAINED:
             classes = self.model.num_classes
-            head = f"; its head has another size, a new one has {classes} classes" if self.new_head else ""
+            head = f"; its head is for other classes, a new one has {classes} classes" if self.new_head else ""
             logger.info("starting from the weights of %s%s", config.MODEL.PRETRAINED, head)
         else:
             logger.info("starting from scratch")
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Moments and step counts as saved; learning rate, decay and other options as the config has them now."""
-    own = optimizer.state_dict()["param_groups"]
-    groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, saved["param_groups"], strict=True)]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = [i for group in groups for i in group["params"]]
-    for index, parameter in zip(indices, parameters, strict=True):  # the fused update reads whatever lies there
-        state = saved["state"][index]
-        if any(state[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")) or state["step"].numel() != 1:
-            raise ValueError(f"moments of parameter {index} are not of its shape")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+def _same(saved: object, own: dict[str, int]) -> bool:
+    return isinstance(saved, dict) and all(type(v) in (int, str) for v in saved.values()) and saved == own
 
 
 def _check_resumable(content: dict, path: Path) -> None:
@@ -372,7 +447,27 @@ def _check_resumable(content: dict, path: Path) -> None:
     if missing := [key for key in ("optimizer", "epoch") if key not in content]:
         raise UserError(f"{path}: has no {', '.join(missing)}, so training cannot go on from it; {START_OVER}")
     epoch, progress = content["epoch"], content.get("progress", {})
-    if not isinstance(epoch, int) or epoch < -1:
-        raise UserError(f"{path}: its epoch is {epoch!r}, so training cannot go on from it; {START_OVER}")
-    if not isinstance(progress, dict) or (progress and set(progress) != set(asdict(Progress()))):
-        raise UserError(f"{path}: its progress is {progress!r}, so training cannot go on from it; {START_OVER}")
+    if type(epoch) is not int or not -1 <= epoch < LAST_EPOCH:
+        raise UserError(f"{path}: its epoch is {reprlib.repr(epoch)}, so training cannot go on from it; {START_OVER}")
+    if not isinstance(progress, dict) or (progress and not _is_progress(progress)):
+        shown = reprlib.repr(progress)
+        raise UserError(f"{path}: its progress is {shown}, so training cannot go on from it; {START_OVER}")
+    for key in ("max_accuracy", "max_accuracy_ema") if "shares" in content else ():  # others' are not used
+        if not _is_number(content.get(key, NO_ACCURACY), NO_ACCURACY, 100):
+            raise UserError(f"{path}: its {key} is {reprlib.repr(content[key])}, not an accuracy; {START_OVER}")
+    scaler = content.get("scaler") or {}
+    if not isinstance(scaler, dict) or not all(_is_number(value, 0, LARGEST_SCALE) for value in scaler.values()):
+        raise UserError(f"{path}: its scaler is {reprlib.repr(scaler)}, not that of a run; {START_OVER}")
+
+
+LAST_EPOCH, LARGEST_SCALE = 2**31, 2.0**127
+
+
+def _is_progress(progress: dict) -> bool:
+    counts = all(type(progress.get(key)) is int and progress[key] >= 0 for key in ("step", "finite"))
+    floats = all(_is_number(progress.get(key), -LARGEST_SCALE, LARGEST_SCALE) for key in ("loss", "seconds"))
+    return set(progress) == set(asdict(Progress())) and counts and floats and progress["finite"] <= progress["step"]
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high

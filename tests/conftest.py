@@ -17,6 +17,7 @@ DAYS = 7  # in which `--long today` comes to every long test
 
 def pytest_addoption(parser):
     parser.addoption("--random-cases", type=int, default=200, help="random cases for each compared implementation")
+    parser.addoption("--hostile-cases", type=int, default=50, help="hostile checkpoints; a fifth as many of the rest")
     parser.addoption(
         "--long", choices=("no", "today", "all"), default="no",
         help=f"tests that only take longer than others of theirs: none, one in {DAYS} by the date, or all",

@@ -2,14 +2,16 @@
 
     python tests/kill_and_resume.py --kills 30
 
-Processes train on digits, with EMA, MESA and mixup, and save after every update. Both get SIGKILL at random times,
-one kill in three as soon as a checkpoint is seen half-written. The same command goes on each time. In the end weights,
-EMA and optimizer must be those of the undisturbed run bit for bit.
+Processes train on digits, with EMA, MESA and mixup, and save after every update. All get a signal at random times: in
+turn SIGKILL, Ctrl-C, SIGKILL as soon as a checkpoint is seen half-written, and SIGHUP; what can be caught has the run
+saved. The same command goes on each time. In the end weights, EMA and optimizer must be those of the undisturbed run,
+bit for bit.
 """
 
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,9 +49,16 @@ def start(data: Path, output: Path, epochs: int, count: int) -> list[subprocess.
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                preexec_fn=_heed_signals,
             )
         )
     return processes
+
+
+def _heed_signals() -> None:
+    """In the background of a shell, or under nohup, they are ignored, and so they would be in what is started."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait(processes: list[subprocess.Popen], output: Path) -> None:
@@ -63,8 +72,14 @@ def wait(processes: list[subprocess.Popen], output: Path) -> None:
             raise RuntimeError((output / f"process_{rank}.txt").read_text()[-3000:])
 
 
-def kill(processes: list[subprocess.Popen], folder: Path, rng: random.Random, during_save: bool) -> str:
-    """SIGKILL to all, at a random moment after the run has begun to train again; returns where it was."""
+SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGHUP)
+DURING_SAVE = 2  # the one of these that waits for a checkpoint to be half-written
+
+
+def kill(
+    processes: list[subprocess.Popen], folder: Path, rng: random.Random, number: signal.Signals, during_save: bool
+) -> str:
+    """A signal to all, at a random moment after the run has begun to train again; returns where it was."""
     before = {f: f.stat().st_mtime_ns for f in folder.glob("*.pth")}
     deadline = time.monotonic() + PATIENCE
     while {f: _modified(f) for f in folder.glob("*.pth")} == before:  # it has not made an update yet
@@ -75,13 +90,15 @@ def kill(processes: list[subprocess.Popen], folder: Path, rng: random.Random, du
     while during_save and not any(folder.glob(".*.partial")) and all(p.poll() is None for p in processes):
         if time.monotonic() > deadline:
             break
+    training = all(p.poll() is None for p in processes)  # and not about to end, its epochs done
     for process in processes:
-        process.kill()
-    for process in processes:
-        process.wait()
+        process.send_signal(number)
+    statuses = [process.wait(PATIENCE) for process in processes]
+    if training and number != signal.SIGKILL and not set(statuses) <= {128 + number, 0}:
+        raise RuntimeError(f"{number.name} ended the processes with {statuses}, and not after saving")
     partial = "half-written, " if any(folder.glob(".*.partial")) else ""
     newest = max(folder.glob("epoch_*.pth"), key=_modified, default=None)
-    return f"{partial}newest {newest.name if newest else 'none'}"
+    return f"{number.name}, {partial}newest {newest.name if newest else 'none'}"
 
 
 def _modified(path: Path) -> int:
@@ -123,7 +140,8 @@ def run(kills: int, epochs: int, root: Path, processes: int = 2, seed: int = 0) 
     folder = outputs["killed"] / FOLDER
     for i in range(kills):
         running = start(data, outputs["killed"], epochs, processes)
-        place = kill(running, folder, rng, during_save=i % 3 == 2)
+        which = i % len(SIGNALS)
+        place = kill(running, folder, rng, SIGNALS[which], which == DURING_SAVE)
         print(f"kill {i + 1}: {place}", flush=True)
     wait(start(data, outputs["killed"], epochs, processes), outputs["killed"])
     resumed = (folder / "log.txt").read_text().count("resuming from")

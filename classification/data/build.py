@@ -7,7 +7,7 @@ read.
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from timm.data import Mixup, auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
+from classification.data.images import ImageFolder, UnreadableImageError
 from classification.errors import UserError
 from classification.seeding import seeded
 
@@ -89,6 +89,58 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     return images, targets, [message for sample in samples for message in sample[2]]
 
 
+class ImageLoader(DataLoader):
+    """A DataLoader of an image folder whose labels can be renumbered once a checkpoint says in which order it has them.
+
+    Attributes:
+        classes: names in the order of the labels.
+    """
+
+    labels: Tensor | None = None  # the new one of each of the folder's
+
+    def __init__(self, dataset: "TrainImages | EvalImages", **arguments: object):
+        super().__init__(dataset, **arguments)
+        self.classes: list[str] = dataset.folder.classes
+
+    def renumber(self, names: list[str], source: str) -> None:
+        """Have each class the label that it has in `names`, by its name.
+
+        Raises:
+            UserError: `names`, which are those of `source`, are not the folder's.
+        """
+        own = self.dataset.folder.classes
+        if difference := names_differ(names, own):
+            raise UserError(f"{source}: its classes are not those of {self.dataset.folder.root}: {difference}")
+        if list(names) != own:
+            places = {name: label for label, name in enumerate(names)}
+            self.labels = torch.tensor([*(places[escaped(name)] for name in own), -1])  # -1, the last, is unreadable
+            self.classes = list(names)
+
+    def __iter__(self) -> Iterator[tuple]:
+        batches = super().__iter__()
+        return batches if self.labels is None else map(self._renumbered, batches)
+
+    def _renumbered(self, batch: tuple) -> tuple:
+        images, targets, *rest = batch
+        return images, self.labels[targets], *rest
+
+
+def escaped(name: str) -> str:
+    """A folder's name as a checkpoint holds it: in Unicode, whatever the file system's bytes are."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def names_differ(names: Sequence[str], folder: Sequence[str]) -> str:
+    """The first difference between a checkpoint's classes and a folder's, in whatever order; empty if there is none."""
+    own = [escaped(name) for name in folder]
+    theirs, ours = set(names), set(own)
+    absent, new = [name for name in names if name not in ours], [name for name in own if name not in theirs]
+    if not absent and not new:
+        return ""
+    parts = [f"{what} {found[0]!r}" for what, found in (("it has", absent), ("the folder has", new)) if found]
+    return f"{', '.join(parts)} ({len(names)} and {len(own)} classes)"
+
+
 class EpochSampler(DistributedSampler):
     """Items of `TrainImages` for one process, shuffled anew each epoch, from `start` on where an epoch is resumed."""
 
@@ -127,17 +179,17 @@ class UnreadableImages:
 
 def class_names(data_path: str, split: str) -> list[str]:
     """Names of the class folders of a split, in the order of their labels."""
-    return image_folder(data_path, split, transform=None).classes
+    return ImageFolder(data_path, split, transform=None).classes
 
 
-def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader:
+def build_train_loader(config: CfgNode, rank: int, world_size: int) -> ImageLoader:
     """Shuffled batches of DATA_PATH/train for one process. Its sampler is an `EpochSampler`: set the epoch before each.
 
     Raises:
         UserError: a missing or empty folder, classes other than those of val/, fewer images than one batch each, an
             odd batch for mixup.
     """
-    dataset = image_folder(config.DATA.DATA_PATH, "train", _train_transform(config))
+    dataset = ImageFolder(config.DATA.DATA_PATH, "train", _train_transform(config))
     _check_same_classes(config.DATA.DATA_PATH, dataset.classes)
     _check_enough(len(dataset), world_size, "train", config.DATA.DATA_PATH)
     if (config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0) and config.DATA.BATCH_SIZE % 2:
@@ -158,13 +210,13 @@ def build_train_loader(config: CfgNode, rank: int, world_size: int) -> DataLoade
     return _loader(config, TrainImages(dataset, config.SEED), sampler=sampler, drop_last=True)
 
 
-def build_eval_loader(config: CfgNode, rank: int, world_size: int) -> DataLoader:
+def build_eval_loader(config: CfgNode, rank: int, world_size: int) -> ImageLoader:
     """DATA_PATH/val in order, every image in exactly one process: rank, rank + world_size, ...
 
     Raises:
         UserError: a missing or empty folder, or more processes than images.
     """
-    dataset = image_folder(config.DATA.DATA_PATH, "val", eval_transform(config))
+    dataset = ImageFolder(config.DATA.DATA_PATH, "val", eval_transform(config))
     _check_enough(len(dataset), world_size, "val", config.DATA.DATA_PATH)
     images = EvalImages(dataset, config.DATA.IMG_SIZE)
     return _loader(config, images, sampler=range(rank, len(dataset), world_size), drop_last=False)
@@ -187,9 +239,22 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
 
 def eval_transform(config: CfgNode) -> Callable:
     """Resize the short side to IMG_SIZE / CROP_PCT, crop the centre, normalise as ImageNet."""
-    return create_transform(
+    resize_and_crop = create_transform(
         config.DATA.IMG_SIZE, interpolation=config.DATA.INTERPOLATION, crop_pct=config.TEST.CROP_PCT
     )
+    return Compose([_cut_ends, *resize_and_crop.transforms])
+
+
+LONGEST = 8  # times the short side
+
+
+def _cut_ends(image: Image) -> Image:
+    """The middle of an image that is very long, of which the crop is a part: resized first, it could be gigabytes."""
+    keep = LONGEST * min(image.size)
+    if max(image.size) <= keep:
+        return image
+    left, top = (max(0, side - keep) // 2 for side in image.size)
+    return image.crop((left, top, left + min(image.width, keep), top + min(image.height, keep)))
 
 
 def _train_transform(config: CfgNode) -> Callable:
@@ -212,39 +277,6 @@ def _train_transform(config: CfgNode) -> Callable:
         raise UserError(f"AUG.AUTO_AUGMENT is not a policy that timm knows: {policy!r} ({error})") from error
 
 
-class UnreadableImageError(UserError):
-    """A file that is no image, or a damaged one."""
-
-
-def _read_image(path: str) -> Image:
-    try:
-        return default_loader(path)
-    except Exception as error:  # Pillow's plugins raise what they like on a damaged file
-        raise UnreadableImageError(f"{path}: cannot be read as an image ({error})") from error
-
-
-def image_folder(data_path: str, split: str, transform: Callable | None) -> ImageFolder:
-    """DATA_PATH/split, one folder a class.
-
-    Raises:
-        UserError: a missing folder, no class folders, or a class folder without images; reading an image can raise too.
-    """
-    if not data_path:
-        raise UserError("no data: pass --data-path DIR with the folders train/ and val/, one folder a class in each")
-    root = Path(data_path, split)
-    for folder in (Path(data_path), root):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; --data-path must hold {split}/ with one folder a class")
-    if not any(entry.is_dir() for entry in root.iterdir()):
-        raise UserError(f"{root}: no class folders; expected {root}/CLASS/*.jpg")
-    dataset = ImageFolder(str(root), transform, loader=_read_image, allow_empty=True)
-    empty = sorted(set(range(len(dataset.classes))) - set(dataset.targets))
-    if empty:
-        names = ", ".join(str(root / dataset.classes[i]) for i in empty[:5])
-        raise UserError(f"{names}: no images in {len(empty)} class folder(s); fill or remove them")
-    return dataset
-
-
 def _check_same_classes(data_path: str, train_classes: list[str]) -> None:
     differing = set(train_classes) ^ set(class_names(data_path, "val"))
     if differing:
@@ -265,9 +297,11 @@ def _stand_apart(worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends this one to all
 
 
-def _loader(config: CfgNode, dataset: Dataset, sampler: object, drop_last: bool) -> DataLoader:
+def _loader(config: CfgNode, dataset: Dataset, sampler: object, drop_last: bool) -> ImageLoader:
     workers = min(config.DATA.NUM_WORKERS, os.cpu_count() or 1)
-    loader = DataLoader(
+    if workers:
+        _check_shared_memory(config, workers)
+    loader = ImageLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
@@ -283,3 +317,24 @@ def _loader(config: CfgNode, dataset: Dataset, sampler: object, drop_last: bool)
         # Starts the workers, which stay: a fork while a thread of gloo's is in Python never returns in the child.
         iter(loader)
     return loader
+
+
+SHARED_MEMORY = "/dev/shm"
+MIB = 2**20
+
+
+def _check_shared_memory(config: CfgNode, workers: int) -> None:
+    """Workers hand batches over in shared memory; where it is full they die of a bus error."""
+    batch = config.DATA.BATCH_SIZE * 3 * config.DATA.IMG_SIZE**2 * torch.get_default_dtype().itemsize
+    needed = batch * workers * config.DATA.PREFETCH_FACTOR
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise UserError(
+            f"{SHARED_MEMORY}: has {free / MIB:.0f} MiB, but {workers} worker(s) with {config.DATA.PREFETCH_FACTOR} "
+            f"batches of {batch / MIB:.0f} MiB each need {needed / MIB:.0f}: start the container with a larger one "
+            "(docker's --shm-size=16g or --ipc=host), or lower DATA.NUM_WORKERS, 0 for none"
+        )

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from classification.errors import UserError
+from classification.errors import UserError, printable
 
 SIZE = 32
 VAL_IMAGES = 360
@@ -73,13 +73,15 @@ def _count(split: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits as an image folder.")
+    parser = argparse.ArgumentParser(
+        description="Write scikit-learn's handwritten digits as an image folder.", allow_abbrev=False
+    )
     parser.add_argument("root", type=Path, help="folder to make, e.g. data/digits")
     root = parser.parse_args().root
     try:
         written = write_digits(root)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     print(f"{root}: {_count(root / 'train')} training and {_count(root / 'val')} validation images", end="")
     print("" if written else " (already there)")
 

@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from classification.data.digits import split_digits
-from classification.errors import UserError
+from classification.errors import UserError, printable
 
 SIZE = 128
 SCENES = {"train": 480, "val": 96}
@@ -218,14 +218,14 @@ LAYOUTS = {"coco": (_write_coco, _is_coco), "ade20k": (_write_ade20k, _is_ade20k
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write handwritten digits on textured canvases.")
+    parser = argparse.ArgumentParser(description="Write handwritten digits on textured canvases.", allow_abbrev=False)
     parser.add_argument("root", type=Path, help="folder to make, e.g. data/digits_scenes")
     parser.add_argument("--layout", choices=LAYOUTS, default="coco", help="for detection or for segmentation")
     args = parser.parse_args()
     try:
         written = write_digits_scenes(args.root, args.layout)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     print(f"{args.root}: {SCENES['train']} training and {SCENES['val']} validation scenes", end="")
     print("" if written else " (already there)")
 

@@ -17,14 +17,28 @@ from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from classification.checkpoint import StateDict, differences, state_dicts, variant_of
-from classification.errors import UserError
+from classification.checkpoint import StateDict, differences, like, state_dicts, variant_of
+from classification.errors import UserError, printable
 from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
 BACKBONE = "backbone."  # where a toolchain's model keeps it
 STEM = "patch_embed."
 ONLY_CLASSIFIER, ONLY_BACKBONE = ("norm.", "head."), "outnorm"
+# Arguments of the toolchains' Swin and of the authors' backbone, with the values that change nothing here; None: all.
+# The authors' configs inherit Swin's, and their backbone takes whatever it is given.
+DO_NOTHING = {
+    **dict.fromkeys(
+        ("embed_dims", "pretrain_img_size", "img_size", "patch_size", "window_size", "num_heads", "strides")
+    ),
+    **dict.fromkeys(("qkv_bias", "qk_scale", "patch_norm", "act_cfg", "norm_cfg", "convert_weights", "dt_init")),
+    "in_channels": (3,),
+    "in_chans": (3,),
+    "use_abs_pos_embed": (False,),
+    "drop_rate": (0,),
+    "attn_drop_rate": (0,),
+    "norm_layer": ("ln", "LN"),
+}
 
 
 @MODELS.register_module()
@@ -35,6 +49,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         dims: channels in each stage, each double the one before; or the first stage's.
         depths: blocks in each stage.
         d_state: states per channel.
+        mlp_ratio: hidden channels of the MLP over the block's.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks.
         out_indices: stages whose maps are returned.
         pretrained: a classification checkpoint, short for `init_cfg=dict(type="Pretrained", checkpoint=...)`.
@@ -43,6 +58,8 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         with_cp: recompute each block in the backward pass instead of storing its activations.
         init_cfg: mmengine's; of type "Pretrained" a classification checkpoint, or one of a toolchain's model with this
             backbone.
+        inherited: what a config takes over from Swin's, which does nothing here: accepted with one warning that names
+            it. With any of these, `init_cfg` is taken for Swin's as well, and left aside.
 
     Weights are loaded by `init_weights`, which mmengine calls before training but not before testing, strictly but for
     the classifier's head and norm and for the maps' norms, which one of the two forms lacks.
@@ -53,20 +70,32 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         dims: Sequence[int] | int = 64,
         depths: Sequence[int] = (2, 4, 8, 4),
         d_state: int = 1,
+        mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         pretrained: str | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        **inherited: object,
     ):
+        if inherited:
+            _check_inherited(inherited)
+            left_aside = [*inherited, *(["init_cfg"] if init_cfg else [])]
+            _say(f"arguments that do nothing here: {', '.join(sorted(left_aside))}", logging.WARNING)
+            init_cfg = None
         if pretrained and init_cfg:
             raise ValueError("pretrained and init_cfg say the same thing: give one of them")
         if not -1 <= frozen_stages <= len(depths):
             raise ValueError(f"frozen_stages must be in [-1, {len(depths)}], got {frozen_stages}")
         # Both parents' constructors: SpatialMamba's calls the next in line, BaseModule's, which takes no sizes.
         super().__init__(
-            depths=depths, dims=dims, d_state=d_state, drop_path_rate=drop_path_rate, out_indices=out_indices
+            depths=depths,
+            dims=dims,
+            d_state=d_state,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+            out_indices=out_indices,
         )
         self.init_cfg = dict(type="Pretrained", checkpoint=pretrained) if pretrained else init_cfg
         self.frozen_stages = frozen_stages
@@ -113,14 +142,36 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
     def _load(self, path: str, prefix: str) -> None:
         state, source = _backbone_weights(load_from_local(path), path, prefix)
         own = self.state_dict()
-        ignored = [key for key in state if key.startswith(ONLY_CLASSIFIER)]
+        ignored = [key for key in state if key.startswith((*ONLY_CLASSIFIER, *self._not_built()))]
         fresh = [key for key in own if key.startswith(ONLY_BACKBONE) and key not in state]
         if found := differences(own, state, ignore=(*ignored, *fresh)):
             raise UserError(f"{path}: its weights are of another model: {found}{size_hint(state)}")
-        self.load_state_dict({**own, **{key: value for key, value in state.items() if key not in ignored}})
+        try:
+            loaded = {key: like(own[key], value, key) for key, value in state.items() if key not in ignored}
+        except ValueError as error:
+            raise UserError(f"{path}: its weights hold what is no weight: {error}") from error
+        self.load_state_dict({**own, **loaded})
         left = f"; {_modules(ignored)} not needed" if ignored else ""
         new = f"; {_modules(fresh)} not in it and new" if fresh else ""
         _say(f"{len(state) - len(ignored)} tensors of {source} in {path} loaded{left}{new}", logging.INFO)
+
+    def _not_built(self) -> list[str]:
+        """What a checkpoint of all stages has beyond the last of `out_indices`."""
+        last = len(self.layers) - 1
+        stages = [f"layers.{i}." for i in range(last + 1, len(self.depths))]
+        return [*stages, f"layers.{last}.downsample.", *(f"{ONLY_BACKBONE}{i}." for i in self._without_map())]
+
+    def _without_map(self) -> list[int]:
+        return [i for i in range(len(self.depths)) if i not in self.out_indices]
+
+
+def _check_inherited(inherited: dict) -> None:
+    for name, value in inherited.items():
+        if name not in DO_NOTHING:
+            raise TypeError(f"MM_SpatialMamba has no argument {name!r}")
+        allowed = DO_NOTHING[name]
+        if allowed is not None and value not in allowed:
+            raise ValueError(f"MM_SpatialMamba has no {name}, which here is always {allowed[0]!r}: got {value!r}")
 
 
 def _backbone_weights(content: dict, path: str, prefix: str) -> tuple[StateDict, str]:
@@ -153,4 +204,4 @@ def _modules(keys: Sequence[str]) -> str:
 
 
 def _say(message: str, level: int) -> None:
-    print_log(f"MM_SpatialMamba: {message}", logger="current", level=level)
+    print_log(printable(f"MM_SpatialMamba: {message}"), logger="current", level=level)

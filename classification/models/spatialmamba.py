@@ -435,7 +435,7 @@ class SpatialMambaBackbone(SpatialMamba):
     """Dense-task form: images (B, in_chans, H, W) -> the maps of `out_indices`, strides 4, 8, 16, 32.
 
     Each map is (B, dims[i], ceil(H / 2^(i+2)), ceil(W / 2^(i+2))), through a LayerNorm `outnorm{i}` of its own. There
-    is no final norm and no head.
+    is no final norm and no head, and no stage past the last of `out_indices`: its parameters would get no gradient.
 
     Args:
         out_indices: stages whose maps are returned; the rest of the arguments are `SpatialMamba`'s.
@@ -463,6 +463,8 @@ class SpatialMambaBackbone(SpatialMamba):
             mlp_ratio=mlp_ratio,
             drop_path_rate=drop_path_rate,
         )
+        del self.layers[max(self.out_indices) + 1 :]
+        self.layers[-1].downsample = nn.Identity()
 
     def _make_outputs(self, drop_rate: float) -> None:
         self.norm = self.head = nn.Identity()

@@ -4,10 +4,15 @@ mmengine 0.10.7 calls `torch.load` plainly. Since PyTorch 2.6 that refuses mmeng
 resuming, for their log is HistoryBuffers of NumPy arrays.
 """
 
+import hashlib
 import os
 import re
+import shutil
+from http.client import HTTPException
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from urllib.parse import urlparse
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -16,7 +21,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import get_external_models, get_mmcls_models, get_torchvision_models
 
-from classification.checkpoint import CFG_NODE, StateDict, read_checkpoint
+from classification.checkpoint import CFG_NODE, StateDict, check_weights, plain, read_checkpoint
 from classification.errors import UserError
 
 
@@ -72,27 +77,22 @@ class _Inert:
         pass
 
 
+class _ArrayType:
+    """Stands for `numpy.ndarray`, which pickles name and do not call: called, it takes what memory it is told to."""
+
+    def __new__(cls, *args: object) -> "_ArrayType":
+        raise ValueError("numpy.ndarray is called")
+
+
 STAND_INS = (
     CFG_NODE,
     (_History, "mmengine.logging.history_buffer.HistoryBuffer"),
-    (np.ndarray, "numpy.ndarray"),  # named, not called
+    (_ArrayType, "numpy.ndarray"),
     (_DType, "numpy.dtype"),
     (_no_bytes, "builtins.bytes"),  # of an array without elements
     *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),  # of NumPy 1 and 2
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 )
-
-
-def _unwrapped(value: object) -> object:
-    """With arrays for what holds them."""
-    if isinstance(value, _Array):
-        return value.array
-    if isinstance(value, dict):
-        for key, item in value.items():
-            value[key] = _unwrapped(item)
-    elif type(value) in (list, tuple):
-        return type(value)(_unwrapped(item) for item in value)
-    return value
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
@@ -106,7 +106,11 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
         UserError: no such file, or damaged, or no checkpoint.
     """
     path = Path(filename).expanduser()
-    return _unwrapped(read_checkpoint(path, map_location or "cpu", STAND_INS, others=lambda name: _Inert))
+    content = read_checkpoint(path, map_location or "cpu", STAND_INS, others=lambda name: _Inert)
+    content = plain(content, path, lambda value: value.array if isinstance(value, _Array) else value)
+    if isinstance(content.get("state_dict"), dict):
+        check_weights(content["state_dict"], path, counts="")  # mmengine would pass over what is none
+    return content
 
 
 # ----- by address: mmengine has torch.hub unpickle whatever it gets
@@ -114,17 +118,33 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
 
 @CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
 def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """A file that is downloaded once, to torch.hub's folder, and read as `load_from_local` reads it."""
+    """A file that is downloaded once, to torch.hub's folder, and read as `load_from_local` reads it.
+
+    It is kept under a name that its whole address gives, and only once it has come whole.
+    """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / os.path.basename(urlparse(filename).path)
+    name = os.path.basename(urlparse(filename).path)[-100:]
+    path = folder / f"{hashlib.sha256(filename.encode()).hexdigest()[:16]}-{name}"
     if get_dist_info()[0] == 0 and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(filename, str(path))
-        except OSError as error:
-            raise UserError(f"{filename}: cannot be downloaded ({error})") from error
+        _download(filename, path)
     barrier()
     return load_from_local(str(path), map_location)
+
+
+def _download(address: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urlopen(address) as response, NamedTemporaryFile(dir=path.parent, suffix=".partial") as partial:
+            shutil.copyfileobj(response, partial)
+            partial.flush()
+            expected, found = response.headers.get("Content-Length"), partial.tell()
+            if expected is not None and int(expected) != found:
+                raise OSError(f"{found} of {expected} bytes have come")
+            os.link(partial.name, path)
+    except FileExistsError:
+        return  # another process was faster
+    except (HTTPException, OSError, ValueError) as error:
+        raise UserError(f"{address}: cannot be downloaded ({error}); try again, or name a file") from error
 
 
 def _load_named(filename: str, addresses: dict[str, str], map_location: str | torch.device | None) -> dict:
@@ -156,7 +176,8 @@ def weights_of(content: dict, path: str | Path) -> StateDict:
         UserError: it holds none.
     """
     state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not any(isinstance(v, torch.Tensor) for v in state.values()):
         keys = ", ".join(map(str, list(content)[:8]))
         raise UserError(f"{path}: holds no weights under 'state_dict' and is no state dict; its keys are {keys}")
+    check_weights(state, path, counts="")
     return {key.removeprefix("module."): value for key, value in state.items()}

@@ -16,7 +16,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from classification.checkpoint import differences
-from classification.errors import UserError
+from classification.errors import UserError, is_dir, is_file
 from classification.models.openmmlab import BACKBONE, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
@@ -86,6 +86,18 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
 
 
+def note_class_weights(cfg: Config) -> None:
+    """Have CheckLabels know of a loss with weights of classes."""
+    heads = [cfg.model.get(part) or [] for part in ("decode_head", "auxiliary_head")]
+    heads = [head for part in heads for head in (part if isinstance(part, list) else [part])]
+    losses = [head.get("loss_decode") or [] for head in heads]
+    weighted = any(loss.get("class_weight") for part in losses for loss in (part if isinstance(part, list) else [part]))
+    for dataset in _datasets(cfg.train_dataloader.dataset) if weighted else ():
+        for step in dataset.get("pipeline") or ():
+            if step.get("type") == "CheckLabels":
+                step.class_weight = True
+
+
 def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
     """Those that read files, out of wrappers such as RepeatDataset and ConcatDataset."""
     inner = dataset.get("dataset", dataset.get("datasets"))
@@ -101,7 +113,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     root = dataset.get("data_root") or ""
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):
-            _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", Path.is_dir)
+            _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
         _must_exist(annotations, "annotation file", f"{key}.ann_file")
@@ -131,8 +143,8 @@ def _classes(dataset: ConfigDict, key: str) -> list[str]:
     return list(classes)
 
 
-def _must_exist(path: str, what: str, key: str, exists=Path.is_file) -> None:
-    if "://" not in path and not exists(Path(path)):
+def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
+    if "://" not in path and not exists(path):
         raise UserError(
             f"{path}: no such {what} ({key}); pass --cfg-options data_root=/path/to/data/, "
             f"or set {key} if yours is called otherwise"
@@ -141,6 +153,8 @@ def _must_exist(path: str, what: str, key: str, exists=Path.is_file) -> None:
 
 def _check_categories(path: str, classes: list[str], key: str) -> None:
     names = _categories(path)
+    if key.startswith("train"):
+        _check_annotated(path)
     absent = [name for name in classes if name not in names]
     if absent:
         raise UserError(
@@ -156,23 +170,36 @@ def _check_categories(path: str, classes: list[str], key: str) -> None:
 def _categories(path: str) -> list[str]:
     """Names of a COCO file's categories, where that can be without parsing half a gigabyte of annotations."""
     for read in (_categories_at_an_end, _categories_in_all):
-        with suppress(ValueError, TypeError, KeyError):
-            return [category["name"] for category in read(path)]
+        with suppress(KeyError, RecursionError, TypeError, ValueError):
+            names = [category["name"] for category in read(path)]
+            if all(isinstance(name, str) for name in names):
+                return names
     raise UserError(
         f'{path}: is no COCO annotation file: it has no "categories" list of {{"id": ..., "name": ...}}; add one'
     )
 
 
 def _categories_at_an_end(path: str) -> list[dict]:
-    """The file's first list of that name or its last, if they are of categories: images may have such lists too."""
+    """The file's only list of that name: where there are more, images have such lists too."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for at in (text.find(b'"categories"'), text.rfind(b'"categories"')):
-            chunk = text[at : at + CHUNK].decode(errors="ignore") if at >= 0 else ""
-            if start := re.match(r'"categories"\s*:\s*(?=\[\s*\{)', chunk):
-                found, _ = json.JSONDecoder().raw_decode(chunk, start.end())
-                if all("name" in category for category in found):
-                    return found
-    raise ValueError("no categories")
+        at = text.find(b'"categories"')
+        if at < 0 or text.rfind(b'"categories"') != at:
+            raise ValueError("no list of that name, or more than one")
+        chunk = text[at : at + CHUNK].decode(errors="ignore")
+        start = re.match(r'"categories"\s*:\s*(?=\[\s*\{)', chunk)
+        if not start:
+            raise ValueError("no list of categories")
+        return json.JSONDecoder().raw_decode(chunk, start.end())[0]
+
+
+def _check_annotated(path: str) -> None:
+    """Without a single annotation there is nothing to train on, and mmdet's sampler fails."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for key in ("images", "annotations"):
+            at = text.find(f'"{key}"'.encode())
+            alone = text.rfind(f'"{key}"'.encode()) == at
+            if at < 0 or (alone and re.match(rb'"\w+"\s*:\s*\[\s*\]', text[at : at + 1000])):
+                raise UserError(f"{path}: has no {key}, so there is nothing to train on")
 
 
 def _categories_in_all(path: str) -> list[dict]:
@@ -195,24 +222,59 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
 # ----- checkpoints
 
 
+def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
+    known = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    names = (
+        next((known[key] for key in ("classes", "CLASSES") if key in known), None) if isinstance(known, dict) else None
+    )
+    if not isinstance(names, list | tuple) or not classes or list(names) == list(classes):
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(names, classes, strict=False)) if a != b), min(len(names), len(classes))
+    )
+    here, there = (repr(found[at]) if at < len(found) else "missing" for found in (classes, names))
+    raise UserError(
+        f"{path}: its classes are not the data set's: class {at} is {there} in it and {here} in the data set "
+        f"({len(names)} and {len(classes)} classes); set metainfo.classes to its own, or train for these"
+    )
+
+
 def check_file(path: str | None) -> None:
     """Raise a UserError if a checkpoint that is named is not there."""
-    if path and not Path(path).expanduser().is_file():
+    if path and not is_file(Path(path).expanduser()):
         raise UserError(f"{path}: no such checkpoint file; if it is an address, download it first")
 
 
-def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False) -> None:
+def data_classes(cfg: Config, split: str) -> list[str]:
+    """Names of the classes of a split's first data set, as far as its config says."""
+    loader = cfg.get(f"{split}_dataloader")
+    dataset = next(_datasets(loader.dataset), None) if loader else None
+    return _classes(dataset, f"{split}_dataloader.dataset") if dataset else []
+
+
+def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False, classes: Sequence[str] = ()) -> None:
     """Raise a UserError if a checkpoint does not fit: mmengine would load what fits and go on.
 
-    With `only_backbone`, what comes after the backbone may differ, as it does in fine-tuning for other classes.
+    Args:
+        model: what it is loaded into.
+        path: the file.
+        only_backbone: what comes after the backbone may differ, as it does in fine-tuning for other classes.
+        classes: names, which must be the checkpoint's, in its order, if it knows them.
     """
-    state, own = weights_of(load_from_local(path), path), model.state_dict()
+    content = load_from_local(path)
+    _compare_classes(content.get("meta"), classes, path)
+    state, own = weights_of(content, path), model.state_dict()
     if only_backbone:
         state, own = ({k: v for k, v in names.items() if k.startswith(BACKBONE)} for names in (state, own))
         if not state:
             raise UserError(
                 f"{path}: has no weights of a backbone; a classification checkpoint is loaded by "
                 "model.backbone.pretrained instead"
+            )
+    for key, value in state.items():
+        if key in own and value.is_floating_point() != own[key].is_floating_point():
+            raise UserError(
+                f"{path}: its weights hold {key!r} as {value.dtype}, which is {own[key].dtype} in the model"
             )
     if found := differences(own, state):
         backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}

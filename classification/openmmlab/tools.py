@@ -13,18 +13,38 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
 from mmengine.registry import METRICS, RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
+from PIL import EpsImagePlugin
 
-from classification.errors import UserError
-from classification.openmmlab.checks import check_channels, check_checkpoint, check_data, check_file, check_operators
+from classification.errors import UserError, is_file, printable
+from classification.openmmlab import yaml_files  # noqa: F401, has mmengine read YAML as data
+from classification.openmmlab.checks import (
+    check_channels,
+    check_checkpoint,
+    check_data,
+    check_file,
+    check_operators,
+    data_classes,
+    note_class_weights,
+)
 from classification.openmmlab.flops import complexity_table
+from classification.run import check_environment
 
 RESUME_LATEST = "auto"
+EpsImagePlugin.gs_binary = False  # or an EPS of another name among the data has Pillow start Ghostscript
+
+
+class _Options(DictAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option_string} takes KEY=VALUE, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", help="config file")
-    add("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE",
+    add("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE",
         help="settings over the config's, e.g. model.backbone.pretrained=CKPT; with data_root=DIR/, paths under the "
         "config's data_root move along")  # fmt: skip
 
@@ -46,6 +66,7 @@ def train(scope: str) -> None:
         help="go on from a checkpoint, by default the work dir's latest")  # fmt: skip
     add("--amp", action="store_true", help="automatic mixed precision")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch size")
+    parser.set_defaults(tool="train")
     _run(_train, parser.parse_args(), scope)
 
 
@@ -60,12 +81,15 @@ def test(scope: str) -> None:
     add("--show", action="store_true", help="show predictions on a screen")
     add("--show-dir", help="folder for images with predictions drawn by the first process; mmdet's is in the work dir")
     add("--wait-time", type=float, default=2, help="seconds that --show shows an image")
+    parser.set_defaults(tool="test")
     _run(_test, parser.parse_args(), scope)
 
 
 def get_flops(scope: str, size: tuple[int, int]) -> None:
     """The command line of `get_flops.py`; `size` is the published figures' height and width."""
-    parser = argparse.ArgumentParser(description="Print parameters and FLOPs, custom operators counted.")
+    parser = argparse.ArgumentParser(
+        description="Print parameters and FLOPs, custom operators counted.", allow_abbrev=False
+    )
     add_common_arguments(parser)
     parser.add_argument("--shape", type=int, nargs=2, default=size, metavar=("H", "W"), help="of the image")
     _run(_get_flops, parser.parse_args(), scope)
@@ -81,21 +105,37 @@ def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Name
             torch.distributed.destroy_process_group()
     except UserError as error:
         message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")  # of a worker
-        sys.exit(f"error: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+        sys.exit(f"error: {printable(message)}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 # ----- the config
+
+NEEDED = {
+    "train": ("optim_wrapper", "train_cfg", "train_dataloader"),
+    "test": ("test_cfg", "test_dataloader", "test_evaluator"),
+}
 
 
 def _read_config(args: argparse.Namespace, scope: str) -> Config:
     if "launcher" in args:
         _name_ranks(args.launcher, args.local_rank)
-    if not Path(args.config).is_file():
+        check_environment()
+    if not is_file(args.config):
         raise UserError(f"{args.config}: no such config file")
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:  # a config is a program, or a file that may be broken anywhere
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(f"{args.config}: cannot be read ({type(error).__name__}: {reason})") from error
     if cfg.get("default_scope") != scope:
         raise UserError(f"{args.config}: is a config of {cfg.get('default_scope')}, this is a tool for {scope}")
-    merge_options(cfg, args.cfg_options or {})
+    try:
+        merge_options(cfg, args.cfg_options or {})
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
+    for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
+        if not isinstance(cfg.get(key), dict | list):
+            raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
     init_default_scope(scope)
     check_channels(cfg.model)
     return cfg
@@ -218,6 +258,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     check_file(cfg.get("load_from"))
     check_file((cfg.model.get("backbone") or {}).get("pretrained"))
     check_data(cfg, ("train", "val"))
+    note_class_weights(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
@@ -225,7 +266,9 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         cfg.load_from = _latest_checkpoint(cfg.work_dir)
     runner = _build(cfg)
     if cfg.get("load_from"):
-        check_checkpoint(_unwrapped(runner), cfg.load_from, only_backbone=not cfg.get("resume"))
+        resumed = bool(cfg.get("resume"))
+        classes = data_classes(cfg, "train") if resumed else ()
+        check_checkpoint(_unwrapped(runner), cfg.load_from, only_backbone=not resumed, classes=classes)
     runner.train()
 
 
@@ -250,7 +293,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     check_data(cfg, ("test",))
     _prepare(cfg, args)
     runner = _build(cfg)
-    check_checkpoint(_unwrapped(runner), args.checkpoint)
+    check_checkpoint(_unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"))
     if args.out and cfg.default_scope == "mmdet":
         runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
     runner.test()

@@ -2,7 +2,9 @@
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
+from PIL import Image
 
+from classification.data.images import image_formats
 from classification.errors import UserError
 
 IGNORED = 255
@@ -14,20 +16,49 @@ class CheckLabels:
 
     Otherwise one that is no class ends training in the loss: on a GPU as an assertion that names no file.
 
+    Args:
+        num_classes: labels are below that, or 255, which is ignored.
+        class_weight: whether the loss has weights of classes. mmseg looks one up for each pixel, ignored ones too.
+
     Raises:
-        UserError: one that is neither below `num_classes` nor ignored (255).
+        UserError: a label that is no class, or ignored where none may be; or a file that is no map of labels.
     """
 
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, class_weight: bool = False):
+        self.num_classes, self.class_weight = num_classes, class_weight
 
     def __call__(self, results: dict) -> dict:
-        labels = results["gt_seg_map"]
-        wrong = (labels >= self.num_classes) & (labels != IGNORED)
-        if wrong.any():
-            first = int(bool(results.get("reduce_zero_label")))  # what LoadAnnotations has subtracted from the file's
+        path, labels = results["seg_map_path"], results["gt_seg_map"]
+        if labels.ndim != 2:
             raise UserError(
-                f"{results['seg_map_path']}: has label {np.max(labels[wrong]) + first}, but with {self.num_classes} "
+                f"{path}: is a picture of {labels.shape[-1]} colours, not a map of labels: write one number a pixel"
+            )
+        reduced = bool(results.get("reduce_zero_label"))  # 1 subtracted from the file's by LoadAnnotations
+        wrong = _beyond_a_byte(path)
+        if wrong is None:
+            outside = labels[(labels >= self.num_classes) & (labels != IGNORED)]
+            wrong = np.max(outside) + reduced if outside.size else None
+        if wrong is not None:
+            first = int(reduced)
+            raise UserError(
+                f"{path}: has label {wrong}, but with {self.num_classes} "
                 f"classes {first} to {self.num_classes - 1 + first} are labels, and {IGNORED} is what is ignored"
             )
+        if self.class_weight and (labels == IGNORED).any():
+            raise UserError(
+                f"{path}: has ignored pixels (255), for which a loss "
+                "with class_weight has no weight: leave class_weight out of the heads' loss_decode, or label them"
+            )
         return results
+
+
+def _beyond_a_byte(path: str) -> int | None:
+    """The largest label of a map of more than 8 bits if it is above 255: LoadAnnotations takes it modulo 256."""
+    try:
+        with Image.open(path, formats=image_formats()) as image:
+            if image.mode in ("1", "L", "P"):
+                return None
+            largest = int(np.asarray(image).max(initial=0))
+    except (OSError, ValueError):  # of another place or kind, which LoadAnnotations has read by other means
+        return None
+    return largest if largest > IGNORED else None

@@ -2,12 +2,15 @@
 
 import pickle
 import shutil
+import socket
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from running import MICRO, QUICK, run_command
 
+from classification.config import load_config
 from classification.models import SpatialMamba, spatialmamba_micro
 
 
@@ -138,10 +141,95 @@ def test_missing_config_file(refuse, tmp_path):
     assert f"--cfg {tmp_path / 'none.yaml'}: no such file" in refuse(cfg=tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("content", ["a: [", "just words"], ids=["broken", "scalar"])
-def test_config_file_that_is_none(content, refuse, tmp_path):
-    (tmp_path / "my.yaml").write_text(content)
-    assert f"--cfg {tmp_path / 'my.yaml'}: " in refuse(cfg=tmp_path / "my.yaml")
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghijk"))
+NO_CONFIGS = {
+    "broken": ("a: [", "not a YAML file"),
+    "scalar": ("just words", "expected sections such as DATA and TRAIN, got str"),
+    "aliases": (LAUGHS, "anchors and aliases are not read"),
+    "code": ("TAG: !!python/object/apply:os.system ['touch ran']", "tags are not read"),
+    "twice": ("TAG: a\nSEED: 1\nTAG: b\n", "a key stands there twice"),
+    "depth": ("[" * 5000, "nested too deeply"),
+    "key": ("? [1, 2]\n: 3\n", "not a YAML file"),
+    "date": ("SEED: 2024-01-01", "SEED must be of type int, got '2024-01-01'"),
+    "no date": ("SEED: 2024-99-99", "SEED must be of type int, got '2024-99-99'"),
+    "bytes": (b"\xff\xfe\x00", "not a YAML file"),
+    "escapes": ('"TAG\\e[31m": 1', "no config key TAG\\x1b[31m"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CONFIGS)
+def test_config_file_that_is_none(kind, refuse, tmp_path):
+    content, message = NO_CONFIGS[kind]
+    (tmp_path / "my.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = refuse(cfg=tmp_path / "my.yaml")
+    assert f"{tmp_path / 'my.yaml'}: " in found
+    assert message in found
+    assert not (tmp_path / "ran").exists()
+
+
+def test_yaml_says_what_stands_there(tmp_path):
+    """Not what YAML 1.1 makes of it: octal numbers, minutes, dates and truth values."""
+    (tmp_path / "my.yaml").write_text(
+        "TAG: 010\nOUTPUT: 2024-01-01\nTRAIN:\n  AMP: off\n  EMA: {ENABLE: no}\n  MESA: {WEIGHT: 0}\n"
+    )
+    found = load_config(str(tmp_path / "my.yaml"), {})
+    assert (found.TAG, found.OUTPUT, found.TRAIN.AMP, found.TRAIN.EMA.ENABLE) == ("010", "2024-01-01", "off", False)
+
+
+ENVIRONMENTS = {
+    "no rank": (dict(WORLD_SIZE="2"), "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"),
+    "no number": (dict(LOCAL_RANK="abc"), "LOCAL_RANK is 'abc', not a whole number"),
+    "negative": (dict(RANK="-1"), "RANK is '-1', not a whole number"),
+    "empty": (dict(WORLD_SIZE=""), "WORLD_SIZE is '', not a whole number"),
+    "beyond": (
+        dict(WORLD_SIZE="2", RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"),
+        "RANK is 2, but WORLD_SIZE is 2: ranks are 0 to 1",
+    ),
+    "rank alone": (dict(RANK="1"), "RANK is 1, but WORLD_SIZE is not set"),
+    "port": (dict(MASTER_PORT="70000"), "MASTER_PORT is 70000, but ports end at 65535"),
+    "mpirun": (dict(OMPI_COMM_WORLD_SIZE="2"), "OMPI_COMM_WORLD_SIZE is 2: mpirun is not known here"),
+    "no srun": (dict(SLURM_NTASKS="4", SLURM_PROCID="0"), "SLURM_NTASKS is 4, but srun has not started this process"),
+    "no port": (
+        dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="x"),
+        "MASTER_PORT is 'x', not a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+def test_environments_that_name_no_place(kind, refuse, few_digits, monkeypatch):
+    """Which hang, or end in a traceback, where nobody looks at them."""
+    variables, message = ENVIRONMENTS[kind]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert message in refuse("--data-path", few_digits, "--batch-size", 8)
+
+
+def test_port_in_use(few_digits):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken.getsockname()[1]))
+        done = run_command("python", "main.py", "--cfg", MICRO, "--data-path", few_digits, **place)
+    assert done.returncode == 1
+    assert "the port is in use, choose another --master_port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_that_the_console_lacks(few_digits, tmp_path):
+    """A name in Unicode on a console in ASCII, and one that would colour the terminal."""
+    name = "ä\x1b[31mé"
+    data = shutil.copytree(few_digits, tmp_path / name)
+    shutil.copy(next((data / "val/0").iterdir()), data / "val/0/x.txt")
+    arguments = ["main.py", "--cfg", MICRO, "--data-path", data, "--output", tmp_path / "out", "--opts", *QUICK]
+    done = run_command("python", *arguments, "TRAIN.EPOCHS", "1", PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "out/spatialmamba_micro/default/log.txt").read_text(encoding="utf-8")
+    assert "\x1b" not in done.stdout + done.stderr + log
+    assert "ä\\x1b[31mé/val: left out: 1 file(s) ending in .txt" in log
+    assert "UnicodeEncodeError" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -165,9 +253,9 @@ def test_config_file_that_is_none(content, refuse, tmp_path):
         (["--opts", "TRAIN.OPTIMIZER.BETAS", "[0.9, 2]"], "TRAIN.OPTIMIZER.BETAS must be two ascending"),
         (["--opts", "TRAIN.BASE_LR", "-1"], "TRAIN.BASE_LR must be at least 0, got -1.0"),
         (["--opts", "TRAIN.CLIP_GRAD", "-1"], "TRAIN.CLIP_GRAD must be at least 0"),
-        (["--opts", "MODEL.DROP_PATH_RATE", "1.0"], "MODEL.DROP_PATH_RATE must be in [0, 0.999], got 1.0"),
+        (["--opts", "MODEL.DROP_PATH_RATE", "1.0"], "MODEL.DROP_PATH_RATE must be at most 0.999, got 1.0"),
         (["--opts", "TRAIN.USE_CHECKPOINT", "3"], "TRAIN.USE_CHECKPOINT must be of type bool, got 3"),
-        (["--seed", "-1"], "SEED (--seed) must be in"),
+        (["--seed", "-1"], "SEED (--seed) must be at least 0, got -1"),
         (["--opts", "TRAIN.EMA.ENABLE", "False"], "MESA distils from the EMA model"),
         (["--compile"], "--compile and --channels-last go with --throughput"),
         (["--opts", "KEEP_LAST", "0"], "KEEP_LAST must be at least 1, got 0"),
@@ -175,8 +263,31 @@ def test_config_file_that_is_none(content, refuse, tmp_path):
         (["--finetune"], "--finetune needs --pretrained"),
         (["--eval"], "--eval needs --pretrained CKPT or --resume CKPT"),
         (["--pretrained", "a", "--resume", "b"], "pass one of them"),
+        (["--flop"], "unrecognized arguments: --flop"),
+        (["--opts", "AUG.CUTMIX", "1e400"], "AUG.CUTMIX must be at most 1000.0, got inf"),
+        (["--opts", "TRAIN.OPTIMIZER.EPS", "1e400"], "TRAIN.OPTIMIZER.EPS must be at most 1, got inf"),
+        (["--opts", "TRAIN.BASE_LR", "1" + "0" * 400], "TRAIN.BASE_LR must be of type float, got 1000000"),
+        (["--opts", "TRAIN.EPOCHS", "9" * 5000], "TRAIN.EPOCHS must be of type int, got '99999"),
+        (["--opts", "TRAIN.EPOCHS", "{[]:1}"], "TRAIN.EPOCHS must be of type int, got '{[]:1}'"),
+        (["--opts", "TRAIN.EPOCHS", "(" * 3000], "TRAIN.EPOCHS must be of type int, got '(((("),
+        (["--opts", "AUG.SCALE", "[0.1, 1e999]"], "AUG.SCALE must be two ascending numbers in"),
+        (["--opts", "MODEL.NAME", "tiny"], "got 'tiny'; spatialmamba_tiny is that size"),
+        (["--opts", "TRAIN.MESA", "1.0"], "is of the authors' repository: set TRAIN.MESA.WEIGHT"),
+        (["--opts", "MODEL.SPATIALMAMBA.EMBED_DIM", "64"], "authors' repository: the sizes follow from MODEL.NAME"),
+        (["--opts", "AMP_ENABLE", "True"], "authors' repository: set TRAIN.AMP to float16, bfloat16 or off"),
+        (["--model_ema", "True"], "--model_ema is of the authors' repository: set --opts TRAIN.EMA.ENABLE"),
+        (["--model_ema_decay=0.9"], "--model_ema_decay is of the authors' repository: set --opts TRAIN.EMA.DECAY"),
+        (["--zip"], "--zip is of the authors' repository: leave it out; the data is an image folder"),
+        (["--cache-mode", "part"], "--cache-mode is of the authors' repository: leave it out"),
+        (["--fused_layernorm"], "--fused_layernorm is of the authors' repository"),
+        (["--optim", "adamw"], "--optim is of the authors' repository: leave it out; the optimizer is AdamW"),
+        (["--memory_limit_rate", "1"], "--memory_limit_rate is of the authors' repository"),
+        (["--enable_persistance"], "--enable_persistance is of the authors' repository"),
+        (["--data-path", "x" * 300], "cannot be looked at (File name too long)"),
+        (["--data-path", "a\0b"], "DATA.DATA_PATH holds a character that no name can have: 'a\\x00b'"),
+        (["--pretrained", "y" * 300, "--data-path", "."], "cannot be looked at (File name too long)"),
     ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+    ids=lambda v: " ".join(v)[:60].replace("\0", "0") if isinstance(v, list) else "",
 )
 def test_flags(arguments, message, refuse):
     assert message in refuse(*arguments)
@@ -288,8 +399,13 @@ def test_run_that_is_there_is_not_overwritten(few_digits, tmp_path, run_main, ca
     assert latest.read_bytes() == before
 
 
+def huge(model) -> dict:
+    """Weights that are finite, but whose outputs are not."""
+    return {k: torch.full_like(v, 1e38) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+
+
 def test_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path, run_main, capsys):
-    path = saved(tmp_path, {k: v * torch.nan for k, v in spatialmamba_micro(num_classes=10).state_dict().items()})
+    path = saved(tmp_path, huge(spatialmamba_micro(num_classes=10)))
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--pretrained", path, "--finetune"]
     message = refused(run_main, capsys, *arguments, "--opts", *QUICK)
     assert "no loss of epoch 0 was finite" in message
@@ -308,11 +424,23 @@ def test_weights_that_are_no_tensors(value, refuse, few_digits, tmp_path):
         (dict(epoch=-5), "its epoch is -5"),
         (dict(progress=[3]), "its progress is [3]"),
         (dict(progress={"step": 3}), "its progress is {'step': 3}"),
+        (dict(progress={"step": 3, "loss": float("nan"), "finite": 3, "seconds": 1.0}), "its progress is {"),
+        (dict(progress={"step": "3", "loss": 1.0, "finite": 3, "seconds": 1.0}), "its progress is {"),
+        (dict(progress={"step": 3, "loss": 1.0, "finite": 4, "seconds": 1.0}), "its progress is {"),
+        (dict(epoch=True), "its epoch is True"),
+        (dict(shares={}, max_accuracy="99"), "its max_accuracy is '99', not an accuracy"),
+        (dict(shares={}, max_accuracy_ema=float("inf")), "its max_accuracy_ema is inf, not an accuracy"),
+        (dict(scaler={"scale": float("nan")}), "its scaler is {'scale': nan}"),
+        (dict(model_ema=[1]), "its 'model_ema' is of type list, not weights"),
+        (dict(classes="0123456789"), "its 'classes' is not a list of names"),
+        (dict(classes=["a"] * 10), "its 'classes' is not a list of names, each of its own"),
+        (dict(optimizer={"state": [], "param_groups": []}), "its optimizer state is not of this model"),
+        (dict(optimizer={"state": {}, "param_groups": [{"params": [[]]}, 3]}), "its optimizer state is not of this"),
         (dict(optimizer={"a": 1}), "its optimizer state is not of this model"),
         (dict(optimizer={"state": {}, "param_groups": []}), "its optimizer state is not of this model"),
         (dict(optimizer=[1]), "its optimizer state is not of this model"),
     ],
-    ids=["text", "negative", "progress", "part", "dict", "empty", "list"],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
 def test_resume_from_what_cannot_be_resumed(change, message, refuse, few_digits, tmp_path):
     whole = {"model": spatialmamba_micro(num_classes=10).state_dict(), "epoch": 3, "optimizer": {}}
@@ -320,8 +448,8 @@ def test_resume_from_what_cannot_be_resumed(change, message, refuse, few_digits,
     assert message in refuse("--data-path", few_digits, "--batch-size", 8, "--resume", path)
 
 
-def test_weights_that_are_not_finite_are_not_evaluated(run_main, capsys, few_digits, tmp_path):
-    path = saved(tmp_path, {k: v * torch.nan for k, v in spatialmamba_micro(num_classes=10).state_dict().items()})
+def test_weights_whose_loss_is_not_finite_are_not_evaluated(run_main, capsys, few_digits, tmp_path):
+    path = saved(tmp_path, huge(spatialmamba_micro(num_classes=10)))
     message = refused(run_main, capsys, "--data-path", few_digits, "--output", tmp_path, "--pretrained", path)
     assert f"{path}: its model weights give a loss of nan" in message
     assert not list(tmp_path.rglob("evaluation.json"))

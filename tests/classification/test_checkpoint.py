@@ -1,17 +1,23 @@
 """Checkpoints: the published layout is read safely and strictly, ours are written whole or not at all."""
 
+import errno
 import json
 import os
 import pickle
 import random
+import re
+import shutil
+import tracemalloc
+from collections import OrderedDict
 
 import pytest
 import torch
+from hostile import BOMBS, pickled, storage_of
 from kill_and_resume import differences
 from running import CLASSIFICATION, QUICK, ROOT, run_command
 from yacs.config import CfgNode
 
-from classification.checkpoint import load_weights, read_checkpoint, save_checkpoint, state_dicts
+from classification.checkpoint import CheckpointFolder, load_weights, read_checkpoint, save_checkpoint, state_dicts
 from classification.convert import convert
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
@@ -63,7 +69,7 @@ def test_published_layout_is_evaluated_by_the_documented_command(size, few_digit
         folder = tmp_path / "data/val" / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{len(list(folder.iterdir()))}.png"
-        (folder / name).symlink_to(next((few_digits / "val" / str(label)).iterdir()))
+        shutil.copy(next((few_digits / "val" / str(label)).iterdir()), folder / name)
     for label in (0, 2, 4, 6, 7, 8, 9):
         (tmp_path / "data/val" / str(label)).symlink_to(few_digits / "val" / str(label))
     config = CLASSIFICATION / f"configs/spatialmamba/spatialmamba_{size}.yaml"
@@ -76,6 +82,38 @@ def test_published_layout_is_evaluated_by_the_documented_command(size, few_digit
     assert images == results["model_ema"]["images"] > 20
     assert results["model"]["top1"] == pytest.approx(100 * 1 / images)
     assert results["model_ema"]["top1"] == pytest.approx(100 * 3 / images)
+
+
+def training_as_published(content: dict) -> dict:
+    """One of our checkpoints in the layout of the authors': their optimizer's first group is the one that decays."""
+    config = CfgNode({"MODEL": CfgNode({"TYPE": "spatial_mamba", "NAME": "tiny"}), "AMP_ENABLE": True})
+    spared, decayed = content["optimizer"]["param_groups"]
+    old = [*decayed["params"], *spared["params"]]
+    groups = [{**decayed, "params": list(range(len(decayed["params"])))}, spared]
+    groups[1] = {**spared, "params": list(range(len(decayed["params"]), len(old)))}
+    return {
+        **{key: content[key] for key in ("model", "model_ema", "epoch", "max_accuracy")},
+        "optimizer": {
+            "state": {new: content["optimizer"]["state"][i] for new, i in enumerate(old)},
+            "param_groups": groups,
+        },
+        "lr_scheduler": {"t_initial": 300},
+        "scaler": {},
+        "max_accuray_ema": content["max_accuracy_ema"],
+        "config": config,
+    }
+
+
+def test_published_training_checkpoint_resumes(few_digits, tmp_path, run_main):
+    """To the same bits as ours; and the schedule goes on where it was."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK]
+    run_main("--tag", "whole", *arguments, "SAVE_FREQ", "1")
+    run = tmp_path / "spatialmamba_micro"
+    torch.save(training_as_published(read_checkpoint(run / "whole/epoch_1.pth")), tmp_path / "ckpt_epoch_0.pth")
+    run_main("--tag", "on", "--resume", tmp_path / "ckpt_epoch_0.pth", *arguments)
+    whole, on = (read_checkpoint(run / name / "epoch_2.pth") for name in ("whole", "on"))
+    for key in ("model", "model_ema", "optimizer", "epoch"):
+        assert differences(whole[key], on[key]) == []
 
 
 def test_bare_state_dict_loads(tmp_path):
@@ -178,6 +216,200 @@ def test_two_hundred_damaged_checkpoints(tmp_path):
             assert message.startswith(f"{path}: ")
             refused += 1
     assert refused > 180
+
+
+MOMENTARY = {
+    "memory": MemoryError(),
+    "stale": OSError(errno.ESTALE, "Stale file handle"),
+    "disk": OSError(errno.EIO, "Input/output error"),
+    "torch": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes."),
+}
+
+
+@pytest.mark.parametrize("place", ["torch.load", "zipfile.ZipFile.testzip", "zipfile.ZipFile.read"])
+@pytest.mark.parametrize("fault", MOMENTARY)
+def test_what_keeps_a_file_from_being_read_now_is_no_damage(fault, place, tmp_path, monkeypatch):
+    """Good checkpoints stay where they are."""
+    content = {"model": spatialmamba_micro(num_classes=4).state_dict()}
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for epoch in (1, 2, 3):
+        folder.save(content, epoch, 0, ["latest.pth"])
+    files = sorted(f.name for f in tmp_path.iterdir())
+
+    def fail(*_, **__):
+        raise MOMENTARY[fault]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fail)
+        with pytest.raises(UserError, match=r"latest\.pth: cannot be read now .* it was left as it is"):
+            folder.read_last(lambda *_: None)
+    assert sorted(f.name for f in tmp_path.iterdir()) == files
+    assert folder.read_last(lambda *_: None)[1].name == "latest.pth"
+
+
+def test_checkpoints_are_ordered_by_the_run_and_not_by_the_clock(tmp_path):
+    """The clock is set back before the fourth; then the run goes on from an earlier one, as --resume has it."""
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for i, epoch in enumerate((1, 2, 3, 4, 8)):
+        path = folder.save({"epoch": epoch}, epoch, 0, ["latest.pth"])
+        os.utime(path, ns=((100 - i) * 10**9,) * 2)
+    assert [p.name for p in folder.numbered()] == ["epoch_3.pth", "epoch_4.pth", "epoch_8.pth"]
+    folder.save({"epoch": 4}, 4, 0, ["latest.pth"])
+    assert [p.name for p in folder.numbered()] == ["epoch_3.pth", "epoch_8.pth", "epoch_4.pth"]
+    (tmp_path / "latest.pth").unlink()
+    assert folder.read_last(lambda *_: None)[0]["epoch"] == 4
+    (tmp_path / "checkpoints.txt").unlink()
+    assert [p.name for p in folder.numbered()] == ["epoch_3.pth", "epoch_4.pth", "epoch_8.pth"]
+
+
+def test_a_run_that_looked_before_another_one_saved_does_not_start_over_it(tmp_path):
+    first, second = (CheckpointFolder(tmp_path / "run", keep=3) for _ in range(2))
+    assert not first.look()
+    assert not second.look()
+    first.lock()
+    first.save({"epoch": 1}, 1, 0, ["latest.pth"])
+    first.lock_file.close()
+    with pytest.raises(UserError, match="another process has trained in it meanwhile"):
+        second.lock()
+
+
+# ----- what a file claims
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_are_refused_before_they_are_made(bomb, tmp_path):
+    """Of some hundred bytes each; made, they would be gigabytes."""
+    path = pickled(tmp_path / "bomb.pth", BOMBS[bomb])
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"bomb\.pth: "):
+        read_checkpoint(path)
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+
+
+def test_claims_beyond_what_the_file_holds_are_refused(tmp_path):
+    path = tmp_path / "claims.pth"
+    held = {"data/0": torch.arange(4.0).numpy().tobytes()}
+    assert read_checkpoint(pickled(path, storage_of(4), held))["model"]["w"].tolist() == [0, 1, 2, 3]
+    for elements in (5, 2**30, 3, -1):  # read, what lies behind would be weights
+        with pytest.raises(
+            UserError, match=r"claims\.pth: (claims \d+ bytes for a tensor of which it holds 16|.*storage)"
+        ):
+            read_checkpoint(pickled(path, storage_of(elements), held))
+    with pytest.raises(UserError, match="holds 0"):
+        read_checkpoint(pickled(path, storage_of(4)))
+    with pytest.raises(UserError, match=r"packed as torch\.save does not"):
+        read_checkpoint(pickled(path, storage_of(4), held, compressed=True))
+    for name, make in (
+        ("expanded", lambda: torch.zeros(1).expand(40_000, 40_000)),
+        ("tied", lambda: torch.zeros(2**20)),
+    ):
+        shared = make()
+        torch.save({"model": {f"{i}": shared for i in range(50)}}, path)
+        with pytest.raises(UserError, match=r"its weights claim \d+ bytes, of which the file holds"):
+            convert(path, tmp_path / f"{name}.pth")
+        assert not (tmp_path / f"{name}.pth").exists()
+
+
+def with_attributes(state: dict, **attributes) -> OrderedDict:
+    state = OrderedDict(state)
+    state.__dict__.update(attributes)
+    return state
+
+
+def test_attributes_of_a_dict_are_not_obeyed(few_digits, tmp_path, run_main):
+    """_metadata that has load_state_dict adopt the file's tensors, and names of a dict's methods."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    run = tmp_path / "spatialmamba_micro"
+    content = read_checkpoint(run / "default/latest.pth")
+    before = content["model"]
+    adopt = {"": {"version": 1, "assign_to_params_buffers": True}}
+    for name in ("model", "model_ema"):
+        content[name] = with_attributes(content[name], _metadata=adopt, get=3, keys=None, values=None)
+    torch.save(with_attributes(content, get=3, keys=None), tmp_path / "changed.pth")
+    run_main("--tag", "on", "--resume", tmp_path / "changed.pth", *arguments, "2")
+    run_main(*arguments, "2")
+    on, whole = (read_checkpoint(run / name / "latest.pth") for name in ("on", "default"))
+    assert differences(on["model"], whole["model"]) == []
+    assert differences(before, whole["model"]) != []
+
+
+def test_moments_take_the_parameters_layout(few_digits, tmp_path, run_main, capsys):
+    """Transposed, with gaps, in float64 or of one value for all: the fused update would read something else."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    run = tmp_path / "spatialmamba_micro"
+    path = tmp_path / "changed.pth"
+
+    def resumed(change) -> dict:
+        content = read_checkpoint(run / "default/epoch_1.pth")
+        for i, state in content["optimizer"]["state"].items():
+            change(i, state)
+        torch.save(content, path)
+        shutil.rmtree(run / "on", ignore_errors=True)
+        run_main("--tag", "on", "--resume", path, *arguments, "2")
+        return read_checkpoint(run / "on/latest.pth")
+
+    def stride(i, state):
+        value = state["exp_avg"]
+        state["exp_avg"] = value.movedim(0, -1).contiguous().movedim(-1, 0)
+        gaps = torch.full((*value.shape, 3), 7.0)
+        gaps[..., 1] = state["exp_avg_sq"]
+        state["exp_avg_sq"] = gaps[..., 1]
+        state["step"] = state["step"].double().reshape(1)
+
+    assert differences(resumed(stride)["model"], resumed(lambda *_: None)["model"]) == []
+    single = lambda i, s: s.update(exp_avg=torch.zeros(1).expand(s["exp_avg"].shape))  # noqa: E731
+    zeros = lambda i, s: s.update(exp_avg=torch.zeros(s["exp_avg"].shape))  # noqa: E731
+    assert differences(resumed(single)["model"], resumed(zeros)["model"]) == []
+
+    for message, change in {
+        "exp_avg of parameter 3 is not a dense tensor": lambda s: s.update(exp_avg=s["exp_avg"].to_sparse()),
+        "exp_avg of parameter 3 is of type str": lambda s: s.update(exp_avg="x"),
+        "exp_avg_sq of parameter 3 is not finite": lambda s: s["exp_avg_sq"].fill_(torch.nan),
+        "exp_avg of parameter 3 is of dtype complex64": lambda s: s.update(exp_avg=s["exp_avg"] + 0j),
+        "exp_avg of parameter 3 is of dtype int64": lambda s: s.update(exp_avg=s["exp_avg"].long()),
+        "step of parameter 3 is of type int": lambda s: s.update(step=4),
+        "a step count is negative": lambda s: s["step"].fill_(-1),
+        "exp_avg of parameter 3 is a tensor without values": lambda s: s.update(exp_avg=s["exp_avg"].to("meta")),
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            resumed(lambda i, s, c=change: c(s) if i == 3 else None)
+        assert message in stop.value.code or "moments of parameter 3" in stop.value.code
+        assert not (run / "on").exists()
+    capsys.readouterr()
+
+
+NO_WEIGHTS = {
+    "int64": lambda w: w.long(),
+    "bool": lambda w: w > 0,
+    "complex": lambda w: w + 0j,
+    "sparse": lambda w: w.to_sparse(),
+    "meta": lambda w: w.to("meta"),
+    "nested": lambda w: torch.nested.nested_tensor([w, w[:3]]),
+    "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+    "infinite": lambda w: w + torch.inf,
+    "float count": None,
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_weights_are_dense_floating_and_finite(kind, tmp_path):
+    """Or an error, wherever they go: into a model, or another file."""
+    model = spatialmamba_micro(num_classes=4)
+    state = dict(model.state_dict())
+    name = "patch_embed.conv1.norm.num_batches_tracked" if kind == "float count" else "norm.weight"
+    state[name] = torch.tensor(0.5) if kind == "float count" else NO_WEIGHTS[kind](state[name])
+    path = tmp_path / "w.pth"
+    torch.save({"model": state}, path)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError, match=rf"w\.pth: .*{re.escape(name)}|w\.pth: holds pickled objects"):
+        load_weights(model, state_dicts(read_checkpoint(path), path)["model"], path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    if kind != "float count":
+        with pytest.raises(UserError, match=r"w\.pth: "):
+            convert(path, tmp_path / "out.pth")
 
 
 # ----- safetensors

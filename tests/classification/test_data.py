@@ -1,5 +1,7 @@
 """The embedded digits, their loaders and transforms."""
 
+import os
+import re
 import shutil
 
 import numpy as np
@@ -8,11 +10,13 @@ import torch
 from PIL import Image
 from running import MICRO
 from sklearn.datasets import load_digits
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 
 from classification.config import load_config
 from classification.data import UnreadableImages, build_eval_loader, build_mixup, build_train_loader
+from classification.data.build import eval_transform
 from classification.data.digits import write_digits
+from classification.data.images import ImageFolder, UnreadableImageError, read_image
 from classification.errors import UserError
 
 
@@ -171,3 +175,120 @@ def test_mixup_is_off_when_both_are_zero(few_digits):
     _, targets = build_mixup(config(few_digits), 10)(torch.zeros(4, 3, 8, 8), torch.tensor([1, 2, 3, 4]))
     assert targets.shape == (4, 10)
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
+
+
+# ----- what is read, and what is not
+
+
+def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
+    """By the mode's range: 65535 is 255, and what lies between keeps its place. Pillow's conversion makes it white."""
+    values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    expected = np.repeat((np.round(values / 257).astype(np.uint8))[..., None], 3, axis=2)
+    for name in ("a.png", "a.tif", "a.pgm", "big_endian.tif"):
+        Image.fromarray(values.astype(">u2" if "big" in name else "<u2")).save(tmp_path / name)
+        assert np.array_equal(np.asarray(read_image(str(tmp_path / name))), expected), name
+    white = values.max() - values  # stored so that zero is white, which Pillow leaves as it is in 16 bits
+    Image.fromarray(white).save(tmp_path / "white.tif", tiffinfo={262: 0})
+    assert np.array_equal(np.asarray(read_image(str(tmp_path / "white.tif"))), expected)
+    for name, unknown in (("i.tif", values.astype(np.int32)), ("f.tif", values.astype(np.float32))):
+        Image.fromarray(unknown).save(tmp_path / name)
+        with pytest.raises(UnreadableImageError, match=rf"{name}.*mode {name[0].upper()}, whose range is not known"):
+            read_image(str(tmp_path / name))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"):
+        picture = Image.fromarray(expected).convert(mode)
+        picture.save(tmp_path / "m.tif")
+        assert np.array_equal(np.asarray(read_image(str(tmp_path / "m.tif"))), np.asarray(picture.convert("RGB"))), mode
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    """An EPS named .png has Pillow run Ghostscript, if it may open it."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UnreadableImageError, match=r"a\.png: cannot be read as an image"):
+        read_image(str(tmp_path / "a.png"))
+    assert not (tmp_path / "started").exists()
+
+
+def test_each_file_once_and_what_is_left_out_is_counted(tmp_path):
+    """Links to a folder's own folder, a file twice, other suffixes, hidden names; the order is torchvision's."""
+    root = tmp_path / "val"
+    for label in ("a", "b"):
+        (root / label / "deeper").mkdir(parents=True)
+        for name in ("2.png", "deeper/1.JFIF", "deeper/0.gif"):
+            Image.new("L", (4, 4)).save(root / label / name, format="GIF" if "gif" in name else "PNG")
+        for i in range(3):
+            (root / label / "deeper" / f"loop{i}").symlink_to(root / label)
+    (root / "a" / "again.png").symlink_to(root / "a" / "2.png")
+    (root / "b" / "nowhere.png").symlink_to(tmp_path / "nothing")
+    (root / "b" / "itself").symlink_to(root / "b" / "itself")
+    for name in ("a/notes.txt", "a/without", "a/._2.png", "list.txt"):
+        (root / name).write_text("")
+    (root / ".ipynb_checkpoints").mkdir()
+    folder = ImageFolder(str(tmp_path), "val", None)
+    assert folder.classes == ["a", "b"]
+    names = ["2.png", "deeper/0.gif", "deeper/1.JFIF"]
+    assert folder.samples == [(str(root / label / name), i) for i, label in enumerate("ab") for name in names]
+    assert folder.left_out == (
+        f"{root}: left out: 1 broken link(s), 1 file(s) beside the class folders, 1 file(s) ending in .txt, "
+        "2 file(s) without a suffix, 1 hidden file(s), 1 hidden folder(s), 1 link(s) to a file that is there already, "
+        "6 link(s) to a folder that is there already"
+    )
+    (root / "b" / "of_a.png").symlink_to(root / "a" / "2.png")
+    with pytest.raises(UserError, match=r"b/of_a\.png: is the same file as .*a/2\.png, of another class"):
+        ImageFolder(str(tmp_path), "val", None)
+
+
+def test_a_folder_that_may_not_be_entered_is_named(few_digits, monkeypatch):
+    """The tests may run as one who may enter all."""
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("val/3"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"val/3: cannot be entered \(Permission denied\)"):
+        build_eval_loader(config(few_digits), 0, 1)
+
+
+def test_long_images_are_cut_before_they_are_resized(few_digits):
+    """One pixel high, resized first it would take gigabytes; others are timm's to the bit."""
+    transform = eval_transform(config(few_digits, "TEST.CROP_PCT", "0.875", "DATA.IMG_SIZE", "224"))
+    row = np.arange(20000, dtype=np.uint16)[None] // 80
+    for long in (row, row.T):
+        image = transform(Image.fromarray(long.astype(np.uint8)).convert("RGB"))
+        assert image.shape == (3, 224, 224)
+        grey = image[0] * IMAGENET_DEFAULT_STD[0] + IMAGENET_DEFAULT_MEAN[0]
+        torch.testing.assert_close(grey, torch.full_like(grey, 125 / 255), atol=2 / 255, rtol=0)  # its middle
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 400, 3), dtype=np.uint8))
+    expected = create_transform(224, interpolation="bicubic", crop_pct=0.875)(picture)
+    assert torch.equal(transform(picture), expected)
+
+
+def test_shared_memory_too_small_for_the_workers(few_digits, monkeypatch):
+    real = os.statvfs("/")
+    small = os.statvfs_result((*real[:3], 64 * 2**20 // real.f_frsize, 64 * 2**20 // real.f_frsize, *real[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: small)
+    build_eval_loader(config(few_digits, "DATA.NUM_WORKERS", "2"), 0, 1)
+    with pytest.raises(UserError, match=r"/dev/shm: has 64 MiB.*--shm-size=16g or --ipc=host"):
+        build_eval_loader(config(few_digits, "DATA.NUM_WORKERS", "2", "DATA.IMG_SIZE", "384"), 0, 1)
+
+
+def test_labels_follow_the_names_of_a_checkpoint(few_digits):
+    loader = build_eval_loader(config(few_digits), 0, 1)
+    plain = torch.cat([targets for _, targets, _ in loader])
+    names = [str(i) for i in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    loader.renumber(names, "c.pth")
+    renumbered = torch.cat([targets for _, targets, _ in loader])
+    assert [names[i] for i in renumbered] == [loader.dataset.folder.classes[i] for i in plain]
+    for other, difference in (
+        ([*names[:9], "seven"], "it has 'seven', the folder has '7' (10 and 10 classes)"),
+        (names[:9], "the folder has '7' (9 and 10 classes)"),
+    ):
+        with pytest.raises(UserError, match=rf"c\.pth: its classes are not those of .*val: {re.escape(difference)}"):
+            loader.renumber(other, "c.pth")

@@ -6,18 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from kill_and_resume import differences
-from running import MICRO, QUICK, free_port, run_command
+from running import CLASSIFICATION, MICRO, QUICK, free_port, run_command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from classification import engine as engine_module
 from classification import main as main_module
 from classification import training as training_module
-from classification.checkpoint import read_checkpoint, save_checkpoint
+from classification.checkpoint import CheckpointFolder, read_checkpoint, save_checkpoint
 from classification.metrics import read_lines
+from classification.run import Preemption
 
 
 def metrics_of(folder) -> list[dict]:
@@ -178,6 +180,99 @@ time.sleep(600)
 """
 
 
+def test_classes_are_matched_by_name(few_digits, tmp_path, run_main, capsys):
+    """Evaluating, resuming, fine-tuning and the report: in another order they are mapped, other names are an error."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path]
+    epochs = [*QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "--opts", *epochs, "1")
+    run = tmp_path / name_of(".")
+    content = read_checkpoint(run / "best.pth")
+    assert content["classes"] == [str(i) for i in range(10)]
+    run_main(*arguments, "--pretrained", run / "best.pth")
+    expected = evaluation_of(run)
+
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    shuffled = {**content, "classes": [str(i) for i in order]}
+    for name in ("model", "model_ema"):
+        shuffled[name] = {k: v[order] if k.startswith("head.") else v for k, v in content[name].items()}
+    save_checkpoint(shuffled, tmp_path / "shuffled.pth")
+    printed = run_main(*arguments, "--tag", "shuffled", "--pretrained", tmp_path / "shuffled.pth")
+    again = evaluation_of(run.with_name("shuffled"))
+    for name in ("model", "model_ema"):
+        assert again[name] == pytest.approx(expected[name])
+    assert "order of the folders" not in printed
+    del content["classes"]
+    save_checkpoint(content, tmp_path / "nameless.pth")
+    printed = run_main(*arguments, "--tag", "nameless", "--pretrained", tmp_path / "nameless.pth")
+    assert printed.count("nameless.pth: holds no names of classes; they are taken in the order of the folders") == 1
+
+    words = tmp_path / "words"
+    for split in ("train", "val"):
+        (words / split).mkdir(parents=True)
+        for i, name in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]):
+            (words / split / name).symlink_to(few_digits / split / str(i))
+    arguments[1] = words
+    for flags in (["--pretrained", run / "best.pth"], [], ["--tag", "other", "--resume", run / "best.pth"]):
+        with pytest.raises(SystemExit) as stop:
+            run_main(*arguments, *flags, "--opts", *epochs, "2")
+        assert "its classes are not those of" in stop.value.code
+        assert "it has '0', the folder has 'eight' (10 and 10 classes)" in stop.value.code
+    done = run_command("python", "-m", "classification.report", run, "--data-path", words, cwd=CLASSIFICATION)
+    assert done.returncode == 1
+    assert "it has '0', the folder has 'eight'" in done.stderr
+    tune = ["--pretrained", run / "best.pth", "--finetune", "--tag", "tuned", "--opts", *epochs, "1"]
+    assert "its head is for other classes, a new one has 10 classes" in run_main(*arguments, *tune)
+    assert read_checkpoint(run.with_name("tuned") / "best.pth")["classes"][0] == "eight"
+
+
+def test_one_class_is_said_to_say_nothing(few_digits, tmp_path, run_main):
+    for split in ("train", "val"):
+        (tmp_path / "one" / split).mkdir(parents=True)
+        (tmp_path / "one" / split / "3").symlink_to(few_digits / split / "3")
+    arguments = ["--data-path", tmp_path / "one", "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS", "1"]
+    printed = run_main(*arguments, "DATA.BATCH_SIZE", "4")
+    assert "there is one class, so every prediction is right: accuracy says nothing" in printed
+
+
+def test_a_second_ctrl_c_ends_at_once(few_digits, tmp_path, run_main, monkeypatch, request):
+    """The first one saves; a launcher's copy of it, in the same second, changes nothing."""
+    received = []
+
+    def interrupt(*arguments, **options):
+        received.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+        if len(received) == 2:
+            time.sleep(Preemption.SAME_SECOND + 0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **options)
+
+    original = engine_module._accumulate
+    monkeypatch.setattr(engine_module, "_accumulate", interrupt)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK]
+    with pytest.raises(SystemExit) as stop:
+        run_main(*arguments)
+    assert stop.value.code == 128 + signal.SIGINT
+    run = tmp_path / name_of(".")
+    assert [f.name for f in run.glob("epoch_*.pth")] == ["epoch_0_step_1.pth"]
+    with pytest.raises(SystemExit) as stop:
+        run_main(*arguments, "DATA.NUM_WORKERS", "0")
+    assert stop.value.code == 128 + signal.SIGINT
+    assert [f.name for f in run.glob("epoch_*.pth")] == ["epoch_0_step_1.pth"]
+
+
+@pytest.mark.parametrize("place", ["metrics.SummaryWriter", "metrics.MetricsLog._write"])
+def test_a_disk_full_of_metrics_is_one_line(place, few_digits, tmp_path, run_main, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"classification.{place}", full)
+    with pytest.raises(SystemExit) as stop:
+        run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK)
+    assert "metrics cannot be written ([Errno 28] No space left on device)" in stop.value.code
+
+
 def test_two_runs_do_not_share_a_folder(few_digits, tmp_path, run_main):
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
     run_main(*arguments, "1")
@@ -191,6 +286,21 @@ def test_two_runs_do_not_share_a_folder(few_digits, tmp_path, run_main):
     assert f"{run}: another process is training in it" in stop.value.code
     assert {f: f.stat().st_mtime_ns for f in run.glob("*")} == before
     assert "epoch 1 step 5/5" in run_main(*arguments, "2")
+
+
+def test_a_run_that_is_refused_has_written_nothing(few_digits, tmp_path, run_main):
+    """It finds no checkpoint to go on from, for the other run has just begun."""
+    run = tmp_path / name_of(".")
+    first = CheckpointFolder(run, keep=3)
+    with subprocess.Popen([sys.executable, "-c", OTHER_RUN, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(SystemExit) as stop:
+            run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK)
+        other.kill()
+    assert "another process is training in it" in stop.value.code
+    assert [f.name for f in run.iterdir()] == [".lock"]
+    first.lock()
+    first.lock()  # once more is no other process, and must not give it back
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(few_digits, tmp_path, run_main, capsys):
@@ -275,7 +385,7 @@ def test_other_batches_begin_the_epoch_anew(few_digits, tmp_path, run_main):
     run = tmp_path / name_of(".")
     resume = ["--resume", run / "epoch_0_step_4.pth", "--tag", "other", "--batch-size", "4"]
     printed = run_main(*resume, *arguments, "1", "DATA.BATCH_SIZE", "4")
-    assert "epoch_0_step_4.pth: other batches, processes or seed than now; its epoch is begun anew" in printed
+    assert "epoch_0_step_4.pth: other images, batches, processes or seed than now; its epoch is begun anew" in printed
     assert "its epoch is begun anew" in (tmp_path / "spatialmamba_micro/other/log.txt").read_text()
     assert "epoch 0 step 10/10" in printed
 

@@ -3,19 +3,23 @@
 import json
 import logging
 import pickle
+import re
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("mmengine", reason="make install-openmmlab")
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
@@ -24,7 +28,9 @@ from classification.checkpoint import read_checkpoint
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
 from classification.models.openmmlab import MM_SpatialMamba
+from classification.openmmlab import checks, tools
 from classification.openmmlab.checkpoint import load_from_local
+from classification.openmmlab.transforms import CheckLabels
 
 LAYOUT = json.loads((Path(__file__).parents[1] / "data/checkpoint_layout.json").read_text())
 MICRO = VARIANTS["spatialmamba_micro"]
@@ -99,10 +105,61 @@ def test_is_the_backbone(classifier, tmp_path):
         torch.testing.assert_close(map_, norm.permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("name", ["depth", "norm_cfg", "mlp_ratios"])
+@pytest.mark.parametrize("name", ["depth", "norm_cfgs", "mlp_ratios"])
 def test_unknown_arguments_are_errors(name):
     with pytest.raises(TypeError, match=name):
         build(**{name: 1})
+
+
+def test_what_is_inherited_from_swin_is_named_once(classifier, tmp_path, log):
+    """As in the authors' configs, which derive from Swin's, whose init_cfg comes along."""
+    inherited = dict(embed_dims=96, num_heads=[3, 6, 12, 24], window_size=7, pretrain_img_size=224, drop_rate=0.0)
+    swin = dict(type="Pretrained", checkpoint="https://example.org/swin.pth")
+    path = save({"model": classifier.state_dict()}, tmp_path / "c.pth")
+    backbone = build(**inherited, norm_cfg=dict(type="LN"), pretrained=path, init_cfg=swin)
+    assert [r.message for r in log.records if r.levelno == logging.WARNING] == [
+        "MM_SpatialMamba: arguments that do nothing here: drop_rate, embed_dims, init_cfg, norm_cfg, num_heads, "
+        "pretrain_img_size, window_size"
+    ]
+    backbone.init_weights()
+    assert_same_trunk(backbone, classifier)
+    for name, value in dict(in_channels=1, drop_rate=0.5, use_abs_pos_embed=True, norm_layer="bn").items():
+        with pytest.raises(ValueError, match=f"has no {name}, which here is always"):
+            build(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
+     "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"],
+)  # fmt: skip
+def test_configs_that_derive_from_swin_run(base, tmp_path, log):
+    """As the authors' do, with their keys: Swin's own are not deleted."""
+    if find_spec(base.partition("::")[0]) is None:
+        pytest.skip("make install-openmmlab")
+    sizes = 'out_indices=(0, 1, 2, 3), pretrained="", dims=16, d_state=1, depths=(1, 1, 2, 1), drop_path_rate=0.2'
+    text = f'_base_ = ["{base}"]\nmodel = dict(backbone=dict(type="MM_SpatialMamba", {sizes}))\n'
+    (tmp_path / "theirs.py").write_text(text)
+    backbone = MODELS.build(Config.fromfile(tmp_path / "theirs.py").model.backbone)
+    backbone.init_weights()
+    assert [m.shape[1] for m in backbone(torch.randn(1, 3, 64, 64))] == [16, 32, 64, 128]
+    warnings = [r.message for r in log.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert "do nothing here: " in warnings[0]
+    assert "embed_dims" in warnings[0]
+    assert "from scratch" in warnings[1]
+
+
+@pytest.mark.parametrize("wanted", [(0,), (0, 1, 2), (2,)])
+def test_a_checkpoint_of_all_stages_into_fewer(wanted, classifier, tmp_path, log):
+    images = torch.randn(1, 3, 64, 64)
+    sources = {"c.pth": {"model": classifier.state_dict()}}
+    sources["d.pth"] = {"state_dict": {f"backbone.{k}": v for k, v in build().state_dict().items()}}
+    for name, content in sources.items():
+        backbone = loaded(save(content, tmp_path / name), out_indices=wanted)
+        (*_, map_) = backbone(images)
+        whole = loaded(str(tmp_path / name))
+        assert torch.equal(map_, whole(images)[wanted[-1]])
 
 
 @pytest.mark.parametrize("stages", [-2, 5])
@@ -373,6 +430,36 @@ def test_what_is_downloaded_is_read_as_safely(address, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_downloads_are_kept_by_their_whole_address_and_only_whole(address, tmp_path):
+    """Two files of one name, and one that broke off: mmengine would give the first for both, and the rest for ever."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    for value, folder in enumerate(("one", "two")):
+        (tmp_path / "served" / folder).mkdir()
+        save({"state_dict": {"weight": torch.full((1, 1), float(value))}}, tmp_path / f"served/{folder}/epoch_12.pth")
+    for value, folder in ((0, "one"), (1, "two"), (0, "one")):
+        load_checkpoint(model, f"{address}/{folder}/epoch_12.pth")
+        assert model.weight.item() == value
+
+    whole = (tmp_path / "served/one/epoch_12.pth").read_bytes()
+    sent = [whole[:100], whole]
+
+    class Broken(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(sent.pop(0))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        broken = f"http://127.0.0.1:{server.server_port}/a.pth"
+        with pytest.raises(UserError, match=f"cannot be downloaded .100 of {len(whole)} bytes have come"):
+            load_checkpoint(model, broken)
+        load_checkpoint(model, broken)
+        server.shutdown()
+    assert len(list((tmp_path / "hub/checkpoints").iterdir())) == 3
+
+
 def test_named_checkpoints_are_downloaded(address, tmp_path, monkeypatch):
     save({"state_dict": {"weight": torch.ones(1, 1)}}, tmp_path / "served/m.pth")
     for names, name in (
@@ -389,6 +476,145 @@ def test_named_checkpoints_are_downloaded(address, tmp_path, monkeypatch):
 def test_classification_still_refuses_them(tmp_path):
     with pytest.raises(UserError, match="HistoryBuffer"):
         read_checkpoint(save({"model": HistoryBuffer([1.0], [1])}, tmp_path / "h.pth"))
+
+
+NO_WEIGHTS = {
+    "sparse": lambda w: w.to_sparse(),
+    "meta": lambda w: w.to("meta"),
+    "nested": lambda w: torch.nested.nested_tensor([w, w[:1]]),
+    "text": lambda w: "x",
+    "infinite": lambda w: w * torch.inf,
+    "complex": lambda w: w + 0j,
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_mmengine_would_pass_over_is_an_error(kind, tmp_path):
+    model = torch.nn.Linear(2, 3)
+    state = {**model.state_dict(), "weight": NO_WEIGHTS[kind](torch.ones(3, 2))}
+    with pytest.raises(UserError, match=r"n\.pth: .*('weight'|holds pickled objects)"):
+        load_checkpoint(model, save({"state_dict": state}, tmp_path / "n.pth"))
+
+
+class Asks:
+    """Unpickled, it would take gigabytes."""
+
+    def __init__(self, function, *arguments):
+        self.made = function, arguments
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("made", [(np.ndarray, (300_000_000,), np.dtype("O")), (np.ndarray, (3,)), (bytearray, 10**9)])
+def test_arrays_are_not_made_of_what_is_said(made, tmp_path):
+    path = save({"a": Asks(*made)}, tmp_path / "a.pth")
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a\.pth"):
+        load_from_local(path)
+    assert tracemalloc.get_traced_memory()[1] < 10**8
+    tracemalloc.stop()
+
+
+CONFIGS = {
+    "code.yaml": ("a: !!python/object/apply:os.mkdir ['ran']", "tags are not read"),
+    "laughs.yml": ("a: &a [x, x]\nb: &b [*a, *a]\n", "anchors and aliases are not read"),
+    "date.yaml": ("a: 2024-99-99", "month must be in 1..12"),
+    "half.json": ('{"model": ', "JSONDecodeError"),
+    "deep.json": ("[" * 99999, "RecursionError"),
+    "base.py": ("_base_ = './nowhere.py'", "FileNotFoundError"),
+    "wrong.py": ("model = undefined", "NameError"),
+    "empty.yaml": ("default_scope: mmdet", "has no model; write it, or inherit a config"),
+    "scope.json": ('{"default_scope": "mmseg"}', "is a config of mmseg, this is a tool for mmdet"),
+    "less.json": ('{"default_scope": "mmdet", "model": {}}', "has no optim_wrapper"),
+    "options.json": ('{"default_scope": "mmdet", "model": [1]}', "--cfg-options: do not fit"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
+    """As the tools read them: a line, and nothing is run but what a Python config is."""
+    text, message = CONFIGS[name]
+    (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    options = ["--cfg-options", "model.x.y=3"] if name == "options.json" else []
+    monkeypatch.setattr("sys.argv", ["train.py", name, *options])
+    with pytest.raises(SystemExit) as stop:
+        tools.train("mmdet")
+    assert stop.value.code.startswith("error: ")
+    assert message in stop.value.code
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr("sys.argv", ["train.py", name, "--cfg-options", "abc"])
+    with pytest.raises(SystemExit):
+        tools.train("mmdet")
+    assert "--cfg-options takes KEY=VALUE, got 'abc'" in capsys.readouterr().err
+
+
+def coco(**changed) -> dict:
+    images = [{"id": 1, "file_name": "a.png", "categories": [{"id": 7, "name": "outdoor"}]}] * 2
+    annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}], **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),  # its images have lists of that name
+        ({"categories": [{"id": 1}]}, 'it has no "categories" list'),
+        ({"categories": [{"id": 1, "name": None}]}, 'it has no "categories" list'),
+        ({"categories": [{"id": 1, "name": "dog"}]}, "has no category 'cat' of the config's classes; its own are dog"),
+        ({"annotations": []}, "has no annotations, so there is nothing to train on"),
+        ({"images": []}, "has no images, so there is nothing to train on"),
+    ],
+)
+def test_coco_files(changed, message, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(coco(**changed)))
+    dataset = dict(type="CocoDataset", ann_file=str(tmp_path / "a.json"), metainfo=dict(classes=("cat",)))
+    cfg = Config(dict(model={}, train_dataloader=dict(dataset=dataset)))
+    if message is None:
+        checks.check_data(cfg, ("train",))
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            checks.check_data(cfg, ("train",))
+
+
+def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path):
+    """mmengine keeps their names, and does not look at them."""
+    model = torch.nn.Linear(2, 3)
+    for key, names in (("classes", ("cat", "dog", "owl")), ("CLASSES", ["cat", "dog", "owl"])):
+        path = save({"meta": {"dataset_meta": {key: names}}, "state_dict": model.state_dict()}, tmp_path / "m.pth")
+        checks.check_checkpoint(model, path, classes=["cat", "dog", "owl"])
+        checks.check_checkpoint(model, path)
+        for other, message in (
+            (["cat", "owl", "dog"], "class 1 is 'dog' in it and 'owl' in the data set (3 and 3 classes)"),
+            (["cat", "dog"], "class 2 is 'owl' in it and missing in the data set (3 and 2 classes)"),
+        ):
+            with pytest.raises(UserError, match=re.escape(message)):
+                checks.check_checkpoint(model, path, classes=other)
+    nameless = save({"meta": {"dataset_meta": None}, "state_dict": model.state_dict()}, tmp_path / "n.pth")
+    checks.check_checkpoint(model, nameless, classes=["cat"])
+
+
+def test_maps_of_labels_beyond_a_byte(tmp_path):
+    """LoadAnnotations takes them modulo 256: 259 would be 3."""
+    path = tmp_path / "map.png"
+    for labels, largest in (([[3, 259], [0, 255]], 259), ([[3, 4], [0, 255]], None)):
+        Image.fromarray(np.array(labels, np.uint16)).save(path)
+        results = {"seg_map_path": str(path), "gt_seg_map": np.array(labels).astype(np.uint8)}
+        if largest:
+            with pytest.raises(UserError, match=f"map.png: has label {largest}, but with 5 classes 0 to 4 are labels"):
+                CheckLabels(5)(results)
+        else:
+            assert CheckLabels(5)(results) is results
+    with pytest.raises(UserError, match=r"map.png: has ignored pixels .*class_weight"):
+        CheckLabels(5, class_weight=True)(results)
+    heads = dict(decode_head=dict(loss_decode=[dict(class_weight=[1, 2])]), auxiliary_head=None)
+    pipeline = [dict(type="LoadAnnotations"), dict(type="CheckLabels", num_classes=2)]
+    cfg = Config(dict(model=heads, train_dataloader=dict(dataset=dict(pipeline=pipeline))))
+    checks.note_class_weights(cfg)
+    assert cfg.train_dataloader.dataset.pipeline[1].class_weight
+    with pytest.raises(UserError, match=r"map.png: is a picture of 3 colours, not a map of labels"):
+        CheckLabels(5)({**results, "gt_seg_map": np.zeros((2, 2, 3), np.uint8)})
 
 
 def test_mmengine_loads_through_it(tmp_path):

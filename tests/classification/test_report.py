@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 from running import QUICK, ROOT, run_command
 
+from classification.errors import UserError
 from classification.models import spatialmamba_micro
-from classification.report import read_metrics
+from classification.report import read_metrics, report
 
 
 def test_report_of_a_run(few_digits, tmp_path, run_main):
@@ -28,6 +30,15 @@ def test_report_of_a_run(few_digits, tmp_path, run_main):
 
 
 def test_repeated_epoch_counts_as_last_written(tmp_path):
-    lines = [{"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0}, {"epoch": 1, "loss": 1.0}]
+    lines = [{"epoch": epoch, "loss": loss, "seconds": 1.0} for epoch, loss in ((0, 3.0), (1, 2.0), (1, 1.0))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_metrics(tmp_path) == [lines[0], lines[2]]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"epoch": null}', '{"epoch": 0, "loss": null}', '{"epoch": 0}', '{"epoch": "0"}', "[" * 9999, "\x1b[31m"]
+)
+def test_damaged_metrics_are_one_line(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0, "seconds": 1.0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"is damaged"):
+        report(tmp_path, None)

@@ -334,3 +334,18 @@ def test_wrong_images_are_refused():
 
 def test_empty_batch():
     assert spatialmamba_micro(num_classes=4).eval()(torch.randn(0, 3, 33, 47)).shape == (0, 4)
+
+
+def test_what_no_output_needs_is_not_built():
+    """All that is left gets a gradient, or DistributedDataParallel stops; and the maps are those of all four stages."""
+    torch.manual_seed(0)
+    whole = SpatialMambaBackbone(**VARIANTS["spatialmamba_micro"]).eval()
+    images = torch.randn(2, 3, 64, 64)
+    for wanted in ((0,), (0, 1, 2), (1, 2), (0, 1, 2, 3)):
+        backbone = SpatialMambaBackbone(**VARIANTS["spatialmamba_micro"], out_indices=wanted).eval()
+        backbone.load_state_dict({k: v for k, v in whole.state_dict().items() if k in backbone.state_dict()})
+        maps = backbone(images)
+        sum(m.square().sum() for m in maps).backward()
+        assert all(p.grad is not None for p in backbone.parameters())
+        for i, map_ in zip(wanted, maps, strict=True):
+            assert torch.equal(map_, whole(images)[i])

@@ -1,0 +1,24 @@
+"""YAML configs, read as data: mmengine's own reading runs what a tag names."""
+
+import yaml
+from mmengine.fileio import BaseFileHandler, register_handler
+
+from classification.config import StrictYaml
+
+
+class _Loader(StrictYaml, yaml.SafeLoader):
+    pass
+
+
+@register_handler(["yaml", "yml"])
+class SafeYamlHandler(BaseFileHandler):
+    """mmengine's handler of these files, from when this module is imported on."""
+
+    def load_from_fileobj(self, file, **_: object) -> object:
+        return yaml.load(file, _Loader)
+
+    def dump_to_fileobj(self, obj: object, file, **options: object) -> None:
+        yaml.safe_dump(obj, file, **options)
+
+    def dump_to_str(self, obj: object, **options: object) -> str:
+        return yaml.safe_dump(obj, **options)
