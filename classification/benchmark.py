@@ -1,10 +1,13 @@
-"""Times Spatial-Mamba beside other backbones of its size, and its training step beside plain PyTorch.
+"""Times Spatial-Mamba beside other backbones of its size, and its training step beside plain PyTorch or beside theirs.
 
     python -m classification.benchmark                     inference, batches of 1 and 8, on the GPU if there is one
     python -m classification.benchmark --train             a training step with and without this repository's kernels
+    python -m classification.benchmark --train --peers     a training step of each backbone
+    python -m classification.benchmark --profile           the kernels of one batch on a GPU, the longest first
 
 Inference takes the models in turn, so that a machine whose speed drifts slows all of them, and prints medians. Training
-steps run in a process each, whose peak memory is printed; both make the same steps from the same seed.
+steps run in a process each, whose peak memory is printed; each makes the same steps from the same seed. On a GPU a
+figure is images per second, and products in float32 use no TF32.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from collections.abc import Callable
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from classification.memory import keep_freed_memory
 from classification.models import VARIANTS, SpatialMamba, linear, spatialmamba
@@ -28,48 +31,75 @@ from classification.models import VARIANTS, SpatialMamba, linear, spatialmamba
 SPATIAL_MAMBA = "spatialmamba_tiny"
 OTHERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "mambaout_tiny")
 STEPS = 4  # timed ones, after one that is not
+GPU_SECONDS = 0.25
 MIB = 2**20
 
 
-def build(name: str, size: int) -> nn.Module:
+def build(name: str, args: argparse.Namespace) -> nn.Module:
     if name in VARIANTS:
-        return SpatialMamba(**VARIANTS[name])
-    return timm.create_model(name, **({"img_size": size} if name.startswith("swin") else {}))
+        model = SpatialMamba(**VARIANTS[name])
+    else:
+        model = timm.create_model(name, **({"img_size": args.size} if name.startswith("swin") else {}))
+    model = model.to(args.device, dtype(args) if args.cast else torch.float32, memory_format=memory_format(args))
+    return torch.compile(model, mode=args.compile) if args.compile else model
+
+
+def random_images(batch: int, args: argparse.Namespace) -> Tensor:
+    images = torch.randn(batch, 3, args.size, args.size, device=args.device)
+    return images.to(args.device, dtype(args) if args.cast else torch.float32, memory_format=memory_format(args))
+
+
+def dtype(args: argparse.Namespace) -> torch.dtype:
+    return getattr(torch, args.dtype)
+
+
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.preserve_format
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    """Of one call; on a GPU, the mean of as many as fill a quarter of a second, since launches overlap."""
+
+    def run(calls: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    first = run(1)
+    return run(max(1, round(GPU_SECONDS / first))) if device == "cuda" else first
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+    enabled = args.dtype != "float32" and not args.cast
+    return torch.autocast(args.device, dtype(args), enabled=enabled)
 
 
 # ----- inference
 
 
 def time_inference(args: argparse.Namespace) -> None:
-    models = {name: build(name, args.size).to(args.device).eval() for name in (args.model, *OTHERS)}
-    print("| model | " + " | ".join(f"ms per image, batch {batch}" for batch in args.batch) + " |")
+    models = {name: build(name, args).eval() for name in (args.model, *args.beside)}
+    on_gpu = args.device == "cuda"
+    unit = "images per second" if on_gpu else "ms per image"
+    print("| model | " + " | ".join(f"{unit}, batch {batch}" for batch in args.batch) + " |")
     print("|---|" + "---|" * len(args.batch))
     medians = {name: [] for name in models}
     for batch in args.batch:
-        images = torch.randn(batch, 3, args.size, args.size, device=args.device)
+        images = random_images(batch, args)
         times = {name: [] for name in models}
         with torch.inference_mode(), autocast(args):
             for _ in range(args.rounds + 1):
                 for name, model in models.items():
                     times[name].append(seconds_of(lambda m=model, x=images: m(x), args.device))
         for name, seconds in times.items():
-            medians[name].append(1e3 * statistics.median(seconds[1:]) / batch)
+            medians[name].append(statistics.median(seconds[1:]) / batch)
     for name, values in medians.items():
-        print(f"| {name} | " + " | ".join(f"{ms:.1f}" for ms in values) + " |")
+        print(f"| {name} | " + " | ".join(f"{1 / s:.0f}" if on_gpu else f"{1e3 * s:.1f}" for s in values) + " |")
 
 
 # ----- training
@@ -78,10 +108,10 @@ def time_inference(args: argparse.Namespace) -> None:
 def use_plain_pytorch(device: str) -> None:
     """The operators by their packages' plain PyTorch, linear layers and convolutions by PyTorch's own, from now on."""
     for package in ("selective_scan", "dwconv2d"):
-        loading, plain = (importlib.import_module(f"{package}.{module}") for module in ("loading", "reference"))
+        loading = importlib.import_module(f"{package}.loading")
         library = torch.library.Library(package, "IMPL")
-        for name in loading.OPERATORS:
-            library.impl(name, loading.without_autocast(getattr(plain, name)), device.upper(), allow_override=True)
+        for name, kernels in loading.OPERATORS.items():
+            library.impl(name, loading.without_autocast(kernels.plain), device.upper(), allow_override=True)
         _KEPT.append(library)  # what it registers ends with it
     linear.ONEDNN = False
     spatialmamba.DepthwiseConv3x3.forward = lambda self, x: F.conv2d(
@@ -92,16 +122,14 @@ def use_plain_pytorch(device: str) -> None:
 _KEPT = []
 
 
-def train(args: argparse.Namespace) -> dict[str, float | list[float]]:
-    """Steps of AdamW on random images and labels: their losses, the median time, and the process's peak memory."""
-    if args.device == "cpu" and not args.plain:
-        keep_freed_memory()  # as main.py does
+def training_step(args: argparse.Namespace) -> tuple[Callable[[], None], list[float | Tensor]]:
+    """A step of AdamW on random images and labels, and the list to which each call adds its loss."""
     torch.manual_seed(0)
-    model = build(args.model, args.size).to(args.device).train()
+    model = build(args.model, args).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not args.plain)  # fused as in optim.py
-    images = torch.randn(args.batch[0], 3, args.size, args.size, device=args.device)
+    images = random_images(args.batch[0], args)
     labels = torch.randint(1000, (args.batch[0],), device=args.device)
-    losses, times = [], []
+    losses = []
 
     def step() -> None:
         with autocast(args):
@@ -109,53 +137,114 @@ def train(args: argparse.Namespace) -> dict[str, float | list[float]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
 
-    for _ in range(STEPS + 1):
-        times.append(seconds_of(step, args.device))
+    return step, losses
+
+
+def train(args: argparse.Namespace) -> dict[str, float | list[float]]:
+    """The losses of the first steps, the median time of later ones, and the process's peak memory."""
+    if args.device == "cpu" and not args.plain:
+        keep_freed_memory()  # as main.py does
+    step, losses = training_step(args)
+    times = [seconds_of(step, args.device) for _ in range(STEPS + 1)]
     on_gpu = args.device == "cuda"
     unit = 1 if sys.platform == "darwin" else 1024  # of what getrusage says
     peak = torch.cuda.max_memory_allocated() if on_gpu else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    losses = [loss.item() for loss in losses[: STEPS + 1]]
     return {"losses": losses, "milliseconds": 1e3 * statistics.median(times[1:]), "peak": peak}
 
 
+def train_in_a_process(*arguments: str) -> dict[str, float | list[float]]:
+    command = [sys.executable, "-m", "classification.benchmark", *sys.argv[1:], "--one", *arguments]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
 def compare_training(args: argparse.Namespace) -> None:
-    print("| kernels | loss of each step | ms per step | peak memory, MiB |\n|---|---|---|---|")
-    results = []
-    for plain in ("", "--plain"):
-        command = [sys.executable, "-m", "classification.benchmark", "--train", "--one", *sys.argv[1:], plain]
-        done = subprocess.run([a for a in command if a], stdout=subprocess.PIPE, check=True, text=True)
-        results.append(json.loads(done.stdout))
-        found = results[-1]
+    runs = {"this repository's": [], "plain PyTorch": ["--plain"]}
+    if args.peers:
+        runs = {name: ["--model", name] for name in (args.model, *args.beside)}
+    print(f"| {'model' if args.peers else 'kernels'} | loss of each step | ms per step | peak memory, MiB |")
+    print("|---|---|---|---|")
+    milliseconds = []
+    for name, arguments in runs.items():
+        found = train_in_a_process(*arguments)
+        milliseconds.append(found["milliseconds"])
         losses = " ".join(f"{loss:.6f}" for loss in found["losses"])
-        name = "plain PyTorch" if plain else "this repository's"
         print(f"| {name} | {losses} | {found['milliseconds']:.0f} | {found['peak'] / MIB:.0f} |", flush=True)
-    ours, plain = results
-    print(f"\n{plain['milliseconds'] / ours['milliseconds']:.2f} times as fast as plain PyTorch")
+    if args.peers:
+        rates = (f"{name} {1e3 * args.batch[0] / ms:.0f}" for name, ms in zip(runs, milliseconds, strict=True))
+        print(f"\nimages per second: {', '.join(rates)}")
+    else:
+        print(f"\n{milliseconds[1] / milliseconds[0]:.2f} times as fast as plain PyTorch")
+
+
+# ----- where the time goes
+
+
+def profile(args: argparse.Namespace) -> None:
+    """The kernels that a GPU runs for one batch, the longest first, and how long it has none to run."""
+    if args.train:
+        call, _ = training_step(args)
+    else:
+        model, images = build(args.model, args).eval(), random_images(args.batch[0], args)
+
+        def call() -> None:
+            with torch.inference_mode(), autocast(args):
+                model(images)
+
+    whole = [seconds_of(call, "cuda") for _ in range(3)][-1]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.key_averages() if e.self_device_time_total]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    total, launches = sum(e.self_device_time_total for e in kernels), sum(e.count for e in kernels)
+    print(f"{args.model}, batch {args.batch[0]}: {1e3 * whole:.2f} ms")
+    print(f"{total / 1e3:.2f} of them in {launches} kernels\n")
+    print("| ms | % | launches | kernel |\n|---|---|---|---|")
+    for e in kernels[: args.rows]:
+        ms = e.self_device_time_total / 1e3
+        print(f"| {ms:.3f} | {100e3 * ms / total:.1f} | {e.count} | {e.key[:110]} |")
 
 
 def parse_arguments() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=VARIANTS, default=SPATIAL_MAMBA)
+    parser.add_argument("--model", default=SPATIAL_MAMBA, help="one of ours, or of timm's by its name")
     parser.add_argument("--train", action="store_true", help="training steps instead of inference")
+    parser.add_argument("--peers", action="store_true", help="with --train: beside the other backbones")
+    parser.add_argument("--profile", action="store_true", help="the GPU's kernels, with --train those of a step")
+    parser.add_argument("--rows", type=int, default=40, help="of --profile, at most")
     parser.add_argument("--batch", type=int, nargs="+", help="images at once; 1 and 8, with --train 8")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--rounds", type=int, default=10, help="of inference, after one that is not counted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
+    parser.add_argument("--cast", action="store_true", help="model and images in --dtype, without autocast")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", choices=("default", "reduce-overhead", "max-autotune"),
+        help="through torch.compile, in this mode; reduce-overhead replays CUDA graphs",
+    )  # fmt: skip
+    parser.add_argument("--beside", nargs="*", default=OTHERS, help="timm's names of the other backbones")
+    parser.add_argument("--channels-last", action="store_true", help="weights and images laid out as NHWC")
     parser.add_argument("--threads", type=int, help="of the CPU; by default as many as PyTorch takes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # of one training process
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.batch = args.batch or ([8] if args.train else [1, 8])
-    if args.train and len(args.batch) > 1:
-        parser.error("--train takes one --batch")
+    args.batch = args.batch or ([8] if args.train or args.profile else [1, 8])
+    if (args.train or args.profile) and len(args.batch) > 1:
+        parser.error("--train and --profile take one --batch")
+    if args.profile and args.device != "cuda":
+        parser.error("--profile needs a GPU")
+    if args.peers and not args.train:
+        parser.error("--peers goes with --train; inference is always timed beside the other backbones")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
+    torch.backends.cudnn.allow_tf32 = False
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.plain:
@@ -164,8 +253,12 @@ def main() -> None:
         print(json.dumps(train(args)))
         return
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, {args.size}x{args.size} pixels, {args.dtype}\n")
-    if args.train:
+    how = [args.dtype, "without autocast" if args.cast else "", f"compiled ({args.compile})" if args.compile else ""]
+    how += ["NHWC" if args.channels_last else ""]
+    print(f"{where}, torch {torch.__version__}, {args.size}x{args.size} pixels, {', '.join(filter(None, how))}\n")
+    if args.profile:
+        profile(args)
+    elif args.train:
         compare_training(args)
     else:
         time_inference(args)

@@ -355,6 +355,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # for the naive forms, which are held to float32's precision
     header, copy = describe(args.device, args.threads), copy_bandwidth(args.device, args.threads)
     header["copy, GB/s"] = round(copy / 1e9, 1)
     print(*(f"{key}: {value}" for key, value in header.items()), sep="\n")
@@ -369,8 +370,8 @@ def main() -> None:
         add_ratios(rows)
         print(*map(line, rows), sep="\n", flush=True)
         everything += rows
-    if args.json:
-        args.json.write_text(json.dumps({**header, "rows": list(map(asdict, everything))}, indent=1) + "\n")
+        if args.json:  # after each shape, so that a run that is cut short leaves what it has
+            args.json.write_text(json.dumps({**header, "rows": list(map(asdict, everything))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,61 +1,125 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in one go and in about ten minutes: builds the kernels for this card, runs their tests on it,
-# compute-sanitizer over some of those, the benchmarks, and trains on it in float32 and under both kinds of AMP.
+# What only a GPU can tell: tests of the kernels on it, compute-sanitizer over some of those, benchmarks of the kernels
+# and of the whole model beside its peers, and training in float32 and under both kinds of AMP.
 #
-#   bash kernels/gpu_check.sh [FOLDER]     logs and benchmark_*.json go into FOLDER, output/gpu_check by default
+#   bash kernels/gpu_check.sh FOLDER [STEP...]     every step takes about twenty minutes on 16 cores and one H100
 #
-# Needs PyTorch with CUDA, timm, pytest, pytest-xdist, setuptools, a C++ compiler and nvcc; for `train`, all of
-# requirements.txt. PYTHON names another interpreter than python3.
+# FOLDER/gpu_check.tar.gz holds the logs and the benchmarks' JSON; it is written anew after each step, so that a run that
+# is cut short leaves what it has. The steps, in this order unless named:
+#   build       compiles the kernels for this card, unless kernels for CUDA are already there
+#   cuda gpu    tests of the CUDA kernels: values and gradients; streams, graphs, large tensors
+#   benchmark   every operator in both layouts
+#   model       the whole model beside its peers: inference and training, eager and compiled
+#   profile     where the time of the whole model goes
+#   triton      tests of the Triton kernels
+#   memcheck racecheck   compute-sanitizer
+#   train       digits, and the tiny model at 224 pixels, without AMP and in float16 and bfloat16
+#
+# Needs PyTorch with CUDA, timm, pytest, pytest-xdist, and for `build` setuptools, a C++ compiler and nvcc; for `train`,
+# all of requirements.txt. PYTHON names another interpreter than python3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-output/gpu_check}
+folder=${1:?"usage: bash kernels/gpu_check.sh FOLDER [STEP...]"}
+shift
+[ $# -gt 0 ] || set -- build cuda gpu benchmark model profile triton memcheck racecheck train
 python=${PYTHON:-python3}
 tests=(tests/kernels/test_selective_scan.py tests/kernels/test_dwconv2d.py)
 gpu_tests=(tests/kernels/test_selective_scan_gpu.py tests/kernels/test_dwconv2d_gpu.py)
 failed=0
+verdicts=()
 
-# step NAME COMMAND...: output into a log; here its verdict, its time and its last line
+# step NAME: its function's output goes into a log; its verdict, its time and its last line are printed at the end
 step() {
     local log=$out/$1.log start=$SECONDS verdict=ok
-    "${@:2}" >"$log" 2>&1 || { verdict=FAILED; failed=1; }
-    printf '%-10s %-6s %4d s   %s\n' "$1" $verdict $((SECONDS - start)) "$(grep -v '^ *$' "$log" | tail -1 | cut -c1-110)"
+    step_"$1" >"$log" 2>&1 || { verdict=FAILED; failed=1; }
+    verdicts+=("$(printf '%-10s %-6s %4d s   %s' "$1" $verdict $((SECONDS - start)) "$(grep -v '^ *$' "$log" | tail -1 | cut -c1-110)")")
+    tar -czf "$folder/gpu_check.tar.gz" -C "$out" .
 }
 
-build() {
-    timeout 240 $python -m pip install --no-build-isolation --no-deps -e kernels/selective_scan -e kernels/dwconv2d -e . &&
-        $python -m selective_scan | tee "$out/backends.txt" && grep -q '^cuda *available' "$out/backends.txt" &&
-        $python -m dwconv2d | tee -a "$out/backends.txt" && [ "$(grep -c '^cuda *available' "$out/backends.txt")" = 2 ]
+# all COMMAND, COMMAND...: runs each of the lines it reads, and fails if one of them failed
+all() {
+    local line status=0
+    while read -r line; do
+        [ -z "$line" ] || { echo "+ $line"; eval "$line" </dev/null || status=1; }
+    done
+    return $status
 }
 
-run_tests() { # SECONDS ARGUMENTS...
-    timeout "$1" $python -m pytest -q -p no:cacheprovider "${@:2}"
+backends() {
+    $python -m selective_scan && $python -m dwconv2d
+}
+
+step_build() {
+    if [ "$(backends | grep -c '^cuda *available')" != 2 ]; then
+        timeout 240 $python -m pip install --no-build-isolation --no-deps -e kernels/selective_scan -e kernels/dwconv2d -e . || return
+    fi
+    backends | tee "$out/backends.txt"
+    [ "$(grep -c '^cuda *available' "$out/backends.txt")" = 2 ]
+}
+
+run_tests() { # SECONDS ARGUMENTS...; the tests ask PyTorch for deterministic algorithms
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 timeout "$1" $python -m pytest -q -p no:cacheprovider "${@:2}"
+}
+
+step_cuda() {
+    run_tests 240 -n "$(nproc)" "${tests[@]}" -k "cuda and not triton"
+}
+
+step_gpu() { # one after the other: some fill the card
+    run_tests 120 "${gpu_tests[@]}"
+}
+
+step_triton() {
+    run_tests 300 -n "$(nproc)" "${tests[@]}" --random-cases 40 -k triton
 }
 
 # Without PyTorch's allocator, whose large blocks would hide what is read or written beyond a tensor: forward and backward
-# of every kind of block, in float32.
+# of every kind of block, in float32, at lengths and sizes that the tool finishes.
 sanitize() { # TOOL
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \
+        --kernel-regex kns=scan --kernel-regex kns=dwconv \
         $python -m pytest -q -x -p no:cacheprovider "${tests[@]}" -k "cuda and not reference and not triton and not float64 and \
-        not float16 and (sizes or small_planes or large_planes or (conv_kernels and replicate))"
+        not float16 and not 64521 and not 3136 and (sizes or small_planes or (conv_kernels and replicate))"
+}
+step_memcheck() { sanitize memcheck; }
+step_racecheck() { sanitize racecheck; }
+
+step_benchmark() { # the scan's naive form, a loop over tokens, would take minutes
+    all <<'LINES'
+run_benchmark contiguous scan --ops scan --backends cuda triton
+run_benchmark channels_last scan --ops scan --backends cuda triton
+run_benchmark contiguous planes --ops fusion dwconv --backends cuda triton naive
+run_benchmark channels_last planes --ops fusion dwconv --backends cuda triton naive
+LINES
 }
 
-benchmark() { # the scan's naive form, a loop over tokens, would take minutes
-    run_benchmark scan --ops scan --backends cuda triton reference
-    run_benchmark planes --ops fusion dwconv --backends cuda triton reference naive
+run_benchmark() { # LAYOUT NAME ARGUMENTS...
+    timeout 100 $python kernels/benchmark.py --json "$out/benchmark_$2_$1.json" --layout "$1" --dtypes bfloat16 \
+        --shapes "T/* batch 128" "detection*" "${@:3}"
 }
 
-run_benchmark() { # NAME ARGUMENTS...
-    timeout 75 $python kernels/benchmark.py --json "$out/benchmark_$1.json" --layout contiguous --dtypes bfloat16 \
-        --shapes "T/* batch 128" "T/56 batch 1" "detection*" "segmentation*" "${@:2}"
+step_model() {
+    all <<'LINES'
+timeout 60 $python -m classification.benchmark --batch 1 128 --dtype bfloat16
+timeout 60 $python -m classification.benchmark --batch 1 128 --dtype bfloat16 --channels-last
+timeout 60 $python -m classification.benchmark --batch 128 --dtype bfloat16 --cast --channels-last
+timeout 60 $python -m classification.benchmark --batch 128 --rounds 3
+timeout 120 $python -m classification.benchmark --train --peers --batch 128 --dtype bfloat16
+timeout 120 $python -m classification.benchmark --train --peers --batch 128 --dtype bfloat16 --channels-last
+timeout 60 $python -m classification.benchmark --train --batch 64 --dtype bfloat16
+timeout 150 $python -m classification.benchmark --batch 128 --dtype bfloat16 --compile
+LINES
 }
 
-model() {
-    for dtype in float32 bfloat16; do timeout 40 $python -m classification.benchmark --batch 1 128 --dtype $dtype; done
-    timeout 40 $python -m classification.benchmark --train --batch 128 --dtype bfloat16
+step_profile() {
+    all <<'LINES'
+timeout 60 $python -m classification.benchmark --profile --batch 128 --dtype bfloat16
+timeout 60 $python -m classification.benchmark --profile --batch 128 --dtype bfloat16 --train --rows 60
+LINES
 }
 
-# On digits, and on the same at 224 pixels with the tiny model; the losses of the three are to stay together.
-train() {
+# The losses of the three kinds of AMP are to stay together.
+step_train() {
     $python -m classification.data.digits "$out/digits" || return
     for amp in off float16 bfloat16; do
         run_training micro_digits $amp && run_training tiny $amp TRAIN.EPOCHS 6 TRAIN.WARMUP_EPOCHS 1 DATA.BATCH_SIZE 64 \
@@ -64,6 +128,7 @@ train() {
     for run in "$out"/runs/*/*; do
         echo "${run#"$out"/runs/}: $(grep -o 'train loss [0-9.]*' "$run/log.txt" | cut -d' ' -f3 | xargs)"
     done
+    rm -rf "$out/digits" "$out"/runs/*/*/*.pth
 }
 
 run_training() { # CONFIG AMP KEY VALUE...
@@ -71,21 +136,23 @@ run_training() { # CONFIG AMP KEY VALUE...
         --data-path "$out/digits" --output "$out/runs" --tag "$2" --opts TRAIN.AMP "$2" "${@:3}"
 }
 
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 1
-date +%F
-mkdir -p "$out"
-export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests ask PyTorch for deterministic algorithms
+for name in "$@"; do
+    declare -F step_"$name" >/dev/null || { echo "gpu_check: no step '$name'; see the head of $0" >&2; exit 2; }
+done
+card=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader) || exit 1
+mkdir -p "$folder"
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
 TORCH_CUDA_ARCH_LIST=$($python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
 export TORCH_CUDA_ARCH_LIST
-step build build
-step tests run_tests 150 -n 8 "${tests[@]}" -k "cuda or triton"
-step gpu run_tests 60 "${gpu_tests[@]}" # one after the other: some fill the card
-step memcheck sanitize memcheck
-step racecheck sanitize racecheck
-step benchmark benchmark
-step model model
-step train train
-grep '^copy\|^| op\|^|---\|| cuda |\|| triton |' "$out/benchmark.log"
-cat "$out/model.log"
-grep '^spatialmamba_.*: [0-9]' "$out/train.log"
+for name in "$@"; do step "$name"; done
+for name in benchmark model profile; do
+    [ ! -f "$out/$name.log" ] || grep -a '^+\|^|\|times as fast\|images per second\|^copy\|NOT TIMED\|Error' "$out/$name.log" | cut -c1-160
+done
+for name in cuda gpu triton memcheck racecheck; do
+    [ ! -f "$out/$name.log" ] || grep -a '^FAILED\|^ERROR\|^E  ' "$out/$name.log" | cut -c1-160 | head -20
+done
+[ ! -f "$out/train.log" ] || grep -a '^spatialmamba_.*: [0-9]' "$out/train.log"
+echo "$card, $(date +%F)"
+printf '%s\n' "${verdicts[@]}"
 exit $failed

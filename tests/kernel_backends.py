@@ -24,10 +24,10 @@ def running_on(backend: str, package: str) -> Iterator[None]:
             assert state.startswith("available"), f"{package}: {backend} kernels are {state}; make install"
             yield
             return
-        module = importlib.import_module(f"{package}.{'triton_kernels' if backend == 'triton' else 'reference'}")
         library = torch.library.Library(package, "IMPL")
-        for name in loading.OPERATORS:
-            library.impl(name, loading.without_autocast(getattr(module, name)), device.upper(), allow_override=True)
+        for name, kernels in loading.OPERATORS.items():
+            kernel = kernels.in_triton() if backend == "triton" else kernels.plain
+            library.impl(name, loading.without_autocast(kernel), device.upper(), allow_override=True)
         yield
         library._destroy()
 

@@ -64,13 +64,20 @@ class Linear(nn.Linear):
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` with a 1x1 kernel, by oneDNN wherever `linear` is; planes (B, C, H, W) keep their layout."""
+    """`nn.Conv2d` with a 1x1 kernel, by oneDNN wherever `linear` is; planes (B, C, H, W) keep their layout.
+
+    On a GPU, channels-last planes are multiplied as the tokens they are: cuDNN adds the bias in a pass of its own.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.in_channels or not by_onednn(x, self.weight, self.bias):
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            return super().forward(x)
+        if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        if not by_onednn(x, self.weight, self.bias):
             return super().forward(x)
         if not torch.compiler.is_dynamo_compiling():
             return F.conv2d(x, self.weight, self.bias, dilation=dilation())

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from dwconv2d import DilatedDWConv2d, state_fusion_output
-from selective_scan import selective_scan_state
+from dwconv2d import DilatedDWConv2d, depthwise_residual_norm, depthwise_silu, state_fusion_output
+from selective_scan import norm_gate, selective_scan_state
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +32,23 @@ def to_tokens(planes: Tensor) -> Tensor:
     return planes.permute(0, 2, 3, 1)
 
 
+def has_fused_kernels(x: Tensor) -> bool:
+    """Whether the operators that join several modules have kernels where x is: on a GPU."""
+    return x.is_cuda
+
+
+def fusible(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether one operator may stand for these modules: it has kernels, and calling the modules does no more.
+
+    A hook, or a module of another type, as adapters and quantisation put in a module's place, is called as it is.
+    """
+    return has_fused_kernels(x) and all(type(m) in FUSIBLE and not has_hooks(m) for m in modules)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 class DepthwiseConv3x3(DilatedDWConv2d):
     """Depthwise 3x3 convolution of planes (B, C, H, W), laid out as they come."""
 
@@ -42,6 +59,9 @@ class DepthwiseConv3x3(DilatedDWConv2d):
         if x.is_cuda:  # cuDNN's, until ours is measured on a GPU
             return F.conv2d(x, self.weight, self.bias, padding=1, groups=x.shape[1])
         return super().forward(x)
+
+
+FUSIBLE = (DepthwiseConv3x3, nn.LayerNorm, DropPath)
 
 
 class ConvLayer(nn.Module):
@@ -64,7 +84,8 @@ class ConvLayer(nn.Module):
         else:
             self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+        # Not in place on what a pointwise convolution may return, a view of tokens: its gradient would be copied.
+        self.act = nn.ReLU(inplace=kernel_size > 1) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -100,6 +121,18 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return to_tokens(self.conv(to_planes(x)))
+
+
+def project(x: Tensor, weight: Tensor, as_planes: bool) -> Tensor:
+    """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W), contiguous if `as_planes`, else channels-last.
+
+    x is laid out likewise, or part of what is.
+    """
+    if not as_planes:
+        return to_planes(linear(to_tokens(x), weight))
+    # Expanded after autocast's cast, which would store a copy for each image.
+    weight = weight.to(x.dtype).expand(len(x), -1, -1)
+    return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class StateFusion(nn.Module):
@@ -157,9 +190,13 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        x = F.silu(self.conv2d(to_planes(x)))  # (B, D, H, W)
-        y = self.ssm(x)
-        return self.out_proj(self.out_norm(to_tokens(y)) * F.silu(z))
+        if fusible(x, self.conv2d, self.out_norm):
+            x = depthwise_silu(x, self.conv2d.weight, self.conv2d.bias)  # (B, D, H, W), contiguous
+            gated = norm_gate(self.ssm(x), z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
+        else:
+            x = F.silu(self.conv2d(to_planes(x)))  # (B, D, H, W), laid out as tokens
+            gated = self.out_norm(to_tokens(self.ssm(x))) * F.silu(z)
+        return self.out_proj(gated)
 
     def ssm(self, x: Tensor) -> Tensor:
         """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W)."""
@@ -167,24 +204,24 @@ class StructureAwareSSM(nn.Module):
         n = self.d_state
 
         # Input-dependent Delta, B and C from each token.
-        projected = linear(to_tokens(x), self.x_proj_weight)
-        dt, B, C = projected.split([self.dt_rank, n, n], dim=-1)
-        dt = linear(dt, self.dt_projs_weight)
+        as_planes = x.is_contiguous()
+        dt, B, C = project(x, self.x_proj_weight, as_planes).split([self.dt_rank, n, n], dim=1)
+        dt = project(dt, self.dt_projs_weight, as_planes)
 
         # State transition: h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32.
         state_dtype = torch.promote_types(x.dtype, torch.float32)
         h = selective_scan_state(
             x.flatten(2),
-            to_planes(dt).flatten(2),
+            dt.flatten(2),
             -torch.exp(self.A_logs.to(state_dtype)),
-            to_planes(B).flatten(2),
+            B.flatten(2),
             delta_bias=self.dt_projs_bias.to(state_dtype),
             delta_softplus=True,
         )
 
         # Structure-aware state fusion and observation: y = sum_n C_n h'_n + D x.
         h = h.unflatten(3, (height, width))
-        return self.state_fusion(h, to_planes(C), self.Ds, x)
+        return self.state_fusion(h, C, self.Ds, x)
 
 
 class Mlp(nn.Module):
@@ -214,10 +251,29 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + to_tokens(self.cpe1(to_planes(x)))
-        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
-        x = x + to_tokens(self.cpe2(to_planes(x)))
-        return x + self.drop_path(self.mlp(self.ln_2(x)))
+        if not fusible(x, self.cpe1, self.ln_1, self.cpe2, self.ln_2, self.drop_path):
+            x = x + to_tokens(self.cpe1(to_planes(x)))
+            x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+            x = x + to_tokens(self.cpe2(to_planes(x)))
+            return x + self.drop_path(self.mlp(self.ln_2(x)))
+        x, normed = self._position_and_norm(x, self.cpe1, self.ln_1)
+        update = self.self_attention(normed)
+        x, normed = self._position_and_norm(x, self.cpe2, self.ln_2, update, self._scale(update))
+        update, scale = self.mlp(normed), self._scale(update)
+        return x + update if scale is None else torch.addcmul(x, update, scale[:, None, None, None])
+
+    @staticmethod
+    def _position_and_norm(
+        x: Tensor, conv: DepthwiseConv3x3, norm: nn.LayerNorm, update: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x + scale update, through the convolution and its residual, and its norm."""
+        return depthwise_residual_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, update, scale)
+
+    def _scale(self, update: Tensor) -> Tensor | None:
+        """What stochastic depth multiplies each image's update by, drawn as it draws it; None where it does nothing."""
+        if not self.training or self.drop_path.drop_prob == 0.0:
+            return None
+        return self.drop_path(update.new_ones(len(update)))
 
 
 class Stage(nn.Module):

@@ -5,6 +5,7 @@ import torch
 
 from classification import models
 from classification.flops import count_flops, flops_table
+from classification.models import spatialmamba
 
 PUBLISHED = {"tiny": 4.468e9, "small": 7.117e9, "base": 15.801e9}
 
@@ -23,6 +24,14 @@ def test_custom_operators_are_counted():
     states = 128 * 56**2 * 2 + 256 * 28**2 * 4 + 512 * 14**2 * 8 + 1024 * 7**2 * 4  # D L over the blocks
     assert counted["selective_scan_state"] == 7 * states
     assert counted["state_fusion_output"] == 27 * states
+
+
+def test_count_on_a_gpu(monkeypatch):
+    """There operators join modules, but give way to those that the counter watches: the count is the same."""
+    model = models.spatialmamba_micro().eval()
+    expected = count_flops(model, (64, 96)).total()
+    monkeypatch.setattr(spatialmamba, "has_fused_kernels", lambda x: True)
+    assert count_flops(model, (64, 96)).total() == expected
 
 
 def test_counting_leaves_the_model_alone():

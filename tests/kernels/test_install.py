@@ -56,6 +56,7 @@ SHARED = [
     "setup.py",
     "MANIFEST.in",
     "selective_scan/__main__.py",
+    "selective_scan/launching.py",
     "selective_scan/loading.py",
     "csrc/cpu/host.h",
     "csrc/cpu/simd.h",

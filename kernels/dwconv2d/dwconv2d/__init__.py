@@ -1,8 +1,17 @@
-"""State fusion of Spatial-Mamba and the dilated depthwise convolution under it, as PyTorch operators."""
+"""State fusion of Spatial-Mamba and the depthwise convolutions around it, as PyTorch operators."""
 
 from dwconv2d.loading import backends
 from dwconv2d.ops import DilatedDWConv2d, dilated_dwconv2d, state_fusion, state_fusion_output
+from dwconv2d.token_ops import depthwise_residual_norm, depthwise_silu
 
-__all__ = ["DilatedDWConv2d", "backends", "dilated_dwconv2d", "state_fusion", "state_fusion_output"]
+__all__ = [
+    "DilatedDWConv2d",
+    "backends",
+    "depthwise_residual_norm",
+    "depthwise_silu",
+    "dilated_dwconv2d",
+    "state_fusion",
+    "state_fusion_output",
+]
 
 __version__ = "0.1.0"  # pyproject.toml reads it

@@ -9,6 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ COMPILED = _load_compiled()
 COMPILED_FOR_CUDA = COMPILED and any(
     name.startswith(f"{PACKAGE}::") for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
 )
-TRITON_RUNS_ON_CUDA = not COMPILED_FOR_CUDA and importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_RUNS_ON_CUDA = not COMPILED_FOR_CUDA and TRITON_INSTALLED
 
 
 def _not_compiled(part: str) -> str:
@@ -69,7 +71,7 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
     }
     if COMPILED_FOR_CUDA:
         found["cuda"] = "available" if gpu else "compiled, but no GPU is found"
-    if importlib.util.find_spec("triton") is not None:
+    if TRITON_INSTALLED:
         found["triton"] = "available" if gpu else "installed, but no GPU is found"
     if tensor is not None:
         found["selected"] = _selected(tensor.device.type)
@@ -122,40 +124,52 @@ def without_autocast(kernel: Callable) -> Callable:
 
 
 @functools.cache
-def _warn_of_plain_pytorch(device: str) -> None:
-    """Once for each device type that could have had a kernel."""
-    if device in ("cpu", "cuda"):
-        warnings.warn(f"{PACKAGE} runs as plain PyTorch, slowly, on {device}: {_REINSTALL}", stacklevel=2)
+def _warn_of_plain_pytorch(device: str, compiled: bool) -> None:
+    """Once for each device type that could have had a kernel, and each way to get it."""
+    if device == "cuda" or (device == "cpu" and compiled):
+        how = _REINSTALL if compiled else "pip install triton"
+        warnings.warn(f"{PACKAGE} runs as plain PyTorch, slowly, on {device}: {how}", stacklevel=2)
 
 
-def _plain(function: Callable) -> Callable:
-    @functools.wraps(function)
+class Kernels(NamedTuple):
+    """What can run an operator beside a compiled library."""
+
+    plain: Callable  # in plain PyTorch
+    triton_module: str  # of this package, where Triton's has the same name
+    compiled: bool  # whether the compiled libraries have it
+
+    def in_triton(self) -> Callable:
+        # Imported here, for a process that runs on a CPU need not import Triton.
+        return getattr(importlib.import_module(f"{PACKAGE}.{self.triton_module}"), self.plain.__name__)
+
+
+def _plain(kernels: Kernels) -> Callable:
+    @functools.wraps(kernels.plain)
     def run(first: Tensor, *args, **kwargs):
-        result = function(first, *args, **kwargs)  # what it refuses is not slow
-        _warn_of_plain_pytorch(first.device.type)
+        result = kernels.plain(first, *args, **kwargs)  # what it refuses is not slow
+        _warn_of_plain_pytorch(first.device.type, kernels.compiled)
         return result
 
     return without_autocast(run)
 
 
-def _triton(name: str) -> Callable:
+def _triton(kernels: Kernels) -> Callable:
     def run(*args, **kwargs):
-        # Here, for a process that runs on a CPU need not import Triton.
-        return getattr(importlib.import_module(f"{PACKAGE}.triton_kernels"), name)(*args, **kwargs)
+        return kernels.in_triton()(*args, **kwargs)
 
     return without_autocast(run)
 
 
-OPERATORS: list[str] = []  # the names of all that are registered
+OPERATORS: dict[str, Kernels] = {}  # all that are registered, by name
 
 
-def register(plain: Callable) -> None:
+def register(plain: Callable, triton_module: str = "triton_kernels", compiled: bool = True) -> None:
     """Make `plain`, plain PyTorch, the operator of its name on every device without a compiled kernel.
 
-    On a GPU, Triton's kernel of that name goes before it.
+    On a GPU, Triton's kernel of that name goes before it. `compiled`: whether the compiled libraries have the operator.
     """
-    OPERATORS.append(plain.__name__)
+    kernels = OPERATORS[plain.__name__] = Kernels(plain, triton_module, compiled)
     operator = f"{PACKAGE}::{plain.__name__}"
-    torch.library.impl(operator, "default", _plain(plain))
-    if TRITON_RUNS_ON_CUDA:
-        torch.library.impl(operator, "cuda", _triton(plain.__name__))
+    torch.library.impl(operator, "default", _plain(kernels))
+    if TRITON_INSTALLED and not (compiled and COMPILED_FOR_CUDA):
+        torch.library.impl(operator, "cuda", _triton(kernels))

@@ -1,0 +1,156 @@
+"""Operators between the tokens of a block, (B, H, W, D), and the planes of its scan, (B, D, H, W).
+
+Each joins what would be several passes over memory on a GPU, where Triton's kernels run them; elsewhere they are plain
+PyTorch. Parameters may be float32 beside 16-bit tokens: they are cast inside. Everything is computed in float32
+(float64 for float64) and rounded once, when it is stored.
+"""
+
+import torch
+from torch import Tensor
+
+from dwconv2d import loading
+from dwconv2d import token_reference as reference
+
+_SILU = "Tensor x, Tensor weight, Tensor bias"
+_NORM = "Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps"
+_NORM_BACKWARD = "Tensor grad_r, Tensor grad_n, Tensor r, Tensor x, Tensor weight, Tensor norm_weight, float eps"
+_UPDATE = "Tensor? update=None, Tensor? scale=None"
+_SCHEMAS = {
+    "depthwise_silu": f"({_SILU}) -> Tensor",
+    "depthwise_silu_backward": f"(Tensor grad, {_SILU}) -> (Tensor, Tensor, Tensor)",
+    "depthwise_residual_norm": f"({_NORM}, {_UPDATE}) -> (Tensor, Tensor)",
+    "depthwise_residual_norm_backward": f"({_NORM_BACKWARD}, {_UPDATE}) -> ({', '.join(['Tensor'] * 6)})",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"dwconv2d::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    loading.register(getattr(reference, _name), triton_module="token_triton", compiled=False)
+
+
+@torch.library.register_fake("dwconv2d::depthwise_silu")
+def _silu_fake(x, weight, bias):
+    reference.check_silu_inputs(x, weight, bias)
+    batch, height, width, channels = x.shape
+    return x.new_empty((batch, channels, height, width))
+
+
+@torch.library.register_fake("dwconv2d::depthwise_silu_backward")
+def _silu_backward_fake(grad, x, weight, bias):
+    reference.check_silu_inputs(x, weight, bias)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+@torch.library.register_fake("dwconv2d::depthwise_residual_norm")
+def _norm_fake(x, weight, bias, norm_weight, norm_bias, eps, update=None, scale=None):
+    reference.check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("dwconv2d::depthwise_residual_norm_backward")
+def _norm_backward_fake(grad_r, grad_n, r, x, weight, norm_weight, eps, update=None, scale=None):
+    channels = x.shape[-1:]
+    shapes = (weight.shape, channels, channels, channels)
+    dtype = reference.computed_dtype(x)
+    parameters = (x.new_empty(shape, dtype=dtype) for shape in shapes)
+    return x.new_empty(x.shape), *parameters, x.new_empty(0 if scale is None else x.shape)
+
+
+def _silu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _silu_backward(ctx, grad):
+    return torch.ops.dwconv2d.depthwise_silu_backward(grad, *ctx.saved_tensors)
+
+
+def _norm_setup(ctx, inputs, output):
+    x, weight, bias, norm_weight, norm_bias, ctx.eps, update, scale = inputs
+    ctx.dtypes = [t.dtype for t in (weight, bias, norm_weight, norm_bias)]
+    ctx.save_for_backward(output[0], x, weight, norm_weight, update, scale)
+
+
+def _norm_backward(ctx, grad_r, grad_n):
+    r, x, weight, norm_weight, update, scale = ctx.saved_tensors
+    backward = torch.ops.dwconv2d.depthwise_residual_norm_backward
+    grad_s, *parameters, grad_update = backward(grad_r, grad_n, r, x, weight, norm_weight, ctx.eps, update, scale)
+    parameters = [grad.to(dtype) for grad, dtype in zip(parameters, ctx.dtypes, strict=True)]
+    if update is None:
+        grad_update = None
+    elif scale is None:
+        grad_update = grad_s
+    return grad_s, *parameters, None, grad_update, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError("dwconv2d operators have no second derivative: their backward cannot be differentiated")
+
+
+torch.library.register_autograd("dwconv2d::depthwise_silu", _silu_backward, setup_context=_silu_setup)
+torch.library.register_autograd("dwconv2d::depthwise_residual_norm", _norm_backward, setup_context=_norm_setup)
+for _name in ("depthwise_silu_backward", "depthwise_residual_norm_backward"):
+    torch.library.register_autograd(f"dwconv2d::{_name}", _no_double_backward)
+
+
+def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Depthwise 3x3 convolution and SiLU, from tokens to planes: y = s sigmoid(s), s = bias + dwconv3x3(x).
+
+    Outside the image x is 0. The backward pass recomputes s, so that nothing but x is saved for it.
+
+    Args:
+        x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, of any strides: half of a projection's output
+            is read where it lies.
+        weight: (D, 1, 3, 3), and bias: (D,), of any floating dtype, float64 if and only if x is.
+
+    Returns:
+        y, planes (B, D, H, W), contiguous, x's dtype. Under autocast x is cast to the autocast dtype first.
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
+        TypeError: a type or dtype does not fit; the message names the argument.
+        NotImplementedError: an input has a tangent of forward-mode differentiation.
+    """
+    loading.check_tensors(x=x, weight=weight, bias=bias)
+    if (half := loading.autocast_dtype(x)) is not None:
+        x = loading.cast(x, half)
+    return torch.ops.dwconv2d.depthwise_silu(x, weight, bias)
+
+
+def depthwise_residual_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    update: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A residual, a depthwise 3x3 convolution with its residual, and the LayerNorm that follows, in one pass.
+
+    s = x + scale update, r = s + bias + dwconv3x3(s), n = LayerNorm(r) over the channels. Outside the image s is 0.
+    n is the norm of r as it is returned, in x's dtype.
+
+    Args:
+        x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, of any strides.
+        weight, bias: of the convolution, (D, 1, 3, 3) and (D,), of any floating dtype, float64 if and only if x is.
+        norm_weight, norm_bias: of the norm, (D,), likewise.
+        eps: added to the variance.
+        update: added to x, x's shape and dtype; None for nothing.
+        scale: factor of each image's update, (B,), as stochastic depth draws them; None for 1. It gets no gradient.
+
+    Returns:
+        r and n, (B, H, W, D), contiguous, x's dtype. Under autocast x and update are cast to the autocast dtype first.
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
+        TypeError: a type or dtype does not fit; the message names the argument.
+        NotImplementedError: an input has a tangent of forward-mode differentiation.
+    """
+    optional = {name: t for name, t in (("update", update), ("scale", scale)) if t is not None}
+    parameters = dict(weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    loading.check_tensors(x=x, **parameters, **optional)
+    if (half := loading.autocast_dtype(x)) is not None:
+        x = loading.cast(x, half)
+        update = None if update is None else loading.cast(update, half)
+    if scale is not None:
+        scale = scale.detach()
+    return torch.ops.dwconv2d.depthwise_residual_norm(x, *parameters.values(), eps, update, scale)

@@ -1,0 +1,174 @@
+"""The operators on tokens in plain PyTorch: the specification, and the kernels of any device without its own."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# ----- argument checks, shared with the fake kernels
+
+
+def check_silu_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise a ValueError or TypeError that names the first argument of `depthwise_silu` that does not fit."""
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must be (batch, height, width, channels), none but batch 0, got shape {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    channels = x.shape[-1]
+    _check(x, "weight", weight, (channels, 1, 3, 3))
+    _check(x, "bias", bias, (channels,))
+
+
+def check_residual_norm_inputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    update: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    """The same for `depthwise_residual_norm`."""
+    check_silu_inputs(x, weight, bias)
+    channels = x.shape[-1]
+    _check(x, "norm_weight", norm_weight, (channels,))
+    _check(x, "norm_bias", norm_bias, (channels,))
+    if update is not None:
+        _check(x, "update", update, tuple(x.shape))
+        if update.dtype != x.dtype:
+            raise TypeError(f"update must be {x.dtype} as x is, got {update.dtype}")
+    if scale is not None:
+        if update is None:
+            raise ValueError("scale is given without an update, which it scales")
+        _check(x, "scale", scale, tuple(x.shape[:1]))
+
+
+def check_grad(name: str, grad: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise a ValueError or TypeError if a gradient has not the shape, dtype and device of its result."""
+    _check(like, name, grad, shape)
+    if grad.dtype != like.dtype:
+        raise TypeError(f"{name} must be {like.dtype} as x is, got {grad.dtype}")
+
+
+def _check(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Parameters may be in another floating dtype than x, for autocast leaves them in float32."""
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} must be {tuple(shape)} for x of shape {tuple(x.shape)}, got shape {tuple(tensor.shape)}"
+        )
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(f"{name} must be float64 exactly if x is, got {tensor.dtype} with {x.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}")
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """What results are computed in before they are rounded to x's dtype."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ----- depthwise 3x3 and SiLU
+
+
+def _planes(tokens: Tensor) -> Tensor:
+    return tokens.permute(0, 3, 1, 2)
+
+
+def _convolve(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """s is planes in the dtype that is computed in."""
+    return F.conv2d(s, weight.to(s.dtype), bias.to(s.dtype), padding=1, groups=s.shape[1])
+
+
+def _convolution_backward(grad: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    channels = s.shape[1]
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True])
+    grads = torch.ops.aten.convolution_backward(grad, s, weight.to(s.dtype), [channels], *geometry)
+    return grads[0], grads[1].contiguous(), grads[2]
+
+
+def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`dwconv2d.depthwise_silu` without its gradient."""
+    check_silu_inputs(x, weight, bias)
+    s = _convolve(_planes(x).to(computed_dtype(x)), weight, bias)
+    return F.silu(s).to(x.dtype).contiguous()
+
+
+def depthwise_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `depthwise_silu` for x, weight and bias, from `grad` of its planes."""
+    check_silu_inputs(x, weight, bias)
+    check_grad("grad", grad, (x.shape[0], x.shape[3], *x.shape[1:3]), x)
+    planes = _planes(x).to(computed_dtype(x))
+    s = _convolve(planes, weight, bias)
+    gate = torch.sigmoid(s)
+    grad_s = grad.to(s.dtype) * (gate * (1 + s * (1 - gate)))
+    grad_x, grad_weight, grad_bias = _convolution_backward(grad_s, planes, weight)
+    grad_x = grad_x.permute(0, 2, 3, 1).to(x.dtype).contiguous()
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+# ----- depthwise 3x3, residual and LayerNorm
+
+
+def _sum(x: Tensor, update: Tensor | None, scale: Tensor | None) -> Tensor:
+    """s = x + scale update, as planes in the dtype that is computed in."""
+    s = x.to(computed_dtype(x))
+    if update is not None:
+        update = update.to(s.dtype)
+        s = s + (update if scale is None else scale.to(s.dtype)[:, None, None, None] * update)
+    return _planes(s)
+
+
+def depthwise_residual_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    update: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`dwconv2d.depthwise_residual_norm` without its gradient."""
+    check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
+    s = _sum(x, update, scale)
+    r = (s + _convolve(s, weight, bias)).permute(0, 2, 3, 1).to(x.dtype).contiguous()
+    wide = r.to(s.dtype)
+    n = F.layer_norm(wide, wide.shape[-1:], norm_weight.to(s.dtype), norm_bias.to(s.dtype), eps)
+    return r, n.to(x.dtype)
+
+
+def depthwise_residual_norm_backward(
+    grad_r: Tensor,
+    grad_n: Tensor,
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    update: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `depthwise_residual_norm` for s, weight, bias, norm_weight, norm_bias and, with a scale, update.
+
+    Without a scale the update's is that of s, and the last result is empty. r is as it was returned. Gradients of
+    parameters are float32, or float64 for float64.
+    """
+    check_residual_norm_inputs(x, weight, weight[:, 0, 0, 0], norm_weight, norm_weight, update, scale)
+    for name, grad in (("grad_r", grad_r), ("grad_n", grad_n), ("r", r)):
+        check_grad(name, grad, tuple(x.shape), x)
+    dtype, shape = computed_dtype(x), x.shape[-1:]
+    wide, weight_of_norm = r.to(dtype), norm_weight.to(dtype)
+    _, mean, rstd = torch.native_layer_norm(wide, shape, weight_of_norm, None, eps)
+    grad, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_n.to(dtype), wide, shape, mean, rstd, weight_of_norm, torch.zeros_like(weight_of_norm), [True, True, True]
+    )
+    grad = _planes(grad + grad_r.to(dtype))
+    grad_s, grad_weight, grad_bias = _convolution_backward(grad, _sum(x, update, scale), weight)
+    grad_s = (grad_s + grad).permute(0, 2, 3, 1)
+    grad_update = x.new_empty(0) if scale is None else (grad_s * scale.to(dtype)[:, None, None, None]).to(x.dtype)
+    results = grad_s.to(x.dtype).contiguous(), grad_weight, grad_bias, grad_norm_weight, grad_norm_bias
+    return *results, grad_update.contiguous()

@@ -1,0 +1,595 @@
+"""The operators on tokens in Triton, for GPUs: see `token_ops`.
+
+A program owns a tile of positions and channels. Lanes lie along the channels, which are side by side in memory. Each
+tap of the 3x3 kernel is one load for the whole tile; taps of neighbouring positions find their values in the first
+cache. What is planes, (B, D, H, W), is stored and loaded with lanes along positions; Triton exchanges the values
+through shared memory.
+
+A gradient that a second kernel convolves again travels in float32 (float64 for float64): rounded to 16 bits in between,
+results would not be within 1.2 roundings of the exact ones. Sums over positions are partial sums, added by PyTorch in a
+fixed order: no atomics, so results repeat to the bit.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dwconv2d import token_reference as reference
+from dwconv2d.launching import launch
+
+# Numbers that differ from call to call and gain nothing from a compilation of their own.
+_SIZES = ["positions", "height", "width"]
+
+
+# ----- positions, taps and rounding
+
+
+@triton.jit
+def _place(p, height, width):
+    """Image, row and column of positions counted through all images, as columns (BLOCK_P, 1)."""
+    image = p // (height * width)
+    inside = p - image * (height * width)
+    row = inside // width
+    return image.to(tl.int64)[:, None], row[:, None], (inside - row * width)[:, None]
+
+
+@triton.jit
+def _tap(ptrs, valid, row, column, height, width, stride_y, stride_x, DY: tl.constexpr, DX: tl.constexpr, like):
+    """What lies DY rows and DX columns further, zero outside the plane."""
+    y, x = row + DY, column + DX
+    inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return tl.load(ptrs + (DY * stride_y + DX * stride_x), mask=inside, other=0).to(like)
+
+
+@triton.jit
+def _weight(weight_ptr, d, d_valid, tap: tl.constexpr, like):
+    return tl.load(weight_ptr + d * 9 + tap, mask=d_valid, other=0).to(like)
+
+
+@triton.jit
+def _convolve(x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, height, width, stride_y, stride_x, like):
+    """bias + the sum over the nine taps of tap times value."""
+    total = tl.load(bias_ptr + d, mask=d_valid, other=0).to(like) + tl.zeros(valid.shape, like)
+    for tap in tl.static_range(9):
+        value = _tap(x_ptrs, valid, row, column, height, width, stride_y, stride_x, tap // 3 - 1, tap % 3 - 1, like)
+        total += _weight(weight_ptr, d, d_valid, tap, like) * value
+    return total
+
+
+@triton.jit
+def _sigmoid(s):
+    return 1 / (1 + tl.exp(-s))
+
+
+@triton.jit
+def _normalise(x, d_valid, channels, EPS: tl.constexpr):
+    """LayerNorm of each position without weight and bias, and one over the standard deviation."""
+    mean = tl.sum(tl.where(d_valid, x, 0), axis=1)[:, None] / channels
+    centred = tl.where(d_valid, x - mean, 0)
+    variance = tl.sum(centred * centred, axis=1)[:, None] / channels
+    rstd = 1 / tl.sqrt(variance + tl.full((), EPS, x.dtype))
+    return centred * rstd, rstd
+
+
+@triton.jit
+def _rounded(x, STORED: tl.constexpr, BY_BITS: tl.constexpr):
+    """x as it will be read again after it is stored as STORED."""
+    if BY_BITS and tl.bfloat16 == STORED:  # Triton's interpreter cuts instead of rounding
+        bits = x.to(tl.int32, bitcast=True)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        result = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+    else:
+        result = x.to(STORED).to(x.dtype)
+    return result
+
+
+# ----- depthwise_silu: tokens to planes
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _silu_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    grad_ptr,
+    grad_s_ptr,
+    height,
+    width,
+    channels,
+    plane_units,
+    x_stride_b,
+    x_stride_y,
+    x_stride_x,
+    x_stride_d,
+    grad_stride_b,
+    grad_stride_d,
+    grad_stride_p,
+    UNIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """With s the convolution: y = SiLU(s) as planes, or from `grad` of y that of s as tokens, in DTYPE."""
+    plane = plane_units * UNIT  # so that Triton knows how planes are aligned
+    d_tiles = tl.cdiv(channels, BLOCK_D)
+    p_tiles = tl.cdiv(plane, BLOCK_P)
+    d = (tl.program_id(0) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tile = tl.program_id(0) // d_tiles
+    image = (tile // p_tiles).to(tl.int64)
+    p = (tile % p_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    row = p // width
+    column = p - row * width
+    d_valid = d < channels
+    valid = (p < plane) & d_valid
+
+    x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
+    x_ptrs += d * x_stride_d
+    s = _convolve(
+        x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, height, width, x_stride_y, x_stride_x, DTYPE
+    )
+    gate = _sigmoid(s)
+    if grad_ptr is None:
+        y_ptrs = y_ptr + image * channels * plane + d.to(tl.int64) * plane + p
+        tl.store(y_ptrs, s * gate, mask=valid)
+    else:
+        grad_ptrs = grad_ptr + image * grad_stride_b + d.to(tl.int64) * grad_stride_d + p * grad_stride_p
+        grad = tl.load(grad_ptrs, mask=valid, other=0).to(DTYPE)
+        grad_s_ptrs = grad_s_ptr + (image * plane + p) * channels + d
+        tl.store(grad_s_ptrs, grad * (gate * (1 + s * (1 - gate))), mask=valid)
+
+
+# ----- depthwise_residual_norm: tokens to tokens
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _residual_norm_kernel(
+    x_ptr,
+    update_ptr,
+    scale_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    r_ptr,
+    n_ptr,
+    positions,
+    height,
+    width,
+    channels,
+    x_stride_b,
+    x_stride_y,
+    x_stride_x,
+    x_stride_d,
+    update_stride_b,
+    update_stride_y,
+    update_stride_x,
+    update_stride_d,
+    EPS: tl.constexpr,
+    STORED: tl.constexpr,
+    BY_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """r = s + convolution of s with s = x + scale update, and n = LayerNorm(r), of r as it is stored."""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    image, row, column = _place(p, height, width)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    d_valid = d < channels
+    p_valid = (p < positions)[:, None]
+    valid = p_valid & d_valid
+
+    x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
+    x_ptrs += d * x_stride_d
+    update_ptrs = update_ptr
+    scale = 1.0
+    if update_ptr is not None:
+        update_ptrs += image * update_stride_b + row.to(tl.int64) * update_stride_y
+        update_ptrs += column.to(tl.int64) * update_stride_x + d * update_stride_d
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
+    r = tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE) + tl.zeros(valid.shape, DTYPE)
+    # A row of taps at a time: the loads of all nine, from both tensors, would take more registers than there are.
+    for i in range(3):
+        for j in tl.static_range(3):
+            y, x = row + (i - 1), column + (j - 1)
+            inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            s = tl.load(x_ptrs + ((i - 1) * x_stride_y + (j - 1) * x_stride_x), mask=inside, other=0).to(DTYPE)
+            if update_ptr is not None:
+                offset = (i - 1) * update_stride_y + (j - 1) * update_stride_x
+                s += scale * tl.load(update_ptrs + offset, mask=inside, other=0).to(DTYPE)
+            weight = tl.load(weight_ptr + d * 9 + (3 * i + j), mask=d_valid, other=0).to(DTYPE)
+            if j == 1:
+                weight += tl.where(i == 1, 1, 0)  # the residual
+            r += weight * s
+
+    r = _rounded(r, STORED, BY_BITS)
+    p_wide = p.to(tl.int64)[:, None]
+    tl.store(r_ptr + p_wide * channels + d, r, mask=valid)
+    normalised, _rstd = _normalise(r, d_valid, channels, EPS)
+    n = normalised * tl.load(norm_weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
+    n += tl.load(norm_bias_ptr + d, mask=d_valid, other=0).to(DTYPE)
+    tl.store(n_ptr + p_wide * channels + d, n, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _norm_backward_kernel(
+    grad_r_ptr,
+    grad_n_ptr,
+    r_ptr,
+    norm_weight_ptr,
+    grad_ptr,
+    sums_ptr,
+    positions,
+    channels,
+    grad_r_stride_p,
+    grad_r_stride_d,
+    grad_n_stride_p,
+    grad_n_stride_d,
+    EPS: tl.constexpr,
+    TILES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The gradient of r, directly and through n, in DTYPE; sums for those of the norm's weight and bias."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    d_valid = d < channels
+    weight = tl.load(norm_weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
+    sum_weight = tl.zeros((BLOCK_D,), DTYPE)
+    sum_bias = tl.zeros((BLOCK_D,), DTYPE)
+    for tile in range(TILES):
+        p = ((tl.program_id(0) * TILES + tile) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
+        valid = (p < positions) & d_valid
+        p = p.to(tl.int64)
+        r = tl.load(r_ptr + p * channels + d, mask=valid, other=0).to(DTYPE)
+        grad_n = tl.load(grad_n_ptr + p * grad_n_stride_p + d * grad_n_stride_d, mask=valid, other=0).to(DTYPE)
+        grad_r = tl.load(grad_r_ptr + p * grad_r_stride_p + d * grad_r_stride_d, mask=valid, other=0).to(DTYPE)
+        normalised, rstd = _normalise(r, d_valid, channels, EPS)
+        sum_weight += tl.sum(grad_n * normalised, axis=0)
+        sum_bias += tl.sum(grad_n, axis=0)
+        grad_n *= weight
+        mean = tl.sum(grad_n, axis=1)[:, None] / channels
+        along = tl.sum(grad_n * normalised, axis=1)[:, None] / channels
+        grad = grad_r + rstd * (grad_n - mean - normalised * along)
+        tl.store(grad_ptr + p * channels + d, grad, mask=valid)
+    sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + tl.arange(0, BLOCK_D)
+    tl.store(sums_ptrs, sum_weight, mask=tl.arange(0, BLOCK_D) < channels)
+    tl.store(sums_ptrs + channels, sum_bias, mask=tl.arange(0, BLOCK_D) < channels)
+
+
+# ----- the convolution's gradients, for both
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _convolution_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    update_ptr,
+    scale_ptr,
+    weight_ptr,
+    grad_s_ptr,
+    grad_update_ptr,
+    sums_ptr,
+    positions,
+    height,
+    width,
+    channels,
+    x_stride_b,
+    x_stride_y,
+    x_stride_x,
+    x_stride_d,
+    update_stride_b,
+    update_stride_y,
+    update_stride_x,
+    update_stride_d,
+    RESIDUAL: tl.constexpr,
+    TILES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """From `grad`, tokens in DTYPE, of bias + conv(s) [+ s], s = x [+ scale update]: that of s, with a scale that of
+    the update, and sums for the rest.
+
+    s(q) meets grad(p) by the tap that leads from p to q. Sums are (programs, 10, channels): nine taps, then the bias.
+    """
+    d_tiles = tl.cdiv(channels, BLOCK_D)
+    d = (tl.program_id(0) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    first = tl.program_id(0) // d_tiles
+    d_valid = d < channels
+    w0 = _weight(weight_ptr, d, d_valid, 0, DTYPE)
+    w1 = _weight(weight_ptr, d, d_valid, 1, DTYPE)
+    w2 = _weight(weight_ptr, d, d_valid, 2, DTYPE)
+    w3 = _weight(weight_ptr, d, d_valid, 3, DTYPE)
+    w4 = _weight(weight_ptr, d, d_valid, 4, DTYPE)
+    w5 = _weight(weight_ptr, d, d_valid, 5, DTYPE)
+    w6 = _weight(weight_ptr, d, d_valid, 6, DTYPE)
+    w7 = _weight(weight_ptr, d, d_valid, 7, DTYPE)
+    w8 = _weight(weight_ptr, d, d_valid, 8, DTYPE)
+    a0 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    a1 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    a2 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    a3 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    a4 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    a5 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    a6 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    a7 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    a8 = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    sum_bias = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
+    for tile in range(TILES):
+        p = (first * TILES + tile) * BLOCK_P + tl.arange(0, BLOCK_P)
+        image, row, column = _place(p, height, width)
+        p_valid = (p < positions)[:, None]
+        valid = p_valid & d_valid
+        x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
+        s = tl.load(x_ptrs + d * x_stride_d, mask=valid, other=0).to(DTYPE)
+        if update_ptr is not None:
+            update_ptrs = update_ptr + image * update_stride_b + row.to(tl.int64) * update_stride_y
+            update_ptrs += column.to(tl.int64) * update_stride_x + d * update_stride_d
+            update = tl.load(update_ptrs, mask=valid, other=0).to(DTYPE)
+            if scale_ptr is not None:
+                update *= tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
+            s += update
+
+        ptrs = grad_ptr + p.to(tl.int64)[:, None] * channels + d
+        line = width * channels
+        g0 = _tap(ptrs, valid, row, column, height, width, line, channels, 1, 1, DTYPE)
+        g1 = _tap(ptrs, valid, row, column, height, width, line, channels, 1, 0, DTYPE)
+        g2 = _tap(ptrs, valid, row, column, height, width, line, channels, 1, -1, DTYPE)
+        g3 = _tap(ptrs, valid, row, column, height, width, line, channels, 0, 1, DTYPE)
+        g4 = _tap(ptrs, valid, row, column, height, width, line, channels, 0, 0, DTYPE)
+        g5 = _tap(ptrs, valid, row, column, height, width, line, channels, 0, -1, DTYPE)
+        g6 = _tap(ptrs, valid, row, column, height, width, line, channels, -1, 1, DTYPE)
+        g7 = _tap(ptrs, valid, row, column, height, width, line, channels, -1, 0, DTYPE)
+        g8 = _tap(ptrs, valid, row, column, height, width, line, channels, -1, -1, DTYPE)
+        grad_s = w0 * g0 + w1 * g1 + w2 * g2 + w3 * g3 + w4 * g4 + w5 * g5 + w6 * g6 + w7 * g7 + w8 * g8
+        if RESIDUAL:
+            grad_s += g4
+        offsets = p.to(tl.int64)[:, None] * channels + d
+        tl.store(grad_s_ptr + offsets, grad_s, mask=valid)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
+            tl.store(grad_update_ptr + offsets, grad_s * scale, mask=valid)
+        a0 += s * g0
+        a1 += s * g1
+        a2 += s * g2
+        a3 += s * g3
+        a4 += s * g4
+        a5 += s * g5
+        a6 += s * g6
+        a7 += s * g7
+        a8 += s * g8
+        sum_bias += g4
+
+    sums_ptrs = sums_ptr + first.to(tl.int64) * 10 * channels + d
+    tl.store(sums_ptrs, tl.sum(a0, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + channels, tl.sum(a1, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + 2 * channels, tl.sum(a2, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + 3 * channels, tl.sum(a3, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + 4 * channels, tl.sum(a4, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + 5 * channels, tl.sum(a5, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + 6 * channels, tl.sum(a6, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + 7 * channels, tl.sum(a7, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + 8 * channels, tl.sum(a8, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + 9 * channels, tl.sum(sum_bias, axis=0)[None, :], mask=d_valid)
+
+
+# ----- launches
+
+
+_TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def _stored(x: Tensor) -> torch.dtype:
+    """The dtype of a buffer for a result in x's dtype: on a CPU this is Triton's interpreter, which cannot round."""
+    return x.dtype if x.is_cuda else reference.computed_dtype(x)
+
+
+def _computed(x: Tensor) -> tl.dtype:
+    return _TRITON_DTYPES[reference.computed_dtype(x)]
+
+
+Tiling = dict[str, int]  # the tile of a program and its warps, as a kernel takes them
+
+
+# Chosen by timings on an H100, at the shapes of T and a batch of 128. Remembered: on the host of a GPU the arithmetic
+# of a launch costs as much as the launch.
+
+
+def _power_of_2(channels: int) -> int:
+    """Not below `channels`, and not below what Triton sums over with ease."""
+    return max(triton.next_power_of_2(channels), 16)
+
+
+@functools.cache
+def silu_tiling(channels: int) -> Tiling:
+    """Positions of one image by channels, which are side by side in tokens as positions are in planes."""
+    return dict(BLOCK_P=16, BLOCK_D=min(_power_of_2(channels), 64), num_warps=2)
+
+
+@functools.cache
+def norm_tiling(channels: int, backward: bool) -> Tiling:
+    """Positions with all their channels."""
+    block_d = _power_of_2(channels)
+    if backward:
+        block_p, warps = max(min(2048 // block_d, 16), 2), 4 if block_d >= 512 else 2
+    else:
+        block_p = max(2048 // block_d, 8)
+        warps = 4 if block_d <= 64 else max(block_p * block_d // 1024, 2)
+    return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=warps)
+
+
+@functools.cache
+def convolution_tiling(channels: int) -> Tiling:
+    """Few elements a thread: it holds nine taps and nine sums for each of its channels."""
+    block_d = min(_power_of_2(channels), 32)
+    return dict(BLOCK_P=256 // block_d, BLOCK_D=block_d, num_warps=2)
+
+
+def tiles_of_a_program(positions: int, block_p: int, d_tiles: int) -> int:
+    """As many as leave some thousand programs, so that few partial sums are stored."""
+    tiles = 32
+    while tiles > 1 and positions * d_tiles < 2000 * block_p * tiles:
+        tiles //= 2
+    return tiles
+
+
+def _unit(stride: int) -> int:
+    """The largest power of two up to 8 that divides a stride."""
+    return min(stride & -stride, 8) or 8
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _silu(
+    x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None, grad: Tensor | None, grad_s: Tensor | None
+) -> None:
+    batch, height, width, channels = x.shape
+    plane = height * width
+    unit = _unit(plane)
+    tiling = silu_tiling(channels)
+    rows = None if grad is None else grad.reshape(batch, channels, plane)
+    launch(
+        _silu_kernel,
+        batch * _ceil_div(plane, tiling["BLOCK_P"]) * _ceil_div(channels, tiling["BLOCK_D"]),
+        *(x, weight.contiguous(), bias.contiguous(), y, rows, grad_s),
+        *(height, width, channels, plane // unit, *x.stride(), *((0, 0, 0) if rows is None else rows.stride())),
+        UNIT=unit,
+        DTYPE=_computed(x),
+        **tiling,
+    )
+
+
+def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`dwconv2d.depthwise_silu` without its gradient."""
+    reference.check_silu_inputs(x, weight, bias)
+    batch, height, width, channels = x.shape
+    y = x.new_empty((batch, channels, height, width), dtype=_stored(x))
+    _silu(x, weight, bias, y, None, None)
+    return y.to(x.dtype)
+
+
+def depthwise_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `depthwise_silu` for x, weight and bias, from `grad` of its planes."""
+    reference.check_silu_inputs(x, weight, bias)
+    grad_s = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
+    _silu(x, weight, bias, None, grad, grad_s)
+    grad_x, grad_weight, grad_bias, _ = _convolution_backward(grad_s, x, weight, residual=False)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: bool,
+    update: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of s, contiguous, of weight and bias, these in `grad`'s dtype, and with a scale of the update."""
+    batch, height, width, channels = x.shape
+    positions = batch * height * width
+    tiling = convolution_tiling(channels)
+    d_tiles = _ceil_div(channels, tiling["BLOCK_D"])
+    tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], d_tiles)
+    programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
+    grad_s = x.new_empty(x.shape, dtype=_stored(x))
+    grad_update = x.new_empty(0) if scale is None else torch.empty_like(grad_s)
+    sums = grad.new_empty(programs, 10, channels)
+    launch(
+        _convolution_backward_kernel,
+        programs * d_tiles,
+        *(grad, x, update, scale, weight.contiguous(), grad_s, grad_update, sums),
+        *(positions, height, width, channels, *x.stride(), *((0,) * 4 if update is None else update.stride())),
+        RESIDUAL=residual,
+        TILES=tiles,
+        DTYPE=_computed(x),
+        **tiling,
+    )
+    total = sums.sum(0)
+    grad_weight = total[:9].t().contiguous().view(weight.shape)
+    return grad_s.to(x.dtype), grad_weight, total[9], grad_update.to(x.dtype)
+
+
+def depthwise_residual_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    update: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`dwconv2d.depthwise_residual_norm` without its gradient."""
+    reference.check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
+    batch, height, width, channels = x.shape
+    positions = batch * height * width
+    tiling = norm_tiling(channels, backward=False)
+    r = x.new_empty(x.shape, dtype=_stored(x))
+    n = torch.empty_like(r)
+    launch(
+        _residual_norm_kernel,
+        _ceil_div(positions, tiling["BLOCK_P"]),
+        *(x, update, scale, weight.contiguous(), bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()),
+        *(r, n, positions, height, width, channels, *x.stride()),
+        *((0,) * 4 if update is None else update.stride()),
+        EPS=eps,
+        STORED=_TRITON_DTYPES[x.dtype],
+        BY_BITS=not x.is_cuda,
+        DTYPE=_computed(x),
+        **tiling,
+    )
+    return r.to(x.dtype), n.to(x.dtype)
+
+
+def depthwise_residual_norm_backward(
+    grad_r: Tensor,
+    grad_n: Tensor,
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    update: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `depthwise_residual_norm` for s, weight, bias, norm_weight, norm_bias and, with a scale, update.
+
+    Without a scale the update's is that of s, and the last result is empty. r is as it was returned. Gradients of
+    parameters are float32, or float64 for float64.
+    """
+    reference.check_residual_norm_inputs(x, weight, weight[:, 0, 0, 0], norm_weight, norm_weight, update, scale)
+    batch, height, width, channels = x.shape
+    positions = batch * height * width
+    tiling = norm_tiling(channels, backward=True)
+    tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], 1)
+    programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
+    grad = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
+    sums = grad.new_empty(programs, 2, channels)
+    grad_r, grad_n = grad_r.reshape(positions, channels), grad_n.reshape(positions, channels)
+    launch(
+        _norm_backward_kernel,
+        programs,
+        *(grad_r, grad_n, r.contiguous(), norm_weight.contiguous(), grad, sums),
+        *(positions, channels, *grad_r.stride(), *grad_n.stride()),
+        EPS=eps,
+        TILES=tiles,
+        DTYPE=_computed(x),
+        **tiling,
+    )
+    grad_norm_weight, grad_norm_bias = (part.sum(0) for part in sums.unbind(1))
+    grad_s, grad_weight, grad_bias, grad_update = _convolution_backward(grad, x, weight, True, update, scale)
+    return grad_s, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_update

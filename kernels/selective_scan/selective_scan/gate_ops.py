@@ -1,0 +1,77 @@
+"""The operator `selective_scan::norm_gate`: what leaves the scan as planes is normalised, gated and becomes tokens.
+
+On a GPU Triton's kernels run it, elsewhere plain PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from selective_scan import gate_reference as reference
+from selective_scan import loading
+
+_INPUTS = "Tensor y, Tensor z, Tensor weight, Tensor bias, float eps"
+_SCHEMAS = {
+    "norm_gate": f"({_INPUTS}) -> Tensor",
+    "norm_gate_backward": f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"selective_scan::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    loading.register(getattr(reference, _name), triton_module="gate_triton", compiled=False)
+
+
+@torch.library.register_fake("selective_scan::norm_gate")
+def _forward_fake(y, z, weight, bias, eps):
+    reference.check_inputs(y, z, weight, bias)
+    return z.new_empty(z.shape)
+
+
+@torch.library.register_fake("selective_scan::norm_gate_backward")
+def _backward_fake(grad, y, z, weight, bias, eps):
+    reference.check_inputs(y, z, weight, bias)
+    reference.check_grad(grad, z)
+    return tuple(t.new_empty(t.shape) for t in (y, z, weight, bias))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    return *torch.ops.selective_scan.norm_gate_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError("norm_gate has no second derivative: its backward cannot be differentiated")
+
+
+torch.library.register_autograd("selective_scan::norm_gate", _backward, setup_context=_setup_context)
+torch.library.register_autograd("selective_scan::norm_gate_backward", _no_double_backward)
+
+
+def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the channels of planes, times SiLU of a gate, as tokens: LayerNorm(y) z sigmoid(z).
+
+    It is what Mamba (arXiv 2312.00752) and Spatial-Mamba (arXiv 2410.15091) do with what their scan gives. Computed in
+    float32 (float64 for float64) and rounded once. The backward pass recomputes the norm: nothing but the inputs is
+    saved for it.
+
+    Args:
+        y: planes, (B, D, H, W), float16, bfloat16, float32 or float64.
+        z: tokens, (B, H, W, D), y's dtype; half of a projection's output is read where it lies.
+        weight, bias: of the norm, (D,), of any floating dtype, float64 if and only if y is.
+        eps: added to the variance.
+
+    Returns:
+        tokens (B, H, W, D), contiguous, y's dtype. Under autocast y and z are cast to the autocast dtype first. On a
+        GPU a y or z is copied if its positions are not evenly spaced, as those of a crop are not.
+
+    Raises:
+        ValueError: a shape or device does not fit; the message names the argument.
+        TypeError: a type or dtype does not fit; the message names the argument.
+        NotImplementedError: an input has a tangent of forward-mode differentiation.
+    """
+    loading.check_tensors(y=y, z=z, weight=weight, bias=bias)
+    if (half := loading.autocast_dtype(y)) is not None:
+        y, z = loading.cast(y, half), loading.cast(z, half)
+    return torch.ops.selective_scan.norm_gate(y, z, weight, bias, eps)

@@ -1,0 +1,216 @@
+"""The gated norm and its gradients in Triton, for GPUs.
+
+A program owns some positions of one image with all their channels. Planes are read and written with lanes along
+positions, tokens with lanes along channels; Triton exchanges the values through shared memory. Sums over positions are
+partial sums, added by PyTorch in a fixed order: no atomics, so results repeat to the bit.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from selective_scan import gate_reference as reference
+from selective_scan.launching import launch
+
+
+@triton.jit
+def _place(plane, channels, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """This program's image, positions and channels, and which of them exist."""
+    tiles = tl.cdiv(plane, BLOCK_P)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return image, p, d, p < plane, d < channels
+
+
+@triton.jit
+def _normalise(x, d_valid, channels, EPS: tl.constexpr):
+    """LayerNorm of each position without weight and bias, and one over the standard deviation."""
+    mean = tl.sum(tl.where(d_valid, x, 0), axis=1)[:, None] / channels
+    centred = tl.where(d_valid, x - mean, 0)
+    variance = tl.sum(centred * centred, axis=1)[:, None] / channels
+    rstd = 1 / tl.sqrt(variance + tl.full((), EPS, x.dtype))
+    return centred * rstd, rstd
+
+
+@triton.jit
+def _forward_kernel(
+    y_ptr,
+    z_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    plane,
+    channels,
+    y_stride_b,
+    y_stride_d,
+    y_stride_p,
+    z_stride_b,
+    z_stride_p,
+    z_stride_d,
+    UNIT: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    image, p, d, p_valid, d_valid = _place(plane, channels, BLOCK_P, BLOCK_D)
+    valid = p_valid & d_valid
+    # Strides of planes come in units, so that Triton knows how planes are aligned.
+    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * (y_stride_d * UNIT) + p * y_stride_p
+    y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
+    z_ptrs = z_ptr + image * z_stride_b + p.to(tl.int64) * z_stride_p + d * z_stride_d
+    z = tl.load(z_ptrs, mask=valid, other=0).to(DTYPE)
+    normed, _rstd = _normalise(y, d_valid, channels, EPS)
+    normed *= tl.load(weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
+    normed += tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE)
+    out = normed * (z / (1 + tl.exp(-z)))
+    tl.store(out_ptr + (image * plane + p) * channels + d, out, mask=valid)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,
+    y_ptr,
+    z_ptr,
+    weight_ptr,
+    bias_ptr,
+    grad_y_ptr,
+    grad_z_ptr,
+    sums_ptr,
+    plane,
+    plane_units,
+    channels,
+    grad_stride_b,
+    grad_stride_p,
+    grad_stride_d,
+    y_stride_b,
+    y_stride_d,
+    y_stride_p,
+    z_stride_b,
+    z_stride_p,
+    z_stride_d,
+    UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of y, as planes, and z, and this program's terms of those of weight and bias."""
+    image, p, d, p_valid, d_valid = _place(plane, channels, BLOCK_P, BLOCK_D)
+    valid = p_valid & d_valid
+    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * (y_stride_d * UNIT) + p * y_stride_p
+    y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
+    wide_p = p.to(tl.int64)
+    z_ptrs = z_ptr + image * z_stride_b + wide_p * z_stride_p + d * z_stride_d
+    z = tl.load(z_ptrs, mask=valid, other=0).to(DTYPE)
+    grad_ptrs = grad_ptr + image * grad_stride_b + wide_p * grad_stride_p + d * grad_stride_d
+    grad = tl.load(grad_ptrs, mask=valid, other=0).to(DTYPE)
+    weight = tl.load(weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
+    bias = tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE)
+
+    normalised, rstd = _normalise(y, d_valid, channels, EPS)
+    sigmoid = 1 / (1 + tl.exp(-z))
+    grad_z = grad * (normalised * weight + bias) * (sigmoid * (1 + z * (1 - sigmoid)))
+    tl.store(grad_z_ptr + (image * plane + p) * channels + d, grad_z, mask=valid)
+
+    grad_normed = grad * (z * sigmoid)
+    sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + d
+    tl.store(sums_ptrs, tl.sum(grad_normed * normalised, axis=0)[None, :], mask=d_valid)
+    tl.store(sums_ptrs + channels, tl.sum(grad_normed, axis=0)[None, :], mask=d_valid)
+    grad_normed *= weight
+    mean = tl.sum(grad_normed, axis=1)[:, None] / channels
+    along = tl.sum(grad_normed * normalised, axis=1)[:, None] / channels
+    grad_y = rstd * (grad_normed - mean - normalised * along)
+    grad_y_ptrs = grad_y_ptr + image * channels * plane + d.to(tl.int64) * (plane_units * PLANE_UNIT) + p
+    tl.store(grad_y_ptrs, grad_y, mask=valid)
+
+
+# ----- launches
+
+
+def _stored(y: Tensor) -> torch.dtype:
+    """The dtype of a buffer for a result in y's dtype: on a CPU this is Triton's interpreter, which cannot round."""
+    return y.dtype if y.is_cuda else reference.computed_dtype(y)
+
+
+def _unit(stride: int) -> int:
+    """The largest power of two up to 8 that divides a stride."""
+    return min(stride & -stride, 8) or 8
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def gate_tiling(channels: int, backward: bool) -> dict[str, int]:
+    """Some positions, which planes hold side by side, with all their channels: by timings on an H100, at T's shapes."""
+    block_d = max(triton.next_power_of_2(channels), 16)
+    block_p = 16 if block_d <= (128 if backward else 256) else max(8192 // block_d, 2) if block_d > 1024 else 8
+    return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=4 if block_d <= 512 else 16)
+
+
+def _rows(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Planes as (B, D, H W) and tokens as (B, H W, D)."""
+    batch, channels, height, width = y.shape
+    return y.reshape(batch, channels, height * width), z.reshape(batch, height * width, channels)
+
+
+def _strides_in_units(planes: Tensor) -> tuple[tuple[int, int, int], int]:
+    unit = _unit(planes.stride(1))
+    return (planes.stride(0), planes.stride(1) // unit, planes.stride(2)), unit
+
+
+def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`selective_scan.norm_gate` without its gradient."""
+    reference.check_inputs(y, z, weight, bias)
+    out = z.new_empty(z.shape, dtype=_stored(y))
+    planes, tokens = _rows(y, z)
+    batch, channels, plane = planes.shape
+    strides, unit = _strides_in_units(planes)
+    tiling = gate_tiling(channels, backward=False)
+    launch(
+        _forward_kernel,
+        batch * _ceil_div(plane, tiling["BLOCK_P"]),
+        *(planes, tokens, weight.contiguous(), bias.contiguous(), out, plane, channels),
+        *(*strides, *tokens.stride()),
+        UNIT=unit,
+        EPS=eps,
+        DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
+        **tiling,
+    )
+    return out.to(y.dtype)
+
+
+def norm_gate_backward(
+    grad: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `norm_gate` for y, z, weight and bias, from `grad` of its result. The norm is recomputed."""
+    reference.check_inputs(y, z, weight, bias)
+    reference.check_grad(grad, z)
+    grad_y, grad_z = (t.new_empty(t.shape, dtype=_stored(y)) for t in (y, z))
+    planes, tokens = _rows(y, z)
+    _, grads = _rows(y, grad)
+    batch, channels, plane = planes.shape
+    strides, unit = _strides_in_units(planes)
+    tiling = gate_tiling(channels, backward=True)
+    programs = batch * _ceil_div(plane, tiling["BLOCK_P"])
+    sums = y.new_empty(programs, 2, channels, dtype=reference.computed_dtype(y))
+    launch(
+        _backward_kernel,
+        programs,
+        *(grads, planes, tokens, weight.contiguous(), bias.contiguous(), grad_y, grad_z, sums),
+        *(plane, plane // _unit(plane), channels, *grads.stride(), *strides, *tokens.stride()),
+        UNIT=unit,
+        PLANE_UNIT=_unit(plane),
+        EPS=eps,
+        DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
+        **tiling,
+    )
+    grad_weight, grad_bias = (part.sum(0) for part in sums.unbind(1))
+    return grad_y.to(y.dtype), grad_z.to(z.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)

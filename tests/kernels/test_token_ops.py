@@ -1,0 +1,278 @@
+"""The operators between tokens and planes: values and gradients against float64, on every backend."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dwconv2d import depthwise_residual_norm, depthwise_silu
+from kernel_backends import GPU, running_on
+from selective_scan import norm_gate
+
+BACKENDS = ["reference", *(["reference_on_cuda"] if GPU else []), "triton"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Images, height, width, channels: odd ones, a single pixel, channels that fill no tile, planes that fill several.
+SIZES = {
+    "1x1": (1, 1, 1, 10),
+    "5x7": (2, 5, 7, 6),
+    "odd": (3, 7, 7, 24),
+    "wide": (1, 9, 16, 96),
+    "even": (2, 12, 8, 64),
+}
+EPS = 1e-5
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with running_on(request.param, "dwconv2d"), running_on(request.param, "selective_scan"):
+        yield request.param
+
+
+def each_dtype(function):
+    return pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))(function)
+
+
+def each_size(function):
+    return pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)(function)
+
+
+def planes(tokens):
+    return tokens.permute(0, 3, 1, 2)
+
+
+def tokens(planes):
+    return planes.permute(0, 2, 3, 1)
+
+
+def exact_silu(x, weight, bias):
+    return F.silu(F.conv2d(planes(x), weight, bias, padding=1, groups=x.shape[3]))
+
+
+def exact_norm(x, weight, bias, norm_weight, norm_bias, update=None, scale=None, r=None):
+    """With `r` as it was rounded, which n is the norm of."""
+    s = x if update is None else x + (1 if scale is None else scale[:, None, None, None]) * update
+    exact = s + tokens(F.conv2d(planes(s), weight, bias, padding=1, groups=x.shape[3]))
+    rounded = exact if r is None else exact + (r.double() - exact).detach()
+    return exact, F.layer_norm(rounded, x.shape[3:], norm_weight, norm_bias, EPS)
+
+
+def exact_gate(y, z, weight, bias):
+    return F.layer_norm(tokens(y), y.shape[1:2], weight, bias, EPS) * F.silu(z)
+
+
+def parameters(channels, dtype):
+    """In float32 beside 16-bit tokens, as under autocast."""
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def random(*shape):
+        return 1 + torch.randn(*shape, dtype=wide)
+
+    return dict(weight=random(channels, 1, 3, 3), bias=random(channels)), dict(
+        norm_weight=random(channels), norm_bias=random(channels)
+    )
+
+
+def half_of_a_projection(images, height, width, channels, dtype):
+    """Tokens as the second half of a tensor of twice the channels."""
+    return (1 + torch.randn(images, height, width, 2 * channels, dtype=dtype))[..., channels:]
+
+
+def differentiate(outputs, inputs, grads):
+    return torch.autograd.grad(outputs, list(inputs.values()), grads)
+
+
+def leaves(inputs, dtype=None):
+    return {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()}
+
+
+def compare(check, operator, exact, inputs):
+    """Value and gradients of an operator with one result."""
+    actual, wide = leaves(inputs), leaves(inputs, torch.float64)
+    value, expected = operator(**actual), exact(**wide)
+    assert value.is_contiguous()
+    check(value, expected)
+    grad = 1 + torch.randn_like(value)
+    found = differentiate(value, actual, grad)
+    for name, a, b in zip(inputs, found, differentiate(expected, wide, grad.double()), strict=True):
+        check(a, b, f"gradient of {name}")
+
+
+def compare_norm(check, inputs, scale=None):
+    actual, wide = leaves(inputs), leaves(inputs, torch.float64)
+    r, n = depthwise_residual_norm(**actual, eps=EPS, scale=scale)
+    expected = exact_norm(**wide, scale=None if scale is None else scale.double(), r=r.detach())
+    check(r, expected[0], "value")
+    check(n, expected[1], "value")
+    grads = [1 + torch.randn_like(t) for t in (r, n)]
+    found = differentiate((r, n), actual, grads)
+    exact = differentiate(expected, wide, [grad.double() for grad in grads])
+    for name, a, b in zip(inputs, found, exact, strict=True):
+        check(a, b, f"gradient of {name}")
+
+
+@each_dtype
+@each_size
+def test_silu(backend, check, size, dtype):
+    convolution, _ = parameters(size[3], dtype)
+    compare(check, depthwise_silu, exact_silu, dict(x=half_of_a_projection(*size, dtype), **convolution))
+
+
+@each_dtype
+@each_size
+def test_gate(backend, check, size, dtype):
+    images, height, width, channels = size
+    _, norm = parameters(channels, dtype)
+    y = 1 + torch.randn(images, channels, height, width, dtype=dtype)
+    z = half_of_a_projection(*size, dtype)
+    compare(check, norm_gate, exact_gate, dict(y=y, z=z, weight=norm["norm_weight"], bias=norm["norm_bias"]))
+
+
+@pytest.mark.parametrize("update", [None, "update", "scaled"])
+@each_dtype
+@each_size
+def test_norm(backend, check, size, dtype, update):
+    if size[3] == 1:
+        pytest.skip("the norm of a single channel is its bias")
+    convolution, norm = parameters(size[3], dtype)
+    inputs = dict(x=half_of_a_projection(*size, dtype), **convolution, **norm)
+    if update:
+        inputs["update"] = torch.randn(size, dtype=dtype)
+    # As stochastic depth draws them: kept images are scaled up, dropped ones are 0.
+    scale = torch.tensor([1.25, 0, 1.25], dtype=dtype)[: size[0]] if update == "scaled" else None
+    compare_norm(check, inputs, scale)
+
+
+# ----- as PyTorch's operators
+
+
+def example(name, dtype=torch.float32):
+    """Arguments of an operator as the model passes them, and the operator."""
+    convolution, norm = parameters(6, dtype)
+    x, z = (half_of_a_projection(2, 5, 4, 6, dtype) for _ in range(2))
+    if name == "silu":
+        return torch.ops.dwconv2d.depthwise_silu.default, dict(x=x, **convolution)
+    if name == "gate":
+        y = torch.randn(2, 6, 5, 4, dtype=dtype)
+        gate = dict(y=y, z=z, weight=norm["norm_weight"], bias=norm["norm_bias"], eps=EPS)
+        return torch.ops.selective_scan.norm_gate.default, gate
+    arguments = dict(x=x, **convolution, **norm, eps=EPS)
+    if name != "norm":
+        arguments["update"] = torch.randn(2, 5, 4, 6, dtype=dtype)
+    if name == "norm, scaled":
+        arguments["scale"] = torch.tensor([0, 1.25], dtype=dtype)
+    return torch.ops.dwconv2d.depthwise_residual_norm.default, arguments
+
+
+each_operator = pytest.mark.parametrize("name", ["silu", "gate", "norm", "norm, update", "norm, scaled"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@each_operator
+def test_opcheck(backend, name, dtype):
+    """Schema, fake kernel, autograd; the fake kernels of the backward operators too, by tracing through them."""
+    operator, arguments = example(name, dtype)
+    wanted = {n: t.clone().requires_grad_() if torch.is_tensor(t) and n != "scale" else t for n, t in arguments.items()}
+    torch.library.opcheck(operator, (), wanted)
+
+
+@each_operator
+def test_gradcheck(name):
+    operator, arguments = example(name, torch.float64)
+    names = [n for n, t in arguments.items() if torch.is_tensor(t) and n != "scale"]
+    leaves = [arguments[n].clone().requires_grad_() for n in names]
+    call = lambda *tensors: operator(**{**arguments, **dict(zip(names, tensors, strict=True))})  # noqa: E731
+    assert torch.autograd.gradcheck(call, leaves)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.gradgradcheck(call, leaves)
+
+
+@each_operator
+def test_autocast(backend, name):
+    """Activations are cast, parameters are not; a caller's own cast to 16 bits gives the same."""
+    device = "cuda" if torch.get_default_device().type == "cuda" else "cpu"
+    operator, arguments = example(name)
+    public = {"silu": depthwise_silu, "gate": norm_gate}.get(name, depthwise_residual_norm)
+    activations = {"x", "y", "z", "update"}
+    with torch.autocast(device, torch.bfloat16):
+        found = public(**arguments)
+    expected = operator(**{n: t.bfloat16() if n in activations else t for n, t in arguments.items()})
+    for a, b in zip(*((r,) if torch.is_tensor(r) else r for r in (found, expected)), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
+
+
+BAD = {
+    "silu x": ("silu", "x", lambda t: t[0], r"^x must be \(batch, height, width, channels\)"),
+    "silu weight": ("silu", "weight", lambda t: t[1:], r"^weight must be \(6, 1, 3, 3\)"),
+    "silu bias": ("silu", "bias", lambda t: t.double(), "^bias must be float64 exactly if x is"),
+    "silu ints": ("silu", "x", lambda t: t.int(), "^x must be float16"),
+    "silu sparse": ("silu", "weight", lambda t: t.to_sparse(), "^weight must be a dense tensor"),
+    "silu number": ("silu", "bias", lambda t: 1.0, "^bias must be a tensor, got float"),
+    "norm norm_bias": ("norm", "norm_bias", lambda t: t[None], r"^norm_bias must be \(6,\)"),
+    "norm update": ("norm, update", "update", lambda t: t.half(), "^update must be torch.float32 as x is"),
+    "norm scale": ("norm, scaled", "scale", lambda t: t[:1], r"^scale must be \(2,\)"),
+    "norm scale alone": ("norm, scaled", "update", lambda t: None, "^scale is given without an update"),
+    "gate z": ("gate", "z", lambda t: t.permute(0, 3, 1, 2), r"^z must be \(2, 5, 4, 6\)"),
+    "gate z dtype": ("gate", "z", lambda t: t.half(), "^z must be torch.float32 as y is"),
+    "gate y": ("gate", "y", lambda t: t[:, :0], r"^y must be \(batch, channels, height, width\)"),
+    "gate bias": ("gate", "bias", lambda t: t.to("meta"), "^bias is on meta but y is on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    name, argument, spoil, message = BAD[case]
+    _, arguments = example(name)
+    arguments[argument] = spoil(arguments[argument])
+    public = {"silu": depthwise_silu, "gate": norm_gate}.get(name, depthwise_residual_norm)
+    with pytest.raises((ValueError, TypeError), match=message):
+        public(**arguments)
+
+
+@each_operator
+def test_empty_batch(backend, name):
+    operator, arguments = example(name)
+    images = {"x", "y", "z", "update", "scale"}
+    inputs = {n: t[:0].requires_grad_(n != "scale") if n in images else t for n, t in arguments.items()}
+    out = operator(**inputs)
+    (out if torch.is_tensor(out) else out[1]).sum().backward()
+    first = inputs["y" if name == "gate" else "x"]
+    assert first.grad.shape == first.shape
+
+
+def random_case(seed):
+    """An operator with sizes, dtypes and layouts by chance."""
+    rng = random.Random(seed)
+
+    def pick(*of):
+        return rng.choice(of)
+
+    torch.manual_seed(seed)
+    name = pick("silu", "gate", "norm", "norm, update", "norm, scaled")
+    # What a norm of very few channels hands back all but cancels: rounding errors would be all there is to compare.
+    channels = pick(1, 3, 8, 17, 40) if name == "silu" else pick(12, 17, 32, 40)
+    return name, (pick(1, 2, 3), pick(1, 2, 5, 8, 13), pick(1, 3, 4, 9, 16), channels), pick(*DTYPES), pick
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_random_cases(request, backend, check, layouts, part):
+    """`--random-cases 2000` for all that are asked of a release."""
+    cases = request.config.getoption("--random-cases") // (20 if backend == "triton" and not GPU else 1)
+    for seed in range(part, cases, 2):
+        name, size, dtype, pick = random_case(seed)
+        layout = layouts[pick("contiguous", "channels_last", "transposed", "every_second", "offset", "misaligned")]
+        convolution, norm = parameters(size[3], dtype)
+        if name == "silu":
+            compare(
+                check, depthwise_silu, exact_silu, dict(x=layout(1 + torch.randn(size, dtype=dtype)), **convolution)
+            )
+        elif name == "gate":
+            y = layout(1 + torch.randn(size[0], size[3], *size[1:3], dtype=dtype))
+            inputs = dict(y=y, z=half_of_a_projection(*size, dtype))
+            compare(check, norm_gate, exact_gate, dict(**inputs, weight=norm["norm_weight"], bias=norm["norm_bias"]))
+        else:
+            inputs = dict(x=layout(1 + torch.randn(size, dtype=dtype)), **convolution, **norm)
+            if name != "norm":
+                inputs["update"] = layout(torch.randn(size, dtype=dtype))
+            scale = torch.tensor([1.25, 0, 0.5], dtype=dtype)[: size[0]] if name == "norm, scaled" else None
+            compare_norm(check, inputs, scale)
