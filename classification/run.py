@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,20 @@ logger = logging.getLogger("spatialmamba")
 T = TypeVar("T")
 
 
+@contextmanager
+def meeting() -> Iterator[None]:
+    """What keeps the processes from finding each other, in one line."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = str(error).splitlines()[0]
+        hint = "; the port is in use, choose another --master_port" if "EADDRINUSE" in str(error) else ""
+        raise UserError(f"the processes do not find each other at {place} ({why}){hint}") from error
+
+
 class Run:
     """The place of this process among the others, its device and its output folder."""
 
@@ -30,13 +45,8 @@ class Run:
         local_rank = check_environment()
         if gpus and local_rank >= gpus:
             raise UserError(f"more processes than GPUs on this node: it has {gpus}; lower --nproc_per_node")
-        try:
+        with meeting():
             info = init_distributed_device_so("cuda" if gpus else "cpu")
-        except (dist.DistError, RuntimeError, ValueError) as error:
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            why = str(error).splitlines()[0]
-            hint = "; the port is in use, choose another --master_port" if "EADDRINUSE" in str(error) else ""
-            raise UserError(f"the processes do not find each other at {place} ({why}){hint}") from error
         self.rank, self.world_size = info["global_rank"], info["world_size"]
         self.device = torch.device(info["device"])
         # What is agreed on goes over the network, beside what the device is at.
@@ -120,11 +130,11 @@ WHOLE_NUMBERS = (
 )
 
 
-def check_environment() -> int:
-    """What the launcher says of this process, before anything waits for the others. Returns its rank on this node.
+def whole_numbers() -> dict[str, int]:
+    """Those of the variables of launchers that are set.
 
     Raises:
-        UserError: a variable is missing, no number, or contradicts another.
+        UserError: one is no whole number.
     """
     values = {}
     for name in WHOLE_NUMBERS:
@@ -135,6 +145,16 @@ def check_environment() -> int:
             values[name] = int(text)
     if values.get("MASTER_PORT", 1) > 65535:
         raise UserError(f"MASTER_PORT is {values['MASTER_PORT']}, but ports end at 65535")
+    return values
+
+
+def check_environment() -> int:
+    """What the launcher says of this process, before anything waits for the others. Returns its rank on this node.
+
+    Raises:
+        UserError: a variable is missing, no number, or contradicts another.
+    """
+    values = whole_numbers()
     if "WORLD_SIZE" in values:
         rank, size, names = "RANK", "WORLD_SIZE", ("RANK", "MASTER_ADDR", "MASTER_PORT")
     elif values.get("SLURM_NTASKS", 1) > 1:

@@ -168,7 +168,8 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
 def _check_inherited(inherited: dict) -> None:
     for name, value in inherited.items():
         if name not in DO_NOTHING:
-            raise TypeError(f"MM_SpatialMamba has no argument {name!r}")
+            hint = ", which is called with_cp here" if name == "use_checkpoint" else ""
+            raise TypeError(f"MM_SpatialMamba has no argument {name!r}{hint}")
         allowed = DO_NOTHING[name]
         if allowed is not None and value not in allowed:
             raise ValueError(f"MM_SpatialMamba has no {name}, which here is always {allowed[0]!r}: got {value!r}")

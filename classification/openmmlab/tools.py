@@ -27,7 +27,7 @@ from classification.openmmlab.checks import (
     note_class_weights,
 )
 from classification.openmmlab.flops import complexity_table
-from classification.run import check_environment
+from classification.run import meeting, whole_numbers
 
 RESUME_LATEST = "auto"
 EpsImagePlugin.gs_binary = False  # or an EPS of another name among the data has Pillow start Ghostscript
@@ -119,7 +119,6 @@ NEEDED = {
 def _read_config(args: argparse.Namespace, scope: str) -> Config:
     if "launcher" in args:
         _name_ranks(args.launcher, args.local_rank)
-        check_environment()
     if not is_file(args.config):
         raise UserError(f"{args.config}: no such config file")
     try:
@@ -196,6 +195,11 @@ def _name_ranks(launcher: str, local_rank: int) -> None:
                 "the like, or leave --launcher out"
             )
         os.environ[name] = os.environ[source]
+    values = whole_numbers()
+    if launcher != "none" and values["RANK"] >= values["WORLD_SIZE"]:
+        raise UserError(
+            f"RANK is {values['RANK']}, but WORLD_SIZE is {values['WORLD_SIZE']}: ranks are 0 to that less 1"
+        )
 
 
 def _check_gpus(launcher: str) -> None:
@@ -215,7 +219,8 @@ def _use_cpu(cfg: Config, launcher: str) -> None:
     if "MASTER_ADDR" not in os.environ:
         raise UserError(f"--launcher {launcher}: MASTER_ADDR, the first machine's address, is not set")
     os.environ.setdefault("MASTER_PORT", "29500")
-    torch.distributed.init_process_group("gloo")
+    with meeting():
+        torch.distributed.init_process_group("gloo")
     if os.environ["RANK"] == "0":
         print_log(f"no GPU: {os.environ['WORLD_SIZE']} processes on the CPU", level=logging.WARNING)
     cfg.model_wrapper_cfg = {

@@ -1,5 +1,6 @@
 """`MM_SpatialMamba`: the backbone as mmengine builds it, what it loads, and what mmengine reads safely."""
 
+import argparse
 import json
 import logging
 import pickle
@@ -548,6 +549,23 @@ def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tools.train("mmdet")
     assert "--cfg-options takes KEY=VALUE, got 'abc'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables", "message"),
+    [
+        ("pytorch", dict(RANK="2", WORLD_SIZE="2", LOCAL_RANK="0"), "RANK is 2, but WORLD_SIZE is 2"),
+        ("pytorch", dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="abc"), "LOCAL_RANK is 'abc', not a whole number"),
+        ("none", dict(LOCAL_RANK="abc"), "LOCAL_RANK is 'abc', not a whole number"),
+        ("none", dict(SLURM_NTASKS="4"), "is a config of None"),  # of a shell in a job: one process
+    ],
+)
+def test_environments_of_the_tools(launcher, variables, message, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "c.py").write_text("model = dict()")
+    with pytest.raises(UserError, match=message):
+        tools._read_config(argparse.Namespace(config=str(tmp_path / "c.py"), launcher=launcher, local_rank=0), "mmdet")
 
 
 def coco(**changed) -> dict:
