@@ -27,7 +27,7 @@ from classification.models import spatialmamba_micro
 from classification.run import Run
 from classification.training import wrap
 
-run = Run(load_config(sys.argv[1]))
+run = Run(load_config(sys.argv[1], {}))
 for kind in ("averaged", "synchronised"):
     config = load_config(sys.argv[1], {"TRAIN.SYNC_BN": kind == "synchronised"})
     torch.manual_seed(0)
