@@ -83,7 +83,11 @@ def _fit(groups: tuple[list[int], ...], parameters: list[list[nn.Parameter]], st
 
 def _shape(state: dict, index: int) -> torch.Size | None:
     moments = state.get(index)
-    shapes = {getattr(moments.get(key), "shape", None) for key in _MOMENTS[1:]} if isinstance(moments, dict) else {None}
+    values = [moments.get(key) for key in _MOMENTS[1:]] if isinstance(moments, dict) else [None]
+    dense = all(
+        isinstance(value, torch.Tensor) and not value.is_nested for value in values
+    )  # a nested one has no shape
+    shapes = {value.shape for value in values} if dense else {None}
     return shapes.pop() if len(shapes) == 1 else None
 
 

@@ -370,6 +370,9 @@ def test_moments_take_the_parameters_layout(few_digits, tmp_path, run_main, caps
         "exp_avg_sq of parameter 3 is not finite": lambda s: s["exp_avg_sq"].fill_(torch.nan),
         "exp_avg of parameter 3 is of dtype complex64": lambda s: s.update(exp_avg=s["exp_avg"] + 0j),
         "exp_avg of parameter 3 is of dtype int64": lambda s: s.update(exp_avg=s["exp_avg"].long()),
+        "moments of parameter 3 are not of its shape": lambda s: s.update(
+            exp_avg=torch.nested.nested_tensor([s["step"]])
+        ),
         "step of parameter 3 is of type int": lambda s: s.update(step=4),
         "a step count is negative": lambda s: s["step"].fill_(-1),
         "exp_avg of parameter 3 is a tensor without values": lambda s: s.update(exp_avg=s["exp_avg"].to("meta")),

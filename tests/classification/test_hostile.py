@@ -119,6 +119,7 @@ def changed(content: dict, rng: random.Random) -> tuple[dict, list]:
 def damaged(whole: bytes, rng: random.Random) -> bytes:
     content, kind = bytearray(whole), rng.randrange(6)
     at = rng.choice([rng.randrange(len(whole)), len(whole) - rng.randrange(1, 60_000), rng.randrange(4096)])
+    at = max(0, min(at, len(whole) - 1))
     if kind == 0:
         del content[at:]
     elif kind == 1:
