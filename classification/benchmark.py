@@ -114,6 +114,7 @@ def use_plain_pytorch(device: str) -> None:
             library.impl(name, loading.without_autocast(kernels.plain), device.upper(), allow_override=True)
         _KEPT.append(library)  # what it registers ends with it
     linear.ONEDNN = False
+    spatialmamba.has_fused_kernels = lambda x: False
     spatialmamba.DepthwiseConv3x3.forward = lambda self, x: F.conv2d(
         x, self.weight, self.bias, padding=1, groups=x.shape[1]
     )

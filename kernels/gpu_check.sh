@@ -8,6 +8,7 @@
 # is cut short leaves what it has. The steps, in this order unless named:
 #   build       compiles the kernels for this card, unless kernels for CUDA are already there
 #   cuda gpu    tests of the CUDA kernels: values and gradients; streams, graphs, large tensors
+#   tokens      tests of the operators between tokens and planes, in Triton, and of the block that uses them
 #   benchmark   every operator in both layouts
 #   model       the whole model beside its peers: inference and training, eager and compiled
 #   profile     where the time of the whole model goes
@@ -21,7 +22,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?"usage: bash kernels/gpu_check.sh FOLDER [STEP...]"}
 shift
-[ $# -gt 0 ] || set -- build cuda gpu benchmark model profile triton memcheck racecheck train
+[ $# -gt 0 ] || set -- build cuda gpu tokens benchmark model profile triton memcheck racecheck train
 python=${PYTHON:-python3}
 tests=(tests/kernels/test_selective_scan.py tests/kernels/test_dwconv2d.py)
 gpu_tests=(tests/kernels/test_selective_scan_gpu.py tests/kernels/test_dwconv2d_gpu.py)
@@ -69,6 +70,10 @@ step_gpu() { # one after the other: some fill the card
     run_tests 120 "${gpu_tests[@]}"
 }
 
+step_tokens() {
+    run_tests 120 -n "$(nproc)" tests/kernels/test_token_ops.py tests/classification/test_fused_block.py --random-cases 100
+}
+
 step_triton() {
     run_tests 300 -n "$(nproc)" "${tests[@]}" --random-cases 40 -k triton
 }
@@ -79,7 +84,10 @@ sanitize() { # TOOL
     CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \
         --kernel-regex kns=scan --kernel-regex kns=dwconv \
         $python -m pytest -q -x -p no:cacheprovider "${tests[@]}" -k "cuda and not reference and not triton and not float64 and \
-        not float16 and not 64521 and not 3136 and (sizes or small_planes or (conv_kernels and replicate))"
+        not float16 and not 64521 and not 3136 and (sizes or small_planes or (conv_kernels and replicate))" || return
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \
+        --kernel-regex kns=_kernel \
+        $python -m pytest -q -x -p no:cacheprovider tests/kernels/test_token_ops.py -k "triton and (5x7 or odd) and float32"
 }
 step_memcheck() { sanitize memcheck; }
 step_racecheck() { sanitize racecheck; }
@@ -149,7 +157,7 @@ for name in "$@"; do step "$name"; done
 for name in benchmark model profile; do
     [ ! -f "$out/$name.log" ] || grep -a '^+\|^|\|times as fast\|images per second\|^copy\|NOT TIMED\|Error' "$out/$name.log" | cut -c1-160
 done
-for name in cuda gpu triton memcheck racecheck; do
+for name in cuda gpu tokens triton memcheck racecheck; do
     [ ! -f "$out/$name.log" ] || grep -a '^FAILED\|^ERROR\|^E  ' "$out/$name.log" | cut -c1-160 | head -20
 done
 [ ! -f "$out/train.log" ] || grep -a '^spatialmamba_.*: [0-9]' "$out/train.log"

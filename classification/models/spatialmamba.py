@@ -6,19 +6,23 @@ Parameter names are those of the published checkpoints, which load strictly; wei
 """
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from dwconv2d import DilatedDWConv2d, depthwise_residual_norm, depthwise_silu, state_fusion_output
+from dwconv2d.loading import TRITON_INSTALLED
 from selective_scan import norm_gate, selective_scan_state
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from classification.models.linear import Linear, PointwiseConv2d, linear
 
+USE_FUSED = os.environ.get("SPATIALMAMBA_FUSED", "1") != "0"
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes, log-uniform (Mamba, arXiv 2312.00752, section 3.6)
 
 
@@ -33,20 +37,41 @@ def to_tokens(planes: Tensor) -> Tensor:
 
 
 def has_fused_kernels(x: Tensor) -> bool:
-    """Whether the operators that join several modules have kernels where x is: on a GPU."""
-    return x.is_cuda
+    """Whether the operators that join several modules have kernels where x is: on a GPU, in Triton.
+
+    The environment variable SPATIALMAMBA_FUSED=0 has a GPU call the modules too.
+    """
+    return x.is_cuda and TRITON_INSTALLED and USE_FUSED
 
 
 def fusible(x: Tensor, *modules: nn.Module) -> bool:
     """Whether one operator may stand for these modules: it has kernels, and calling the modules does no more.
 
-    A hook, or a module of another type, as adapters and quantisation put in a module's place, is called as it is.
+    A module is called as it is if it has a hook, lacks a parameter, or is of another type or has another `forward`, as
+    adapters, quantisation and tools for interpretation make it.
     """
-    return has_fused_kernels(x) and all(type(m) in FUSIBLE and not has_hooks(m) for m in modules)
+    return has_fused_kernels(x) and not any(GLOBAL_HOOKS) and all(map(_is_plain, modules))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) not in FUSIBLE or "forward" in module.__dict__ or has_hooks(module):
+        return False
+    if isinstance(module, DropPath):
+        return True
+    return module.weight is not None and module.bias is not None and module.bias.dim() == 1
 
 
 def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+# Those of all modules, as torch.nn.modules.module.register_module_forward_hook and its like add them.
+GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 
 
 class DepthwiseConv3x3(DilatedDWConv2d):
@@ -271,7 +296,7 @@ class Block(nn.Module):
 
     def _scale(self, update: Tensor) -> Tensor | None:
         """What stochastic depth multiplies each image's update by, drawn as it draws it; None where it does nothing."""
-        if not self.training or self.drop_path.drop_prob == 0.0:
+        if not self.drop_path.training or self.drop_path.drop_prob == 0.0:
             return None
         return self.drop_path(update.new_ones(len(update)))
 

@@ -77,21 +77,40 @@ class Adapter(nn.Module):
         return 2 * self.inner(x)
 
 
-@pytest.mark.parametrize("name", ["cpe1", "ln_1", "cpe2", "ln_2", "self_attention.conv2d", "self_attention.out_norm"])
-@pytest.mark.parametrize("how", ["adapter", "hook", "pre-hook", "backward hook"])
+MODULES = ["cpe1", "ln_1", "cpe2", "ln_2", "drop_path", "self_attention.conv2d", "self_attention.out_norm"]
+WAYS = ["adapter", "forward", "hook", "pre-hook", "backward hook", "hook of all modules"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("how", WAYS)
 def test_gives_way_to_the_modules(fused, name, how):
     """Whatever an operator would pass over is called."""
-    block = randomise(Block(6)).eval()
+    block = randomise(Block(6, drop_path=0.1)).eval()
     module = block.get_submodule(name)
-    calls = []
+    calls, hooks = [], []
+
+    def forward(*args):
+        calls.append(name)
+        return 2 * type(module).forward(module, *args)
+
+    def hook(m, args, out):
+        if m is module:
+            calls.append(name)
+            return 2 * out
+        return None
+
     if how == "adapter":
         block.set_submodule(name, Adapter(module))
+    elif how == "forward":
+        module.forward = forward
     elif how == "hook":
-        module.register_forward_hook(lambda m, args, out: calls.append(name) or 2 * out)
+        hooks.append(module.register_forward_hook(hook))
     elif how == "pre-hook":
-        module.register_forward_pre_hook(lambda m, args: calls.append(name))
+        hooks.append(module.register_forward_pre_hook(lambda m, args: calls.append(name)))
+    elif how == "backward hook":
+        hooks.append(module.register_full_backward_hook(lambda m, grads_in, grads_out: calls.append(name)))
     else:
-        module.register_full_backward_hook(lambda m, grads_in, grads_out: calls.append(name))
+        hooks.append(torch.nn.modules.module.register_module_forward_hook(hook))
     x, weight = torch.randn(1, 5, 4, 6), torch.randn(1, 5, 4, 6)
     found = []
     for wanted in (False, True):
@@ -99,6 +118,45 @@ def test_gives_way_to_the_modules(fused, name, how):
         calls.clear()
         y = block(x.requires_grad_())
         (y * weight).sum().backward()
-        assert how == "adapter" or calls == [name]
+        assert how == "adapter" or set(calls) == {name}
         found.append(y)
+    for handle in hooks:
+        handle.remove()
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def without_parameters(block, name):
+    if name == "no bias in the convolution":
+        block.cpe1.bias = None
+    elif name == "no affine norm":
+        block.ln_1 = nn.LayerNorm(6, elementwise_affine=False)
+    elif name == "no bias in the norm":
+        block.self_attention.out_norm = nn.LayerNorm(12, bias=False)
+    else:
+        block.ln_2 = nn.LayerNorm((4, 6))
+
+
+@pytest.mark.parametrize(
+    "name", ["no bias in the convolution", "no affine norm", "no bias in the norm", "norm over a row"]
+)
+def test_modules_that_operators_do_not_have(fused, name):
+    block = randomise(Block(6)).eval()
+    without_parameters(block, name)
+    x, found = torch.randn(1, 5, 4, 6), []
+    for wanted in (False, True):
+        fused(wanted)
+        found.append(block(x))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_has_a_mode_of_its_own(fused):
+    """As Monte Carlo dropout sets it."""
+    block = randomise(Block(6, drop_path=0.5)).eval()
+    block.drop_path.train()
+    x, found = torch.randn(8, 5, 4, 6), []
+    for wanted in (False, True):
+        fused(wanted)
+        torch.manual_seed(0)
+        found.append(block(x))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found[0], block.eval()(x))

@@ -139,8 +139,6 @@ def test_gate(backend, check, size, dtype):
 @each_dtype
 @each_size
 def test_norm(backend, check, size, dtype, update):
-    if size[3] == 1:
-        pytest.skip("the norm of a single channel is its bias")
     convolution, norm = parameters(size[3], dtype)
     inputs = dict(x=half_of_a_projection(*size, dtype), **convolution, **norm)
     if update:
@@ -153,19 +151,19 @@ def test_norm(backend, check, size, dtype, update):
 # ----- as PyTorch's operators
 
 
-def example(name, dtype=torch.float32):
+def example(name, dtype=torch.float32, channels=6):
     """Arguments of an operator as the model passes them, and the operator."""
-    convolution, norm = parameters(6, dtype)
-    x, z = (half_of_a_projection(2, 5, 4, 6, dtype) for _ in range(2))
+    convolution, norm = parameters(channels, dtype)
+    x, z = (half_of_a_projection(2, 5, 4, channels, dtype) for _ in range(2))
     if name == "silu":
         return torch.ops.dwconv2d.depthwise_silu.default, dict(x=x, **convolution)
     if name == "gate":
-        y = torch.randn(2, 6, 5, 4, dtype=dtype)
+        y = torch.randn(2, channels, 5, 4, dtype=dtype)
         gate = dict(y=y, z=z, weight=norm["norm_weight"], bias=norm["norm_bias"], eps=EPS)
         return torch.ops.selective_scan.norm_gate.default, gate
     arguments = dict(x=x, **convolution, **norm, eps=EPS)
     if name != "norm":
-        arguments["update"] = torch.randn(2, 5, 4, 6, dtype=dtype)
+        arguments["update"] = torch.randn(2, 5, 4, channels, dtype=dtype)
     if name == "norm, scaled":
         arguments["scale"] = torch.tensor([0, 1.25], dtype=dtype)
     return torch.ops.dwconv2d.depthwise_residual_norm.default, arguments
@@ -181,6 +179,25 @@ def test_opcheck(backend, name, dtype):
     operator, arguments = example(name, dtype)
     wanted = {n: t.clone().requires_grad_() if torch.is_tensor(t) and n != "scale" else t for n, t in arguments.items()}
     torch.library.opcheck(operator, (), wanted)
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+@each_operator
+def test_opcheck_backward(backend, name, channels):
+    """Strides and offsets of what it returns are those that its fake kernel promises, and no result shares memory."""
+    _, arguments = example(name, channels=channels)
+    x, weight, norm_weight = (arguments.get(n) for n in ("x", "weight", "norm_weight"))
+    if name == "silu":
+        grad = torch.randn(2, channels, 5, 4)
+        backward, inputs = torch.ops.dwconv2d.depthwise_silu_backward.default, (grad, *arguments.values())
+    elif name == "gate":
+        grad = torch.randn(2, 5, 4, channels)
+        backward, inputs = torch.ops.selective_scan.norm_gate_backward.default, (grad, *arguments.values())
+    else:
+        grads = torch.randn(3, 2, 5, 4, channels).unbind(0)
+        backward = torch.ops.dwconv2d.depthwise_residual_norm_backward.default
+        inputs = (*grads, x, weight, norm_weight, EPS, arguments.get("update"), arguments.get("scale"))
+    torch.library.opcheck(backward, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 @each_operator
@@ -284,3 +301,66 @@ def test_random_cases(request, backend, check, layouts, part):
                 inputs["update"] = layout(torch.randn(size, dtype=dtype))
             scale = torch.tensor([1.25, 0, 0.5], dtype=dtype)[: size[0]] if name == "norm, scaled" else None
             compare_norm(check, inputs, scale)
+
+
+# ----- launches
+
+
+class _OnAGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+
+class _Kernel:
+    """Counts how often it is compiled, and keeps what its compiled forms were launched with."""
+
+    arg_names = ("x", "n", "BLOCK", "EPS")
+
+    def __init__(self):
+        self.compiled, self.launched = 0, []
+
+    def __getitem__(self, grid):
+        def first_launch(*args, **constants):
+            self.compiled += 1
+            return _Compiled(self.launched)
+
+        return first_launch
+
+
+class _Compiled:
+    def __init__(self, launched):
+        self.launched = launched
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launched.append((grid, args))
+
+
+def test_launches_are_remembered_by_what_compilation_depends_on(monkeypatch):
+    from dwconv2d import launching
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_MOST", 5)
+    kernel = _Kernel()
+
+    def launch(x, n=3, **constants):
+        launching.launch(kernel, 7, x.as_subclass(_OnAGpu), n, **{"BLOCK": 16, "EPS": 1e-5, "num_warps": 2} | constants)
+
+    x = torch.zeros(64)
+    assert x.data_ptr() % 16 == 0
+    launch(x)
+    launch(x)
+    assert kernel.compiled == 1
+    ((grid, (_, *rest)),) = kernel.launched
+    assert grid == (7, 1, 1)
+    assert rest == [3, 16, 1e-5]  # the constants, in the kernel's order, without what is none of its parameters
+    others = [dict(x=x[1:]), dict(x=x.half()), dict(x=x, n=4), dict(x=x, BLOCK=32), dict(x=x, num_warps=4)]
+    for i, other in enumerate(others):
+        launch(**other)
+        launch(**other)
+        assert kernel.compiled == 2 + i
+    launch(x)
+    assert kernel.compiled == 2 + len(others)  # five of them are remembered, then all are forgotten

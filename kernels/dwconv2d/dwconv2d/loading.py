@@ -59,8 +59,8 @@ def _not_compiled(part: str) -> str:
 def backends(tensor: Tensor | None = None) -> dict[str, str]:
     """What can run the operators here: "cpu" and "cuda" are compiled, "triton" and "reference" are Python.
 
-    Maps each name to "available", with detail in brackets, or to why it is not. With a tensor there is one more entry,
-    "selected": the name of what runs for tensors on its device.
+    Maps each name to "available", with detail in brackets, or to why it is not. With a tensor there is also
+    "selected", what runs for tensors on its device, and "selected for NAME" for each operator that is never compiled.
     """
     gpu = torch.cuda.is_available()
     found = {
@@ -74,7 +74,11 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
     if TRITON_INSTALLED:
         found["triton"] = "available" if gpu else "installed, but no GPU is found"
     if tensor is not None:
-        found["selected"] = _selected(tensor.device.type)
+        device = tensor.device.type
+        found["selected"] = _selected(device)
+        uncompiled = "triton" if device == "cuda" and TRITON_INSTALLED else "reference"
+        names = (n for n, kernels in OPERATORS.items() if not kernels.compiled and not n.endswith("_backward"))
+        found |= {f"selected for {name}": uncompiled for name in names}
     return found
 
 

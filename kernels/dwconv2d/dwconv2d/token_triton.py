@@ -127,7 +127,7 @@ def _silu_kernel(
     valid = (p < plane) & d_valid
 
     x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
-    x_ptrs += d * x_stride_d
+    x_ptrs += d.to(tl.int64) * x_stride_d
     s = _convolve(
         x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, height, width, x_stride_y, x_stride_x, DTYPE
     )
@@ -136,7 +136,7 @@ def _silu_kernel(
         y_ptrs = y_ptr + image * channels * plane + d.to(tl.int64) * plane + p
         tl.store(y_ptrs, s * gate, mask=valid)
     else:
-        grad_ptrs = grad_ptr + image * grad_stride_b + d.to(tl.int64) * grad_stride_d + p * grad_stride_p
+        grad_ptrs = grad_ptr + image * grad_stride_b + d.to(tl.int64) * grad_stride_d + p.to(tl.int64) * grad_stride_p
         grad = tl.load(grad_ptrs, mask=valid, other=0).to(DTYPE)
         grad_s_ptrs = grad_s_ptr + (image * plane + p) * channels + d
         tl.store(grad_s_ptrs, grad * (gate * (1 + s * (1 - gate))), mask=valid)
@@ -184,12 +184,12 @@ def _residual_norm_kernel(
     valid = p_valid & d_valid
 
     x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
-    x_ptrs += d * x_stride_d
+    x_ptrs += d.to(tl.int64) * x_stride_d
     update_ptrs = update_ptr
     scale = 1.0
     if update_ptr is not None:
         update_ptrs += image * update_stride_b + row.to(tl.int64) * update_stride_y
-        update_ptrs += column.to(tl.int64) * update_stride_x + d * update_stride_d
+        update_ptrs += column.to(tl.int64) * update_stride_x + d.to(tl.int64) * update_stride_d
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
     r = tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE) + tl.zeros(valid.shape, DTYPE)
@@ -247,8 +247,12 @@ def _norm_backward_kernel(
         valid = (p < positions) & d_valid
         p = p.to(tl.int64)
         r = tl.load(r_ptr + p * channels + d, mask=valid, other=0).to(DTYPE)
-        grad_n = tl.load(grad_n_ptr + p * grad_n_stride_p + d * grad_n_stride_d, mask=valid, other=0).to(DTYPE)
-        grad_r = tl.load(grad_r_ptr + p * grad_r_stride_p + d * grad_r_stride_d, mask=valid, other=0).to(DTYPE)
+        grad_n = tl.load(grad_n_ptr + p * grad_n_stride_p + d.to(tl.int64) * grad_n_stride_d, mask=valid, other=0).to(
+            DTYPE
+        )
+        grad_r = tl.load(grad_r_ptr + p * grad_r_stride_p + d.to(tl.int64) * grad_r_stride_d, mask=valid, other=0).to(
+            DTYPE
+        )
         normalised, rstd = _normalise(r, d_valid, channels, EPS)
         sum_weight += tl.sum(grad_n * normalised, axis=0)
         sum_bias += tl.sum(grad_n, axis=0)
@@ -327,10 +331,10 @@ def _convolution_backward_kernel(
         p_valid = (p < positions)[:, None]
         valid = p_valid & d_valid
         x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
-        s = tl.load(x_ptrs + d * x_stride_d, mask=valid, other=0).to(DTYPE)
+        s = tl.load(x_ptrs + d.to(tl.int64) * x_stride_d, mask=valid, other=0).to(DTYPE)
         if update_ptr is not None:
             update_ptrs = update_ptr + image * update_stride_b + row.to(tl.int64) * update_stride_y
-            update_ptrs += column.to(tl.int64) * update_stride_x + d * update_stride_d
+            update_ptrs += column.to(tl.int64) * update_stride_x + d.to(tl.int64) * update_stride_d
             update = tl.load(update_ptrs, mask=valid, other=0).to(DTYPE)
             if scale_ptr is not None:
                 update *= tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
@@ -382,12 +386,20 @@ def _convolution_backward_kernel(
 # ----- launches
 
 
+_MOST_POSITIONS = 2**31 - 2**16  # counted in 32 bits, in tiles
 _TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+
+def _positions(x: Tensor) -> int:
+    positions = x.shape[0] * x.shape[1] * x.shape[2]
+    if positions >= _MOST_POSITIONS:
+        raise ValueError(f"x has {positions} tokens; on a GPU there may be {_MOST_POSITIONS - 1}")
+    return positions
 
 
 def _stored(x: Tensor) -> torch.dtype:
@@ -422,10 +434,11 @@ def norm_tiling(channels: int, backward: bool) -> Tiling:
     """Positions with all their channels."""
     block_d = _power_of_2(channels)
     if backward:
-        block_p, warps = max(min(2048 // block_d, 16), 2), 4 if block_d >= 512 else 2
+        block_p, warps = max(min(2048 // block_d, 16), 1), 4 if block_d >= 512 else 2
     else:
-        block_p = max(2048 // block_d, 8)
+        block_p = max(2048 // block_d, min(8, max(8192 // block_d, 1)))
         warps = 4 if block_d <= 64 else max(block_p * block_d // 1024, 2)
+    warps = max(warps, min(block_d // 512, 16))
     return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=warps)
 
 
@@ -484,6 +497,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def depthwise_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `depthwise_silu` for x, weight and bias, from `grad` of its planes."""
     reference.check_silu_inputs(x, weight, bias)
+    reference.check_grad("grad", grad, (x.shape[0], x.shape[3], *x.shape[1:3]), x)
     grad_s = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
     _silu(x, weight, bias, None, grad, grad_s)
     grad_x, grad_weight, grad_bias, _ = _convolution_backward(grad_s, x, weight, residual=False)
@@ -499,8 +513,8 @@ def _convolution_backward(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of s, contiguous, of weight and bias, these in `grad`'s dtype, and with a scale of the update."""
-    batch, height, width, channels = x.shape
-    positions = batch * height * width
+    _, height, width, channels = x.shape
+    positions = _positions(x)
     tiling = convolution_tiling(channels)
     d_tiles = _ceil_div(channels, tiling["BLOCK_D"])
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], d_tiles)
@@ -520,7 +534,8 @@ def _convolution_backward(
     )
     total = sums.sum(0)
     grad_weight = total[:9].t().contiguous().view(weight.shape)
-    return grad_s.to(x.dtype), grad_weight, total[9], grad_update.to(x.dtype)
+    # Cloned: results must not share memory, and torch.compile takes for granted that they begin at 16 bytes.
+    return grad_s.to(x.dtype), grad_weight, total[9].clone(), grad_update.to(x.dtype)
 
 
 def depthwise_residual_norm(
@@ -535,8 +550,8 @@ def depthwise_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """`dwconv2d.depthwise_residual_norm` without its gradient."""
     reference.check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
-    batch, height, width, channels = x.shape
-    positions = batch * height * width
+    _, height, width, channels = x.shape
+    positions = _positions(x)
     tiling = norm_tiling(channels, backward=False)
     r = x.new_empty(x.shape, dtype=_stored(x))
     n = torch.empty_like(r)
@@ -572,8 +587,10 @@ def depthwise_residual_norm_backward(
     parameters are float32, or float64 for float64.
     """
     reference.check_residual_norm_inputs(x, weight, weight[:, 0, 0, 0], norm_weight, norm_weight, update, scale)
-    batch, height, width, channels = x.shape
-    positions = batch * height * width
+    for name, grad in (("grad_r", grad_r), ("grad_n", grad_n), ("r", r)):
+        reference.check_grad(name, grad, tuple(x.shape), x)
+    channels = x.shape[3]
+    positions = _positions(x)
     tiling = norm_tiling(channels, backward=True)
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], 1)
     programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)

@@ -60,9 +60,9 @@ def _forward_kernel(
     image, p, d, p_valid, d_valid = _place(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
     # Strides of planes come in units, so that Triton knows how planes are aligned.
-    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * (y_stride_d * UNIT) + p * y_stride_p
+    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
     y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
-    z_ptrs = z_ptr + image * z_stride_b + p.to(tl.int64) * z_stride_p + d * z_stride_d
+    z_ptrs = z_ptr + image * z_stride_b + p.to(tl.int64) * z_stride_p + d.to(tl.int64) * z_stride_d
     z = tl.load(z_ptrs, mask=valid, other=0).to(DTYPE)
     normed, _rstd = _normalise(y, d_valid, channels, EPS)
     normed *= tl.load(weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
@@ -103,12 +103,12 @@ def _backward_kernel(
     """Gradients of y, as planes, and z, and this program's terms of those of weight and bias."""
     image, p, d, p_valid, d_valid = _place(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
-    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * (y_stride_d * UNIT) + p * y_stride_p
+    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
     y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
     wide_p = p.to(tl.int64)
-    z_ptrs = z_ptr + image * z_stride_b + wide_p * z_stride_p + d * z_stride_d
+    z_ptrs = z_ptr + image * z_stride_b + wide_p * z_stride_p + d.to(tl.int64) * z_stride_d
     z = tl.load(z_ptrs, mask=valid, other=0).to(DTYPE)
-    grad_ptrs = grad_ptr + image * grad_stride_b + wide_p * grad_stride_p + d * grad_stride_d
+    grad_ptrs = grad_ptr + image * grad_stride_b + wide_p * grad_stride_p + d.to(tl.int64) * grad_stride_d
     grad = tl.load(grad_ptrs, mask=valid, other=0).to(DTYPE)
     weight = tl.load(weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
     bias = tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE)
