@@ -275,7 +275,7 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
         UserError: there are no weights, or they are not dense tensors of real numbers.
     """
     named = {key: content[key] for key in ("model", "model_ema") if isinstance(content.get(key), dict)}
-    if "model" in named and not isinstance(content.get("model_ema", {}), dict):
+    if "model" in named and not isinstance(content.get("model_ema"), dict | None):
         raise UserError(f"{path}: its 'model_ema' is of type {type(content['model_ema']).__name__}, not weights")
     if not named and all(isinstance(value, Tensor) for value in content.values()):
         named = {"model": content}
@@ -287,10 +287,11 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
     return named
 
 
-def check_weights(state: dict, path: str | Path, counts: str = "num_batches_tracked") -> None:
+def check_weights(state: dict, path: str | Path, counts: str = "num_batches_tracked", tied: bool = False) -> None:
     """
     Args:
         counts: how the names of tensors of whole numbers end.
+        tied: whether several names may stand for the same numbers, as they do in heads of some detectors.
 
     Raises:
         UserError: something in it is not a name and a dense tensor of finite real numbers, or is larger than what the
@@ -306,7 +307,10 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
             raise UserError(f"{path}: its weights hold {key!r}, which {fault}")
         storage = value.untyped_storage()
         held[storage.data_ptr()] = storage.nbytes()
-        claimed += value.numel() * value.element_size()
+        size = value.numel() * value.element_size()
+        if tied and size > storage.nbytes():
+            raise UserError(f"{path}: its weights hold {key!r}, which claims {size} bytes of {storage.nbytes()}")
+        claimed += 0 if tied else size
     if claimed > sum(held.values()):
         raise UserError(f"{path}: its weights claim {claimed} bytes, of which the file holds {sum(held.values())}")
     for key, value in state.items():

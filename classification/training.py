@@ -4,6 +4,7 @@ import logging
 import math
 import reprlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -228,15 +229,17 @@ class Training:
         if path.resolve().parent == self.run.folder.resolve():
             for key in ("max_accuracy", "max_accuracy_ema"):
                 setattr(self.state, key, content.get(key, NO_ACCURACY))
+            self._keep_best()
         # Within an epoch, the place is the same one only if as many images make a batch and a step.
-        if content.get("progress") and _same(content.get("shares"), self._shares()):
+        others = _differing(content.get("shares"), self._shares())
+        if content.get("progress") and not others:
             self.progress = Progress(**content["progress"])
             within = self.progress.step % self.config.TRAIN.ACCUMULATION_STEPS and self.progress.step != self.batches
             if within or self.progress.step > self.batches:
                 raise UserError(f"{path}: its step is {self.progress.step} of {self.batches}, between no two updates")
             self._load_own_statistics(content.get("batch_norm"), path)
         elif content.get("progress"):
-            self.notes.append(f"{path}: other images, batches, processes or seed than now; its epoch is begun anew")
+            self.notes.append(f"{path}: its {', '.join(others)} are others than now; its epoch is begun anew")
         # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
         if updates := self.updates():
             trainer.scheduler.step_update(updates - 1)  # as after that update
@@ -261,6 +264,19 @@ class Training:
             raise UserError(
                 f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}"
             ) from error
+
+    def _keep_best(self) -> None:
+        """Where an earlier checkpoint than the best is resumed, what is worse is not to take the best one's place."""
+
+        def accuracies() -> dict[str, float]:
+            found = {}
+            for key, name in (("max_accuracy", BEST), ("max_accuracy_ema", BEST_EMA)):
+                with suppress(UserError):  # a damaged one is no reason not to train
+                    found[key] = float(read_checkpoint(self.run.folder / name).get(key, NO_ACCURACY))
+            return found
+
+        for key, accuracy in self.run.from_main(accuracies).items():
+            setattr(self.state, key, max(getattr(self.state, key), accuracy))
 
     def _shares(self) -> dict[str, int]:
         """What a batch number within an epoch means."""
@@ -434,8 +450,11 @@ class Training:
             logger.info("starting from scratch")
 
 
-def _same(saved: object, own: dict[str, int]) -> bool:
-    return isinstance(saved, dict) and all(type(v) in (int, str) for v in saved.values()) and saved == own
+def _differing(saved: object, own: dict[str, int]) -> list[str]:
+    """Names of what differs. What an earlier version has not saved is taken to be the same."""
+    if not isinstance(saved, dict) or not {"processes", "batch", "seed"} <= saved.keys():
+        return list(own)
+    return [name for name, value in own.items() if name in saved and (type(saved[name]), saved[name]) != (int, value)]
 
 
 def _check_resumable(content: dict, path: Path) -> None:

@@ -332,9 +332,13 @@ def _check_shared_memory(config: CfgNode, workers: int) -> None:
     except OSError:
         return
     free = status.f_bavail * status.f_frsize
-    if needed > free:
-        raise UserError(
-            f"{SHARED_MEMORY}: has {free / MIB:.0f} MiB, but {workers} worker(s) with {config.DATA.PREFETCH_FACTOR} "
-            f"batches of {batch / MIB:.0f} MiB each need {needed / MIB:.0f}: start the container with a larger one "
-            "(docker's --shm-size=16g or --ipc=host), or lower DATA.NUM_WORKERS, 0 for none"
-        )
+    if needed <= free:
+        return
+    message = (
+        f"{SHARED_MEMORY}: has {free / MIB:.0f} MiB, but {workers} worker(s) with {config.DATA.PREFETCH_FACTOR} "
+        f"batches of {batch / MIB:.0f} MiB each can need {needed / MIB:.0f}: start the container with a larger one "
+        "(docker's --shm-size=16g or --ipc=host), or lower DATA.NUM_WORKERS, 0 for none"
+    )
+    if batch * workers > free:
+        raise UserError(message)
+    logger.warning("%s", message)

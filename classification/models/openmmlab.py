@@ -59,7 +59,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         init_cfg: mmengine's; of type "Pretrained" a classification checkpoint, or one of a toolchain's model with this
             backbone.
         inherited: what a config takes over from Swin's, which does nothing here: accepted with one warning that names
-            it. With any of these, `init_cfg` is taken for Swin's as well, and left aside.
+            it. With any of these, an `init_cfg` whose checkpoint is called Swin's is left aside as well.
 
     Weights are loaded by `init_weights`, which mmengine calls before training but not before testing, strictly but for
     the classifier's head and norm and for the maps' norms, which one of the two forms lacks.
@@ -81,9 +81,10 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
     ):
         if inherited:
             _check_inherited(inherited)
-            left_aside = [*inherited, *(["init_cfg"] if init_cfg else [])]
+            swins = "swin" in str(init_cfg).lower()
+            left_aside = [*inherited, *(["init_cfg"] if swins else [])]
             _say(f"arguments that do nothing here: {', '.join(sorted(left_aside))}", logging.WARNING)
-            init_cfg = None
+            init_cfg = None if swins else init_cfg
         if pretrained and init_cfg:
             raise ValueError("pretrained and init_cfg say the same thing: give one of them")
         if not -1 <= frozen_stages <= len(depths):

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -109,7 +110,7 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     content = read_checkpoint(path, map_location or "cpu", STAND_INS, others=lambda name: _Inert)
     content = plain(content, path, lambda value: value.array if isinstance(value, _Array) else value)
     if isinstance(content.get("state_dict"), dict):
-        check_weights(content["state_dict"], path, counts="")  # mmengine would pass over what is none
+        check_weights(content["state_dict"], path, counts="", tied=True)  # mmengine would pass over what is none
     return content
 
 
@@ -128,21 +129,25 @@ def load_from_http(filename: str, map_location: str | torch.device | None = None
     if get_dist_info()[0] == 0 and not path.exists():
         _download(filename, path)
     barrier()
+    if not path.exists():  # on another machine than the first process'
+        _download(filename, path)
     return load_from_local(str(path), map_location)
 
 
 def _download(address: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urlopen(address) as response, NamedTemporaryFile(dir=path.parent, suffix=".partial") as partial:
+        with ExitStack() as stack:
+            response = stack.enter_context(urlopen(address))
+            partial = stack.enter_context(NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False))
+            stack.callback(Path(partial.name).unlink, missing_ok=True)
             shutil.copyfileobj(response, partial)
             partial.flush()
             expected, found = response.headers.get("Content-Length"), partial.tell()
             if expected is not None and int(expected) != found:
                 raise OSError(f"{found} of {expected} bytes have come")
-            os.link(partial.name, path)
-    except FileExistsError:
-        return  # another process was faster
+            os.chmod(partial.name, 0o644)  # for all who share the folder
+            os.replace(partial.name, path)  # whichever process is last: the file is the same
     except (HTTPException, OSError, ValueError) as error:
         raise UserError(f"{address}: cannot be downloaded ({error}); try again, or name a file") from error
 

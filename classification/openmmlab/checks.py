@@ -98,6 +98,32 @@ def note_class_weights(cfg: Config) -> None:
                 step.class_weight = True
 
 
+def check_labels_everywhere(cfg: Config) -> None:
+    """Put training's CheckLabels after LoadAnnotations in validation and testing too: labels wrap there as well."""
+    train = _datasets(cfg.train_dataloader.dataset) if cfg.get("train_dataloader") else ()
+    if not any(step.get("type") == "CheckLabels" for dataset in train for step in dataset.get("pipeline") or ()):
+        return
+    for split in ("val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in _datasets(loader.dataset) if loader else ():
+            classes = _classes(dataset, f"{split}_dataloader.dataset")
+            if classes and dataset.get("pipeline"):
+                _insert_check(dataset.pipeline, ConfigDict(type="CheckLabels", num_classes=len(classes)))
+
+
+def _insert_check(pipeline: list, check: ConfigDict) -> None:
+    for i, step in enumerate(pipeline):
+        if step.get("type") == "TestTimeAug":  # whose transforms are lists of alternatives
+            loads = [any(one.get("type") == "LoadAnnotations" for one in steps) for steps in step.transforms]
+            if True in loads and [check] not in step.transforms:
+                step.transforms.insert(loads.index(True) + 1, [check])
+            return
+        if step.get("type") == "LoadAnnotations":
+            if i + 1 == len(pipeline) or pipeline[i + 1].get("type") != "CheckLabels":
+                pipeline.insert(i + 1, check)
+            return
+
+
 def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
     """Those that read files, out of wrappers such as RepeatDataset and ConcatDataset."""
     inner = dataset.get("dataset", dataset.get("datasets"))
@@ -119,7 +145,9 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
         _must_exist(annotations, "annotation file", f"{key}.ann_file")
     if classes := _classes(dataset, key):
         if dataset.type == "CocoDataset" and dataset.get("ann_file"):
-            _check_categories(annotations, classes, key)
+            # Where images without boxes are left out, as of unlabelled data they are not.
+            annotated = key.startswith("train") and bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt"))
+            _check_categories(annotations, classes, key, annotated)
         if dataset.type != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
             _check_num_classes(cfg.model.get("module", cfg.model), len(classes), key)  # with --tta
         for step in dataset.get("pipeline") or ():
@@ -151,9 +179,9 @@ def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
         )
 
 
-def _check_categories(path: str, classes: list[str], key: str) -> None:
+def _check_categories(path: str, classes: list[str], key: str, annotated: bool) -> None:
     names = _categories(path)
-    if key.startswith("train"):
+    if annotated:
         _check_annotated(path)
     absent = [name for name in classes if name not in names]
     if absent:

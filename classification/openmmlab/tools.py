@@ -22,6 +22,7 @@ from classification.openmmlab.checks import (
     check_checkpoint,
     check_data,
     check_file,
+    check_labels_everywhere,
     check_operators,
     data_classes,
     note_class_weights,
@@ -264,6 +265,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     check_file((cfg.model.get("backbone") or {}).get("pretrained"))
     check_data(cfg, ("train", "val"))
     note_class_weights(cfg)
+    check_labels_everywhere(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
@@ -296,6 +298,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     if args.out and cfg.default_scope == "mmseg":
         write_maps(cfg, args.out)
     check_data(cfg, ("test",))
+    check_labels_everywhere(cfg)
     _prepare(cfg, args)
     runner = _build(cfg)
     check_checkpoint(_unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"))

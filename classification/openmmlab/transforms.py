@@ -34,7 +34,7 @@ class CheckLabels:
                 f"{path}: is a picture of {labels.shape[-1]} colours, not a map of labels: write one number a pixel"
             )
         reduced = bool(results.get("reduce_zero_label"))  # 1 subtracted from the file's by LoadAnnotations
-        wrong = _beyond_a_byte(path)
+        wrong = _not_of_a_byte(path)
         if wrong is None:
             outside = labels[(labels >= self.num_classes) & (labels != IGNORED)]
             wrong = np.max(outside) + reduced if outside.size else None
@@ -52,13 +52,20 @@ class CheckLabels:
         return results
 
 
-def _beyond_a_byte(path: str) -> int | None:
-    """The largest label of a map of more than 8 bits if it is above 255: LoadAnnotations takes it modulo 256."""
+def _not_of_a_byte(path: str) -> int | None:
+    """The smallest or largest label of a map of more than 8 bits that is none of 0 to 255: LoadAnnotations wraps it.
+
+    Raises:
+        UserError: the map's numbers are no whole ones.
+    """
     try:
         with Image.open(path, formats=image_formats()) as image:
             if image.mode in ("1", "L", "P"):
                 return None
-            largest = int(np.asarray(image).max(initial=0))
+            labels = np.asarray(image)
     except (OSError, ValueError):  # of another place or kind, which LoadAnnotations has read by other means
         return None
-    return largest if largest > IGNORED else None
+    if labels.dtype.kind not in "bui":
+        raise UserError(f"{path}: has labels of type {labels.dtype}: write whole numbers of 8 bits")
+    smallest, largest = int(labels.min(initial=0)), int(labels.max(initial=0))
+    return smallest if smallest < 0 else largest if largest > IGNORED else None

@@ -379,13 +379,39 @@ def test_workers_end_with_the_run(few_digits, tmp_path, run_main, monkeypatch):
     assert alive == [[]]
 
 
+def test_place_of_an_earlier_version_is_kept(few_digits, tmp_path, run_main):
+    """It has not noted the number of images."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "SAVE_STEPS", "1", "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    path = tmp_path / name_of(".") / "epoch_0_step_4.pth"
+    content = read_checkpoint(path)
+    del content["shares"]["images"]
+    save_checkpoint(content, path)
+    assert "begun anew" not in run_main("--resume", path, "--tag", "other", *arguments, "1")
+
+
+def test_best_outlives_an_earlier_checkpoint(few_digits, tmp_path, run_main):
+    """Resumed from before it, a run that does worse leaves it."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    folder = tmp_path / name_of(".")
+    content = read_checkpoint(folder / "best.pth")
+    content["max_accuracy"] = content["max_accuracy_ema"] = 100.0
+    for name in ("best.pth", "best_ema.pth"):
+        (folder / name).unlink()
+        save_checkpoint(content, folder / name)
+    before = (folder / "best.pth").read_bytes()
+    run_main("--resume", folder / "epoch_1.pth", *arguments, "2")
+    assert (folder / "best.pth").read_bytes() == before
+
+
 def test_other_batches_begin_the_epoch_anew(few_digits, tmp_path, run_main):
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "SAVE_STEPS", "1", "TRAIN.EPOCHS"]
     run_main(*arguments, "1")
     run = tmp_path / name_of(".")
     resume = ["--resume", run / "epoch_0_step_4.pth", "--tag", "other", "--batch-size", "4"]
     printed = run_main(*resume, *arguments, "1", "DATA.BATCH_SIZE", "4")
-    assert "epoch_0_step_4.pth: other images, batches, processes or seed than now; its epoch is begun anew" in printed
+    assert "epoch_0_step_4.pth: its batch, batches are others than now; its epoch is begun anew" in printed
     assert "its epoch is begun anew" in (tmp_path / "spatialmamba_micro/other/log.txt").read_text()
     assert "epoch 0 step 10/10" in printed
 

@@ -21,7 +21,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from classification.errors import UserError
 from classification.openmmlab import tools
-from classification.openmmlab.checks import check_channels, check_data
+from classification.openmmlab.checks import check_channels, check_data, check_labels_everywhere
 from classification.openmmlab.transforms import CheckLabels
 
 CONFIGS = ROOT / "segmentation/configs/spatialmamba"
@@ -189,6 +189,38 @@ def test_labels_are_named_as_in_the_file(reduced, wrong, right):
         CheckLabels(3)(results)
     results["gt_seg_map"] = labels[:, :3]
     assert CheckLabels(3)(results) is results
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full((4, 4), 259, np.uint16), "has label 259, but with 3 classes"),
+        (np.full((4, 4), -253, np.int32), "has label -253, but with 3 classes"),
+        (np.full((4, 4), 2.7, np.float32), "has labels of type float32"),
+        (np.full((4, 4), np.nan, np.float32), "has labels of type float32"),
+    ],
+    ids=["16 bits", "below 0", "fractions", "NaN"],
+)
+def test_labels_that_a_byte_does_not_hold(labels, message, tmp_path):
+    """LoadAnnotations has made classes of them by then."""
+    path = tmp_path / "map.tiff"
+    Image.fromarray(labels).save(path)
+    results = dict(gt_seg_map=np.full((4, 4), 2, np.uint8), seg_map_path=str(path), reduce_zero_label=False)
+    with pytest.raises(UserError, match=message):
+        CheckLabels(3)(results)
+
+
+def test_labels_are_checked_wherever_they_are_loaded():
+    cfg = Config.fromfile(TINY)
+    init_default_scope("mmseg")
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    check_labels_everywhere(cfg)
+    check_labels_everywhere(cfg)  # once more changes nothing where it stands already
+    steps = [step.type for step in cfg.val_dataloader.dataset.pipeline]
+    assert steps[steps.index("LoadAnnotations") + 1] == "CheckLabels"
+    assert steps.count("CheckLabels") == 1
+    alternatives = [[step.type for step in steps] for steps in cfg.tta_pipeline[-1].transforms]
+    assert alternatives[alternatives.index(["LoadAnnotations"]) + 1] == ["CheckLabels"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
