@@ -160,7 +160,7 @@ def test_operators_equal_the_plain_pytorch_of_their_readme(package, capsys):
     for block in blocks:
         exec(compile(block, f"{package}/README.md", "exec"), {})
     differences = [float(d) for d in re.findall(r"tensor\((.*?)\)", capsys.readouterr().out)]
-    assert len(differences) == len(blocks) > 0
+    assert len(differences) == sum(block.count(".max()") for block in blocks) >= len(blocks) > 0
     assert max(differences) < 1e-4
 
 
