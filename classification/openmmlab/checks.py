@@ -290,7 +290,6 @@ def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False, c
         classes: names, which must be the checkpoint's, in its order, if it knows them.
     """
     content = load_from_local(path)
-    _compare_classes(content.get("meta"), classes, path)
     state, own = weights_of(content, path), model.state_dict()
     if only_backbone:
         state, own = ({k: v for k, v in names.items() if k.startswith(BACKBONE)} for names in (state, own))
@@ -308,3 +307,4 @@ def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False, c
         backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
         hint = size_hint(backbone) if backbone else "; it is no checkpoint of such a model"
         raise UserError(f"{path}: its weights are of another model: {found}{hint}")
+    _compare_classes(content.get("meta"), classes, path)

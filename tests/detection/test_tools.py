@@ -22,7 +22,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 
 from classification.openmmlab import tools
-from classification.openmmlab.checks import check_channels, check_data
+from classification.openmmlab.checks import check_channels, check_data, data_classes
 
 CONFIGS = ROOT / "detection/configs/spatialmamba"
 MICRO = CONFIGS / "mask_rcnn_spatialmamba_micro_digits.py"
@@ -131,7 +131,13 @@ def published(path: Path, name: Path = TINY, **changes) -> Path:
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     torch.nn.init.constant_(model.roi_head.bbox_head.fc_cls.bias[:1], 5.0)  # so that something is found
-    meta = dict(epoch=12, iter=7, cfg=cfg.pretty_text, mmengine_version="0.8.4", dataset_meta=dict(classes=("a",)))
+    meta = dict(
+        epoch=12,
+        iter=7,
+        cfg=cfg.pretty_text,
+        mmengine_version="0.8.4",
+        dataset_meta=dict(classes=data_classes(cfg, "train")),
+    )
     state = model.state_dict()
     torch.save(dict(meta=meta, state_dict=state, message_hub=hub.state_dict(), param_schedulers=[]), path)
     return path

@@ -21,7 +21,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from classification.errors import UserError
 from classification.openmmlab import tools
-from classification.openmmlab.checks import check_channels, check_data, check_labels_everywhere
+from classification.openmmlab.checks import check_channels, check_data, check_labels_everywhere, data_classes
 from classification.openmmlab.transforms import CheckLabels
 
 CONFIGS = ROOT / "segmentation/configs/spatialmamba"
@@ -97,7 +97,7 @@ def published(path: Path, name: Path = TINY, **changes) -> Path:
     hub.update_scalar("train/loss", 1.0)
     torch.manual_seed(0)
     state = MODELS.build(cfg.model).state_dict()
-    meta = dict(iter=160_000, cfg=cfg.pretty_text, dataset_meta=dict(classes=("a",), palette=[[0, 0, 0]]))
+    meta = dict(iter=160_000, cfg=cfg.pretty_text, dataset_meta=dict(classes=data_classes(cfg, "train"), palette=[]))
     torch.save(dict(meta=meta, state_dict=state, message_hub=hub.state_dict()), path)
     return path
 
