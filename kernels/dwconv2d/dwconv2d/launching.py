@@ -1,7 +1,7 @@
 """Launches Triton kernels with little of the host's time.
 
-Triton looks at every argument of every launch to find what it has compiled for its like: about 60 us for thirty
-arguments, in which a GPU does the work of several kernels. Here a dictionary finds arguments that were seen before.
+Triton looks at every argument of every launch to find what it has compiled for its like, which takes the host longer
+than the launch. Here a dictionary finds arguments that were seen before.
 """
 
 import torch

@@ -414,8 +414,8 @@ def _computed(x: Tensor) -> tl.dtype:
 Tiling = dict[str, int]  # the tile of a program and its warps, as a kernel takes them
 
 
-# Chosen by timings on an H100, at the shapes of T and a batch of 128. Remembered: on the host of a GPU the arithmetic
-# of a launch costs as much as the launch.
+# Chosen by timings on an H100, at the shapes of T and a batch of 128. Remembered, for the host is what bounds small
+# kernels.
 
 
 def _power_of_2(channels: int) -> int:
