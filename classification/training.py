@@ -226,10 +226,7 @@ class Training:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: its optimizer state is not of this model ({error}); {START_OVER}") from error
         self.state.epoch = content["epoch"]
-        if path.resolve().parent == self.run.folder.resolve():
-            for key in ("max_accuracy", "max_accuracy_ema"):
-                setattr(self.state, key, content.get(key, NO_ACCURACY))
-            self._keep_best()
+        self._keep_best(content, path)
         # Within an epoch, the place is the same one only if as many images make a batch and a step.
         others = _differing(content.get("shares"), self._shares())
         if content.get("progress") and not others:
@@ -265,18 +262,24 @@ class Training:
                 f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}"
             ) from error
 
-    def _keep_best(self) -> None:
-        """Where an earlier checkpoint than the best is resumed, what is worse is not to take the best one's place."""
+    def _keep_best(self, content: dict, path: Path) -> None:
+        """What is worse is not to take the best one's place, from an earlier checkpoint than the best one's too.
+
+        The first process says so for all: the others may have other output folders.
+        """
 
         def accuracies() -> dict[str, float]:
+            if path.resolve().parent != self.run.folder.resolve():
+                return {}
             found = {}
             for key, name in (("max_accuracy", BEST), ("max_accuracy_ema", BEST_EMA)):
+                found[key] = content.get(key, NO_ACCURACY)
                 with suppress(UserError):  # a damaged one is no reason not to train
-                    found[key] = float(read_checkpoint(self.run.folder / name).get(key, NO_ACCURACY))
+                    found[key] = max(found[key], float(read_checkpoint(self.run.folder / name).get(key, NO_ACCURACY)))
             return found
 
         for key, accuracy in self.run.from_main(accuracies).items():
-            setattr(self.state, key, max(getattr(self.state, key), accuracy))
+            setattr(self.state, key, accuracy)
 
     def _shares(self) -> dict[str, int]:
         """What a batch number within an epoch means."""
