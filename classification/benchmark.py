@@ -26,21 +26,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.memory import keep_freed_memory
-from classification.models import VARIANTS, SpatialMamba, linear, spatialmamba
+from classification.models import VARIANTS, SpatialMamba, optimise_for_cpu, spatialmamba
 
 SPATIAL_MAMBA = "spatialmamba_tiny"
 OTHERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "mambaout_tiny")
+UNOPTIMISED = " without optimise_for_cpu"
 STEPS = 4  # timed ones, after one that is not
 GPU_SECONDS = 0.25
 MIB = 2**20
 
 
 def build(name: str, args: argparse.Namespace) -> nn.Module:
+    unoptimised = name.endswith(UNOPTIMISED)
+    name = name.removesuffix(UNOPTIMISED)
     if name in VARIANTS:
         model = SpatialMamba(**VARIANTS[name])
     else:
         model = timm.create_model(name, **({"img_size": args.size} if name.startswith("swin") else {}))
     model = model.to(args.device, dtype(args) if args.cast else torch.float32, memory_format=memory_format(args))
+    if args.device == "cpu" and name in VARIANTS and not args.plain and not unoptimised:
+        optimise_for_cpu(model)
     return torch.compile(model, mode=args.compile) if args.compile else model
 
 
@@ -83,7 +88,8 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 
 def time_inference(args: argparse.Namespace) -> None:
-    models = {name: build(name, args).eval() for name in (args.model, *args.beside)}
+    also = [args.model + UNOPTIMISED] if args.device == "cpu" and args.model in VARIANTS else []
+    models = {name: build(name, args).eval() for name in (args.model, *also, *args.beside)}
     on_gpu = args.device == "cuda"
     unit = "images per second" if on_gpu else "ms per image"
     print("| model | " + " | ".join(f"{unit}, batch {batch}" for batch in args.batch) + " |")
@@ -106,18 +112,14 @@ def time_inference(args: argparse.Namespace) -> None:
 
 
 def use_plain_pytorch(device: str) -> None:
-    """The operators by their packages' plain PyTorch, linear layers and convolutions by PyTorch's own, from now on."""
+    """The operators by their packages' plain PyTorch, from now on."""
     for package in ("selective_scan", "dwconv2d"):
         loading = importlib.import_module(f"{package}.loading")
         library = torch.library.Library(package, "IMPL")
         for name, kernels in loading.OPERATORS.items():
             library.impl(name, loading.without_autocast(kernels.plain), device.upper(), allow_override=True)
         _KEPT.append(library)  # what it registers ends with it
-    linear.ONEDNN = False
     spatialmamba.has_fused_kernels = lambda x: False
-    spatialmamba.DepthwiseConv3x3.forward = lambda self, x: F.conv2d(
-        x, self.weight, self.bias, padding=1, groups=x.shape[1]
-    )
 
 
 _KEPT = []

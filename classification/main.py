@@ -158,7 +158,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
     if run.is_main and classes == 1:
         logger.warning("there is one class, so every prediction is right: accuracy says nothing")
     results = {"checkpoint": str(path)}
-    model.to(run.device)
+    run.place(model)
     for name, state in weights.items():
         load_weights(model, state, path)
         results[name] = evaluate(model, loader, run.device, run.autocast)
@@ -175,7 +175,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
 
 def measure_throughput(config: CfgNode, run: Run, compiled: bool, channels_last: bool) -> None:
     """Images per second of the forward pass on random images, for THROUGHPUT_SECONDS after a warm-up."""
-    model = build_model(config, config.MODEL.NUM_CLASSES or IMAGENET_CLASSES).to(run.device).eval()
+    model = run.place(build_model(config, config.MODEL.NUM_CLASSES or IMAGENET_CLASSES)).eval()
     size = config.DATA.IMG_SIZE
     images = torch.randn(config.DATA.BATCH_SIZE, model.in_chans, size, size, device=run.device)
     if channels_last:

@@ -13,10 +13,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
+from torch import nn
 from yacs.config import CfgNode
 
 from classification.errors import UserError, printable
 from classification.memory import keep_freed_memory
+from classification.models import optimise_for_cpu
 
 logger = logging.getLogger("spatialmamba")
 T = TypeVar("T")
@@ -58,6 +60,11 @@ class Run:
         amp = {"float16": torch.float16, "bfloat16": torch.bfloat16, "off": None}[config.TRAIN.AMP]
         # float16 has no fast kernels on a CPU, and needs none of its memory.
         self.amp_dtype = None if self.device.type == "cpu" and amp is torch.float16 else amp
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """`model` on this process's device, with a CPU's modules on a CPU."""
+        model = model.to(self.device)
+        return optimise_for_cpu(model) if self.device.type == "cpu" else model
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)

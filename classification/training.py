@@ -120,7 +120,7 @@ class Training:
         random_seed(config.SEED)  # the same weights in every process, for the EMA's copy too
         self.model = build_model(config, classes)
         self.new_head = False if resumed else self._load_pretrained()
-        self.model.to(run.device)
+        run.place(self.model)
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
         self.batches = len(self.train_loader)
         self.trainer = self._build_trainer(classes)

@@ -1,5 +1,6 @@
 """The Spatial-Mamba backbone."""
 
+from classification.models.cpu import optimise_for_cpu, undo_optimise_for_cpu
 from classification.models.spatialmamba import (
     VARIANTS,
     SpatialMamba,
@@ -14,8 +15,10 @@ __all__ = [
     "VARIANTS",
     "SpatialMamba",
     "SpatialMambaBackbone",
+    "optimise_for_cpu",
     "spatialmamba_base",
     "spatialmamba_micro",
     "spatialmamba_small",
     "spatialmamba_tiny",
+    "undo_optimise_for_cpu",
 ]

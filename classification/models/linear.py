@@ -1,4 +1,4 @@
-"""Linear layers of tokens, and 1x1 convolutions, which are the same: on a CPU, in float32, both by oneDNN.
+"""Linear layers of tokens by oneDNN: on a CPU, in float32. `cpu.py` has the modules that are applied so.
 
 PyTorch multiplies float32 matrices by MKL, which on processors that are not Intel's leaves half of their vector units
 idle, and convolves by oneDNN, which does not.
@@ -54,36 +54,6 @@ def _is_plain(t: Tensor) -> bool:
 def dilation() -> int:
     """Of a single tap, so without effect, but on one thread PyTorch convolves 1x1 by oneDNN only if there is one."""
     return 2 if torch.get_num_threads() == 1 else 1
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`, applied by `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class PointwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` with a 1x1 kernel, by oneDNN wherever `linear` is; planes (B, C, H, W) keep their layout.
-
-    On a GPU, channels-last planes are multiplied as the tokens they are: cuDNN adds the bias in a pass of its own.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            return super().forward(x)
-        if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last):
-            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if not by_onednn(x, self.weight, self.bias):
-            return super().forward(x)
-        if not torch.compiler.is_dynamo_compiling():
-            return F.conv2d(x, self.weight, self.bias, dilation=dilation())
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(x)
-        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def _plane(tokens: Tensor) -> Tensor:

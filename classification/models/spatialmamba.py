@@ -12,15 +12,13 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from dwconv2d import DilatedDWConv2d, depthwise_residual_norm, depthwise_silu, state_fusion_output
+from dwconv2d import depthwise_residual_norm, depthwise_silu, state_fusion_output
 from dwconv2d.loading import TRITON_INSTALLED
 from selective_scan import norm_gate, selective_scan_state
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
-
-from classification.models.linear import Linear, PointwiseConv2d, linear
 
 USE_FUSED = os.environ.get("SPATIALMAMBA_FUSED", "1") != "0"
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes, log-uniform (Mamba, arXiv 2312.00752, section 3.6)
@@ -74,19 +72,12 @@ GLOBAL_HOOKS = (
 )
 
 
-class DepthwiseConv3x3(DilatedDWConv2d):
-    """Depthwise 3x3 convolution of planes (B, C, H, W), laid out as they come."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, kernel_size=3, padding_mode="zeros")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # cuDNN's, until ours is measured on a GPU
-            return F.conv2d(x, self.weight, self.bias, padding=1, groups=x.shape[1])
-        return super().forward(x)
+FUSIBLE = (nn.Conv2d, nn.LayerNorm, DropPath)
 
 
-FUSIBLE = (DepthwiseConv3x3, nn.LayerNorm, DropPath)
+def depthwise_conv(channels: int) -> nn.Conv2d:
+    """Depthwise 3x3 convolution of planes (B, channels, H, W), padded with zeros to keep their size."""
+    return nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
 
 
 class ConvLayer(nn.Module):
@@ -104,16 +95,19 @@ class ConvLayer(nn.Module):
         act: bool = True,
     ):
         super().__init__()
-        if kernel_size == 1:
-            self.conv = PointwiseConv2d(in_chans, out_chans, bias)
-        else:
-            self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_chans) if norm else nn.Identity()
-        # Not in place on what a pointwise convolution may return, a view of tokens: its gradient would be copied.
-        self.act = nn.ReLU(inplace=kernel_size > 1) if act else nn.Identity()
+        self.act = nn.ReLU() if act else nn.Identity()  # not in place, which full backward hooks do not allow
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        return self.act(self.norm(self._convolve(x)))
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """On a GPU a 1x1 convolution with a bias is one product of tokens: cuDNN adds the bias in a pass of its own."""
+        conv = self.conv
+        if conv.kernel_size == (1, 1) and fusible(x, conv) and x.is_contiguous(memory_format=torch.channels_last):
+            return to_planes(F.linear(to_tokens(x), conv.weight.flatten(1), conv.bias))
+        return conv(x)
 
 
 class Stem(nn.Module):
@@ -146,18 +140,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return to_tokens(self.conv(to_planes(x)))
-
-
-def project(x: Tensor, weight: Tensor, as_planes: bool) -> Tensor:
-    """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W), contiguous if `as_planes`, else channels-last.
-
-    x is laid out likewise, or part of what is.
-    """
-    if not as_planes:
-        return to_planes(linear(to_tokens(x), weight))
-    # Expanded after autocast's cast, which would store a copy for each image.
-    weight = weight.to(x.dtype).expand(len(x), -1, -1)
-    return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class StateFusion(nn.Module):
@@ -200,11 +182,11 @@ class StructureAwareSSM(nn.Module):
         self.A_logs = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))
         self.Ds = nn.Parameter(torch.ones(inner))
 
-        self.in_proj = Linear(dim, 2 * inner, bias=False)
-        self.conv2d = DepthwiseConv3x3(inner)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv2d = depthwise_conv(inner)
         self.state_fusion = StateFusion(inner)
         self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = Linear(inner, dim, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
 
     @staticmethod
     def _initial_dt_bias(channels: int) -> Tensor:
@@ -223,15 +205,20 @@ class StructureAwareSSM(nn.Module):
             gated = self.out_norm(to_tokens(self.ssm(x))) * F.silu(z)
         return self.out_proj(gated)
 
+    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+        """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W)."""
+        # Expanded after autocast's cast, which would store a copy for each image.
+        weight = weight.to(x.dtype).expand(x.shape[0], -1, -1)
+        return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+
     def ssm(self, x: Tensor) -> Tensor:
         """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W)."""
         height, width = x.shape[2:]
         n = self.d_state
 
         # Input-dependent Delta, B and C from each token.
-        as_planes = x.is_contiguous()
-        dt, B, C = project(x, self.x_proj_weight, as_planes).split([self.dt_rank, n, n], dim=1)
-        dt = project(dt, self.dt_projs_weight, as_planes)
+        dt, B, C = self.project(x, self.x_proj_weight).split([self.dt_rank, n, n], dim=1)
+        dt = self.project(dt, self.dt_projs_weight)
 
         # State transition: h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32.
         state_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -254,9 +241,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -267,10 +254,10 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, d_state: int = 1, expand: int = 2, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
-        self.cpe1 = DepthwiseConv3x3(dim)
+        self.cpe1 = depthwise_conv(dim)
         self.ln_1 = nn.LayerNorm(dim)
         self.self_attention = StructureAwareSSM(dim, d_state, expand)
-        self.cpe2 = DepthwiseConv3x3(dim)
+        self.cpe2 = depthwise_conv(dim)
         self.ln_2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
@@ -289,7 +276,7 @@ class Block(nn.Module):
 
     @staticmethod
     def _position_and_norm(
-        x: Tensor, conv: DepthwiseConv3x3, norm: nn.LayerNorm, update: Tensor | None = None, scale: Tensor | None = None
+        x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, update: Tensor | None = None, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x + scale update, through the convolution and its residual, and its norm."""
         return depthwise_residual_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, update, scale)

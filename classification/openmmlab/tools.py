@@ -16,6 +16,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
 
 from classification.errors import UserError, is_file, printable
+from classification.models import optimise_for_cpu
 from classification.openmmlab import yaml_files  # noqa: F401, has mmengine read YAML as data
 from classification.openmmlab.checks import (
     check_channels,
@@ -245,6 +246,8 @@ def _replace_sync_bn(value: object) -> None:
 def _build(cfg: Config) -> Runner:
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     check_operators(_unwrapped(runner))
+    if not torch.cuda.is_available():
+        optimise_for_cpu(_unwrapped(runner))
     return runner
 
 

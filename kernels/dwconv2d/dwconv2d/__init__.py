@@ -1,5 +1,6 @@
 """State fusion of Spatial-Mamba and the depthwise convolutions around it, as PyTorch operators."""
 
+from dwconv2d.decompositions import decompositions
 from dwconv2d.loading import backends
 from dwconv2d.ops import DilatedDWConv2d, dilated_dwconv2d, state_fusion, state_fusion_output
 from dwconv2d.token_ops import depthwise_residual_norm, depthwise_silu
@@ -7,6 +8,7 @@ from dwconv2d.token_ops import depthwise_residual_norm, depthwise_silu
 __all__ = [
     "DilatedDWConv2d",
     "backends",
+    "decompositions",
     "depthwise_residual_norm",
     "depthwise_silu",
     "dilated_dwconv2d",

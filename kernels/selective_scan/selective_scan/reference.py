@@ -93,7 +93,7 @@ def selective_scan_state_backward(
     loss_next[..., :-1] = loss[..., 1:]
     lam = _scan(loss_next, grad.clone(memory_format=torch.contiguous_format), reverse=True)
 
-    wide_B, wide_u, wide_dt = _widen(B, u.shape[1]).to(lam.dtype), u.to(lam.dtype).unsqueeze(2), step_size.unsqueeze(2)
+    wide_B, wide_u, wide_dt = widen(B, u.shape[1]).to(lam.dtype), u.to(lam.dtype).unsqueeze(2), step_size.unsqueeze(2)
     lam_B = (lam * wide_B).sum(2)
     lam_carried = lam * carried
     grad_u = lam_B * step_size
@@ -126,7 +126,7 @@ def _discretise(u: Tensor, step_size: Tensor, A: Tensor, B: Tensor) -> tuple[Ten
     """exp(dt_t A) - 1 and the drive dt_t B_t u_t, both (B, D, N, L) in the states' dtype."""
     dt = step_size.unsqueeze(2)
     loss = torch.expm1(dt * A.unsqueeze(-1))
-    drive = (dt * u.to(dt.dtype).contiguous().unsqueeze(2)) * _widen(B, u.shape[1]).to(dt.dtype)
+    drive = (dt * u.to(dt.dtype).contiguous().unsqueeze(2)) * widen(B, u.shape[1]).to(dt.dtype)
     return loss, drive.contiguous()
 
 
@@ -135,7 +135,7 @@ def _decay(step_size: Tensor, A: Tensor) -> Tensor:
     return torch.exp(step_size.unsqueeze(2) * A.unsqueeze(-1))
 
 
-def _widen(B: Tensor, channels: int) -> Tensor:
+def widen(B: Tensor, channels: int) -> Tensor:
     """B per channel, (B, D, N, L): consecutive channels share a group."""
     grouped = B.unsqueeze(1) if B.dim() == 3 else B
     b, g, n, length = grouped.shape
@@ -143,7 +143,7 @@ def _widen(B: Tensor, channels: int) -> Tensor:
 
 
 def _sum_groups(grad: Tensor, B: Tensor) -> Tensor:
-    """The adjoint of `_widen`, in B's shape."""
+    """The adjoint of `widen`, in B's shape."""
     groups = 1 if B.dim() == 3 else B.shape[1]
     b, d, n, length = grad.shape
     return grad.view(b, groups, d // groups, n, length).sum(2).view(B.shape)

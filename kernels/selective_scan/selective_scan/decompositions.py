@@ -1,0 +1,79 @@
+"""The operators in PyTorch's standard ones, so that exported programs run where this package is not installed.
+
+    table = torch.export.default_decompositions()
+    table.update(selective_scan.decompositions())
+    program = torch.export.export(model, (images,)).run_decompositions(table)
+
+Any number of tokens, also one that is not known while the program is exported.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selective_scan.reference import check_inputs, state_dtype, widen
+
+CHUNK = 32  # tokens that are scanned one after the other in all chunks at once; then the chunks are
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+    """For `torch.export.ExportedProgram.run_decompositions`: this package's operators of inference.
+
+    The scan becomes two of `torch.ops.higher_order.scan`, which ONNX has as Scan: within chunks of `CHUNK` tokens, then
+    over the chunks. It takes 2 CHUNK + L / CHUNK steps for L tokens, and no quotients, so decays may underflow.
+    """
+    return {torch.ops.selective_scan.selective_scan_state.default: _selective_scan_state}
+
+
+def _selective_scan_state(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = False
+) -> Tensor:
+    check_inputs(u, delta, A, B, delta_bias)
+    dtype = state_dtype(u)
+    dt = delta.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias[:, None]
+    if delta_softplus:
+        # Softplus as it is written: runtimes have no fast kernel for the function itself.
+        dt = dt.clamp(min=0) + torch.log1p(torch.exp(-dt.abs()))
+    drive = (dt * u.to(dtype)).unsqueeze(2) * widen(B, u.shape[1]).to(dtype)
+    return _scan(dt.unsqueeze(2) * A.unsqueeze(-1), drive)
+
+
+def _scan(log_decay: Tensor, drive: Tensor) -> Tensor:
+    """h_t = exp(log_decay_t) h_{t-1} + drive_t along the last dimension of (B, D, N, L)."""
+    batch, channels, states, length = drive.shape
+    # At least two, for a size that may be one is another graph's; and all tokens are a product of them.
+    chunks = length // CHUNK + 2
+    # (CHUNK, B, D, N, chunks): what is scanned comes first.
+    log_decay, drive = (
+        _dense(
+            F.pad(t, (0, CHUNK * chunks - length)).view(batch, channels, states, chunks, CHUNK).permute(4, 0, 1, 2, 3)
+        )
+        for t in (log_decay, drive)
+    )
+    first = drive.new_zeros(drive.shape[1:])
+    last, within = torch.ops.higher_order.scan(_next_token, [first], [log_decay.exp(), drive], ())
+    products = log_decay.cumsum(0).exp()  # of the decays of a chunk so far
+    ends = [_dense(t.permute(3, 0, 1, 2)) for t in (products[-1], last)]
+    _, before = torch.ops.higher_order.scan(_next_chunk, [first[..., 0]], ends, ())
+    h = within + products * before.permute(1, 2, 3, 0)
+    return _dense(h.permute(1, 2, 3, 4, 0)).view(batch, channels, states, CHUNK * chunks)[..., :length]
+
+
+def _next_token(h: Tensor, decay: Tensor, drive: Tensor) -> list[Tensor]:
+    """States of all chunks, each of which begins with zero."""
+    h = h * decay + drive
+    return [h, h.clone()]  # an operator's results may not share memory
+
+
+def _next_chunk(before: Tensor, decay: Tensor, last: Tensor) -> list[Tensor]:
+    """The states with which each chunk begins."""
+    return [before * decay + last, before.clone()]
+
+
+def _dense(t: Tensor) -> Tensor:
+    """Not by `contiguous`, which would ask whether a size is 1 that is not known yet."""
+    return t.clone(memory_format=torch.contiguous_format)
