@@ -5,35 +5,24 @@ Counted are convolutions, linear layers, norms and the operators below; activati
 
 import copy
 import logging
-from math import prod
 
 import torch
+from dwconv2d.flops import conv_taps, fusion_taps
 from fvcore.nn import FlopCountAnalysis, flop_count_table
 from fvcore.nn.jit_handles import get_shape
+from selective_scan.flops import scan_flops
 from torch import nn
 
-SCAN_FLOPS = 7  # for each state: B L D N of them
-FUSION_TAPS = 27  # three 3x3 convolutions for each state
 
-
-def _scan_flops(inputs: list, outputs: list) -> int:
-    return SCAN_FLOPS * prod(get_shape(outputs[0]))
-
-
-def _fusion_flops(inputs: list, outputs: list) -> int:
-    return FUSION_TAPS * prod(get_shape(inputs[0]))
-
-
-def _conv_flops(inputs: list, outputs: list) -> int:
-    _, _, height, width = get_shape(inputs[1])
-    return height * width * prod(get_shape(outputs[0]))
+def _shapes(inputs: list) -> list:
+    return [get_shape(value) for value in inputs]
 
 
 HANDLES = {
-    "selective_scan::selective_scan_state": _scan_flops,
-    "dwconv2d::state_fusion": _fusion_flops,
-    "dwconv2d::state_fusion_output": _fusion_flops,
-    "dwconv2d::dilated_dwconv2d": _conv_flops,
+    "selective_scan::selective_scan_state": lambda inputs, outputs: scan_flops(*_shapes(inputs[:3])),
+    "dwconv2d::state_fusion": lambda inputs, outputs: fusion_taps(get_shape(inputs[0])),
+    "dwconv2d::state_fusion_output": lambda inputs, outputs: fusion_taps(get_shape(inputs[0])),
+    "dwconv2d::dilated_dwconv2d": lambda inputs, outputs: conv_taps(*_shapes(inputs[:2])),
 }
 
 

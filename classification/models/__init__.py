@@ -1,15 +1,13 @@
 """The Spatial-Mamba backbone."""
 
 from classification.models.cpu import optimise_for_cpu, undo_optimise_for_cpu
-from classification.models.spatialmamba import (
-    VARIANTS,
-    SpatialMamba,
-    SpatialMambaBackbone,
+from classification.models.registry import (
     spatialmamba_base,
     spatialmamba_micro,
     spatialmamba_small,
     spatialmamba_tiny,
 )
+from classification.models.spatialmamba import VARIANTS, SpatialMamba, SpatialMambaBackbone
 
 __all__ = [
     "VARIANTS",

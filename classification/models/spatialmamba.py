@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from dwconv2d import depthwise_residual_norm, depthwise_silu, state_fusion_output
 from dwconv2d.loading import TRITON_INSTALLED
 from selective_scan import norm_gate, selective_scan_state
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
@@ -45,9 +45,13 @@ def has_fused_kernels(x: Tensor) -> bool:
 def fusible(x: Tensor, *modules: nn.Module) -> bool:
     """Whether one operator may stand for these modules: it has kernels, and calling the modules does no more.
 
+    `torch.fx` traces the modules.
+
     A module is called as it is if it has a hook, lacks a parameter, or is of another type or has another `forward`, as
     adapters, quantisation and tools for interpretation make it.
     """
+    if isinstance(x, torch.fx.Proxy):
+        return False
     return has_fused_kernels(x) and not any(GLOBAL_HOOKS) and all(map(_is_plain, modules))
 
 
@@ -72,6 +76,7 @@ GLOBAL_HOOKS = (
 )
 
 
+POOLINGS = ("avg", "max", "avgmax", "")
 FUSIBLE = (nn.Conv2d, nn.LayerNorm, DropPath)
 
 
@@ -221,7 +226,7 @@ class StructureAwareSSM(nn.Module):
         dt = self.project(dt, self.dt_projs_weight)
 
         # State transition: h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32.
-        state_dtype = torch.promote_types(x.dtype, torch.float32)
+        state_dtype = _at_least_float32(x)
         h = selective_scan_state(
             x.flatten(2),
             dt.flatten(2),
@@ -322,9 +327,15 @@ class SpatialMamba(nn.Module):
         mlp_ratio: hidden channels of the MLP over the block's.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks.
+        global_pool: how the head pools tokens: "avg", "max", "avgmax" (their mean), or "" for not at all.
+
+    Attributes:
+        num_features: channels of `forward_features`; `head_hidden_size`, of what the head reads, is the same.
+        feature_info: channels, stride and module of each stage's map, as timm describes them.
 
     Raises:
-        ValueError: sizes that do not fit each other; in `forward`, an image of the wrong rank or channel count.
+        ValueError: sizes that do not fit each other, or a pooling that does not exist; in `forward`, an image of the
+            wrong rank or channel count.
     """
 
     def __init__(
@@ -338,6 +349,7 @@ class SpatialMamba(nn.Module):
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
     ):
         super().__init__()
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
@@ -348,10 +360,14 @@ class SpatialMamba(nn.Module):
         self.num_classes = num_classes
         self.depths = list(depths)
         self.dims = dims
-        self.num_features = dims[-1]
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.output_fmt = "NHWC"  # of forward_features
+        self.feature_info = [
+            dict(num_chs=dim, reduction=2 ** (i + 2), module=f"layers.{i}") for i, dim in enumerate(dims)
+        ]
         self.patch_embed = Stem(in_chans, dims[0])
         self.layers = self._make_stages(d_state, expand, mlp_ratio, drop_path_rate)
-        self._make_outputs(drop_rate)
+        self._make_outputs(drop_rate, global_pool)
         self.apply(_init_weights)
 
     def _make_stages(self, d_state: int, expand: int, mlp_ratio: float, drop_path_rate: float) -> nn.ModuleList:
@@ -363,16 +379,28 @@ class SpatialMamba(nn.Module):
             stages.append(Stage(blocks, Downsample(dim) if i + 1 < len(self.dims) else nn.Identity()))
         return stages
 
-    def _make_outputs(self, drop_rate: float) -> None:
+    def _make_outputs(self, drop_rate: float, global_pool: str) -> None:
         self.norm = nn.LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(self.num_classes)
+        self.reset_classifier(self.num_classes, global_pool)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a new, freshly initialised head of `num_classes` (0 for none) in place."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new, freshly initialised head of `num_classes` (0 for none) in place.
+
+        Args:
+            num_classes: 0 for none, then `forward` returns what is pooled.
+            global_pool: as for the class; None keeps it.
+
+        Raises:
+            ValueError: a pooling that does not exist.
+        """
+        if global_pool is not None:
+            if global_pool not in POOLINGS:
+                raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLINGS))}, got {global_pool!r}")
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.to(self.norm.weight)  # its device and dtype
+        self.head.to(next(self.parameters())).train(self.training)  # its device and dtype
         _init_weights(self.head)
 
     def get_classifier(self) -> nn.Module:
@@ -394,8 +422,8 @@ class SpatialMamba(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens from `forward_features` -> logits (B, num_classes), or their mean (B, dims[-1]) if `pre_logits`."""
-        x = self.head_drop(x.mean(dim=(1, 2)))
+        """Tokens from `forward_features` -> logits (B, num_classes), or pooled (B, dims[-1]) if `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -406,7 +434,8 @@ class SpatialMamba(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Tensor | list[Tensor]]:
         """Stage outputs before downsampling, strides 4, 8, 16, 32, with timm's arguments and meaning.
 
         Args:
@@ -416,6 +445,7 @@ class SpatialMamba(nn.Module):
             stop_early: do not compute stages past the last one returned; needs `intermediates_only`.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: return the list alone, not `(forward_features(x), list)`.
+            output_dict: return a dict of "image_intermediates", the list, and "image_features".
 
         Raises:
             ValueError: an index, format or combination that does not exist.
@@ -435,11 +465,51 @@ class SpatialMamba(nn.Module):
             if stop_early and i == max(wanted):
                 break
             x = stage.downsample(x)
+        if output_dict:
+            return {"image_intermediates": maps} | ({} if intermediates_only else {"image_features": self.norm(x)})
         return maps if intermediates_only else (self.norm(x), maps)
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove, for good, what the maps of these stages do not need; returns the stages' indices.
+
+        Args:
+            indices: as for `forward_intermediates`.
+            prune_norm: remove the final norm also if the last stage stays.
+            prune_head: remove the head and its pooling also if the last stage stays.
+
+        Raises:
+            ValueError: a stage that does not exist.
+        """
+        kept = _stage_indices(indices, len(self.layers))
+        shorter = max(kept) + 1 < len(self.layers)
+        del self.layers[max(kept) + 1 :]
+        self.layers[-1].downsample = nn.Identity()
+        if shorter:
+            self.num_features = self.head_hidden_size = self.dims[max(kept)]
+        if shorter or prune_norm:
+            self.norm = nn.Identity()
+        if shorter or prune_head:
+            self.reset_classifier(0, "")
+        return kept
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int, ...] | None]]]:
+        """timm's expressions for groups of parameters, for layer decay: by block, or by stage if `coarse`."""
+        last = 99999
+        blocks = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.downsample", (last,)),  # behind the stage's blocks
+            (r"^norm", (last,)),
+        ]
+        return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the recipe spares beside those of one dimension, which timm's optimizers spare: none."""
+        return set()
+
     def _embed(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:
-            raise ValueError(f"images must be (batch, {self.in_chans}, height, width), got shape {tuple(x.shape)}")
+        _check_images(x, self.in_chans)
         return self.patch_embed(x)
 
 
@@ -478,12 +548,12 @@ class SpatialMambaBackbone(SpatialMamba):
         del self.layers[max(self.out_indices) + 1 :]
         self.layers[-1].downsample = nn.Identity()
 
-    def _make_outputs(self, drop_rate: float) -> None:
+    def _make_outputs(self, drop_rate: float, global_pool: str) -> None:
         self.norm = self.head = nn.Identity()
         for i in self.out_indices:
             self.add_module(f"outnorm{i}", nn.LayerNorm(self.dims[i]))
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         raise NotImplementedError("the dense-task form has no head; SpatialMamba has")
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -492,6 +562,20 @@ class SpatialMambaBackbone(SpatialMamba):
         )
         norms = (getattr(self, f"outnorm{i}") for i in self.out_indices)
         return [to_planes(norm(m)).contiguous() for norm, m in zip(norms, maps, strict=True)]
+
+
+def _check_images(x: Tensor, in_chans: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
+        raise ValueError(f"images must be (batch, {in_chans}, height, width), got shape {tuple(x.shape)}")
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# What torch.fx puts into its graphs as it is, for it looks at tensors.
+for _name in ("selective_scan_state", "state_fusion_output", "_at_least_float32", "_check_images"):
+    torch.fx.wrap(_name)
 
 
 def _check_sizes(
@@ -533,19 +617,3 @@ VARIANTS = {
     "spatialmamba_small": dict(dims=64, depths=(2, 4, 21, 5)),
     "spatialmamba_base": dict(dims=96, depths=(2, 4, 21, 5)),
 }
-
-
-def spatialmamba_micro(**kwargs) -> SpatialMamba:
-    return SpatialMamba(**VARIANTS["spatialmamba_micro"], **kwargs)
-
-
-def spatialmamba_tiny(**kwargs) -> SpatialMamba:
-    return SpatialMamba(**VARIANTS["spatialmamba_tiny"], **kwargs)
-
-
-def spatialmamba_small(**kwargs) -> SpatialMamba:
-    return SpatialMamba(**VARIANTS["spatialmamba_small"], **kwargs)
-
-
-def spatialmamba_base(**kwargs) -> SpatialMamba:
-    return SpatialMamba(**VARIANTS["spatialmamba_base"], **kwargs)

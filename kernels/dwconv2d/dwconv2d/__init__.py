@@ -1,5 +1,6 @@
 """State fusion of Spatial-Mamba and the depthwise convolutions around it, as PyTorch operators."""
 
+from dwconv2d import flops
 from dwconv2d.decompositions import decompositions
 from dwconv2d.loading import backends
 from dwconv2d.ops import DilatedDWConv2d, dilated_dwconv2d, state_fusion, state_fusion_output
@@ -12,6 +13,7 @@ __all__ = [
     "depthwise_residual_norm",
     "depthwise_silu",
     "dilated_dwconv2d",
+    "flops",
     "state_fusion",
     "state_fusion_output",
 ]

@@ -1,0 +1,107 @@
+"""The sizes in timm's registry: after `import classification.models`, `timm.create_model("spatialmamba_tiny")`.
+
+timm's arguments mean what they mean there. `pretrained` may also be a path or a hub id: no weights are published where
+timm could find them.
+"""
+
+from pathlib import Path
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from classification.models.spatialmamba import VARIANTS, SpatialMamba
+
+HUB = "hf-hub:"
+PRETRAINED_CFG = dict(
+    input_size=(3, 224, 224),
+    pool_size=(7, 7),
+    num_classes=1000,
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+    crop_pct=224 / 256,
+    interpolation="bicubic",
+    first_conv="patch_embed.conv1.conv",
+    classifier="head",
+    license="apache-2.0",
+    paper_ids="arXiv:2410.15091",
+)
+default_cfgs = generate_default_cfgs(dict.fromkeys(VARIANTS, PRETRAINED_CFG))
+
+
+def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Module:
+    """
+    Args:
+        name: of the size.
+        pretrained: a checkpoint's path, or a hub id as in "hf-hub:user/repository"; True if kwargs name the weights.
+        kwargs: of `timm.create_model` and `SpatialMamba`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: `pretrained=True` without weights.
+    """
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if isinstance(pretrained, str):
+        overlay |= _source(pretrained)
+    elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
+        raise ValueError(
+            f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "
+            "pretrained='hf-hub:user/repository', or checkpoint_path"
+        )
+    # Made there and of this dtype, as timm's models are that take both.
+    device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
+
+    def build(**arguments) -> SpatialMamba:
+        with device:
+            return SpatialMamba(**{**VARIANTS[name], **arguments}).to(dtype=dtype)
+
+    model = build_model_with_cfg(
+        build,
+        name,
+        bool(pretrained),
+        pretrained_cfg_overlay=overlay,
+        feature_cfg=dict(feature_cls="getter", out_indices=(0, 1, 2, 3)),
+        **kwargs,
+    )
+    model.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def _source(pretrained: str) -> dict:
+    if pretrained.startswith(HUB):
+        return dict(hf_hub_id=pretrained.removeprefix(HUB), source="hf-hub")
+    if not Path(pretrained).is_file():
+        raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
+    # Here, for it imports the models itself. It reads what timm's own loader does not: configs beside the weights.
+    from classification.checkpoint import read_checkpoint, state_dicts
+
+    return dict(state_dict=state_dicts(read_checkpoint(pretrained), pretrained)["model"])
+
+
+def _names_weights(cfg: object) -> bool:
+    given = cfg if isinstance(cfg, dict) else vars(cfg) if cfg is not None and not isinstance(cfg, str) else {}
+    return any(given.get(key) for key in ("url", "file", "state_dict", "hf_hub_id", "source"))
+
+
+@register_model
+def spatialmamba_micro(pretrained: bool | str = False, **kwargs) -> SpatialMamba:
+    """For tests and demos: dims 16, depths (1, 1, 2, 1)."""
+    return _create("spatialmamba_micro", pretrained, **kwargs)
+
+
+@register_model
+def spatialmamba_tiny(pretrained: bool | str = False, **kwargs) -> SpatialMamba:
+    """Spatial-Mamba-T, 27 M parameters."""
+    return _create("spatialmamba_tiny", pretrained, **kwargs)
+
+
+@register_model
+def spatialmamba_small(pretrained: bool | str = False, **kwargs) -> SpatialMamba:
+    """Spatial-Mamba-S, 43 M parameters."""
+    return _create("spatialmamba_small", pretrained, **kwargs)
+
+
+@register_model
+def spatialmamba_base(pretrained: bool | str = False, **kwargs) -> SpatialMamba:
+    """Spatial-Mamba-B, 96 M parameters."""
+    return _create("spatialmamba_base", pretrained, **kwargs)

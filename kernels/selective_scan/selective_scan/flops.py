@@ -1,0 +1,29 @@
+"""FLOPs of the operators, registered with `torch.utils.flop_counter`: what `FlopCounterMode` counts.
+
+A multiply-add counts as two there, as PyTorch counts its own; normalisations, activations and gates do not count.
+"""
+
+from math import prod
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from selective_scan import gate_ops, ops  # noqa: F401, which define the operators
+
+STATE = 7  # for each state, where a multiply-add counts as one: the figure that Mamba's and the authors' counters have
+STATE_BACKWARD = 2 * STATE + 4  # the states again, their adjoint, and the products of the four gradients
+
+
+def scan_flops(u_shape, delta_shape, A_shape, *args) -> int:
+    """`STATE` for each of the B D N L states: a multiply-add counts as one."""
+    return STATE * prod(u_shape) * A_shape[1]
+
+
+@register_flop_formula(torch.ops.selective_scan.selective_scan_state)
+def _forward(*shapes, out_shape=None, **kwargs) -> int:
+    return 2 * scan_flops(*shapes)
+
+
+@register_flop_formula(torch.ops.selective_scan.selective_scan_state_backward)
+def _backward(grad_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * STATE_BACKWARD * prod(grad_shape)
