@@ -1,0 +1,175 @@
+"""A checkpoint as an ONNX file, or as a program of torch.export, that needs nothing of this repository to run.
+
+    python -m classification.export ckpt.pth model.onnx
+    python -m classification.export ckpt.pth model.pt2 --dynamic batch size
+
+The input is images (batch, channels, height, width), normalised as in training; the output is logits. The operators of
+selective_scan and dwconv2d are written out in standard ones. What was written is run, and compared with the model,
+before it gets its name. An existing file is not overwritten. ONNX needs the packages onnx, onnxscript and onnxruntime.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import dwconv2d
+import selective_scan
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from classification.checkpoint import (
+    CLASSES,
+    class_names_of,
+    load_weights,
+    num_classes,
+    read_checkpoint,
+    state_dicts,
+    variant_of,
+)
+from classification.errors import UserError, escape_on_streams, printable
+from classification.models import VARIANTS, SpatialMamba
+
+ONNX, PT2 = ".onnx", ".pt2"
+NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
+SMALLEST, LARGEST, MOST = 33, 8192, 1024  # pixels of a side, and images of a batch; below 33 the last map is one token
+TOLERANCE = 1e-4  # of the largest logit
+
+
+def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = ()) -> ExportedProgram:
+    """`torch.export` of the model in evaluation mode, decomposed into standard operators.
+
+    Args:
+        model: any form of it; left in evaluation mode.
+        size: height and width of the images.
+        dynamic: of "batch" and "size", what a user may choose: 1 to `MOST` images, `SMALLEST` to `LARGEST` pixels.
+
+    Raises:
+        UserError: images that are too small or too large.
+    """
+    if not SMALLEST <= size <= LARGEST:
+        raise UserError(f"--size is {size}, but must be {SMALLEST} to {LARGEST}")
+    dimensions = {0: Dim("batch", max=MOST)} if "batch" in dynamic else {}
+    if "size" in dynamic:
+        dimensions |= {2: Dim("height", min=SMALLEST, max=LARGEST), 3: Dim("width", min=SMALLEST, max=LARGEST)}
+    # Sizes that differ, for equal ones would be taken for one; but what is fixed is as asked for.
+    shape = (2 if "batch" in dynamic else 1, model.in_chans, size, size + 32 * ("size" in dynamic))
+    with torch.no_grad():  # the derivative of each scan would be traced as well
+        program = torch.export.export(model.eval(), (torch.zeros(shape),), dynamic_shapes=(dimensions,))
+        return program.run_decompositions({**selective_scan.decompositions(), **dwconv2d.decompositions()})
+
+
+def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, list[str] | None]:
+    """The classifier that a checkpoint is of, and the names of its classes if it has them.
+
+    Raises:
+        UserError: it cannot be read, does not hold these weights, or is of none of `VARIANTS`.
+    """
+    content = read_checkpoint(path)
+    found = state_dicts(content, path)
+    if weights not in found:
+        raise UserError(f"{path}: holds no {weights}, only {', '.join(found)}")
+    state = found[weights]
+    name = variant_of(state)
+    if name is None:
+        raise UserError(f"{path}: is of none of the sizes {', '.join(VARIANTS)}")
+    model = SpatialMamba(num_classes=num_classes(state) or 0, **VARIANTS[name])
+    load_weights(model, state, path)
+    return model.eval(), class_names_of(content, path)
+
+
+def write(program: ExportedProgram, target: Path, names: list[str] | None = None) -> Callable[[Tensor], Tensor]:
+    """Write a program to `target`, .onnx or .pt2, with the names of its classes; returns what runs the file."""
+    text = json.dumps(names or [])
+    if target.suffix == PT2:
+        torch.export.save(program, target, extra_files={f"{CLASSES}.json": text})
+        return torch.export.load(target).module()
+    with contextlib.redirect_stdout(io.StringIO()):  # its exporter reports its steps
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        )
+    onnx_program.model.metadata_props[CLASSES] = text
+    onnx_program.save(target, external_data=False)
+    import onnxruntime  # optional
+
+    session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def difference(model: SpatialMamba, run: Callable[[Tensor], Tensor], shapes: Sequence[tuple[int, ...]]) -> float:
+    """The largest difference of logits on random images of these shapes, as a share of the largest logit."""
+    torch.manual_seed(0)
+    largest = 0.0
+    with torch.inference_mode():
+        for shape in shapes:
+            images = torch.randn(shape)
+            expected = model(images)
+            largest = max(largest, ((run(images.clone()) - expected).abs().max() / expected.abs().max()).item())
+    return largest
+
+
+def export_checkpoint(
+    source: Path, target: Path, weights: str = "model", size: int = 224, dynamic: Sequence[str] = ()
+) -> float:
+    """Write `weights` of `source` to `target`; returns the largest difference from the model, relative.
+
+    Raises:
+        UserError: `source` cannot be read; `target` exists, is neither .onnx nor .pt2, or cannot be written; a package
+            is missing; or what was written computes something else.
+    """
+    if target.suffix not in (ONNX, PT2):
+        raise UserError(f"{target}: must end in {ONNX} or {PT2}")
+    if os.path.lexists(target):
+        raise UserError(f"{target}: exists; remove it or name another file")
+    missing = [name for name in NEEDED_FOR_ONNX if target.suffix == ONNX and find_spec(name) is None]
+    if missing:
+        raise UserError(f"{ONNX} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    model, names = read_model(source, weights)
+    program = export(model, size, dynamic)
+    shapes = [(1, model.in_chans, size, size)]
+    if dynamic:
+        height, width = (size + 23, size + 6) if "size" in dynamic else (size, size)
+        shapes.append((3 if "batch" in dynamic else 1, model.in_chans, height, width))
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+            written = Path(folder, target.name)
+            found = difference(model, write(program, written, names), shapes)
+            if not found <= TOLERANCE:
+                raise UserError(f"{target}: not written, for it differs from the model by {found:.1e}")
+            written.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error})") from error
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Write a checkpoint as ONNX or torch.export's program.", allow_abbrev=False
+    )
+    parser.add_argument("source", type=Path, help="checkpoint or safetensors file")
+    parser.add_argument("target", type=Path, help=f"file to write, {ONNX} or {PT2}")
+    parser.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--dynamic", nargs="+", choices=("batch", "size"), default=(), help="what may be others later")
+    args = parser.parse_args()
+    escape_on_streams()
+    logging.disable(logging.WARNING)  # the exporters' remarks on their own graphs
+    warnings.simplefilter("ignore")
+    try:
+        found = export_checkpoint(args.source, args.target, args.weights, args.size, args.dynamic)
+    except UserError as error:
+        sys.exit(f"error: {printable(str(error))}")
+    print(printable(f"wrote {args.target}: its logits differ from the model's by {found:.1e} of the largest"))
+
+
+if __name__ == "__main__":
+    main()
