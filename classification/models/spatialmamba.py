@@ -37,21 +37,16 @@ def to_tokens(planes: Tensor) -> Tensor:
 def has_fused_kernels(x: Tensor) -> bool:
     """Whether the operators that join several modules have kernels where x is: on a GPU, in Triton.
 
-    The environment variable SPATIALMAMBA_FUSED=0 has a GPU call the modules too.
+    The environment variable SPATIALMAMBA_FUSED=0 has a GPU call the modules too. `torch.fx` traces the modules.
     """
-    return x.is_cuda and TRITON_INSTALLED and USE_FUSED
+    return not isinstance(x, torch.fx.Proxy) and x.is_cuda and TRITON_INSTALLED and USE_FUSED
 
 
 def fusible(x: Tensor, *modules: nn.Module) -> bool:
     """Whether one operator may stand for these modules: it has kernels, and calling the modules does no more.
-
-    `torch.fx` traces the modules.
-
     A module is called as it is if it has a hook, lacks a parameter, or is of another type or has another `forward`, as
     adapters, quantisation and tools for interpretation make it.
     """
-    if isinstance(x, torch.fx.Proxy):
-        return False
     return has_fused_kernels(x) and not any(GLOBAL_HOOKS) and all(map(_is_plain, modules))
 
 
@@ -212,7 +207,9 @@ class StructureAwareSSM(nn.Module):
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
         """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W)."""
-        # Expanded after autocast's cast, which would store a copy for each image.
+        if not has_fused_kernels(x):
+            return (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
+        # Contiguous planes, which `@` would transpose. Expanded after autocast's cast, which would copy for each image.
         weight = weight.to(x.dtype).expand(x.shape[0], -1, -1)
         return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
 

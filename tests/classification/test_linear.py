@@ -1,5 +1,6 @@
 """Linear layers and 1x1 convolutions by oneDNN against PyTorch's own, whichever way they take."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,9 @@ from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 from classification.models import linear as module
-from classification.models.linear import FEW_NUMBERS, FEW_TOKENS, PointwiseConv2d, linear
+from classification.models import optimise_for_cpu, spatialmamba_micro, undo_optimise_for_cpu
+from classification.models.cpu import CpuDepthwiseConv2d, CpuLinear, CpuPointwiseConv2d
+from classification.models.linear import FEW_NUMBERS, FEW_TOKENS, linear
 
 MANY = FEW_NUMBERS // 16 + 1  # tokens of 16 channels
 SHAPES = [(0, 6), (2, 0, 6), (6,), (5, 6), (1, 3, 4, 6), (MANY, 16), (3, 1, MANY, 16), (FEW_TOKENS - 1, 200)]
@@ -57,6 +60,10 @@ def agree(actual: tuple[Tensor, ...], leaves: list[Tensor]) -> None:
         torch.testing.assert_close(a.double(), e, rtol=0, atol=TOLERANCE[a.dtype] * largest)
 
 
+def pointwise(channels_in: int, channels_out: int, bias: bool = True) -> nn.Module:
+    return optimise_for_cpu(nn.Conv2d(channels_in, channels_out, 1, bias=bias))
+
+
 def strides(t: Tensor) -> list[int]:
     """Those that matter."""
     return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
@@ -85,7 +92,7 @@ def test_pointwise_convolution_is_one(size, layout, bias, compiled, threads):
     """Values, gradients and layout, batched or not."""
     if len(size) == 3 and layout != torch.contiguous_format:
         pytest.skip("only batches have that layout")
-    conv, plain = PointwiseConv2d(6, 9, bias), nn.Conv2d(6, 9, 1, bias=bias)
+    conv, plain = pointwise(6, 9, bias), nn.Conv2d(6, 9, 1, bias=bias)
     plain.load_state_dict(conv.state_dict())
     if compiled:
         torch.compiler.reset()
@@ -105,9 +112,62 @@ def test_pointwise_convolution_is_one(size, layout, bias, compiled, threads):
 @needs_onednn
 def test_onednn_convolves(threads):
     """PyTorch would not have it convolve 1x1 on one thread by itself."""
-    x, weight, conv = torch.randn(MANY, 16), torch.randn(32, 16), PointwiseConv2d(16, 32)
+    x, weight, conv = torch.randn(MANY, 16), torch.randn(32, 16), pointwise(16, 32)
     for call in (lambda: linear(x, weight), lambda: conv(torch.randn(2, 16, 40, 20))):
         assert "aten::mkldnn_convolution" in operators(call)
+
+
+# ----- modules that are swapped
+
+
+def test_modules_are_swapped_and_given_back(threads):
+    """The model computes the same, in training too, with the same names and the same parameters."""
+    plain = spatialmamba_micro(num_classes=7)
+    fast = spatialmamba_micro(num_classes=7)
+    fast.load_state_dict(plain.state_dict())
+    parameters, types = dict(fast.named_parameters()), [type(m) for m in fast.modules()]
+    assert optimise_for_cpu(optimise_for_cpu(fast)) is fast
+    swapped = {type(m) for m in fast.modules()}
+    assert {CpuLinear, CpuPointwiseConv2d, CpuDepthwiseConv2d} <= swapped
+    assert not {nn.Linear} & swapped
+    assert all(a is parameters[name] for name, a in fast.named_parameters())
+    images = torch.randn(3, 3, 71, 93)
+    for model in (plain, fast):
+        model.train()(images).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5 * a.grad.abs().max().item() + 1e-7, msg=name)
+    expected = plain.eval()(images)
+    torch.testing.assert_close(fast.eval()(images), expected, rtol=1e-5, atol=1e-6)
+    undo_optimise_for_cpu(fast)
+    assert [type(m) for m in fast.modules()] == types
+    torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect"),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6, stride=2),
+        nn.Conv2d(6, 6, 3, padding=2, groups=6, dilation=2),
+        nn.Conv2d(6, 6, 3, padding=1, groups=3),
+        nn.Conv2d(6, 12, 3, padding=1, groups=6),
+        nn.Conv2d(6, 4, 1, groups=2),
+        nn.Conv2d(6, 4, 1, padding=1),
+        nn.Conv2d(6, 4, 1, stride=2),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False),
+        nn.Conv2d(6, 6, 3, padding="same", groups=6),
+        nn.Conv2d(6, 4, 1, padding="same"),
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_themselves(conv):
+    """Those that are swapped too do all that they did: unbatched planes and other dtypes included."""
+    x = torch.randn(2, 6, 43, 41)
+    expected, single, double = conv(x), conv(x[0]), copy.deepcopy(conv).double()(x.double())
+    optimise_for_cpu(conv)
+    torch.testing.assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(conv(x[0]), single, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(conv.double()(x.double()), double)
 
 
 # ----- compiled and exported
@@ -172,7 +232,7 @@ def test_autocast_is_pytorchs():
 
 def test_exported_graphs_say_linear_and_convolution(threads):
     """No operator of ours, no dilation; with sizes that would be oneDNN's outside."""
-    model = nn.Sequential(PointwiseConv2d(3, 16), nn.Flatten(2), module.Linear(2000, 2048)).eval()
+    model = optimise_for_cpu(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Flatten(2), nn.Linear(2000, 2048))).eval()
     x = torch.randn(2, 3, 40, 50).contiguous(memory_format=torch.channels_last)
     exported = torch.export.export(model, (x,))
     calls = [node for node in exported.graph.nodes if node.op == "call_function"]
@@ -192,7 +252,7 @@ def test_linear_of_other_channels_is_pytorchs_error():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(torch.randn(MANY, 16), torch.randn(8, 17))
     with pytest.raises(RuntimeError, match="to have 16 channels"):
-        PointwiseConv2d(16, 8)(torch.randn(2, 17, 40, 40))
+        pointwise(16, 8)(torch.randn(2, 17, 40, 40))
 
 
 def test_weights_elsewhere_are_pytorchs_error():
