@@ -23,7 +23,7 @@ def default_config() -> CfgNode:
     c.DATA.DATA_PATH = ""  # an image folder: train/CLASS/*.jpg and val/CLASS/*.jpg
     c.DATA.BATCH_SIZE = 128  # per process
     c.DATA.IMG_SIZE = 224
-    c.DATA.INTERPOLATION = "bicubic"
+    c.DATA.INTERPOLATION = "bicubic"  # "random" draws bilinear or bicubic in training; evaluation takes bilinear
     c.DATA.NUM_WORKERS = 8  # per process, no more than there are processors
     c.DATA.PREFETCH_FACTOR = 2  # batches that each of them has ready
     c.DATA.PIN_MEMORY = True

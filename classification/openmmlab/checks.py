@@ -16,7 +16,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from classification.checkpoint import differences
-from classification.errors import UserError, is_dir, is_file
+from classification.errors import UserError, is_dir, is_file, normalisation_hint
 from classification.models.openmmlab import BACKBONE, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
@@ -264,6 +264,7 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
     raise UserError(
         f"{path}: its classes are not the data set's: class {at} is {there} in it and {here} in the data set "
         f"({len(names)} and {len(classes)} classes); set metainfo.classes to its own, or train for these"
+        f"{normalisation_hint(map(str, names), map(str, classes))}"
     )
 
 
