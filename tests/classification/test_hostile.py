@@ -329,6 +329,9 @@ WORDS = (
 )
 
 
+PLACES = ("0", "1", "2", "7", "-1", "", "abc", "1.0", "٣", "127.0.0.1", " 1", "9" * 5000, "tcp://10.0.0.7:29500")
+
+
 def outcome(call, *arguments) -> tuple[object, str]:
     """What it returns, or its UserError's message."""
     try:
@@ -368,13 +371,16 @@ def test_configs_and_environments(cases, tmp_path, monkeypatch):
                 assert all(low <= v <= high for v in (value if isinstance(value, list) else [value])), (case, name)
 
         with monkeypatch.context() as patch:
-            for name in (*WHOLE_NUMBERS, "MASTER_ADDR", "SLURM_STEP_NUM_TASKS"):
+            for name in (*WHOLE_NUMBERS, "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
                 patch.delenv(name, raising=False)
                 if rng.random() < 0.4:
-                    patch.setenv(name, rng.choice(["0", "1", "2", "7", "-1", "", "abc", "1.0", "٣", "127.0.0.1", " 1"]))
+                    patch.setenv(
+                        name,
+                        rng.choice(["0", "1", "2", "7", "-1", "", "abc", "1.0", "٣", "127.0.0.1", " 1", "9" * 5000]),
+                    )
             local_rank, message = outcome(check_environment)
             if local_rank is None:
-                assert any(name in message for name in WHOLE_NUMBERS), case
+                assert any(name in message for name in (*WHOLE_NUMBERS, "MASTER_PORT")), case
             elif "WORLD_SIZE" in os.environ:
                 assert int(os.environ.get("RANK", 0)) < max(int(os.environ["WORLD_SIZE"]), 1), case
     assert 0 < accepted < cases // 5
