@@ -282,8 +282,10 @@ def plain(content: object, path: str | Path, leaf: Callable[[object], object] = 
 
 
 def _without_attributes(value: object) -> object:
-    """Attributes of a tensor can take the place of its methods too."""
-    return Tensor.detach(value) if isinstance(value, Tensor) else value
+    """Attributes of a tensor can take the place of its methods too, and one with named dimensions has few of them."""
+    if not isinstance(value, Tensor):
+        return value
+    return Tensor.detach(Tensor.rename(value, None) if Tensor.has_names(value) else value)
 
 
 def tensors_digest(tensors: StateDict, classes: str = "") -> str:

@@ -179,7 +179,7 @@ def _check_call(callee: object, arguments: object, new: bool) -> None:
         of_tensors = callee.startswith(("torch._utils._rebuild", "torch._tensor"))
         raise RefusedPickleError(f"{callee}{'; of tensors, plain dense ones are read' if of_tensors else ''}")
     if callee in DENSE:
-        _check_extent(arguments)
+        _check_extent(callee, arguments)
 
 
 def _is_allowed(callee: str, arguments: tuple) -> bool:
@@ -197,20 +197,21 @@ def _is_allowed(callee: str, arguments: tuple) -> bool:
     return callee in (*CALLED, *DENSE, *PARAMETERS, META)
 
 
-def _check_extent(arguments: tuple) -> None:
+def _check_extent(callee: str, arguments: tuple) -> None:
     """A tensor lies within its storage: PyTorch enlarges one from a file of before 1.6 to what the tensor claims."""
     storage, offset, size, stride = arguments[:4]
+    typed = callee == DENSE[2]  # whose dtype is none of the storage's
     numbers = isinstance(size, _Tuple) and isinstance(stride, _Tuple) and len(size) == len(stride)
     if not isinstance(storage, _Storage) or not numbers or any(type(n) is not int for n in (offset, *size, *stride)):
         raise RefusedPickleError("it makes a tensor as PyTorch does not")
-    itemsize = _dtype_size(arguments[6]) if len(arguments) > 6 and isinstance(arguments[6], _Name) else storage.itemsize
+    itemsize = _dtype_size(arguments[6]) if typed else storage.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min(offset, *size, *stride, 0) < 0 or (0 not in size and (last + 1) * itemsize > storage.size):
         raise RefusedPickleError(f"it claims a tensor of {list(size)} of {storage.size} bytes")
 
 
-def _dtype_size(name: _Name) -> int:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
+def _dtype_size(name: object) -> int:
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, _Name) else None
     if not isinstance(dtype, torch.dtype):
         raise RefusedPickleError(f"it makes a tensor of type {name}")
     return dtype.itemsize

@@ -13,15 +13,21 @@ def pickled(path: Path, program: bytes, records: dict[str, bytes] | None = None,
     return path
 
 
+def number(value: int) -> bytes:
+    return b"J" + value.to_bytes(4, "little", signed=True)
+
+
+def storage(elements: int, kind: bytes = b"Float", old: bool = False) -> bytes:
+    """A storage in a pickle that is said to have that many elements; `old` is the format before 1.6."""
+    name = b"(X\7\0\0\0storagectorch\n" + kind + b"Storage\n"
+    return name + b"X\1\0\0\x000X\3\0\0\0cpu" + number(elements) + (b"N" if old else b"") + b"tQ"
+
+
 def tensor_of(elements: int, size: int | None = None, stride: int = 1, old: bool = False) -> bytes:
-    """A float tensor in a pickle whose storage is said to have that many elements, and itself `size` of them."""
-    number, length = (
-        b"J" + n.to_bytes(4, "little", signed=True) for n in (elements, elements if size is None else size)
-    )
-    view = b"N" if old else b""  # in the format before 1.6
-    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu" + number + view + b"tQ"
-    shape = b"K\0" + length + b"\x85K%c\x85\x89ccollections\nOrderedDict\n)R" % stride
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + shape + b"tR"
+    """A float tensor whose storage is said to have that many elements, and itself `size` of them."""
+    shape = b"K\0" + number(elements if size is None else size) + b"\x85K%c\x85" % stride
+    hooks = b"\x89ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(elements, old=old) + shape + hooks + b"tR"
 
 
 def weights_of(tensor: bytes) -> bytes:
@@ -58,19 +64,21 @@ BOMBS = {
     + b"X\3\0\0\0hex\x86R" * 29 + b"s.",
     "another type": b"\x80\2}K\0ctorch._tensor\n_rebuild_from_type_v2\nc__builtin__\nbytearray\n(K\0JJJJJt\x86Rs.",
     "references": b"\x80\2}K\0" + b"K\0" + b"".join(b"q%c0h%ch%c\x86" % (i, i, i) for i in range(60)) + b"s.",
-    "depth": b"\x80\2}K\0" + b"]" * 100_000 + b"a" * 99_999 + b"s.",
+    "depth": b"\x80\2}K\0" + b"]" * 30_000 + b"a" * 29_999 + b"s.",
     "itself": b"\x80\2}q\0K\0h\0s.",
     "device": weights_of(
         b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n("
-        + tensor_of(4, 2**30, stride=0) + b"ctorch\nfloat64\nX\3\0\0\0cpu\x89tR"
+        + tensor_of(4, 2**26, stride=0) + b"ctorch\nfloat64\nX\3\0\0\0cpu\x89tR"
     ),
     "quantized": weights_of(
-        b"ctorch._utils\n_rebuild_qtensor\n(NK\0J\0\0\0\x40\x85K\1\x85(ctorch\nper_tensor_affine\nK\1K\0t\x89NtR"
+        b"ctorch._utils\n_rebuild_qtensor\n(" + storage(16, b"QInt8") + b"K\0K\4\x85K\1\x85"
+        b"(ctorch\nper_tensor_affine\nG?\xf0\0\0\0\0\0\0K\0t\x89ccollections\nOrderedDict\n)RtR"
     ),
     "sparse": weights_of(
         b"ctorch._utils\n_rebuild_sparse_tensor\n(ctorch.serialization\n_get_layout\nX\x10\0\0\0torch.sparse_coo\x85R("
-        + tensor_of(4, 2**30, stride=0) + tensor_of(4, 2**30, stride=0) + b"K\5\x85ttR"
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(2, b"Long") + b"K\0K\1" + number(2**26) + b"\x86K\1K\0\x86"
+        b"\x89ccollections\nOrderedDict\n)RtR" + tensor_of(4, 2**26, stride=0) + b"K\5\x85ttR"
     ),
     "copies": b"\x80\2}K\0(X\0\0\1\0" + b"a" * 2**16 + b"q\0X\6\0\0\0latin1q\1"
-    + b"c__builtin__\nbytearray\nh\0h\1\x86R" * 2**14 + b"ts.",
+    + b"c_codecs\nencode\nh\0h\1\x86R" * 2**12 + b"ts.",
 }  # fmt: skip

@@ -17,10 +17,12 @@ from hostile import BOMBS, before_1_6, pickled, storage_of, tensor_of, weights_o
 from kill_and_resume import differences
 from running import CLASSIFICATION, QUICK, ROOT, run_command
 from safetensors.torch import save_file
+from torch._tensor import _rebuild_from_type_v2
 from yacs.config import CfgNode
 
 from classification.checkpoint import (
     CheckpointFolder,
+    like,
     load_weights,
     read_checkpoint,
     save_checkpoint,
@@ -321,7 +323,7 @@ def test_a_run_that_looked_before_another_one_saved_does_not_start_over_it(tmp_p
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_refused_before_they_are_made(bomb, tmp_path):
     """Of some hundred bytes each; made, they would be gigabytes."""
-    path = pickled(tmp_path / "bomb.pth", BOMBS[bomb])
+    path = pickled(tmp_path / "bomb.pth", BOMBS[bomb], {"data/0": bytes(16)})
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bomb\.pth: "):
         read_checkpoint(path)
@@ -384,17 +386,29 @@ def test_the_format_before_1_6_is_looked_at_to_its_end(tmp_path):
         tracemalloc.stop()
 
 
+class Made:
+    """A tensor that is pickled with attributes of its own."""
+
+    def __init__(self, function, rebuild, arguments, state):
+        self.made = function, (rebuild, torch.Tensor, arguments, state)
+
+    def __reduce__(self):
+        return self.made
+
+
 def test_harmless_objects_are_read_without_their_attributes(tmp_path):
     """Bytes, sets and the like; and attributes of a tensor, which could stand for its methods."""
     odd = torch.arange(3.0)
     odd.numel = odd.isfinite = odd.detach = odd.note = "x"
     parameter = torch.nn.Parameter(torch.arange(3.0))
     parameter.untyped_storage = 3
+    named = Made(_rebuild_from_type_v2, *torch.arange(3.0).__reduce_ex__(2), {"names": ("a",)})
     plain = {"bytes": b"ab", "array": bytearray(b"ab\xff"), "empty": bytearray(), "set": {1, 2}, "complex": 2j}
-    torch.save({"model": {"a": odd, "b": parameter}, **plain}, tmp_path / "odd.pth")
+    torch.save({"model": {"a": odd, "b": parameter, "c": named}, **plain}, tmp_path / "odd.pth")
     content = read_checkpoint(tmp_path / "odd.pth")
     assert {key: content[key] for key in plain} == plain
     for value in state_dicts(content, "odd.pth")["model"].values():
+        assert like(torch.zeros(3), value, "w").tolist() == [0, 1, 2]
         assert torch.equal(value, torch.arange(3.0))
         assert not vars(value)
 
