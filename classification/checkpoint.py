@@ -218,12 +218,23 @@ def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
 
 
 OLD_FORMAT = 0x1950A86A20F9469CFC6C  # the number that it begins with
+# Whole files that are no damaged ones, by how they begin.
+OTHER_KINDS = {
+    "one packed by gzip, bzip2, xz, zstd or 7-Zip; unpack it": rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf",
+    "a pointer of Git LFS; get the file itself by git lfs pull": rb"version https://git-lfs",
+    "a safetensors file; let its name end in .safetensors": rb".{8}\{\"",
+    "a page that a browser shows; download the file itself": rb"\s*<(!DOCTYPE|html)",
+}
 
 
 def _check_old_format(path: Path) -> None:
     """PyTorch's before 1.6: five pickles, of which the fourth is the content and the last names the storages behind."""
     size = path.stat().st_size
     with path.open("rb") as file:
+        head = file.read(64)
+        if kind := next((kind for kind, begins in OTHER_KINDS.items() if re.match(begins, head, re.DOTALL)), None):
+            raise UserError(f"{path}: is no checkpoint but {kind}")
+        file.seek(0)
         try:
             if Scan(file, size).stack != [OLD_FORMAT]:
                 raise ValueError("another magic number")

@@ -249,9 +249,13 @@ class Training:
             changed = changes(content["config"], self.config, path) if isinstance(content.get("config"), str) else []
         except UserError as error:
             changed = [f"({error})"]
-        shares = content.get("shares")
-        if isinstance(shares, dict) and shares.get("processes", self.run.world_size) != self.run.world_size:
-            changed.append(f"processes {reprlib.repr(shares['processes'])} -> {self.run.world_size}")
+        shares = content.get("shares") if isinstance(content.get("shares"), dict) else {}
+        own = {name: self._shares()[name] for name in ("processes", "images")}  # which no key has
+        changed += [
+            f"{name} {reprlib.repr(shares[name])} -> {number}"
+            for name, number in own.items()
+            if shares.get(name, number) != number
+        ]
         if changed:
             self.notes.append(f"{path}: training goes on with another config: {', '.join(changed)}")
 

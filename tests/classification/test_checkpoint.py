@@ -1,7 +1,9 @@
 """Checkpoints: the published layout is read safely and strictly, ours are written whole or not at all."""
 
 import errno
+import gzip
 import json
+import lzma
 import os
 import pickle
 import random
@@ -16,6 +18,7 @@ import torch
 from hostile import BOMBS, before_1_6, pickled, storage_of, tensor_of, weights_of, with_second_directory
 from kill_and_resume import differences
 from running import CLASSIFICATION, QUICK, ROOT, run_command
+from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 from torch._tensor import _rebuild_from_type_v2
 from yacs.config import CfgNode
@@ -414,7 +417,7 @@ def test_harmless_objects_are_read_without_their_attributes(tmp_path):
 
 
 def test_a_checkpoint_that_was_packed_anew_stays_where_it_is(tmp_path):
-    """Deflated, or with a comment: that is no damage."""
+    """Deflated, with a comment, or another whole file: that is no damage."""
     folder = CheckpointFolder(tmp_path, keep=3)
     folder.save({"model": {"w": torch.arange(4.0)}}, 1, 0, ["latest.pth"])
     path = tmp_path / "latest.pth"
@@ -433,6 +436,18 @@ def test_a_checkpoint_that_was_packed_anew_stays_where_it_is(tmp_path):
         with pytest.raises(UserError, match=rf"latest\.pth: is an archive {message}"):
             folder.read_last(lambda *_: None)
         assert sorted(f.name for f in tmp_path.glob("*.pth*")) == ["epoch_1.pth", "latest.pth"]
+    whole = (tmp_path / "epoch_1.pth").read_bytes()
+    for content, message in (
+        (gzip.compress(whole), "one packed by gzip"),
+        (lzma.compress(whole), "one packed by gzip, bzip2, xz"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "a pointer of Git LFS"),
+        (safetensors_bytes({"w": torch.arange(4.0)}), "a safetensors file"),
+        (b"\n<!DOCTYPE html><html>Not Found</html>", "a page that a browser shows"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"latest\.pth: is no checkpoint but {message}"):
+            folder.read_last(lambda *_: None)
+        assert path.read_bytes() == content
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in records.items():
             archive.writestr(name, content)
