@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from torch import Tensor
 from classification.errors import UserError, is_file
 from classification.models import VARIANTS, SpatialMamba
 from classification.pickles import RefusedPickleError, Scan
+
+logger = logging.getLogger("spatialmamba")
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 ORDER = "checkpoints.txt"
@@ -161,16 +164,24 @@ def _check_archive(path: Path) -> bool:
 
 def _packing(path: Path, archive: zipfile.ZipFile) -> str:
     """What a tool that has packed it anew has done: of a directory that was altered, the entries do not say so too."""
-    packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED or _encrypted(entry)]
     with path.open("rb") as file:
         for entry in packed:
-            file.seek(entry.header_offset + 8)  # of the entry's own header: its method
-            if int.from_bytes(file.read(2), "little") != entry.compress_type:
+            file.seek(entry.header_offset + 6)  # of the entry's own header: its flags and method
+            flags, method = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            if (flags & ENCRYPTED, method) != (_encrypted(entry), entry.compress_type):
                 raise _damaged(path)
     if packed:
-        method = {zipfile.ZIP_DEFLATED: "deflated"}.get(packed[0].compress_type, "compressed")
-        return f"whose entries are {method} ({packed[0].filename})"
+        method = "deflated" if packed[0].compress_type == zipfile.ZIP_DEFLATED else "compressed"
+        return f"whose entries are {'encrypted' if _encrypted(packed[0]) else method} ({packed[0].filename})"
     return "with a comment" if archive.comment else ""
+
+
+ENCRYPTED = 1  # of an entry's flags
+
+
+def _encrypted(entry: zipfile.ZipInfo) -> int:
+    return entry.flag_bits & ENCRYPTED
 
 
 END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"  # of a zip archive, in the last 22, 98 and 42 bytes
@@ -203,7 +214,7 @@ def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         with path.open("rb") as file:
             reader = torch._C.PyTorchFileReader(file)
             names, pickled = reader.get_all_records(), reader.get_record("data.pkl")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if _is_momentary(error):
             raise
         raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
@@ -222,8 +233,8 @@ OLD_FORMAT = 0x1950A86A20F9469CFC6C  # the number that it begins with
 OTHER_KINDS = {
     "one packed by gzip, bzip2, xz, zstd or 7-Zip; unpack it": rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf",
     "a pointer of Git LFS; get the file itself by git lfs pull": rb"version https://git-lfs",
-    "a safetensors file; let its name end in .safetensors": rb".{8}\{\"",
-    "a page that a browser shows; download the file itself": rb"\s*<(!DOCTYPE|html)",
+    "a safetensors file; let its name end in .safetensors": rb"(?s).{8}\{\"",
+    "a page that a browser shows; download the file itself": rb"(?i)\s*<(!doctype|html)",
 }
 
 
@@ -232,7 +243,7 @@ def _check_old_format(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
-        if kind := next((kind for kind, begins in OTHER_KINDS.items() if re.match(begins, head, re.DOTALL)), None):
+        if kind := next((kind for kind, begins in OTHER_KINDS.items() if re.match(begins, head)), None):
             raise UserError(f"{path}: is no checkpoint but {kind}")
         file.seek(0)
         try:
@@ -561,7 +572,7 @@ class CheckpointFolder:
         listed = self._listed()
         if path.name not in listed:
             if path.exists():  # and is not the run's: somebody has put it there
-                _set_aside(path, REPLACED)
+                logger.warning("%s: is none of this run's; set aside as %s", path, _set_aside(path, REPLACED).name)
             self._list([path.name, *listed])  # first, or a run that is killed in between would take it for another's
         save_checkpoint(content, path)
         own = [old for old in self.numbered() if old.name in listed and old != path]

@@ -24,8 +24,8 @@ def normalisation_hint(names: Iterable[str], others: Iterable[str]) -> str:
         name = looks.get(unicodedata.normalize("NFC", other), other)
         if name != other:
             return (
-                f"; {name!a} and {other!a} look the same but are written otherwise (Unicode NFC and NFD): "
-                "rename the folders to one of them"
+                f"; {name!a} and {other!a} look the same but are written otherwise (Unicode NFC and NFD); "
+                "rename one of them"
             )
     return ""
 

@@ -276,7 +276,7 @@ def test_checkpoints_are_ordered_by_the_run_and_not_by_the_clock(tmp_path):
     assert [p.name for p in folder.numbered()] == ["epoch_3.pth", "epoch_4.pth", "epoch_8.pth"]
 
 
-def test_only_what_the_run_has_written_is_removed_or_overwritten(tmp_path):
+def test_only_what_the_run_has_written_is_removed_or_overwritten(tmp_path, caplog):
     """A good checkpoint that was copied into the folder, also under a name that the run comes to, or has removed."""
     folder = CheckpointFolder(tmp_path, keep=2)
     for epoch in (1, 2, 3, 4):
@@ -288,6 +288,7 @@ def test_only_what_the_run_has_written_is_removed_or_overwritten(tmp_path):
     assert sorted(f.name for f in tmp_path.glob("epoch_*")) == [
         *("epoch_1.pth", "epoch_300.pth", "epoch_6.pth.replaced", "epoch_7.pth", "epoch_8.pth")
     ]
+    assert caplog.messages == [f"{tmp_path / 'epoch_6.pth'}: is none of this run's; set aside as epoch_6.pth.replaced"]
     for epoch, name in ((1, "epoch_1.pth"), (6, "epoch_6.pth.replaced"), (300, "epoch_300.pth")):
         assert read_checkpoint(tmp_path / name) == {"copied": epoch}
     assert folder.read_last(lambda *_: None)[0] == {"epoch": 8}
@@ -416,6 +417,14 @@ def test_harmless_objects_are_read_without_their_attributes(tmp_path):
         assert not vars(value)
 
 
+def encrypted(archive: bytes) -> bytes:
+    """With the flag of encryption set in the first entry's header and in the directory."""
+    content = bytearray(archive)
+    content[6] |= 1
+    content[content.index(b"PK\1\2") + 8] |= 1
+    return bytes(content)
+
+
 def test_a_checkpoint_that_was_packed_anew_stays_where_it_is(tmp_path):
     """Deflated, with a comment, or another whole file: that is no damage."""
     folder = CheckpointFolder(tmp_path, keep=3)
@@ -438,6 +447,7 @@ def test_a_checkpoint_that_was_packed_anew_stays_where_it_is(tmp_path):
         assert sorted(f.name for f in tmp_path.glob("*.pth*")) == ["epoch_1.pth", "latest.pth"]
     whole = (tmp_path / "epoch_1.pth").read_bytes()
     for content, message in (
+        (encrypted(path.read_bytes()), r"an archive whose entries are encrypted"),
         (gzip.compress(whole), "one packed by gzip"),
         (lzma.compress(whole), "one packed by gzip, bzip2, xz"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "a pointer of Git LFS"),
@@ -445,7 +455,7 @@ def test_a_checkpoint_that_was_packed_anew_stays_where_it_is(tmp_path):
         (b"\n<!DOCTYPE html><html>Not Found</html>", "a page that a browser shows"),
     ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"latest\.pth: is no checkpoint but {message}"):
+        with pytest.raises(UserError, match=rf"latest\.pth: is (no checkpoint but )?{message}"):
             folder.read_last(lambda *_: None)
         assert path.read_bytes() == content
     with zipfile.ZipFile(path, "w") as archive:
