@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,10 +25,12 @@ from classification.errors import UserError, is_file
 from classification.models import VARIANTS, SpatialMamba
 from classification.pickles import RefusedPickleError, Scan
 
+logger = logging.getLogger("spatialmamba")
+
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 ORDER = "checkpoints.txt"
 CLASSES = "classes"  # names, in the order of the head
-SAFETENSORS, DAMAGED = ".safetensors", ".damaged"
+SAFETENSORS, DAMAGED, REPLACED = ".safetensors", ".damaged", ".replaced"
 # What stands in for the name in a pickle: the safe unpickler fills no subclass of dict but this one.
 CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
 HEAD = ("head.weight", "head.bias")
@@ -86,7 +89,7 @@ def read_checkpoint(
             if whole:  # to the last bit, but not what can be read
                 raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
             raise _damaged(path) from error
-        content = plain(content, path)
+        content = plain(content, path, _without_attributes)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint or state dict")
     return content
@@ -137,53 +140,129 @@ def _check_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            sizes = {entry.filename: entry.file_size for entry in entries}
-            if stored and len(sizes) == len(entries) and sum(sizes.values()) <= path.stat().st_size:
-                altered = archive.testzip()
-                pickled = {name: archive.read(name) for name in sizes if name.endswith("/data.pkl")}
-            else:
-                raise DamagedCheckpointError(
-                    f"{path}: is packed as torch.save does not, or damaged: its entries claim more than what it holds"
+            if packing := _packing(path, archive):
+                raise UserError(
+                    f"{path}: is an archive {packing}, as torch.save does not pack it; if you trust it, "
+                    "torch.save(torch.load(CKPT, weights_only=True), CKPT) packs it anew"
                 )
+            names = {entry.filename.lower() for entry in entries}  # as PyTorch's reader takes them
+            claimed = sum(entry.file_size for entry in entries)
+            if len(names) < len(entries) or claimed > path.stat().st_size or not _has_one_directory(path, archive):
+                raise DamagedCheckpointError(
+                    f"{path}: is packed as torch.save does not, or damaged: its directory is not that of what it holds"
+                )
+            altered = archive.testzip()
     except Exception as error:  # a damaged directory can send zipfile anywhere
         if isinstance(error, UserError) or _is_momentary(error):
             raise
         raise _damaged(path) from error
     if altered:
         raise DamagedCheckpointError(f"{path}: is damaged: {altered} in it does not match its checksum")
-    for name, content in pickled.items():
-        folder = name.removesuffix("data.pkl")
-        for key, size in _scan(content, path).storages.items():
-            held = sizes.get(f"{folder}data/{key}")
-            if held != size:
-                raise UserError(f"{path}: claims {size} bytes for a tensor of which it holds {held or 0}")
+    _check_claims(path, entries)
     return True
 
 
+def _packing(path: Path, archive: zipfile.ZipFile) -> str:
+    """What a tool that has packed it anew has done: of a directory that was altered, the entries do not say so too."""
+    packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED or _encrypted(entry)]
+    with path.open("rb") as file:
+        for entry in packed:
+            file.seek(entry.header_offset + 6)  # of the entry's own header: its flags and method
+            flags, method = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            if (flags & ENCRYPTED, method) != (_encrypted(entry), entry.compress_type):
+                raise _damaged(path)
+    if packed:
+        method = "deflated" if packed[0].compress_type == zipfile.ZIP_DEFLATED else "compressed"
+        return f"whose entries are {'encrypted' if _encrypted(packed[0]) else method} ({packed[0].filename})"
+    return "with a comment" if archive.comment else ""
+
+
+ENCRYPTED = 1  # of an entry's flags
+
+
+def _encrypted(entry: zipfile.ZipInfo) -> int:
+    return entry.flag_bits & ENCRYPTED
+
+
+END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"  # of a zip archive, in the last 22, 98 and 42 bytes
+
+
+def _has_one_directory(path: Path, archive: zipfile.ZipFile) -> bool:
+    """Whether all readers find the same one: the directory ends where the records of the archive's end begin."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 98))
+        tail = file.read().rjust(98, b"\0")
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(tail[at : at + length], "little")
+
+    begins = size - 22
+    count, length, offset = number(-12, 2), number(-10, 4), number(-6, 4)
+    if tail[-42:-38] == LOCATOR_64:
+        begins = size - 98
+        if tail[-98:-94] != END_64 or number(-34, 8) != begins:
+            return False
+        count, length, offset = number(-66, 8), number(-58, 8), number(-50, 8)
+    here = offset + length == begins and offset == archive.start_dir
+    return tail[-22:-18] == END and here and count == len(archive.infolist())
+
+
+def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """What PyTorch's own reader finds in it is scanned."""
+    try:
+        with path.open("rb") as file:
+            reader = torch._C.PyTorchFileReader(file)
+            names, pickled = reader.get_all_records(), reader.get_record("data.pkl")
+    except (RuntimeError, ValueError) as error:
+        if _is_momentary(error):
+            raise
+        raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
+    folder = entries[0].filename.partition("/")[0]
+    sizes = {entry.filename: entry.file_size for entry in entries}
+    if {f"{folder}/{name}" for name in names} != sizes.keys():
+        raise UserError(f"{path}: is packed as torch.save does not: its entries are not in one folder")
+    for key, size in _scan(pickled, len(pickled), path).storages.items():
+        held = sizes.get(f"{folder}/data/{key}")
+        if held != size:
+            raise UserError(f"{path}: claims {size} bytes for a tensor of which it holds {held or 0}")
+
+
 OLD_FORMAT = 0x1950A86A20F9469CFC6C  # the number that it begins with
+# Whole files that are no damaged ones, by how they begin.
+OTHER_KINDS = {
+    "one packed by gzip, bzip2, xz, zstd or 7-Zip; unpack it": rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf",
+    "a pointer of Git LFS; get the file itself by git lfs pull": rb"version https://git-lfs",
+    "a safetensors file; let its name end in .safetensors": rb"(?s).{8}\{\"",
+    "a page that a browser shows; download the file itself": rb"(?i)\s*<(!doctype|html)",
+}
 
 
 def _check_old_format(path: Path) -> None:
-    """PyTorch's before 1.6: four pickles, of which the last is the content, a list of storages, and their bytes."""
+    """PyTorch's before 1.6: five pickles, of which the fourth is the content and the last names the storages behind."""
+    size = path.stat().st_size
     with path.open("rb") as file:
+        head = file.read(64)
+        if kind := next((kind for kind, begins in OTHER_KINDS.items() if re.match(begins, head)), None):
+            raise UserError(f"{path}: is no checkpoint but {kind}")
+        file.seek(0)
         try:
-            if Scan(file).stack != [OLD_FORMAT]:
+            if Scan(file, size).stack != [OLD_FORMAT]:
                 raise ValueError("another magic number")
-            claimed = sum(size for _ in range(3) for size in _scan(file, path).storages.values())
+            claimed = sum(held for _ in range(4) for held in _scan(file, size, path).storages.values())
         except UserError:
             raise
         except Exception as error:
             if _is_momentary(error):
                 raise
             raise _damaged(path) from error
-    if claimed > path.stat().st_size:
+    if claimed > size:
         raise _damaged(path)
 
 
-def _scan(pickled: bytes | BinaryIO, path: Path) -> Scan:
+def _scan(pickled: bytes | BinaryIO, size: int, path: Path) -> Scan:
     try:
-        return Scan(pickled)
+        return Scan(pickled, size)
     except RefusedPickleError as error:
         raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {error}") from error
     except (IndexError, KeyError, ValueError) as error:
@@ -224,9 +303,16 @@ def plain(content: object, path: str | Path, leaf: Callable[[object], object] = 
     return walk(content, 0)[0]
 
 
-def tensors_digest(tensors: StateDict) -> str:
-    """SHA-256 of names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
+def _without_attributes(value: object) -> object:
+    """Attributes of a tensor can take the place of its methods too, and one with named dimensions has few of them."""
+    if not isinstance(value, Tensor):
+        return value
+    return Tensor.detach(Tensor.rename(value, None) if Tensor.has_names(value) else value)
+
+
+def tensors_digest(tensors: StateDict, classes: str = "") -> str:
+    """SHA-256 of the text of the names of classes, and of the tensors' names, shapes, dtypes and values."""
+    digest = hashlib.sha256(classes.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -241,9 +327,10 @@ def _read_safetensors(path: Path) -> dict:
             metadata = file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise DamagedCheckpointError(f"{path}: is not a safetensors file, or is damaged ({error})") from error
-    digest = metadata.get("sha256")
-    if digest is not None and digest != tensors_digest(tensors):
-        raise DamagedCheckpointError(f"{path}: is damaged: its tensors do not match its digest")
+    digest, classes = metadata.get("sha256"), metadata.get(CLASSES, "")
+    # Without the classes: as the first version wrote it.
+    if digest is not None and digest not in (tensors_digest(tensors, classes), tensors_digest(tensors)):
+        raise DamagedCheckpointError(f"{path}: is damaged: its tensors or classes do not match its digest")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     if CLASSES not in metadata:
@@ -446,7 +533,7 @@ class CheckpointFolder:
     """The checkpoints in a run's folder.
 
     Each is written once, as epoch_E.pth or epoch_E_step_S.pth; latest.pth, best.pth and best_ema.pth are further names
-    of one of them (hard links, or copies where the file system has none). `keep` numbered ones are kept.
+    of one of them (hard links, or copies where the file system has none). `keep` numbered ones of the run are kept.
     checkpoints.txt lists them in the order in which they were written, which clocks and copies cannot change.
     """
 
@@ -474,22 +561,33 @@ class CheckpointFolder:
             return []
 
     def save(self, content: dict, epochs: int, step: int, names: list[str]) -> Path:
-        """Write a checkpoint and give it `names`; then remove the oldest ones.
+        """Write a checkpoint and give it `names`; then remove the oldest of those that are listed.
+
+        What is not listed, such as a copy from elsewhere, is neither removed nor overwritten, but set aside.
 
         Raises:
             UserError: it cannot be written; what was there stays.
         """
         path = self.folder / (f"epoch_{epochs}_step_{step}.pth" if step else f"epoch_{epochs}.pth")
+        listed = self._listed()
+        if path.name not in listed:
+            if path.exists():  # and is not the run's: somebody has put it there
+                logger.warning("%s: is none of this run's; set aside as %s", path, _set_aside(path, REPLACED).name)
+            self._list([path.name, *listed])  # first, or a run that is killed in between would take it for another's
         save_checkpoint(content, path)
-        order = [*(old for old in self.numbered() if old != path), path]
-        lines = "".join(f"{kept.name}\n" for kept in order)
-        write_atomically(self.folder / ORDER, lambda file: file.write(lines.encode()))
+        own = [old for old in self.numbered() if old.name in listed and old != path]
+        order = [*own, path]
+        self._list([kept.name for kept in order[-self.keep :]])
         for name in names:
             self._name(path, self.folder / name)
         for old in order[: -self.keep]:
             with suppress(OSError):
                 old.unlink()
         return path
+
+    def _list(self, names: list[str]) -> None:
+        text = "".join(f"{name}\n" for name in names)
+        write_atomically(self.folder / ORDER, lambda file: file.write(text.encode()))
 
     def _name(self, path: Path, name: Path) -> None:
         partial = _partial(name)
@@ -538,7 +636,8 @@ class CheckpointFolder:
         return bool(self.seen)
 
     def _present(self) -> dict[str, tuple[int, int]]:
-        files = [*self.folder.glob("epoch_*.pth"), self.folder / LATEST, *self.folder.glob(f"*{DAMAGED}*")]
+        named = [self.folder / name for name in (LATEST, BEST, BEST_EMA)]
+        files = [*self.folder.glob("epoch_*.pth"), *named, *self.folder.glob(f"*{DAMAGED}*")]
         found = {}
         for file in files:
             try:
@@ -573,20 +672,27 @@ class CheckpointFolder:
             except DamagedCheckpointError as error:
                 self.set_aside.append(f"{error}; set aside as {_set_aside(path).name}")
         found = "; ".join(self.set_aside) or ", ".join(sorted(f.name for f in self.folder.glob(f"*{DAMAGED}*")))
+        best = [name for name in (BEST, BEST_EMA) if (self.folder / name).is_file()]
+        if best and not found:
+            raise UserError(
+                f"{self.folder}: holds {' and '.join(best)}, but neither {LATEST} nor epoch_*.pth to go on from; pass "
+                f"--resume {self.folder / best[0]} to go on from that one, or another --tag to start over"
+            )
+        further = f"; {' and '.join(best)} can be passed to --resume" if best else ""
         raise UserError(
             f"{self.folder}: no checkpoint is whole, so training cannot go on; pass another --tag to start over, or "
-            f"--resume CKPT to go on from a checkpoint elsewhere ({found})"
+            f"--resume CKPT to go on from another checkpoint ({found}{further})"
         )
 
 
-def _set_aside(path: Path) -> Path:
+def _set_aside(path: Path, suffix: str = DAMAGED) -> Path:
     """Rename to NAME.damaged, or with a number after it if that is taken."""
-    names = (path.with_name(f"{path.name}{DAMAGED}{i or ''}") for i in count())
+    names = (path.with_name(f"{path.name}{suffix}{i or ''}") for i in count())
     aside = next(name for name in names if not name.exists())
     try:
         path.replace(aside)
     except OSError as error:
-        raise UserError(f"{path}: is damaged, and cannot be set aside ({error})") from error
+        raise UserError(f"{path}: cannot be set aside as {aside.name} ({error})") from error
     return aside
 
 

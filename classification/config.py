@@ -23,7 +23,7 @@ def default_config() -> CfgNode:
     c.DATA.DATA_PATH = ""  # an image folder: train/CLASS/*.jpg and val/CLASS/*.jpg
     c.DATA.BATCH_SIZE = 128  # per process
     c.DATA.IMG_SIZE = 224
-    c.DATA.INTERPOLATION = "bicubic"
+    c.DATA.INTERPOLATION = "bicubic"  # "random" draws bilinear or bicubic in training; evaluation takes bilinear
     c.DATA.NUM_WORKERS = 8  # per process, no more than there are processors
     c.DATA.PREFETCH_FACTOR = 2  # batches that each of them has ready
     c.DATA.PIN_MEMORY = True
@@ -126,6 +126,30 @@ def saved_config(text: str, source: str) -> CfgNode:
             _set(config, key, value, source)
     _validate(config)
     return config
+
+
+# Keys that change no number, or are meant to change from one part of a run to the next.
+FREE = (
+    *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "DATA.MAX_UNREADABLE"),
+    *("MODEL.NUM_CLASSES", "MODEL.PRETRAINED", "MODEL.RESUME"),  # the head's size is compared
+    *("TRAIN.EPOCHS", "TRAIN.USE_CHECKPOINT", "TRAIN.AUTO_RESUME", "TRAIN.MAX_SKIPPED"),
+    *("OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "KEEP_LAST", "TENSORBOARD", "PRINT_FREQ"),
+)
+
+
+def changes(text: str, config: CfgNode, source: str | Path) -> list[str]:
+    """KEY OLD -> NEW for each key that changes numbers and is other in `config` than in a checkpoint's `text`.
+
+    Raises:
+        UserError: `text` is no config.
+    """
+    saved = dict(_flatten(saved_config(text, f"{source}: its config")))
+    there = {key for key, _ in _flatten(_parse_yaml(text, str(source)))}  # an earlier version has fewer
+    return [
+        f"{key} {saved[key]!r} -> {value!r}"
+        for key, value in _flatten(config)
+        if key in there and key not in FREE and saved[key] != value
+    ]
 
 
 def _read_yaml(path: str) -> dict:
@@ -234,6 +258,9 @@ def _set(config: CfgNode, key: str, value: object, source: str) -> None:
     if (kind is float and type(value) is int) or (kind is str and type(value) in (int, float)):
         with suppress(OverflowError):
             value = kind(value)
+    if kind is list and type(value) is list and all(type(v) is float for v in node[leaf]):
+        with suppress(OverflowError):
+            value = [float(v) if type(v) is int else v for v in value]  # PyTorch wants numbers of one type
     if type(value) is not kind:
         raise UserError(f"{source}: {key} must be of type {kind.__name__}, got {reprlib.repr(value)}")
     node[leaf] = value
@@ -246,9 +273,11 @@ def _literal(value: object, kind: type) -> object:
     if kind is bool and value.lower() in WORDS:
         return WORDS[value.lower()]
     try:
-        return ast.literal_eval(value)
+        read = ast.literal_eval(value)
+        repr(read)  # Python reads hexadecimal numbers that it does not write
     except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
         return value
+    return read
 
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -279,7 +308,7 @@ RANGES = {
     "TRAIN.ACCUMULATION_STEPS": (1, 2**20),
     "TRAIN.MAX_SKIPPED": (1, COUNT),
     "TRAIN.OPTIMIZER.BETAS": (0, 0.999999),
-    "TRAIN.OPTIMIZER.EPS": (0, 1),
+    "TRAIN.OPTIMIZER.EPS": (1e-30, 1),  # in float32, less is 0: moments of 0 would be divided by it
     "TRAIN.EMA.DECAY": (0, 1),
     "TRAIN.MESA.WEIGHT": (0, 1e3),
     "TRAIN.MESA.START": (0, 1),
@@ -300,6 +329,8 @@ RANGES = {
     "PRINT_FREQ": (1, COUNT),
     "SEED": (0, 2**31),
 }
+# Where 0 is off, what is nearly 0 is neither: alphas make NaN of random numbers, gradients round to 0.
+OFF_OR_MORE, LEAST = ("TRAIN.CLIP_GRAD", "AUG.MIXUP", "AUG.CUTMIX"), 1e-6
 FLAGS = {"DATA.BATCH_SIZE": "--batch-size", "TRAIN.ACCUMULATION_STEPS": "--accumulation-steps", "SEED": "--seed"}
 
 
@@ -313,6 +344,9 @@ def _validate(config: CfgNode) -> None:
             raise UserError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}{hint}")
     for key, (low, high) in RANGES.items():
         _check_range(key, values[key], low, high)
+    for key in OFF_OR_MORE:
+        if 0 < values[key] < LEAST:
+            raise UserError(f"{key} must be 0, which is off, or at least {LEAST}, got {values[key]}")
     if not 0 <= config.TRAIN.WARMUP_EPOCHS < config.TRAIN.EPOCHS:
         raise UserError(
             f"TRAIN.WARMUP_EPOCHS must be in [0, TRAIN.EPOCHS), got {config.TRAIN.WARMUP_EPOCHS} "
@@ -327,7 +361,7 @@ def _check_range(key: str, value: object, low: float, high: float) -> None:
     if isinstance(value, list):
         numbers = len(value) == 2 and all(type(v) in (int, float) for v in value)
         if not (numbers and low <= value[0] <= value[1] <= high):
-            raise UserError(f"{name} must be two ascending numbers in [{low}, {high}], got {value}")
+            raise UserError(f"{name} must be two ascending numbers in [{low}, {high}], got {reprlib.repr(value)}")
     elif not low <= value <= high:
         bound = f"at least {low}" if value < low else f"at most {high}"
         raise UserError(f"{name} must be {bound}, got {reprlib.repr(value)}")

@@ -4,9 +4,9 @@
     python -m classification.convert weights.safetensors weights.pth
     python -m classification.convert ckpt.pth mmpretrain.pth --to mmpretrain
 
-The safetensors file holds one set of weights and a digest of them, which is compared when it is read; the .pth file is
-{"model": state dict}, which `--pretrained` of main.py takes as well, or, for mmpretrain, {"state_dict": ...} by the
-names of `configs/mmpretrain`. An existing file is not overwritten.
+The safetensors file holds one set of weights, the names of their classes and a digest of both, which is compared when
+it is read; the .pth file is {"model": state dict}, which `--pretrained` of main.py takes as well, or, for mmpretrain,
+{"state_dict": ...} by the names of `configs/mmpretrain`. An existing file is not overwritten.
 """
 
 import argparse
@@ -63,9 +63,8 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
         raise UserError(f"{source}: holds no {weights}, only {', '.join(found)}")
     state = {name: tensor.resolve_conj().resolve_neg().contiguous().clone() for name, tensor in found[weights].items()}
     if target.suffix == SAFETENSORS:
-        metadata = {"format": "pt", "sha256": tensors_digest(state)}
-        if names is not None:
-            metadata[CLASSES] = json.dumps(names)
+        classes = {} if names is None else {CLASSES: json.dumps(names)}
+        metadata = {"format": "pt", **classes, "sha256": tensors_digest(state, classes.get(CLASSES, ""))}
         write_atomically(target, lambda file: file.write(safetensors_bytes(state, metadata)))
     elif to == MMPRETRAIN:
         meta = {} if names is None else {"dataset_meta": {CLASSES: names}}

@@ -4,6 +4,8 @@ import io
 import os
 import stat
 import sys
+import unicodedata
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -13,6 +15,19 @@ class UserError(ValueError):
 def printable(text: str) -> str:
     """Text as a terminal may show it: what is not printable is escaped, so that a name cannot steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def normalisation_hint(names: Iterable[str], others: Iterable[str]) -> str:
+    """Which of names that differ look the same, for a message: systems write letters with accents in two ways."""
+    looks = {unicodedata.normalize("NFC", name): name for name in names}
+    for other in others:
+        name = looks.get(unicodedata.normalize("NFC", other), other)
+        if name != other:
+            return (
+                f"; {name!a} and {other!a} look the same but are written otherwise (Unicode NFC and NFD); "
+                "rename one of them"
+            )
+    return ""
 
 
 def escape_on_streams() -> None:

@@ -48,7 +48,8 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
     indices = [i for group in in_order for i in group]
     moments = {
         index: {
-            key: like(_prototype(key, parameter), state[index][key], f"{key} of parameter {index}") for key in _MOMENTS
+            key: like(_prototype(key, parameter), _value(key, state[index]), f"{key} of parameter {index}")
+            for key in _MOMENTS
         }
         for index, parameter in zip(indices, (p for group in parameters for p in group), strict=True)
     }
@@ -60,6 +61,13 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
 
 _OPTIMIZER_STATE = {"state": dict, "param_groups": list}
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _value(key: str, moments: dict) -> object:
+    """PyTorch before 1.12 has counted steps by plain numbers."""
+    value = moments[key]
+    counted = key == "step" and type(value) in (int, float) and not abs(value) >= 2**63
+    return torch.tensor(float(value)) if counted else value
 
 
 def _prototype(key: str, parameter: nn.Parameter) -> torch.Tensor:

@@ -10,11 +10,17 @@ from typing import BinaryIO
 
 import torch
 
-# What may be called of PyTorch's, beside what rebuilds a tensor. Other names are refused by it, or have stand-ins.
+# What may be called of PyTorch's. Others of its functions make more of a file than it holds: quantized tensors are made
+# of a size alone, device's are copied out of expanded ones, sparse and nested ones are gone through index by index.
 CALLED = ("torch.Size", "torch.device", "torch.serialization._get_layout")
-REBUILT = "torch._utils._rebuild_"
-ENCODE = "_codecs.encode"  # how bytes stand in pickles of protocol 2
-OPAQUE = object()
+DENSE = tuple(f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
+PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+META = "torch._utils._rebuild_meta_tensor_no_storage"
+WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")  # that a tensor with attributes may have
+ENCODE, BYTEARRAY = "_codecs.encode", "builtins.bytearray"  # how bytes stand in pickles of protocol 2
+COPIED = 2**26  # bytes that calls may copy, beside some times what the file has
+ITEM = 64  # bytes of a thing in a container, about
 
 
 class RefusedPickleError(ValueError):
@@ -28,9 +34,32 @@ class _Name(str):
 
 
 class _Made(str):
-    """What a call of that name has returned."""
+    """What a call of that name has returned, and about as many bytes as it was made of."""
 
-    __slots__ = ()
+    held: int
+
+
+class _Tuple(tuple):
+    held: int
+
+
+class _Container:
+    """A list, dict or set."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+
+class _Storage:
+    def __init__(self, size: int, itemsize: int):
+        self.size, self.itemsize, self.held = size, itemsize, ITEM
+
+
+def _held(value: object) -> int:
+    """Bytes that a copy of it takes, about. What a container takes later is not counted."""
+    if isinstance(value, _Made | _Tuple | _Container | _Storage):
+        return value.held
+    return ITEM + (len(value) if isinstance(value, str | bytes) else 0)
 
 
 class Scan:
@@ -40,16 +69,21 @@ class Scan:
         storages: bytes that it claims for each storage, by key.
     """
 
-    def __init__(self, file: BinaryIO | bytes):
+    def __init__(self, file: BinaryIO | bytes, size: int):
         """
+        Args:
+            file: the pickle, or a file that stands where it begins, and stands behind it then.
+            size: bytes of the file.
+
         Raises:
-            RefusedPickleError: it calls what it should not, or claims different sizes for a storage.
+            RefusedPickleError: it calls what it should not, or claims what it does not hold.
             Exception: whatever `pickletools` raises on what is no pickle.
         """
         self.storages: dict[str, int] = {}
         self.stack: list[object] = []
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
+        self.may_copy = COPIED + 16 * size
         for opcode, argument, _ in pickletools.genops(file):
             self._step(opcode.name, argument)
 
@@ -64,27 +98,33 @@ class Scan:
             self.stack.append(_name(*argument.split(" ", 1)))
         elif name in _TUPLES:
             count = _TUPLES[name]
-            self.stack.append(tuple(self._pop(len(self.stack) - count if count is not None else self.marks.pop())))
+            made = _Tuple(self._pop(len(self.stack) - count if count is not None else self.marks.pop()))
+            made.held = ITEM + sum(map(_held, made))
+            self.stack.append(made)
         elif name in ("REDUCE", "NEWOBJ"):
             callee, arguments = self._pop(len(self.stack) - 2)
             _check_call(callee, arguments, new=name == "NEWOBJ")
-            self.stack.append(_Made(callee))
+            made = _Made(callee)
+            made.held = self._copy(arguments)
+            self.stack.append(made)
         elif name == "BUILD":
-            built, _ = self._pop(len(self.stack) - 2)
+            built, state = self._pop(len(self.stack) - 2)
             if not isinstance(built, _Made) or built.startswith("torch."):
                 raise RefusedPickleError("it changes the state of what it has not made")
+            self._copy(state)
             self.stack.append(built)
         elif name == "BINPERSID":
-            self._note_storage(self.stack.pop())
-            self.stack.append(OPAQUE)
+            self.stack.append(self._storage(self.stack.pop()))
         elif name in ("APPEND", "SETITEM"):
-            self._pop(len(self.stack) - (1 if name == "APPEND" else 2))
+            self._fill(len(self.stack) - (1 if name == "APPEND" else 2))
         elif name in ("APPENDS", "SETITEMS"):
-            self._pop(self.marks.pop())
+            self._fill(self.marks.pop())
         elif name in _CONSTANTS:
+            if name == "SHORT_BINSTRING" and not argument.isascii():
+                raise RefusedPickleError("it has a string of Python 2 beyond ASCII")
             self.stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}.get(name, argument))
         elif name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"):
-            self.stack.append(OPAQUE)
+            self.stack.append(_Container())
         elif name not in ("PROTO", "STOP"):
             raise RefusedPickleError(f"it has the instruction {name}, which PyTorch does not write")
 
@@ -94,13 +134,27 @@ class Scan:
         taken, self.stack[start:] = self.stack[start:], []
         return taken
 
-    def _note_storage(self, pid: object) -> None:
+    def _fill(self, start: int) -> None:
+        taken = self._pop(start)
+        if isinstance(self.stack[-1], _Container):
+            self.stack[-1].held += sum(map(_held, taken))
+
+    def _copy(self, value: object) -> int:
+        """What is named again and again takes no bytes in the file, but each copy takes memory."""
+        self.may_copy -= _held(value)
+        if self.may_copy < 0:
+            raise RefusedPickleError("it copies the same things again and again")
+        return _held(value)
+
+    def _storage(self, pid: object) -> _Storage:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and type(pid[4]) is int):
             raise RefusedPickleError("it names a storage as PyTorch does not")
         _, kind, key, _, elements = pid[:5]
-        size = _item_size(kind) * elements
+        itemsize = _item_size(kind)
+        size = itemsize * elements
         if size < 0 or self.storages.setdefault(str(key), size) != size:
             raise RefusedPickleError(f"it claims different sizes for storage {key}")
+        return _Storage(size, itemsize)
 
 
 def _name(module: str, name: str) -> _Name:
@@ -121,10 +175,46 @@ def _check_call(callee: object, arguments: object, new: bool) -> None:
         raise RefusedPickleError(f"what {callee} returns is called")
     if not isinstance(callee, _Name) or not isinstance(arguments, tuple):
         raise RefusedPickleError("it calls what it does not name")
-    text = len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1"
-    allowed = not new and (callee in CALLED or callee.startswith(REBUILT) or (callee == ENCODE and text))
-    if callee.startswith(("torch.", "_codecs.", "builtins.bytearray")) and not allowed:
-        raise RefusedPickleError(callee)
+    if callee.startswith(("torch.", "_codecs.", BYTEARRAY)) and (new or not _is_allowed(callee, arguments)):
+        of_tensors = callee.startswith(("torch._utils._rebuild", "torch._tensor"))
+        raise RefusedPickleError(f"{callee}{'; of tensors, plain dense ones are read' if of_tensors else ''}")
+    if callee in DENSE:
+        _check_extent(callee, arguments)
+
+
+def _is_allowed(callee: str, arguments: tuple) -> bool:
+    if callee == ENCODE:
+        return len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] in ("latin1", "latin-1")
+    if callee == BYTEARRAY:
+        encoded = len(arguments) == 1 and isinstance(arguments[0], _Made) and arguments[0] == ENCODE
+        return not arguments or encoded or _is_allowed(ENCODE, arguments)
+    if callee == WITH_ATTRIBUTES and len(arguments) == 4:
+        function, kind, inner, _ = arguments
+        if not isinstance(function, _Name) or function not in (*DENSE, *PARAMETERS) or kind not in TYPES:
+            return False
+        _check_call(function, inner, new=False)
+        return True
+    return callee in (*CALLED, *DENSE, *PARAMETERS, META)
+
+
+def _check_extent(callee: str, arguments: tuple) -> None:
+    """A tensor lies within its storage: PyTorch enlarges one from a file of before 1.6 to what the tensor claims."""
+    storage, offset, size, stride = arguments[:4]
+    typed = callee == DENSE[2]  # whose dtype is none of the storage's
+    numbers = isinstance(size, _Tuple) and isinstance(stride, _Tuple) and len(size) == len(stride)
+    if not isinstance(storage, _Storage) or not numbers or any(type(n) is not int for n in (offset, *size, *stride)):
+        raise RefusedPickleError("it makes a tensor as PyTorch does not")
+    itemsize = _dtype_size(arguments[6]) if typed else storage.itemsize
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min(offset, *size, *stride, 0) < 0 or (0 not in size and (last + 1) * itemsize > storage.size):
+        raise RefusedPickleError(f"it claims a tensor of {list(size)} of {storage.size} bytes")
+
+
+def _dtype_size(name: object) -> int:
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, _Name) else None
+    if not isinstance(dtype, torch.dtype):
+        raise RefusedPickleError(f"it makes a tensor of type {name}")
+    return dtype.itemsize
 
 
 def _item_size(kind: object) -> int:

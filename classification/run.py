@@ -2,6 +2,7 @@
 
 import logging
 import os
+import reprlib
 import signal
 import sys
 import time
@@ -132,27 +133,36 @@ class _LogFile(logging.FileHandler):
 
 
 WHOLE_NUMBERS = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 )
 
 
 def whole_numbers() -> dict[str, int]:
-    """Those of the variables of launchers that are set.
+    """Those of the variables of launchers that are set; MASTER_PORT only where there are several processes.
 
     Raises:
         UserError: one is no whole number.
     """
-    values = {}
-    for name in WHOLE_NUMBERS:
-        text = os.environ.get(name)
-        if text is not None and not (text.isascii() and text.isdigit()):
-            raise UserError(f"{name} is {text!r}, not a whole number; a launcher such as torchrun sets it")
-        if text is not None:
-            values[name] = int(text)
-    if values.get("MASTER_PORT", 1) > 65535:
-        raise UserError(f"MASTER_PORT is {values['MASTER_PORT']}, but ports end at 65535")
+    values = {name: _whole_number(name) for name in WHOLE_NUMBERS if name in os.environ}
+    if "MASTER_PORT" in os.environ and max(values.get("WORLD_SIZE", 1), values.get("SLURM_NTASKS", 1)) > 1:
+        text = os.environ["MASTER_PORT"]
+        if "://" in text:
+            raise UserError(
+                f"MASTER_PORT is {text!r}, which Kubernetes sets for a service called master: set it to the port's "
+                "number, or call the service otherwise"
+            )
+        values["MASTER_PORT"] = _whole_number("MASTER_PORT")
+        if values["MASTER_PORT"] > 65535:
+            raise UserError(f"MASTER_PORT is {values['MASTER_PORT']}, but ports end at 65535")
     return values
+
+
+def _whole_number(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise UserError(f"{name} is {reprlib.repr(text)}, not a whole number; a launcher such as torchrun sets it")
+    return int(text)
 
 
 def check_environment() -> int:

@@ -29,6 +29,7 @@ from classification.checkpoint import (
     read_checkpoint,
     state_dicts,
 )
+from classification.config import changes
 from classification.data import (
     UnreadableImages,
     build_eval_loader,
@@ -227,6 +228,7 @@ class Training:
             raise UserError(f"{path}: its optimizer state is not of this model ({error}); {START_OVER}") from error
         self.state.epoch = content["epoch"]
         self._keep_best(content, path)
+        self._compare_config(content, path)
         # Within an epoch, the place is the same one only if as many images make a batch and a step.
         others = _differing(content.get("shares"), self._shares())
         if content.get("progress") and not others:
@@ -240,6 +242,22 @@ class Training:
         # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
         if updates := self.updates():
             trainer.scheduler.step_update(updates - 1)  # as after that update
+
+    def _compare_config(self, content: dict, path: Path) -> None:
+        """Note what changes the numbers and is other than it was. Published checkpoints have a config of other keys."""
+        try:
+            changed = changes(content["config"], self.config, path) if isinstance(content.get("config"), str) else []
+        except UserError as error:
+            changed = [f"({error})"]
+        shares = content.get("shares") if isinstance(content.get("shares"), dict) else {}
+        own = {name: self._shares()[name] for name in ("processes", "images")}  # which no key has
+        changed += [
+            f"{name} {reprlib.repr(shares[name])} -> {number}"
+            for name, number in own.items()
+            if shares.get(name, number) != number
+        ]
+        if changed:
+            self.notes.append(f"{path}: training goes on with another config: {', '.join(changed)}")
 
     def _own_statistics(self) -> list[StateDict]:
         """Running statistics of model and EMA in this process, which differ from the others' within an epoch."""

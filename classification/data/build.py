@@ -23,7 +23,7 @@ from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
 from classification.data.images import ImageFolder, UnreadableImageError
-from classification.errors import UserError
+from classification.errors import UserError, normalisation_hint
 from classification.seeding import seeded
 
 logger = logging.getLogger("spatialmamba")
@@ -138,7 +138,7 @@ def names_differ(names: Sequence[str], folder: Sequence[str]) -> str:
     if not absent and not new:
         return ""
     parts = [f"{what} {found[0]!r}" for what, found in (("it has", absent), ("the folder has", new)) if found]
-    return f"{', '.join(parts)} ({len(names)} and {len(own)} classes)"
+    return f"{', '.join(parts)} ({len(names)} and {len(own)} classes){normalisation_hint(absent, new)}"
 
 
 class EpochSampler(DistributedSampler):
@@ -239,8 +239,11 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
 
 def eval_transform(config: CfgNode) -> Callable:
     """Resize the short side to IMG_SIZE / CROP_PCT, crop the centre, normalise as ImageNet."""
+    method = config.DATA.INTERPOLATION
     resize_and_crop = create_transform(
-        config.DATA.IMG_SIZE, interpolation=config.DATA.INTERPOLATION, crop_pct=config.TEST.CROP_PCT
+        config.DATA.IMG_SIZE,
+        interpolation="bilinear" if method == "random" else method,  # as timm has it without augmentation
+        crop_pct=config.TEST.CROP_PCT,
     )
     return Compose([_cut_ends, *resize_and_crop.transforms])
 
@@ -278,10 +281,10 @@ def _train_transform(config: CfgNode) -> Callable:
 
 
 def _check_same_classes(data_path: str, train_classes: list[str]) -> None:
-    differing = set(train_classes) ^ set(class_names(data_path, "val"))
-    if differing:
-        names = ", ".join(sorted(differing)[:5])
-        raise UserError(f"{data_path}: train/ and val/ must hold the same classes; only in one of them: {names}")
+    train, val = set(train_classes), set(class_names(data_path, "val"))
+    if differing := train ^ val:
+        names, hint = ", ".join(sorted(differing)[:5]), normalisation_hint(train - val, val - train)
+        raise UserError(f"{data_path}: train/ and val/ must hold the same classes; only in one of them: {names}{hint}")
 
 
 def _check_enough(images: int, world_size: int, split: str, data_path: str) -> None:

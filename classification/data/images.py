@@ -17,6 +17,7 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF"
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 IN_FULL_RANGE = ("PNG", "PPM")  # of which Pillow's mode I is 16 bits
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF, which Pillow inverts in 8 bits alone
+SAMPLE_FORMAT, UNSIGNED = 339, 1  # of TIFF: Pillow reads -1 in 8 signed bits as 255
 EIGHT_BITS_A_BAND = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
@@ -31,25 +32,49 @@ def read_image(path: str) -> Image.Image:
         UnreadableImageError: the file cannot be read as such.
     """
     try:
-        with open(path, "rb") as file, Image.open(file, formats=image_formats()) as image:
-            return _to_rgb(image)
+        image = _in_eight_bits(path)
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise what they like on a damaged file
         raise UnreadableImageError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in EIGHT_BITS_A_BAND:
-        return image.convert("RGB")
+def _in_eight_bits(path: str) -> Image.Image:
+    """As RGB, or as grey where the file has more bits."""
+    with open(path, "rb") as file, Image.open(file, formats=image_formats()) as image:
+        _check_samples(image)
+        return image.convert("RGB") if image.mode in EIGHT_BITS_A_BAND else _to_eight_bits(image)
+
+
+def _check_samples(image: Image.Image) -> None:
+    kinds = image.tag_v2.get(SAMPLE_FORMAT, ()) if image.format == "TIFF" else ()
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if any(kind != UNSIGNED for kind in kinds) and image.mode not in ("I", "F"):  # whose range is not known anyway
+        raise ValueError(f"its samples are not unsigned numbers (SampleFormat {kinds}); convert it to 8 or 16 bits")
+
+
+BAND = 2**18  # pixels, about
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey in 8 bits of more, in bands of rows: a copy of all of it in wide numbers would be many times the image."""
     if image.mode not in SIXTEEN_BITS and not (image.mode == "I" and image.format in IN_FULL_RANGE):
         raise ValueError(f"its values are of mode {image.mode}, whose range is not known; convert it to 8 or 16 bits")
-    values, highest = np.asarray(image).astype(np.int64), 65535
+    highest, inverted = 65535, False
     if image.format == "TIFF":
         bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
         highest = 2**bits - 1 if bits in (12, 16) else highest
-        values = highest - values if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else values
-    if values.min(initial=0) < 0 or values.max(initial=0) > highest:
-        raise ValueError(f"its values, {values.min()} to {values.max()}, are not below {highest + 1}; convert it")
-    return Image.fromarray(((values * 255 + highest // 2) // highest).astype(np.uint8)).convert("RGB")
+        inverted = image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    width, height = image.size
+    grey = np.empty((height, width), np.uint8)
+    rows = max(1, BAND // max(1, width))
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(height, top + rows)))
+        values = np.asarray(band).astype(np.int32)
+        values = highest - values if inverted else values
+        if values.min(initial=0) < 0 or values.max(initial=0) > highest:
+            raise ValueError(f"its values, {values.min()} to {values.max()}, are not below {highest + 1}; convert it")
+        grey[top : top + rows] = (values * 255 + highest // 2) // highest
+    return Image.fromarray(grey)
 
 
 @functools.cache
@@ -68,11 +93,13 @@ def image_suffixes() -> tuple[str, ...]:
 class ImageFolder(Dataset):
     """DATA_PATH/split, one folder a class: (image, label), as torchvision's ImageFolder; any depth of folders in each.
 
-    A file counts once, by its real path, however many links lead to it. What is left out is counted in `left_out`.
+    A folder counts once, by its real path, however many links lead to it. A link to a file is an image of its own, as
+    in torchvision: where files are kept by their content (DVC, git-annex, Hugging Face), equal ones are links to one.
+    What is left out is counted in `left_out`.
 
     Raises:
         UserError: a missing folder or one that may not be entered, no class folders, a class folder without images, or
-            one file in two classes; reading an image can raise too.
+            one folder in two classes; reading an image can raise too.
     """
 
     def __init__(self, data_path: str, split: str, transform: Callable | None):
@@ -120,12 +147,10 @@ class ImageFolder(Dataset):
     def _samples(self) -> list[tuple[str, int]]:
         samples, owners, empty = [], {}, []
         for label, name in enumerate(self.classes):
-            found = self._images_of(os.path.join(self.root, name))
-            for real, path in found.items():
-                if owners.setdefault(real, path) != path:
-                    raise UserError(f"{path}: is the same file as {owners[real]}, of another class; remove one of them")
-            samples += [(path, label) for path in found.values()]
-            empty += [] if found else [os.path.join(self.root, name)]
+            top = os.path.join(self.root, name)
+            found = self._images_of(top, owners)
+            samples += [(path, label) for path in found]
+            empty += [] if found else [top]
         if empty:
             raise UserError(
                 f"{', '.join(empty[:5])}: no images in {len(empty)} class folder(s); fill or remove them. "
@@ -133,32 +158,38 @@ class ImageFolder(Dataset):
             )
         return samples
 
-    def _images_of(self, top: str) -> dict[str, str]:
-        """Real path to path of a class' images, in the order of torchvision's: by folder, then by name."""
-        folders, seen = [], set()
-        waiting = [top]
+    def _images_of(self, top: str, owners: dict[str, tuple[str, str]]) -> list[str]:
+        """Paths of a class' images, in the order of torchvision's: by folder, then by name.
+
+        Args:
+            owners: which class' top and which path each folder has been met at, by its real path; added to.
+        """
+        folders: list[tuple[str, list[os.DirEntry]]] = []
+        waiting = [(top, os.path.realpath(top))]
         while waiting:
-            folder = waiting.pop()
-            real = os.path.realpath(folder)
-            if real in seen:
+            folder, real = waiting.pop()
+            owner, path = owners.setdefault(real, (top, folder))
+            if owner != top:
+                raise UserError(f"{folder}: is the same folder as {path}, of another class; remove one of them")
+            if path != folder:
                 self.ignored["link(s) to a folder that is there already"] += 1
                 continue
-            seen.add(real)
-            entries = _entries(folder)
-            folders.append((folder, real, [entry for entry in entries if not _is(entry, os.DirEntry.is_dir)]))
-            for entry in reversed([entry for entry in entries if _is(entry, os.DirEntry.is_dir)]):
+            inner, files = [], []
+            for entry in _entries(folder):
+                (inner if _is(entry, os.DirEntry.is_dir) else files).append(entry)
+            folders.append((folder, files))
+            for entry in reversed(inner):
                 if entry.name.startswith("."):
                     self.ignored["hidden folder(s)"] += 1
                 else:
-                    waiting.append(entry.path)
-        found: dict[str, str] = {}
-        for _, real, files in sorted(folders, key=lambda one: one[0]):
-            for entry in files:
-                if self._is_image(entry):
-                    place = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-                    if found.setdefault(place, entry.path) != entry.path:
-                        self.ignored["link(s) to a file that is there already"] += 1
-        return found
+                    linked = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                    waiting.append((entry.path, linked))
+        return [
+            entry.path
+            for _, files in sorted(folders, key=lambda one: one[0])
+            for entry in files
+            if self._is_image(entry)
+        ]
 
     def _is_image(self, entry: os.DirEntry) -> bool:
         suffix = os.path.splitext(entry.name)[1].lower()
@@ -167,7 +198,8 @@ class ImageFolder(Dataset):
         elif suffix not in self.suffixes:
             self.ignored[f"file(s) ending in {suffix}" if suffix else "file(s) without a suffix"] += 1
         elif not _is(entry, os.DirEntry.is_file):
-            self.ignored["broken link(s)"] += 1
+            there = os.path.exists(entry.path)
+            self.ignored["file(s) that are pipes, sockets or devices" if there else "broken link(s)"] += 1
         else:
             return True
         return False

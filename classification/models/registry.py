@@ -73,9 +73,12 @@ def _source(pretrained: str) -> dict:
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
     # Here, for it imports the models itself. It reads what timm's own loader does not: configs beside the weights.
-    from classification.checkpoint import read_checkpoint, state_dicts
+    from classification.checkpoint import num_classes, read_checkpoint, state_dicts
 
-    return dict(state_dict=state_dicts(read_checkpoint(pretrained), pretrained)["model"])
+    state = state_dicts(read_checkpoint(pretrained), pretrained)["model"]
+    stem = state.get(f"{PRETRAINED_CFG['first_conv']}.weight")
+    size = PRETRAINED_CFG["input_size"] if stem is None else (stem.shape[1], *PRETRAINED_CFG["input_size"][1:])
+    return dict(state_dict=state, num_classes=num_classes(state) or 0, input_size=size)
 
 
 def _names_weights(cfg: object) -> bool:

@@ -493,11 +493,11 @@ class SpatialMamba(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int, ...] | None]]]:
         """timm's expressions for groups of parameters, for layer decay: by block, or by stage if `coarse`."""
-        last = 99999
+        with_the_last = (99999,)  # block before it: timm's number for that
         blocks = [
             (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.downsample", (last,)),  # behind the stage's blocks
-            (r"^norm", (last,)),
+            (r"^layers\.(\d+)\.downsample", with_the_last),
+            (r"^norm", with_the_last),
         ]
         return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
@@ -16,9 +17,10 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from classification.checkpoint import differences
-from classification.errors import UserError, is_dir, is_file
+from classification.errors import UserError, is_dir, is_file, normalisation_hint
 from classification.models.openmmlab import BACKBONE, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
+from classification.openmmlab.pickle_files import PICKLES
 
 # mmseg's heads whose num_classes is not the data set's: of borders, and of texts without that for the background.
 OTHER_CLASSES = ("STDCHead", "SideAdapterCLIPHead")
@@ -82,6 +84,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
         evaluator = cfg.get(f"{split}_evaluator")
         for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+            if isinstance(metric, dict) and metric.get("ann_file"):
+                _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
             if isinstance(metric, dict) and metric.get("ann_file") and not metric.get("backend_args"):
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
 
@@ -133,13 +137,47 @@ def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
         yield from _datasets(one)
 
 
+def check_bits_everywhere(cfg: Config) -> None:
+    """Put CheckBits before each image that Pillow decodes: mmcv has it clip what has more than 8 bits."""
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in _datasets(loader.dataset) if loader else ():
+            steps = dataset.get("pipeline") or []
+            at = next((i for i, step in enumerate(steps) if _decodes_by_pillow(step)), None)
+            if at is not None and not any(step.get("type") == "CheckBits" for step in steps):
+                steps.insert(at, ConfigDict(type="CheckBits"))
+
+
+def _decodes_by_pillow(step: ConfigDict) -> bool:
+    clips = step.get("imdecode_backend") == "pillow" and step.get("color_type") != "unchanged"
+    return clips and "LoadImage" in str(step.get("type"))
+
+
+def _check_no_pickles(value: object, key: str) -> None:
+    """Of a dataset's config: mmengine, mmseg and NumPy unpickle what is named so."""
+    if isinstance(value, dict | list | tuple):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_no_pickles(item, f"{key}.{name}")
+    elif isinstance(value, str) and value.lower().endswith(tuple(f".{kind}" for kind in PICKLES)):
+        instead = {
+            "ann_file": "write the annotations as JSON (mmdet's own CocoDataset, mmengine's BaseDataset)",
+            "proposal_file": "leave it out, and take a detector with a proposal network of its own (rpn_head)",
+        }.get(key.rpartition(".")[2], "write it as JSON")
+        raise UserError(f"{value}: is a pickle, which can run code, so it is not read ({key}); {instead}")
+    elif key.endswith("decode_backend") and value == "pickle":
+        raise UserError(f"{key} is 'pickle', which can run code; write the data for 'numpy' or 'nifti'")
+
+
 def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
+    _check_no_pickles(dataset, key)
     if dataset.get("backend_args"):
         return  # not on this disk
     root = dataset.get("data_root") or ""
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):
             _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
+    if tree := dataset.get("hierarchy_file"):
+        _check_array(os.path.join(root, tree), f"{key}.hierarchy_file")
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
         _must_exist(annotations, "annotation file", f"{key}.ann_file")
@@ -156,6 +194,19 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
                     f"{key}.pipeline: CheckLabels has {number} classes, but the data set {len(classes)}; "
                     "make them equal"
                 )
+
+
+def _check_array(path: str, key: str) -> None:
+    """OpenImages' tree of labels, which mmdet has NumPy unpickle if it is no JSON."""
+    if path.endswith("json") or not is_file(path):
+        return
+    try:
+        np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: is no array of numbers but a pickle, which can run code, so it is not read ({key}); write it as "
+            "JSON, or as numbers by numpy.save"
+        ) from error
 
 
 def _classes(dataset: ConfigDict, key: str) -> list[str]:
@@ -264,6 +315,7 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
     raise UserError(
         f"{path}: its classes are not the data set's: class {at} is {there} in it and {here} in the data set "
         f"({len(names)} and {len(classes)} classes); set metainfo.classes to its own, or train for these"
+        f"{normalisation_hint(map(str, names), map(str, classes))}"
     )
 
 

@@ -17,8 +17,9 @@ from PIL import EpsImagePlugin
 
 from classification.errors import UserError, is_file, printable
 from classification.models import optimise_for_cpu
-from classification.openmmlab import yaml_files  # noqa: F401, has mmengine read YAML as data
+from classification.openmmlab import pickle_files, yaml_files  # noqa: F401, mmengine reads YAML as data, no pickles
 from classification.openmmlab.checks import (
+    check_bits_everywhere,
     check_channels,
     check_checkpoint,
     check_data,
@@ -269,6 +270,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     check_data(cfg, ("train", "val"))
     note_class_weights(cfg)
     check_labels_everywhere(cfg)
+    check_bits_everywhere(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
@@ -302,6 +304,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
         write_maps(cfg, args.out)
     check_data(cfg, ("test",))
     check_labels_everywhere(cfg)
+    check_bits_everywhere(cfg)
     _prepare(cfg, args)
     runner = _build(cfg)
     check_checkpoint(_unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"))

@@ -1,10 +1,10 @@
-"""A step of a data pipeline that mmsegmentation lacks."""
+"""Steps of a data pipeline that the toolchains lack."""
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 
-from classification.data.images import image_formats
+from classification.data.images import EIGHT_BITS_A_BAND, image_formats
 from classification.errors import UserError
 
 IGNORED = 255
@@ -48,6 +48,29 @@ class CheckLabels:
             raise UserError(
                 f"{path}: has ignored pixels (255), for which a loss "
                 "with class_weight has no weight: leave class_weight out of the heads' loss_decode, or label them"
+            )
+        return results
+
+
+@TRANSFORMS.register_module()
+class CheckBits:
+    """Looks at an image's mode, before LoadImageFromFile(imdecode_backend="pillow") clips 16 bits to white.
+
+    Raises:
+        UserError: it has more than 8 bits a band.
+    """
+
+    def __call__(self, results: dict) -> dict:
+        path = results["img_path"]
+        try:
+            with Image.open(path, formats=image_formats()) as image:
+                mode = image.mode
+        except (OSError, ValueError):  # of another place or kind, which the loader says
+            return results
+        if mode not in EIGHT_BITS_A_BAND:
+            raise UserError(
+                f"{path}: is of mode {mode}, which imdecode_backend='pillow' clips to 8 bits: leave it out of "
+                "LoadImageFromFile (cv2 scales 16 bits), or convert the image"
             )
         return results
 

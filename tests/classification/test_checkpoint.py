@@ -1,23 +1,37 @@
 """Checkpoints: the published layout is read safely and strictly, ours are written whole or not at all."""
 
 import errno
+import gzip
 import json
+import lzma
 import os
 import pickle
 import random
 import re
 import shutil
 import tracemalloc
+import zipfile
 from collections import OrderedDict
 
 import pytest
 import torch
-from hostile import BOMBS, pickled, storage_of
+from hostile import BOMBS, before_1_6, pickled, storage_of, tensor_of, weights_of, with_second_directory
 from kill_and_resume import differences
 from running import CLASSIFICATION, QUICK, ROOT, run_command
+from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
+from torch._tensor import _rebuild_from_type_v2
 from yacs.config import CfgNode
 
-from classification.checkpoint import CheckpointFolder, load_weights, read_checkpoint, save_checkpoint, state_dicts
+from classification.checkpoint import (
+    CheckpointFolder,
+    like,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    state_dicts,
+    tensors_digest,
+)
 from classification.convert import convert
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
@@ -226,7 +240,7 @@ MOMENTARY = {
 }
 
 
-@pytest.mark.parametrize("place", ["torch.load", "zipfile.ZipFile.testzip", "zipfile.ZipFile.read"])
+@pytest.mark.parametrize("place", ["torch.load", "zipfile.ZipFile.testzip", "torch._C.PyTorchFileReader"])
 @pytest.mark.parametrize("fault", MOMENTARY)
 def test_what_keeps_a_file_from_being_read_now_is_no_damage(fault, place, tmp_path, monkeypatch):
     """Good checkpoints stay where they are."""
@@ -262,6 +276,40 @@ def test_checkpoints_are_ordered_by_the_run_and_not_by_the_clock(tmp_path):
     assert [p.name for p in folder.numbered()] == ["epoch_3.pth", "epoch_4.pth", "epoch_8.pth"]
 
 
+def test_only_what_the_run_has_written_is_removed_or_overwritten(tmp_path, caplog):
+    """A good checkpoint that was copied into the folder, also under a name that the run comes to, or has removed."""
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for epoch in (1, 2, 3, 4):
+        folder.save({"epoch": epoch}, epoch, 0, ["latest.pth"])
+    for epoch in (1, 6, 300):
+        save_checkpoint({"copied": epoch}, tmp_path / f"epoch_{epoch}.pth")
+    for epoch in (5, 6, 7, 8):
+        folder.save({"epoch": epoch}, epoch, 0, ["latest.pth"])
+    assert sorted(f.name for f in tmp_path.glob("epoch_*")) == [
+        *("epoch_1.pth", "epoch_300.pth", "epoch_6.pth.replaced", "epoch_7.pth", "epoch_8.pth")
+    ]
+    assert caplog.messages == [f"{tmp_path / 'epoch_6.pth'}: is none of this run's; set aside as epoch_6.pth.replaced"]
+    for epoch, name in ((1, "epoch_1.pth"), (6, "epoch_6.pth.replaced"), (300, "epoch_300.pth")):
+        assert read_checkpoint(tmp_path / name) == {"copied": epoch}
+    assert folder.read_last(lambda *_: None)[0] == {"epoch": 8}
+
+
+def test_a_folder_of_best_checkpoints_alone_is_not_overwritten(few_digits, tmp_path, run_main, capsys):
+    arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main(*arguments, "1")
+    run = tmp_path / "spatialmamba_micro/default"
+    for path in (run / "latest.pth", run / "epoch_1.pth", run / "checkpoints.txt"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in run.glob("best*.pth")}
+    with pytest.raises(SystemExit) as stop:
+        run_main(*arguments, "2")
+    assert "holds best.pth and best_ema.pth, but neither latest.pth nor epoch_*.pth to go on from" in stop.value.code
+    assert f"pass --resume {run / 'best.pth'} to go on from that one, or another --tag" in stop.value.code
+    assert {path: path.read_bytes() for path in run.glob("*.pth")} == before
+    assert "resuming from" in run_main("--resume", run / "best.pth", *arguments, "2")
+    capsys.readouterr()
+
+
 def test_a_run_that_looked_before_another_one_saved_does_not_start_over_it(tmp_path):
     first, second = (CheckpointFolder(tmp_path / "run", keep=3) for _ in range(2))
     assert not first.look()
@@ -279,7 +327,7 @@ def test_a_run_that_looked_before_another_one_saved_does_not_start_over_it(tmp_p
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_refused_before_they_are_made(bomb, tmp_path):
     """Of some hundred bytes each; made, they would be gigabytes."""
-    path = pickled(tmp_path / "bomb.pth", BOMBS[bomb])
+    path = pickled(tmp_path / "bomb.pth", BOMBS[bomb], {"data/0": bytes(16)})
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bomb\.pth: "):
         read_checkpoint(path)
@@ -298,8 +346,6 @@ def test_claims_beyond_what_the_file_holds_are_refused(tmp_path):
             read_checkpoint(pickled(path, storage_of(elements), held))
     with pytest.raises(UserError, match="holds 0"):
         read_checkpoint(pickled(path, storage_of(4)))
-    with pytest.raises(UserError, match=r"packed as torch\.save does not"):
-        read_checkpoint(pickled(path, storage_of(4), held, compressed=True))
     for name, make in (
         ("expanded", lambda: torch.zeros(1).expand(40_000, 40_000)),
         ("tied", lambda: torch.zeros(2**20)),
@@ -309,6 +355,113 @@ def test_claims_beyond_what_the_file_holds_are_refused(tmp_path):
         with pytest.raises(UserError, match=r"its weights claim \d+ bytes, of which the file holds"):
             convert(path, tmp_path / f"{name}.pth")
         assert not (tmp_path / f"{name}.pth").exists()
+
+
+def test_what_pytorch_reads_is_what_is_looked_at(tmp_path):
+    """Its reader takes names in any case, and a directory where the end's record says, which zipfile does not."""
+    bomb, good = BOMBS["bytearray"], storage_of(4)
+    held = {"data/0": bytes(16)}
+    path = tmp_path / "two.pth"
+    assert read_checkpoint(pickled(path, good, held, name="Data.PKL"))["model"]["w"].tolist() == [0] * 4
+    with pytest.raises(UserError, match=r"two\.pth: holds pickled objects"):
+        read_checkpoint(pickled(path, bomb, held, name="DATA.PKL"))
+    with pytest.raises(UserError, match=r"two\.pth: is packed as torch\.save does not"):
+        read_checkpoint(pickled(path, good, {**held, "DATA.PKL": bomb}))
+    with_second_directory(pickled(path, good, held), pickled(tmp_path / "other.pth", bomb.ljust(len(good), b"."), held))
+    with zipfile.ZipFile(path) as archive:
+        seen = archive.read("archive/data.pkl")
+    assert {seen, torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")[: len(bomb)]} == {good, bomb}
+    with pytest.raises(UserError, match=r"two\.pth: is packed as torch\.save does not"):
+        read_checkpoint(path)
+
+
+def test_the_format_before_1_6_is_looked_at_to_its_end(tmp_path):
+    """The pickle of its storages' names too; and its storages grow with what a tensor claims."""
+    path, keys = tmp_path / "old.pth", pickle.dumps(["0"], 2)
+    good = weights_of(tensor_of(4, old=True))
+    assert read_checkpoint(before_1_6(path, good, keys))["model"]["w"].tolist() == [0] * 4
+    larger = weights_of(tensor_of(4, 2**28, old=True))
+    for content, last in ((BOMBS["bytearray"], keys), (good, BOMBS["bytearray"]), (larger, keys)):
+        before_1_6(path, content, last)
+        tracemalloc.start()
+        with pytest.raises(UserError, match=r"old\.pth: holds pickled objects"):
+            read_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+        tracemalloc.stop()
+
+
+class Made:
+    """A tensor that is pickled with attributes of its own."""
+
+    def __init__(self, function, rebuild, arguments, state):
+        self.made = function, (rebuild, torch.Tensor, arguments, state)
+
+    def __reduce__(self):
+        return self.made
+
+
+def test_harmless_objects_are_read_without_their_attributes(tmp_path):
+    """Bytes, sets and the like; and attributes of a tensor, which could stand for its methods."""
+    odd = torch.arange(3.0)
+    odd.numel = odd.isfinite = odd.detach = odd.note = "x"
+    parameter = torch.nn.Parameter(torch.arange(3.0))
+    parameter.untyped_storage = 3
+    named = Made(_rebuild_from_type_v2, *torch.arange(3.0).__reduce_ex__(2), {"names": ("a",)})
+    plain = {"bytes": b"ab", "array": bytearray(b"ab\xff"), "empty": bytearray(), "set": {1, 2}, "complex": 2j}
+    torch.save({"model": {"a": odd, "b": parameter, "c": named}, **plain}, tmp_path / "odd.pth")
+    content = read_checkpoint(tmp_path / "odd.pth")
+    assert {key: content[key] for key in plain} == plain
+    for value in state_dicts(content, "odd.pth")["model"].values():
+        assert like(torch.zeros(3), value, "w").tolist() == [0, 1, 2]
+        assert torch.equal(value, torch.arange(3.0))
+        assert not vars(value)
+
+
+def encrypted(archive: bytes) -> bytes:
+    """With the flag of encryption set in the first entry's header and in the directory."""
+    content = bytearray(archive)
+    content[6] |= 1
+    content[content.index(b"PK\1\2") + 8] |= 1
+    return bytes(content)
+
+
+def test_a_checkpoint_that_was_packed_anew_stays_where_it_is(tmp_path):
+    """Deflated, with a comment, or another whole file: that is no damage."""
+    folder = CheckpointFolder(tmp_path, keep=3)
+    folder.save({"model": {"w": torch.arange(4.0)}}, 1, 0, ["latest.pth"])
+    path = tmp_path / "latest.pth"
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    path.unlink()
+    for kind, comment, message in (
+        (zipfile.ZIP_DEFLATED, b"", r"whose entries are deflated \(\w+/data\.pkl\), as torch\.save does not pack it"),
+        (zipfile.ZIP_LZMA, b"", "whose entries are compressed"),
+        (zipfile.ZIP_STORED, b"mine", "with a comment, as torch"),
+    ):
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            archive.comment = comment
+            for name, content in records.items():
+                archive.writestr(name, content)
+        with pytest.raises(UserError, match=rf"latest\.pth: is an archive {message}"):
+            folder.read_last(lambda *_: None)
+        assert sorted(f.name for f in tmp_path.glob("*.pth*")) == ["epoch_1.pth", "latest.pth"]
+    whole = (tmp_path / "epoch_1.pth").read_bytes()
+    for content, message in (
+        (encrypted(path.read_bytes()), r"an archive whose entries are encrypted"),
+        (gzip.compress(whole), "one packed by gzip"),
+        (lzma.compress(whole), "one packed by gzip, bzip2, xz"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "a pointer of Git LFS"),
+        (safetensors_bytes({"w": torch.arange(4.0)}), "a safetensors file"),
+        (b"\n<!DOCTYPE html><html>Not Found</html>", "a page that a browser shows"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"latest\.pth: is (no checkpoint but )?{message}"):
+            folder.read_last(lambda *_: None)
+        assert path.read_bytes() == content
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    assert folder.read_last(lambda *_: None)[1] == path  # stored, by whatever tool
 
 
 def with_attributes(state: dict, **attributes) -> OrderedDict:
@@ -364,17 +517,19 @@ def test_moments_take_the_parameters_layout(few_digits, tmp_path, run_main, caps
     zeros = lambda i, s: s.update(exp_avg=torch.zeros(s["exp_avg"].shape))  # noqa: E731
     assert differences(resumed(single)["model"], resumed(zeros)["model"]) == []
 
+    whole = lambda i, s: s.update(step=int(s["step"]))  # noqa: E731, as PyTorch before 1.12 has counted
+    assert differences(resumed(whole), resumed(lambda *_: None)) == []
+
     for message, change in {
-        "exp_avg of parameter 3 is not a dense tensor": lambda s: s.update(exp_avg=s["exp_avg"].to_sparse()),
+        "of tensors, plain dense ones are read": lambda s: s.update(exp_avg=s["exp_avg"].to_sparse()),
         "exp_avg of parameter 3 is of type str": lambda s: s.update(exp_avg="x"),
         "exp_avg_sq of parameter 3 is not finite": lambda s: s["exp_avg_sq"].fill_(torch.nan),
         "exp_avg of parameter 3 is of dtype complex64": lambda s: s.update(exp_avg=s["exp_avg"] + 0j),
         "exp_avg of parameter 3 is of dtype int64": lambda s: s.update(exp_avg=s["exp_avg"].long()),
-        "moments of parameter 3 are not of its shape": lambda s: s.update(
-            exp_avg=torch.nested.nested_tensor([s["step"]])
-        ),
-        "step of parameter 3 is of type int": lambda s: s.update(step=4),
+        "plain dense ones are read": lambda s: s.update(exp_avg=torch.nested.nested_tensor([s["step"]])),
+        "step of parameter 3 is of type str": lambda s: s.update(step="4"),
         "a step count is negative": lambda s: s["step"].fill_(-1),
+        "step of parameter 3 is not finite": lambda s: s.update(step=float("nan")),
         "exp_avg of parameter 3 is a tensor without values": lambda s: s.update(exp_avg=s["exp_avg"].to("meta")),
     }.items():
         with pytest.raises(SystemExit) as stop:
@@ -462,6 +617,26 @@ def test_damaged_safetensors(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{path}: is "):
             read_checkpoint(path)
+
+
+def test_names_of_classes_are_in_the_digest_of_safetensors(tmp_path):
+    """And a file of the first version, which had them outside of it, is read as it was."""
+    path, names = tmp_path / "w.safetensors", ["cat", "dog", "owl", "emu"]
+    save_checkpoint({"model": spatialmamba_micro(num_classes=4).state_dict(), "classes": names}, tmp_path / "ckpt.pth")
+    convert(tmp_path / "ckpt.pth", path)
+    content = read_checkpoint(path)
+    assert content["classes"] == names
+    whole = path.read_bytes()
+    for old, new in ((b"dog", b"dig"), (b'"classes"', b'"clasbes"')):
+        assert whole.count(old) == 1
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(
+            UserError, match=r"w\.safetensors: is damaged: its tensors or classes do not match its digest"
+        ):
+            read_checkpoint(path)
+    metadata = {"classes": json.dumps(names), "sha256": tensors_digest(content["model"])}
+    save_file(content["model"], path, metadata)
+    assert read_checkpoint(path)["classes"] == names
 
 
 # ----- not finite

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -200,6 +201,35 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
         assert np.array_equal(np.asarray(read_image(str(tmp_path / "m.tif"))), np.asarray(picture.convert("RGB"))), mode
 
 
+def test_samples_of_a_tiff_that_are_signed_are_refused(tmp_path):
+    """Pillow reads them as if they were not: -1 is 255."""
+    path, grey = tmp_path / "a.tif", Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4))
+    grey.save(path, tiffinfo={339: 1})
+    assert np.array_equal(np.asarray(read_image(str(path)))[..., 0], np.asarray(grey))
+    for kind in (2, 4):
+        grey.save(path, tiffinfo={339: kind})
+        with pytest.raises(UnreadableImageError, match=r"a\.tif: cannot be read as an image"):
+            read_image(str(path))
+
+
+def test_sixteen_bits_take_few_bytes_a_pixel(tmp_path):
+    """Beside Pillow's own two of the file's image and four of the result."""
+    values = np.arange(2000 * 2000, dtype=np.uint16).reshape(2000, 2000)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    tracemalloc.start()
+    found = read_image(str(tmp_path / "a.png"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / values.size < 3
+    assert np.array_equal(np.asarray(found)[..., 1], np.round(values / 257))
+
+
+def test_random_interpolation_is_of_training(few_digits):
+    found = list(build_eval_loader(config(few_digits, "DATA.INTERPOLATION", "random", "DATA.IMG_SIZE", "48"), 0, 1))
+    bilinear = build_eval_loader(config(few_digits, "DATA.INTERPOLATION", "bilinear", "DATA.IMG_SIZE", "48"), 0, 1)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(found, bilinear, strict=True))
+
+
 def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
     """An EPS named .png has Pillow run Ghostscript, if it may open it."""
     program = tmp_path / "gs"
@@ -213,8 +243,11 @@ def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
     assert not (tmp_path / "started").exists()
 
 
-def test_each_file_once_and_what_is_left_out_is_counted(tmp_path):
-    """Links to a folder's own folder, a file twice, other suffixes, hidden names; the order is torchvision's."""
+def test_each_name_once_and_what_is_left_out_is_counted(tmp_path):
+    """Links to a folder's own folder, other suffixes, hidden names, what is no file; the order is torchvision's.
+
+    Links to files are images by their own names, in two classes too, as where files are kept by their content.
+    """
     root = tmp_path / "val"
     for label in ("a", "b"):
         (root / label / "deeper").mkdir(parents=True)
@@ -222,7 +255,9 @@ def test_each_file_once_and_what_is_left_out_is_counted(tmp_path):
             Image.new("L", (4, 4)).save(root / label / name, format="GIF" if "gif" in name else "PNG")
         for i in range(3):
             (root / label / "deeper" / f"loop{i}").symlink_to(root / label)
-    (root / "a" / "again.png").symlink_to(root / "a" / "2.png")
+    for label in ("a", "b"):
+        (root / label / "again.png").symlink_to(root / "a" / "2.png")
+    os.mkfifo(root / "a" / "pipe.png")
     (root / "b" / "nowhere.png").symlink_to(tmp_path / "nothing")
     (root / "b" / "itself").symlink_to(root / "b" / "itself")
     for name in ("a/notes.txt", "a/without", "a/._2.png", "list.txt"):
@@ -230,16 +265,41 @@ def test_each_file_once_and_what_is_left_out_is_counted(tmp_path):
     (root / ".ipynb_checkpoints").mkdir()
     folder = ImageFolder(str(tmp_path), "val", None)
     assert folder.classes == ["a", "b"]
-    names = ["2.png", "deeper/0.gif", "deeper/1.JFIF"]
+    names = ["2.png", "again.png", "deeper/0.gif", "deeper/1.JFIF"]
     assert folder.samples == [(str(root / label / name), i) for i, label in enumerate("ab") for name in names]
     assert folder.left_out == (
         f"{root}: left out: 1 broken link(s), 1 file(s) beside the class folders, 1 file(s) ending in .txt, "
-        "2 file(s) without a suffix, 1 hidden file(s), 1 hidden folder(s), 1 link(s) to a file that is there already, "
-        "6 link(s) to a folder that is there already"
+        "1 file(s) that are pipes, sockets or devices, 2 file(s) without a suffix, 1 hidden file(s), "
+        "1 hidden folder(s), 6 link(s) to a folder that is there already"
     )
-    (root / "b" / "of_a.png").symlink_to(root / "a" / "2.png")
-    with pytest.raises(UserError, match=r"b/of_a\.png: is the same file as .*a/2\.png, of another class"):
+    (root / "b" / "of_a").symlink_to(root / "a" / "deeper")
+    with pytest.raises(UserError, match=r"b/of_a: is the same folder as .*a/deeper, of another class"):
         ImageFolder(str(tmp_path), "val", None)
+
+
+def test_links_to_files_are_not_followed_one_by_one(few_digits, tmp_path, monkeypatch):
+    """A farm of links to a store; the paths of folders alone are resolved."""
+    for file in few_digits.glob("val/*/*"):
+        link = tmp_path / file.relative_to(few_digits)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    resolved, realpath = [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: resolved.append(path) or realpath(path))
+    assert len(ImageFolder(str(tmp_path), "val", None)) == 33
+    assert len(resolved) == 10
+
+
+def test_names_that_look_the_same_are_said_to(few_digits, tmp_path):
+    """An accent as a letter of its own (NFD) or not (NFC)."""
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        (data / split / "3").rename(data / split / name)
+    hint = re.escape("'caf\\xe9' and 'cafe\\u0301' look the same but are written otherwise (Unicode NFC and NFD)")
+    with pytest.raises(UserError, match=f"only in one of them: .*{hint}; rename one of them"):
+        build_train_loader(config(data, "DATA.BATCH_SIZE", "4"), 0, 1)
+    names = [name if name != "3" else "caf\u00e9" for name in map(str, range(10))]
+    with pytest.raises(UserError, match=rf"c\.pth: its classes are not those of .*{hint}"):
+        build_eval_loader(config(data), 0, 1).renumber(names, "c.pth")
 
 
 def test_a_folder_that_may_not_be_entered_is_named(few_digits, monkeypatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import BOMBS, pickled, storage_of
+from hostile import BOMBS, before_1_6, pickled, storage_of, tensor_of, weights_of, with_second_directory
 from kill_and_resume import differences
 from PIL import Image
 
@@ -135,8 +135,11 @@ def damaged(whole: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def repacked(path: Path, rng: random.Random) -> None:
-    """The archive with its pickle changed here and there, checksums right; or packed as PyTorch does not."""
+def repacked(path: Path, rng: random.Random) -> bool:
+    """The archive with its pickle changed here and there, checksums right; or deflated, which is no damage.
+
+    Returns whether it is the latter.
+    """
     with zipfile.ZipFile(path) as source:
         records = [(item.filename, source.read(item)) for item in source.infolist()]
     kind = rng.randrange(4)
@@ -151,6 +154,7 @@ def repacked(path: Path, rng: random.Random) -> None:
             elif "/data/" in name and kind == 3 and rng.random() < 0.05:
                 continue
             target.writestr(name, bytes(content))
+    return kind == 0
 
 
 def test_checkpoints(cases, tmp_path):
@@ -164,7 +168,7 @@ def test_checkpoints(cases, tmp_path):
     refused = resumed = 0
     for case in range(cases):
         path = good.with_name("latest.pth")
-        kind, where = ("damaged", "changed", "changed", "repacked", "hostile")[case % 5], []
+        kind, where, deflated = ("damaged", "changed", "changed", "repacked", "hostile")[case % 5], [], False
         if kind == "damaged":
             path.write_bytes(damaged(whole, rng))
         elif kind == "changed":
@@ -172,14 +176,20 @@ def test_checkpoints(cases, tmp_path):
             torch.save(odd, path)
         elif kind == "repacked":
             path.write_bytes(whole)
-            repacked(path, rng)
+            deflated = repacked(path, rng)
         elif rng.random() < 0.3:
             old = rng.random() < 0.5
             torch.save({**content, "extra": Code(marker)}, path, _use_new_zipfile_serialization=not old)
         elif rng.random() < 0.3:
             path.write_bytes(pickle.dumps(rng.choice([Code(marker), [Code(marker)], content]), rng.randrange(6)))
-        elif rng.random() < 0.5:
-            pickled(path, rng.choice(list(BOMBS.values())))
+        elif rng.random() < 0.3:
+            pickled(path, rng.choice(list(BOMBS.values())), {rng.choice(["data/0", "DATA/0", "data.PKL"]): bytes(16)})
+        elif rng.random() < 0.4:
+            programs = [*BOMBS.values(), weights_of(tensor_of(4, rng.choice([4, 5, 2**28]), old=True))]
+            before_1_6(path, *rng.choices(programs, k=2))
+        elif rng.random() < 0.4:
+            other = pickled(good.with_name("other"), rng.choice(list(BOMBS.values())).ljust(2**17, b"."))
+            with_second_directory(pickled(path, storage_of(4).ljust(2**17, b".")), other)
         else:
             pickled(path, storage_of(rng.choice([-1, 3, 5, 2**30])), {"data/0": bytes(16)})
         before = path.read_bytes()
@@ -203,7 +213,7 @@ def test_checkpoints(cases, tmp_path):
         assert not marker.exists(), shown
         assert good.read_bytes() == whole, shown  # it is there, as it was, under its name
         aside = list(good.parent.glob("*.damaged*"))
-        if kind == "changed":
+        if kind == "changed" or deflated:
             assert not aside, shown  # what was written is no damage, however odd
         for file in aside:
             assert file.read_bytes() == before, shown
@@ -329,6 +339,9 @@ WORDS = (
 )
 
 
+PLACES = ("0", "1", "2", "7", "-1", "", "abc", "1.0", "٣", "127.0.0.1", " 1", "9" * 5000, "tcp://10.0.0.7:29500")
+
+
 def outcome(call, *arguments) -> tuple[object, str]:
     """What it returns, or its UserError's message."""
     try:
@@ -368,13 +381,16 @@ def test_configs_and_environments(cases, tmp_path, monkeypatch):
                 assert all(low <= v <= high for v in (value if isinstance(value, list) else [value])), (case, name)
 
         with monkeypatch.context() as patch:
-            for name in (*WHOLE_NUMBERS, "MASTER_ADDR", "SLURM_STEP_NUM_TASKS"):
+            for name in (*WHOLE_NUMBERS, "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
                 patch.delenv(name, raising=False)
                 if rng.random() < 0.4:
-                    patch.setenv(name, rng.choice(["0", "1", "2", "7", "-1", "", "abc", "1.0", "٣", "127.0.0.1", " 1"]))
+                    patch.setenv(
+                        name,
+                        rng.choice(["0", "1", "2", "7", "-1", "", "abc", "1.0", "٣", "127.0.0.1", " 1", "9" * 5000]),
+                    )
             local_rank, message = outcome(check_environment)
             if local_rank is None:
-                assert any(name in message for name in WHOLE_NUMBERS), case
+                assert any(name in message for name in (*WHOLE_NUMBERS, "MASTER_PORT")), case
             elif "WORLD_SIZE" in os.environ:
                 assert int(os.environ.get("RANK", 0)) < max(int(os.environ["WORLD_SIZE"]), 1), case
     assert 0 < accepted < cases // 5

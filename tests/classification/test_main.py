@@ -348,6 +348,30 @@ def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_pat
     assert [e.step for e in events.Scalars("val/model/top1")] == [10, 15]
 
 
+def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
+    """Key by key, where it changes numbers; not more epochs, other paths and the like."""
+    arguments = ["--data-path", few_digits, "--output", tmp_path]
+    run_main(*arguments, "--opts", *QUICK, "TRAIN.EPOCHS", "1")
+    path = tmp_path / name_of(".") / "latest.pth"
+    content = read_checkpoint(path)
+    content["shares"].update(processes=4, images=41)
+    content["config"] = content["config"].replace("  SYNC_BN: false\n", "")  # of an earlier version
+    save_checkpoint(content, tmp_path / "earlier.pth")
+    free = [*QUICK, "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "1", "KEEP_LAST", "2", "PRINT_FREQ", "1"]
+    changed = ["AUG.MIXUP", "0.5", "TRAIN.SYNC_BN", "True", "TRAIN.OPTIMIZER.EPS", "1e-6"]
+    printed = run_main(*arguments, "--tag", "a", "--resume", path, "--opts", *free)
+    assert "another config" not in printed
+    printed = run_main(*arguments, "--tag", "b", "--resume", tmp_path / "earlier.pth", "--opts", *free, *changed)
+    line = (
+        "earlier.pth: training goes on with another config: TRAIN.OPTIMIZER.EPS 1e-08 -> 1e-06, AUG.MIXUP 0.2 -> 0.5, "
+    )
+    assert printed.count(f"{line}processes 4 -> 1, images 41 -> 40\n") == 1
+    content["config"] = "TRAIN: {EPOCHS: many}"
+    save_checkpoint(content, tmp_path / "earlier.pth")
+    printed = run_main(*arguments, "--tag", "c", "--resume", tmp_path / "earlier.pth", "--opts", *free)
+    assert "earlier.pth: its config: TRAIN.EPOCHS must be of type int, got 'many'" in printed
+
+
 def test_optimizer_state_that_was_not_fused_is_resumed(few_digits, tmp_path, run_main):
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
     run_main(*arguments, "1")

@@ -21,6 +21,7 @@ from PIL import Image
 
 pytest.importorskip("mmengine", reason="make install-openmmlab")
 from mmengine.config import Config, ConfigDict
+from mmengine.fileio import dump, load
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
@@ -31,7 +32,7 @@ from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
 from classification.models.openmmlab import MM_SpatialMamba
 from classification.openmmlab import checks, tools
 from classification.openmmlab.checkpoint import load_from_local
-from classification.openmmlab.transforms import CheckLabels
+from classification.openmmlab.transforms import CheckBits, CheckLabels
 
 LAYOUT = json.loads((Path(__file__).parents[1] / "data/checkpoint_layout.json").read_text())
 MICRO = VARIANTS["spatialmamba_micro"]
@@ -612,6 +613,55 @@ def test_coco_files(changed, message, tmp_path):
         cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True)
         with pytest.raises(UserError, match=re.escape(message)):
             checks.check_data(cfg, ("train",))
+
+
+PICKLES = {
+    "ann_file": ({"ann_file": "a.pkl"}, r"a\.pkl: is a pickle.*ann_file\); write the annotations as JSON"),
+    "proposals": ({"proposal_file": "p.pickle"}, r"p\.pickle: is a pickle.*proposal_file\); leave it out"),
+    "elsewhere": ({"ann_file": "s3://a.pkl", "backend_args": {"backend": "petrel"}}, r"s3://a\.pkl: is a pickle"),
+    "wrapped": ({"type": "RepeatDataset", "dataset": {"ann_file": "a.PKL"}}, r"a\.PKL: is a pickle"),
+    "pipeline": ({"pipeline": [{"type": "X", "decode_backend": "pickle"}]}, r"decode_backend is 'pickle'"),
+    "tree": ({"hierarchy_file": "tree.np"}, r"tree\.np: is no array of numbers but a pickle"),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_data_in_pickles_is_refused_before_it_is_loaded(kind, tmp_path, monkeypatch):
+    """And where a config hides one, mmengine does not unpickle it."""
+    monkeypatch.chdir(tmp_path)
+    dataset, message = PICKLES[kind]
+    np.save(tmp_path / "tree", np.array([Runs(tmp_path / "ran")], dtype=object))
+    (tmp_path / "tree.npy").rename(tmp_path / "tree.np")
+    cfg = Config(dict(model={}, train_dataloader=dict(dataset={"type": "BaseDetDataset", **dataset})))
+    with pytest.raises(UserError, match=message):
+        checks.check_data(cfg, ("train",))
+    dump({"a": 1}, "a.pkl")  # predictions are still written so
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    for path in ("a.pkl", tmp_path / "a.pkl"):
+        with pytest.raises(UserError, match=r"a pickle loaded, which can run code"):
+            load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_images_that_pillow_would_clip_are_named(tmp_path):
+    """imdecode_backend="pillow" makes 16 bits white; cv2 scales them."""
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(path)
+    plain, pillow = [dict(type="LoadImageFromFile", imdecode_backend=name) for name in ("cv2", "pillow")]
+    for step, clipped in ((plain, False), (pillow, True), ({**pillow, "color_type": "unchanged"}, False)):
+        cfg = Config(dict(train_dataloader=dict(dataset=dict(pipeline=[dict(step)]))))
+        for _ in range(2):
+            checks.check_bits_everywhere(cfg)
+        pipeline = cfg.train_dataloader.dataset.pipeline
+        assert [one.type for one in pipeline] == ["CheckBits"] * clipped + ["LoadImageFromFile"]
+    results = {"img_path": str(path)}
+    loading = pytest.importorskip("mmcv.transforms", reason="make install-openmmlab")
+    read = loading.LoadImageFromFile(imdecode_backend="pillow")(dict(results))["img"]
+    assert (read == 255).all()  # the reason for this
+    with pytest.raises(UserError, match=r"deep\.png: is of mode I;16, which imdecode_backend='pillow' clips"):
+        CheckBits()(results)
+    Image.fromarray(np.full((4, 4), 30, np.uint8)).save(path)
+    assert CheckBits()(results) is results
 
 
 def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path):

@@ -10,7 +10,14 @@ from golden import GOLDEN, LAYOUT, fill, image
 from torch import Tensor, nn
 
 from classification import models
-from classification.models import VARIANTS, SpatialMamba, SpatialMambaBackbone, spatialmamba_micro, spatialmamba_tiny
+from classification.models import (
+    VARIANTS,
+    SpatialMamba,
+    SpatialMambaBackbone,
+    optimise_for_cpu,
+    spatialmamba_micro,
+    spatialmamba_tiny,
+)
 from classification.models.spatialmamba import Block, StructureAwareSSM
 
 PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
@@ -197,8 +204,9 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("size", [(9, 7), (40, 33)], ids=["few_tokens", "many_tokens"])
 def test_block_compiles_whole_and_agrees(size):
+    """By the modules of a CPU: of PyTorch's own, inductor of 2.11 cannot order strides of a second, dynamic size."""
     torch.manual_seed(0)
-    block = randomised(Block(16))
+    block = optimise_for_cpu(randomised(Block(16)))
     x = torch.randn(2, *size, 16, requires_grad=True)
     compiled = torch.compile(block, fullgraph=True)
     results = []

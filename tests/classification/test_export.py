@@ -1,0 +1,91 @@
+"""Exported programs and ONNX files, run where this repository's packages are missing; and what cannot be exported."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from classification import export as exporting
+from classification.checkpoint import save_checkpoint
+from classification.errors import UserError
+from classification.export import SMALLEST, difference, export, export_checkpoint, read_model, write
+from classification.models import SpatialMamba, spatialmamba_micro
+
+SHAPES = [(1, 2, 33, 33), (3, 2, 40, 95), (2, 2, 129, 64)]
+ELSEWHERE = """
+import sys
+for name in ("classification", "dwconv2d", "selective_scan", "timm"):
+    sys.modules[name] = None
+import torch
+run = torch.export.load(sys.argv[1]).module()
+torch.save([run(images) for images in torch.load(sys.argv[2], weights_only=True)], sys.argv[3])
+"""
+
+
+def small_model() -> SpatialMamba:
+    """Two stages and two states, with weights and running statistics that are none of the initial ones."""
+    torch.manual_seed(0)
+    model = SpatialMamba(in_chans=2, num_classes=5, depths=(1, 1), dims=4, d_state=2)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("running_mean"))):
+            tensor += 0.1 * torch.randn_like(tensor)
+    return model.eval()
+
+
+def test_any_batch_and_size_where_our_packages_are_missing(tmp_path):
+    model = small_model()
+    program = export(model, size=48, dynamic=("batch", "size"))
+    assert not [n.target for n in program.graph.nodes if str(n.target).startswith(("selective_scan", "dwconv2d"))]
+    write(program, tmp_path / "model.pt2", ["a", "b", "c", "d", "e"])
+    images = [torch.randn(shape) for shape in SHAPES]
+    torch.save(images, tmp_path / "images.pt")
+    arguments = [tmp_path / name for name in ("model.pt2", "images.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, capture_output=True)
+    for found, x in zip(torch.load(tmp_path / "logits.pt", weights_only=True), images, strict=True):
+        torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("classes.json"))
+        assert json.loads(archive.read(name)) == ["a", "b", "c", "d", "e"]
+
+    pytest.importorskip("onnxruntime")
+    assert difference(model, write(program, tmp_path / "model.onnx"), SHAPES) < 1e-5
+
+
+def test_a_checkpoint_of_a_fixed_size(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    content = {"model": spatialmamba_micro(num_classes=10).state_dict(), "classes": [*"0123456789"]}
+    save_checkpoint(content, tmp_path / "micro.pth")
+    arguments = ["export", str(tmp_path / "micro.pth"), str(tmp_path / "micro.pt2"), "--size", "40"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    exporting.main()
+    assert "differ from the model's by" in capsys.readouterr().out
+    run = torch.export.load(tmp_path / "micro.pt2").module()
+    images = torch.randn(1, 3, 40, 40)
+    torch.testing.assert_close(run(images), read_model(tmp_path / "micro.pth")[0](images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SystemExit, match=r"micro\.pt2: exists; remove it"):
+        exporting.main()
+
+
+def test_what_cannot_be_exported(tmp_path, monkeypatch):
+    path = tmp_path / "micro.pth"
+    save_checkpoint({"model": spatialmamba_micro(num_classes=10).state_dict()}, path)
+    with pytest.raises(UserError, match=r"model\.pt: must end in \.onnx or \.pt2"):
+        export_checkpoint(path, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=f"--size is 32, but must be {SMALLEST} to"):
+        export_checkpoint(path, tmp_path / "model.pt2", size=32)
+    with pytest.raises(UserError, match="holds no model_ema, only model"):
+        export_checkpoint(path, tmp_path / "model.pt2", weights="model_ema")
+    save_checkpoint({"model": small_model().state_dict()}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="is of none of the sizes spatialmamba_micro"):
+        export_checkpoint(tmp_path / "other.pth", tmp_path / "model.pt2")
+    monkeypatch.setattr(exporting, "NEEDED_FOR_ONNX", ("onnx_of_nobody",))
+    with pytest.raises(UserError, match="needs onnx_of_nobody: pip install onnx_of_nobody"):
+        export_checkpoint(path, tmp_path / "model.onnx")
+    monkeypatch.setattr(exporting, "export", lambda model, size, dynamic: None)
+    monkeypatch.setattr(exporting, "write", lambda program, target, names: lambda images: images.new_zeros(1, 10))
+    with pytest.raises(UserError, match="not written, for it differs from the model by 1"):
+        export_checkpoint(path, tmp_path / "model.pt2")
+    assert not list(tmp_path.glob("*model.*"))

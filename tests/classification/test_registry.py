@@ -1,0 +1,146 @@
+"""The models under timm's names and arguments, in torch.hub, and under the tools that trace, hook and count modules."""
+
+import pytest
+import timm
+import torch
+from running import ROOT
+from timm.models import group_parameters, save_for_hf
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from classification.checkpoint import save_checkpoint
+from classification.flops import count_flops
+from classification.models import VARIANTS, spatialmamba_micro
+
+PLAIN = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
+BARE = ("StructureAwareSSM", "StateFusion")  # whose parameters are none of a layer's, by the published names
+IMAGES = torch.randn(2, 3, 70, 97, generator=torch.Generator().manual_seed(0))
+
+
+def seeded(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("spatialmamba_micro", **kwargs).eval()
+
+
+def test_all_are_there():
+    assert set(timm.list_models("spatialmamba_*")) == VARIANTS.keys()
+    model = seeded(num_classes=7, in_chans=1, drop_rate=0.1, drop_path_rate=0.2)
+    assert model(IMAGES[:, :1]).shape == (2, 7)
+    assert (model.head_drop.p, model.layers[-1].blocks[-1].drop_path.drop_prob) == (0.1, 0.2)
+    config = timm.data.resolve_data_config(model=model)
+    assert (config["crop_pct"], config["interpolation"], config["mean"]) == (0.875, "bicubic", (0.485, 0.456, 0.406))
+
+
+def test_every_layer_is_a_plain_one():
+    for module in seeded().modules():
+        if list(module.parameters(recurse=False)):
+            assert type(module) in PLAIN or type(module).__name__ in BARE
+
+
+def test_features():
+    whole = seeded()
+    for wanted in ((0, 1, 2, 3), (1, 2), (-1,)):
+        model = seeded(features_only=True, out_indices=wanted)
+        maps = model(IMAGES)
+        expected = whole.forward_intermediates(IMAGES, list(wanted), intermediates_only=True)
+        for found, one, channels, stride in zip(
+            maps, expected, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+        ):
+            torch.testing.assert_close(found, one)
+            assert found.shape[1:] == (channels, -(-70 // stride), -(-97 // stride))
+    model = seeded(features_only=True, out_indices=(1,)).train()
+    model(IMAGES)[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())  # nothing is kept that no map needs
+    with pytest.raises(ValueError, match="stage indices must lie in"):
+        seeded(features_only=True, out_indices=(7,))
+
+
+def test_pooling_and_head():
+    model = seeded(global_pool="max")
+    tokens = model.forward_features(IMAGES)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens.amax((1, 2)))
+    model.reset_classifier(3)
+    torch.testing.assert_close(model(IMAGES), model.head(tokens.amax((1, 2))))
+    model.reset_classifier(0, "")
+    torch.testing.assert_close(model(IMAGES), tokens)
+    with pytest.raises(ValueError, match="global_pool must be one of 'avg', 'max', 'avgmax', '', got 'catavgmax'"):
+        seeded(global_pool="catavgmax")
+    both = seeded().forward_intermediates(IMAGES, [3], output_dict=True)
+    assert both.keys() == {"image_intermediates", "image_features"}
+
+
+def test_weights_from_a_file(tmp_path):
+    """Ours with what lies beside the weights, another head and other channels; timm's folders; a hub's local copy."""
+    model = seeded(num_classes=7)
+    save_checkpoint({"model": model.state_dict(), "config": {"A": 1}}, tmp_path / "micro.pth")
+    expected = model(IMAGES)
+    path = str(tmp_path / "micro.pth")
+    torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
+    hub = torch.hub.load(ROOT, "spatialmamba_micro", source="local", pretrained=path, num_classes=7)
+    torch.testing.assert_close(hub.eval()(IMAGES), expected)
+    save_for_hf(model, tmp_path / "folder")
+    torch.testing.assert_close(timm.create_model(f"local-dir:{tmp_path}/folder", True).eval()(IMAGES), expected)
+    whole = seeded()
+    save_checkpoint({"model": whole.state_dict()}, tmp_path / "imagenet.pth")
+    whole.reset_classifier(0)
+    one = timm.create_model("spatialmamba_micro", str(tmp_path / "imagenet.pth"), num_classes=0, in_chans=1).eval()
+    grey = IMAGES[:, :1]
+    # timm's rule for one channel is the sum of the three.
+    torch.testing.assert_close(one(grey), whole(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"no weights are published for spatialmamba_micro.*pretrained='/path"):
+        timm.create_model("spatialmamba_micro", pretrained=True)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such checkpoint; a hub id is written hf-hub:"):
+        timm.create_model("spatialmamba_micro", pretrained="nowhere.pth")
+    with pytest.raises(RuntimeError, match="size mismatch for patch_embed"):
+        timm.create_model("spatialmamba_tiny", pretrained=path, num_classes=7)
+
+
+def test_groups_for_layer_decay():
+    """Stem, then blocks in their order, each stage's downsampling with its last block, the head last."""
+    model = seeded()
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    first = {name: layer for name, layer in groups.items() if name.endswith((".cpe1.weight", "conv1.conv.weight"))}
+    assert list(first.values()) == sorted(first.values())
+    assert groups["layers.0.blocks.0.ln_1.weight"] == groups["layers.0.downsample.conv.0.conv.weight"]
+    assert groups["layers.3.blocks.0.ln_1.weight"] == groups["norm.weight"]
+    assert max(groups.values()) == groups["head.weight"]
+    decayed = param_groups_layer_decay(model, weight_decay=0.1, no_weight_decay_list=model.no_weight_decay())
+    scales = [group["lr_scale"] for group in decayed]
+    assert (scales, scales[-1]) == (sorted(scales), 1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    spared = {names[id(p)] for group in decayed if not group["weight_decay"] for p in group["params"]}
+    assert spared == {n for n, p in model.named_parameters() if p.ndim <= 1}  # as the recipe has it
+
+
+def test_traced_and_hooked():
+    """torch.fx, torchvision's extractor and torch.jit.trace; backward hooks of every module in training."""
+    model = seeded(num_classes=5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(IMAGES), model(IMAGES))
+    extractor = create_feature_extractor(model, {"layers.1.blocks.0": "tokens"})
+    assert extractor(IMAGES)["tokens"].shape == (2, 9, 13, 32)
+    traced = torch.jit.trace(model, IMAGES)
+    torch.testing.assert_close(traced(IMAGES + 1), model(IMAGES + 1))
+    seen = []
+    for module in model.train().modules():
+        module.register_full_backward_hook(lambda *_: seen.append(1))
+    model(IMAGES).sum().backward()
+    assert len(seen) >= sum(1 for _ in model.modules()) - 10  # but for what is not called, as lists of blocks are
+
+
+def test_flop_counters_agree():
+    """PyTorch's counts a multiply-add as two, and no norms."""
+    model = spatialmamba_micro(num_classes=5).eval()
+    with FlopCounterMode(display=False) as counter:
+        out = model(IMAGES[:1])
+    by_operator = count_flops(model, (70, 97)).by_operator()
+    norms = sum(count for name, count in by_operator.items() if "norm" in name)
+    assert counter.get_total_flops() == pytest.approx(2 * (sum(by_operator.values()) - norms), rel=1e-3)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    there, back = (
+        {str(operator): count for operator, count in c.get_flop_counts()["Global"].items()} for c in (counter, backward)
+    )
+    for name, times in {"selective_scan.selective_scan_state": 18 / 7, "dwconv2d.state_fusion_output": 3}.items():
+        assert back[f"{name}_backward"] == pytest.approx(times * there[name])
