@@ -105,7 +105,8 @@ class ConvLayer(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """On a GPU a 1x1 convolution with a bias is one product of tokens: cuDNN adds the bias in a pass of its own."""
         conv = self.conv
-        if conv.kernel_size == (1, 1) and fusible(x, conv) and x.is_contiguous(memory_format=torch.channels_last):
+        # An adapter in its place may have no kernel size: it is not fusible.
+        if fusible(x, conv) and conv.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
             return to_planes(F.linear(to_tokens(x), conv.weight.flatten(1), conv.bias))
         return conv(x)
 

@@ -38,7 +38,7 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets import ImageFolder
 
-from classification.models import spatialmamba_micro
+from classification.models import optimise_for_cpu, spatialmamba_micro
 
 data, output, batch, accumulation, epochs, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 
@@ -59,7 +59,7 @@ images = ImageFolder(f"{data}/train", transform)
 mixup = Mixup(0.2, 1.0, None, 1.0, 0.5, "batch", label_smoothing=0.1, num_classes=10)
 
 torch.manual_seed(seed)
-model = spatialmamba_micro(num_classes=10, drop_path_rate=0.2)
+model = optimise_for_cpu(spatialmamba_micro(num_classes=10, drop_path_rate=0.2))  # as main.py does
 ema = ModelEmaV3(model, decay=0.9)
 ddp = DistributedDataParallel(model, broadcast_buffers=False).train()
 
