@@ -26,7 +26,7 @@ SEGMENTATION_RUN := $(OUTPUT)/upernet_spatialmamba_micro_digits
 
 # The tensors of the demo and the tests are small: a second thread is only waited for, the tests use two processes.
 export OMP_NUM_THREADS ?= 1
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 .PHONY: install install-openmmlab demo demo-detection demo-segmentation test lint clean
 

@@ -26,9 +26,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: shows at length what a shorter test shows; --long runs it")
+    config.addinivalue_line("markers", "long_in_interpreter: is long where Triton's kernels run in its interpreter")
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name != "test_readme.py")  # minutes each: a process that has none left waits
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("long_in_interpreter") and item.callspec.params.get("backend") == "triton":
+                item.add_marker("long")
     wanted, day = config.getoption("--long"), date.today().toordinal()
     for i, item in enumerate(item for item in items if item.get_closest_marker("long")):
         if wanted == "no" or (wanted == "today" and i % DAYS != day % DAYS):

@@ -168,6 +168,7 @@ def test_conv_whose_taps_leave_the_plane(compare, dilation, mode):
 
 
 @each_dtype
+@pytest.mark.long_in_interpreter
 def test_conv_of_a_large_window(compare, dtype):
     compare(dilated_dwconv2d, exact_conv, make_conv_inputs((8, 14, 14), (11, 11), dtype=dtype))
 
@@ -368,6 +369,7 @@ def test_views(check, evaluate, sample, layout, name, plane, kwargs):
 @pytest.mark.parametrize("plane", [(2, 1, 1), (2, 3, 2)], ids=["1x1", "3x2"])
 @pytest.mark.parametrize("states", [None, 2], ids=["4d", "5d"])
 @pytest.mark.parametrize("name", ["fusion", "output"])
+@pytest.mark.long_in_interpreter
 def test_gradcheck_fusion(interpreted, name, states, plane):
     inputs = make_inputs(name, plane=plane, states=states, dtype=torch.float64, batch=1)
     leaves = tuple(t.requires_grad_() for t in inputs.values())
@@ -393,6 +395,7 @@ def test_gradcheck_conv(interpreted, mode, plane):
     indirect=["layout"],
 )
 @each_operator
+@pytest.mark.long_in_interpreter
 def test_opcheck(layout, name, plane, dtype):
     inputs = {n: layout(t) for n, t in make_inputs(name, plane=plane, dtype=dtype).items()}
     grad = layout(1 + torch.randn_like(inputs.get("x", inputs.get("h"))))
@@ -401,6 +404,7 @@ def test_opcheck(layout, name, plane, dtype):
 
 
 @pytest.mark.parametrize("name", ["fusion", "output"])
+@pytest.mark.long_in_interpreter
 def test_opcheck_of_several_states(name):
     inputs = make_inputs(name, states=2)
     opcheck(BACKWARDS[name], (torch.randn_like(inputs.get("x", inputs["h"])), *inputs.values()))

@@ -481,7 +481,7 @@ def test_other_instruction_sets(capability):
     if capability.upper() == torch.backends.cpu.get_cpu_capability():
         pytest.skip("this processor's own")
     done = run_command(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--random-cases=60"),
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--random-cases=24"),
         *("tests/kernels/test_selective_scan.py", "tests/kernels/test_dwconv2d.py"),
         *("-k", f"cpu and not ({NOT_OF_KERNELS})"),
         cwd=ROOT,
@@ -499,7 +499,7 @@ def test_no_kernel_reaches_beyond_its_tensors(fence, capability, tmp_path):
     source = Path(__file__).with_name("fenced_memory.c")
     subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", source, "-o", library, "-ldl"], check=True)
     done = run_command(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--random-cases=60"),
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--random-cases=24"),
         *("tests/kernels/test_selective_scan.py", "tests/kernels/test_dwconv2d.py"),
         *("-k", "cpu and (wide or random)"),
         cwd=ROOT,
