@@ -168,9 +168,11 @@ def test_a_training_step():
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_mmdets_own_configs_are_not_refused(every, monkeypatch):
+    """But for the few that name pickles: Fast R-CNN's proposals, and what Open Images' classes belong to."""
     for check in ("_must_exist", "_check_categories"):
         monkeypatch.setattr(checks, check, lambda *_: None)
     broken = ("bytetrack", "sort", "strongsort", "ocsort", "deepsort")  # some inherit from files that are not there
     count, messages = refused("mmdet", lambda path: path.parent.name not in broken, every)
     assert count > 700 / every
-    assert messages == {}
+    assert len(messages) < count / 25
+    assert all("is a pickle, which can run code" in said for said in messages.values()), messages
