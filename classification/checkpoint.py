@@ -147,7 +147,9 @@ def _check_archive(path: Path) -> bool:
                 )
             names = {entry.filename.lower() for entry in entries}  # as PyTorch's reader takes them
             claimed = sum(entry.file_size for entry in entries)
-            if len(names) < len(entries) or claimed > path.stat().st_size or not _has_one_directory(path, archive):
+            altered = [e for e in entries if e.external_attr & DIRECTORY or e.compress_size != e.file_size]
+            crowded = len(names) < len(entries) or claimed > path.stat().st_size
+            if altered or crowded or not _has_one_directory(path, archive):
                 raise DamagedCheckpointError(
                     f"{path}: is packed as torch.save does not, or damaged: its directory is not that of what it holds"
                 )
@@ -178,6 +180,7 @@ def _packing(path: Path, archive: zipfile.ZipFile) -> str:
 
 
 ENCRYPTED = 1  # of an entry's flags
+DIRECTORY = 0x10  # of its attributes: PyTorch's reader leaves a tensor's memory as it is for an entry of this kind
 
 
 def _encrypted(entry: zipfile.ZipInfo) -> int:
@@ -643,6 +646,11 @@ class CheckpointFolder:
             try:
                 status = file.stat()
             except (FileNotFoundError, NotADirectoryError):
+                if file.is_symlink():  # to a disk that is not there now, perhaps
+                    raise UserError(
+                        f"{file}: is a link to {os.readlink(file)}, which is not there; mend or remove it, or pass "
+                        "another --tag"
+                    ) from None
                 continue
             except OSError as error:
                 raise UserError(f"{file}: cannot be looked at ({error.strerror}); choose another --output") from error

@@ -137,6 +137,11 @@ FREE = (
 )
 
 
+def settings(config: CfgNode) -> dict[str, object]:
+    """The keys that change numbers, with their values."""
+    return {key: value for key, value in _flatten(config) if key not in FREE}
+
+
 def changes(text: str, config: CfgNode, source: str | Path) -> list[str]:
     """KEY OLD -> NEW for each key that changes numbers and is other in `config` than in a checkpoint's `text`.
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from yacs.config import CfgNode
 
 from classification.checkpoint import class_names_of, load_weights, read_checkpoint, state_dicts, write_atomically
-from classification.config import load_config
+from classification.config import load_config, settings
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
 from classification.errors import UserError, escape_on_streams, printable
@@ -142,8 +142,9 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
         return state_dicts(content, path), class_names_of(content, path)
 
     weights, names = run.from_main(read)
-    classes = count_classes(config, "val")
-    loader = build_eval_loader(config, run.rank, run.world_size)
+    classes = run.together(lambda: count_classes(config, "val"))
+    loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
+    run.check_alike({"classes": loader.classes, "images": len(loader.dataset), **settings(config)})
     if names is not None:
         loader.renumber(names, path)
     model = build_model(config, classes)
@@ -221,7 +222,7 @@ def print_flops(config: CfgNode) -> None:
 
 
 def train(config: CfgNode, run: Run) -> None:
-    training = Training(config, run, classes=count_classes(config, "train"))
+    training = Training(config, run, classes=run.together(lambda: count_classes(config, "train")))
     try:
         training.lock()
         run.open_log()

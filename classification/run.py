@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -84,6 +85,33 @@ class Run:
             raise outcome[1]
         return outcome[0]
 
+    def together(self, call: Callable[[], T]) -> T:
+        """What `call` returns here; or the UserError of one process, in all of them, so that none waits."""
+        outcome: list = [None, None]
+        try:
+            outcome[0] = call()
+        except UserError as error:
+            outcome[1] = error
+        for error in self.gather(outcome[1]):
+            if error is not None:
+                raise error
+        return outcome[0]
+
+    def check_alike(self, facts: dict[str, object]) -> None:
+        """
+        Raises:
+            UserError: in all processes, where one has other facts than the first: another disk, or other arguments.
+        """
+        first, *others = self.gather(facts)
+        for rank, theirs in enumerate(others, start=1):
+            for name, fact in first.items():
+                if theirs[name] != fact:
+                    there, here = _first_difference(theirs[name], fact)
+                    raise UserError(
+                        f"process {rank} has other {name} than process 0: {reprlib.repr(there)}, not "
+                        f"{reprlib.repr(here)}; give all processes the same data and arguments"
+                    )
+
     def gather(self, value: T) -> list[T]:
         """`value` of every process, by rank, in all of them; tensors go over the network as they are on a CPU."""
         if self.group is None:
@@ -114,6 +142,12 @@ class Run:
         if self.device.type == "cpu":
             return f"{self.world_size} process(es), CPU with {torch.get_num_threads()} thread(s) each, {amp}"
         return f"{self.world_size} process(es), {torch.cuda.get_device_name(self.device)}, {amp}"
+
+
+def _first_difference(there: object, here: object) -> tuple[object, object]:
+    if isinstance(there, list) and isinstance(here, list):
+        return next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
+    return there, here
 
 
 class _Printable(logging.Formatter):

@@ -29,7 +29,7 @@ from classification.checkpoint import (
     read_checkpoint,
     state_dicts,
 )
-from classification.config import changes
+from classification.config import changes, settings
 from classification.data import (
     UnreadableImages,
     build_eval_loader,
@@ -111,8 +111,16 @@ class Training:
 
     def __init__(self, config: CfgNode, run: Run, classes: int):
         self.config, self.run = config, run
-        self.train_loader = build_train_loader(config, run.rank, run.world_size)
-        self.eval_loader = build_eval_loader(config, run.rank, run.world_size)
+        self.train_loader = run.together(lambda: build_train_loader(config, run.rank, run.world_size))
+        self.eval_loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
+        run.check_alike(
+            {
+                "classes": self.train_loader.classes,
+                "images for training": len(self.train_loader.dataset),
+                "images for validation": len(self.eval_loader.dataset),
+                **settings(config),
+            }
+        )
         self.checkpoints = CheckpointFolder(run.folder, config.KEEP_LAST)
         self.notes: list[str] = []  # for the log, which is not open yet
         resumed = run.from_main(self._read_checkpoint)
@@ -148,6 +156,8 @@ class Training:
         others = names is not None and bool(names_differ(names, self.train_loader.classes))
         if names is not None and not others:
             self._renumber(names, path)
+        elif names is None:
+            self.notes.append(f"{path}: holds no names of classes; they are taken in the order of the folders")
         return load_weights(self.model, weights, path, new_head=True, other_classes=others)
 
     def _match_classes(self, content: dict, path: Path) -> None:
@@ -197,7 +207,7 @@ class Training:
         """
         path = Path(self.config.MODEL.RESUME) if self.config.MODEL.RESUME else None
         begun = self.checkpoints.look()
-        if path and (not begun or path.resolve().parent == self.run.folder.resolve()):
+        if path and (not begun or path.parent.resolve() == self.run.folder.resolve()):
             content = read_checkpoint(path)
             _check_resumable(content, path)
             return content, path
@@ -287,13 +297,15 @@ class Training:
         """
 
         def accuracies() -> dict[str, float]:
-            if path.resolve().parent != self.run.folder.resolve():
+            if path.parent.resolve() != self.run.folder.resolve():  # a checkpoint may be a link to another disk
                 return {}
             found = {}
             for key, name in (("max_accuracy", BEST), ("max_accuracy_ema", BEST_EMA)):
                 found[key] = content.get(key, NO_ACCURACY)
                 with suppress(UserError):  # a damaged one is no reason not to train
-                    found[key] = max(found[key], float(read_checkpoint(self.run.folder / name).get(key, NO_ACCURACY)))
+                    best = read_checkpoint(self.run.folder / name).get(key)
+                    if isinstance(best, int | float) and math.isfinite(best):
+                        found[key] = max(found[key], best)
             return found
 
         for key, accuracy in self.run.from_main(accuracies).items():

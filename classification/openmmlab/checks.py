@@ -103,11 +103,10 @@ def note_class_weights(cfg: Config) -> None:
 
 
 def check_labels_everywhere(cfg: Config) -> None:
-    """Put training's CheckLabels after LoadAnnotations in validation and testing too: labels wrap there as well."""
-    train = _datasets(cfg.train_dataloader.dataset) if cfg.get("train_dataloader") else ()
-    if not any(step.get("type") == "CheckLabels" for dataset in train for step in dataset.get("pipeline") or ()):
+    """Put CheckLabels after each LoadAnnotations of mmseg's: labels of more than 8 bits wrap there."""
+    if cfg.get("default_scope") != "mmseg":
         return
-    for split in ("val", "test"):
+    for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
             classes = _classes(dataset, f"{split}_dataloader.dataset")

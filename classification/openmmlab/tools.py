@@ -268,8 +268,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     check_file(cfg.get("load_from"))
     check_file((cfg.model.get("backbone") or {}).get("pretrained"))
     check_data(cfg, ("train", "val"))
-    note_class_weights(cfg)
     check_labels_everywhere(cfg)
+    note_class_weights(cfg)
     check_bits_everywhere(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():

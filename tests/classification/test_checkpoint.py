@@ -310,6 +310,36 @@ def test_a_folder_of_best_checkpoints_alone_is_not_overwritten(few_digits, tmp_p
     capsys.readouterr()
 
 
+def test_a_link_that_leads_nowhere_is_no_empty_folder(tmp_path):
+    """Its disk may be there again later: nothing starts from scratch in its place."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/latest.pth").symlink_to(tmp_path / "disk/latest.pth")
+    with pytest.raises(UserError, match=r"latest\.pth: is a link to .*disk/latest\.pth, which is not there; mend or"):
+        CheckpointFolder(tmp_path / "run", keep=3).look()
+
+
+def test_no_bit_of_the_directory_makes_another_weight(tmp_path):
+    """The record of one tensor in the archive's directory, bit by bit: the same weights are read, or none."""
+    path, weights = tmp_path / "c.pth", {"a": torch.arange(40.0), "b": torch.arange(40.0, 80.0)}
+    torch.save(weights, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("data/1")).encode()
+    start = whole.rindex(name) - 46  # the directory is the last to name it
+    refused = 0
+    for bit in range(8 * (46 + len(name))):
+        altered = bytearray(whole)
+        altered[start + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        try:
+            found = read_checkpoint(path)
+        except UserError:
+            refused += 1
+        else:
+            assert all(torch.equal(found[key], weights[key]) for key in weights), bit
+    assert refused > 100
+
+
 def test_a_run_that_looked_before_another_one_saved_does_not_start_over_it(tmp_path):
     first, second = (CheckpointFolder(tmp_path / "run", keep=3) for _ in range(2))
     assert not first.look()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +63,14 @@ y = bn(x)
 y = bn(x.detach() + 1)  # the second update of the running statistics
 torch.save({"y": y.detach(), "x": x.grad, "state": bn.state_dict(), "weight": bn.weight.grad}, f"{sys.argv[2]}{rank}")
 dist.destroy_process_group()
+"""
+
+
+OTHER_DATA = """
+import os, sys
+sys.argv += ["--data-path", {folders}[int(os.environ["RANK"])]]
+from classification.main import main
+main()
 """
 
 
@@ -137,6 +147,29 @@ def test_accuracy_is_the_same_on_one_two_and_three_processes(digits, tmp_path):
         assert counts[0] == counts[1] == counts[2]
         assert [r[name]["loss"] for r in results] == pytest.approx([results[0][name]["loss"]] * 3, rel=1e-6)
     assert results[0]["model"]["top1"] != results[0]["model_ema"]["top1"]
+
+
+def test_processes_with_other_data_stop(few_digits, tmp_path):
+    """One message, of the process that differs, whatever it is that does; nothing is written."""
+    for part in ("renamed", "fewer"):
+        shutil.copytree(few_digits, tmp_path / part)
+    for split in ("train", "val"):
+        (tmp_path / "renamed" / split / "3").rename(tmp_path / "renamed" / split / "drei")
+    next((tmp_path / "fewer/train/3").iterdir()).unlink()
+    (tmp_path / "empty").mkdir()
+    for part, message in {
+        "renamed": "process 1 has other classes than process 0: '4', not '3'; give all processes the same data",
+        "fewer": r"process 1 has other images for training than process 0: \d+, not \d+; give all processes the same",
+        "empty": "no such folder; --data-path must hold",
+    }.items():
+        script = tmp_path / "start.py"
+        script.write_text(OTHER_DATA.format(folders=[str(few_digits), str(tmp_path / part)]))
+        arguments = ["--cfg", MICRO, "--output", tmp_path / "run", "--opts", *QUICK]
+        done = run_command("torchrun", "--standalone", "--nproc_per_node=2", script, *arguments)
+        assert done.returncode != 0
+        assert re.search(f"error: .*{message}", done.stderr), done.stderr
+        assert "in _main" not in done.stderr  # as in a traceback of ours
+    assert not list((tmp_path / "run").rglob("*.pth"))
 
 
 # ----- launching and surviving

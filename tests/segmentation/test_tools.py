@@ -214,11 +214,14 @@ def test_labels_are_checked_wherever_they_are_loaded():
     cfg = Config.fromfile(TINY)
     init_default_scope("mmseg")
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    own = [step for step in cfg.train_dataloader.dataset.pipeline if step.type != "CheckLabels"]
+    cfg.train_dataloader.dataset.pipeline = own  # as a config of one's own has it
     check_labels_everywhere(cfg)
     check_labels_everywhere(cfg)  # once more changes nothing where it stands already
-    steps = [step.type for step in cfg.val_dataloader.dataset.pipeline]
-    assert steps[steps.index("LoadAnnotations") + 1] == "CheckLabels"
-    assert steps.count("CheckLabels") == 1
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        steps = [step.type for step in loader.dataset.pipeline]
+        assert steps[steps.index("LoadAnnotations") + 1] == "CheckLabels"
+        assert steps.count("CheckLabels") == 1
     alternatives = [[step.type for step in steps] for steps in cfg.tta_pipeline[-1].transforms]
     assert alternatives[alternatives.index(["LoadAnnotations"]) + 1] == ["CheckLabels"]
 
