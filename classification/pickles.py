@@ -21,6 +21,8 @@ TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")  # that a tensor with a
 ENCODE, BYTEARRAY = "_codecs.encode", "builtins.bytearray"  # how bytes stand in pickles of protocol 2
 COPIED = 2**26  # bytes that calls may copy, beside some times what the file has
 ITEM = 64  # bytes of a thing in a container, about
+NESTED = 10**4  # things in a tuple of tuples, each counted wherever it stands, as its hash goes through them
+LARGE, MOST_LARGE = 2**61 - 1, 1000  # whole numbers that can share a hash, and how many: keys of one hash are slow
 
 
 class RefusedPickleError(ValueError):
@@ -40,7 +42,7 @@ class _Made(str):
 
 
 class _Tuple(tuple):
-    held: int
+    nested: int
 
 
 class _Container:
@@ -56,9 +58,11 @@ class _Storage:
 
 
 def _held(value: object) -> int:
-    """Bytes that a copy of it takes, about. What a container takes later is not counted."""
-    if isinstance(value, _Made | _Tuple | _Container | _Storage):
+    """Bytes that a copy of it takes now, about: calls copy what they are given, but not what is in that in turn."""
+    if isinstance(value, _Made | _Container | _Storage):
         return value.held
+    if isinstance(value, _Tuple):
+        return ITEM + sum(ITEM + (len(one) if isinstance(one, str | bytes) else 0) for one in value)
     return ITEM + (len(value) if isinstance(value, str | bytes) else 0)
 
 
@@ -84,6 +88,7 @@ class Scan:
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
         self.may_copy = COPIED + 16 * size
+        self.large = 0
         for opcode, argument, _ in pickletools.genops(file):
             self._step(opcode.name, argument)
 
@@ -99,13 +104,15 @@ class Scan:
         elif name in _TUPLES:
             count = _TUPLES[name]
             made = _Tuple(self._pop(len(self.stack) - count if count is not None else self.marks.pop()))
-            made.held = ITEM + sum(map(_held, made))
+            made.nested = 1 + sum(one.nested if isinstance(one, _Tuple) else 1 for one in made)
+            if made.nested > max(NESTED, 2 * len(made)):
+                raise RefusedPickleError("it nests tuples without end")
             self.stack.append(made)
         elif name in ("REDUCE", "NEWOBJ"):
             callee, arguments = self._pop(len(self.stack) - 2)
             _check_call(callee, arguments, new=name == "NEWOBJ")
             made = _Made(callee)
-            made.held = self._copy(arguments)
+            made.held = self._copy(*arguments)
             self.stack.append(made)
         elif name == "BUILD":
             built, state = self._pop(len(self.stack) - 2)
@@ -122,6 +129,9 @@ class Scan:
         elif name in _CONSTANTS:
             if name == "SHORT_BINSTRING" and not argument.isascii():
                 raise RefusedPickleError("it has a string of Python 2 beyond ASCII")
+            self.large += isinstance(argument, int) and abs(argument) >= LARGE
+            if self.large > MOST_LARGE:
+                raise RefusedPickleError("it has thousands of whole numbers beyond 61 bits")
             self.stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}.get(name, argument))
         elif name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"):
             self.stack.append(_Container())
@@ -136,15 +146,16 @@ class Scan:
 
     def _fill(self, start: int) -> None:
         taken = self._pop(start)
-        if isinstance(self.stack[-1], _Container):
-            self.stack[-1].held += sum(map(_held, taken))
+        if isinstance(self.stack[-1], _Container | _Made):
+            self.stack[-1].held += ITEM * len(taken)
 
-    def _copy(self, value: object) -> int:
+    def _copy(self, *values: object) -> int:
         """What is named again and again takes no bytes in the file, but each copy takes memory."""
-        self.may_copy -= _held(value)
+        held = ITEM + sum(map(_held, values))
+        self.may_copy -= held
         if self.may_copy < 0:
             raise RefusedPickleError("it copies the same things again and again")
-        return _held(value)
+        return held
 
     def _storage(self, pid: object) -> _Storage:
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and type(pid[4]) is int):

@@ -81,4 +81,14 @@ BOMBS = {
     ),
     "copies": b"\x80\2}K\0(X\0\0\1\0" + b"a" * 2**16 + b"q\0X\6\0\0\0latin1q\1"
     + b"c_codecs\nencode\nh\0h\1\x86R" * 2**12 + b"ts.",
+    "a key of tuples": b"\x80\2}K\0" + b"q\0h\0\x86" * 45 + b"K\1s.",
+    "keys of one hash": b"\x80\2}(" + b"".join(
+        b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"K\0" for i in range(1, 5000)
+    ) + b"u.",
+    "filled later": b"\x80\2}K\0(c__builtin__\nset\nq\0]q\1\x85q\2Rh\1(" + b"".join(
+        b"J" + i.to_bytes(4, "little") for i in range(10_000)
+    ) + b"e" + b"h\0h\2R" * 12_000 + b"ts.",
+    "made, then filled": b"\x80\2}K\0(ccollections\nOrderedDict\nq\0)Rq\1(" + b"".join(
+        b"J" + i.to_bytes(4, "little") + b"K\0" for i in range(10_000)
+    ) + b"u" + b"h\0h\1\x85R" * 1500 + b"ts.",
 }  # fmt: skip
