@@ -1,6 +1,7 @@
 """What a config, its data and its checkpoints must satisfy, looked at early, so that a mistake is one clear line."""
 
 import json
+import logging
 import mmap
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch import nn
 
@@ -80,7 +82,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Raise a UserError if a dataset of `splits` ("train", "val", "test") lacks a file, a folder or a class."""
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
-        for dataset in _datasets(loader.dataset) if loader else ():
+        datasets = list(_datasets(loader.dataset)) if loader else []
+        for dataset in datasets:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
         evaluator = cfg.get(f"{split}_evaluator")
         for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
@@ -88,6 +91,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
             if isinstance(metric, dict) and metric.get("ann_file") and not metric.get("backend_args"):
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
+                _check_compared(metric, datasets, split)
 
 
 def note_class_weights(cfg: Config) -> None:
@@ -165,6 +169,22 @@ def _check_no_pickles(value: object, key: str) -> None:
         raise UserError(f"{value}: is a pickle, which can run code, so it is not read ({key}); {instead}")
     elif key.endswith("decode_backend") and value == "pickle":
         raise UserError(f"{key} is 'pickle', which can run code; write the data for 'numpy' or 'nifti'")
+
+
+def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
+    """CocoMetric numbers labels by its own file's categories: in another order, perfect predictions count as wrong."""
+    plain = [dataset for dataset in datasets if dataset.type == "CocoDataset" and dataset.get("ann_file")]
+    if metric.get("type") != "CocoMetric" or len(plain) != 1 or plain[0].get("backend_args"):
+        return
+    if classes := _classes(plain[0], f"{split}_dataloader.dataset"):
+        _check_categories(metric.ann_file, classes, f"{split}_dataloader.dataset", False)
+    loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)
+    if os.path.realpath(loaded) != os.path.realpath(metric.ann_file):
+        print_log(
+            f"{split}_evaluator.ann_file is {metric.ann_file}, but {split}_dataloader.dataset loads {loaded}: "
+            "predictions are compared with another file than their images are from",
+            level=logging.WARNING,
+        )
 
 
 def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:

@@ -21,6 +21,7 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 
+from classification.errors import UserError
 from classification.openmmlab import tools
 from classification.openmmlab.checks import check_channels, check_data, data_classes
 
@@ -272,6 +273,21 @@ def test_annotations(monkeypatch, scenes, tmp_path, change, expected):
     path.write_text(json.dumps(coco))
     said = message(monkeypatch, tools.train, MICRO, *options(scenes, f"train_dataloader.dataset.ann_file={path}"))
     assert re.search(rf"changed\.json.*{expected}|{expected} .*changed\.json", said), said
+
+
+def test_predictions_are_compared_with_the_file_that_is_loaded(scenes, tmp_path, capsys):
+    """CocoMetric numbers labels by its own file: with categories in another order, what is right counts as wrong."""
+    coco = json.loads((scenes / "annotations/instances_val.json").read_text())
+    coco["categories"].reverse()
+    path = tmp_path / "reversed.json"
+    path.write_text(json.dumps(coco))
+    with pytest.raises(UserError, match=r"must be in the order of .*reversed\.json"):
+        checked(scenes, **{"val_evaluator.ann_file": str(path)})
+    other = {"val_evaluator.ann_file": f"{scenes}/annotations/instances_train.json"}
+    checked(scenes)
+    assert "are compared with another file" not in capsys.readouterr().out
+    checked(scenes, **other)
+    assert "val_evaluator.ann_file is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff", b'{"categories": [{"name": '])
