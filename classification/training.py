@@ -264,7 +264,7 @@ class Training:
         changed += [
             f"{name} {reprlib.repr(shares[name])} -> {number}"
             for name, number in own.items()
-            if shares.get(name, number) != number
+            if name in shares and (type(shares[name]), shares[name]) != (int, number)
         ]
         if changed:
             self.notes.append(f"{path}: training goes on with another config: {', '.join(changed)}")
@@ -301,11 +301,10 @@ class Training:
                 return {}
             found = {}
             for key, name in (("max_accuracy", BEST), ("max_accuracy_ema", BEST_EMA)):
-                found[key] = content.get(key, NO_ACCURACY)
+                there = [content.get(key)]
                 with suppress(UserError):  # a damaged one is no reason not to train
-                    best = read_checkpoint(self.run.folder / name).get(key)
-                    if isinstance(best, int | float) and math.isfinite(best):
-                        found[key] = max(found[key], best)
+                    there.append(read_checkpoint(self.run.folder / name).get(key))
+                found[key] = max([NO_ACCURACY, *(one for one in there if _is_number(one, NO_ACCURACY, 100))])
             return found
 
         for key, accuracy in self.run.from_main(accuracies).items():
@@ -507,7 +506,7 @@ def _check_resumable(content: dict, path: Path) -> None:
     for key in ("max_accuracy", "max_accuracy_ema") if "shares" in content else ():  # others' are not used
         if not _is_number(content.get(key, NO_ACCURACY), NO_ACCURACY, 100):
             raise UserError(f"{path}: its {key} is {reprlib.repr(content[key])}, not an accuracy; {START_OVER}")
-    scaler = content.get("scaler") or {}
+    scaler = {} if content.get("scaler") is None else content["scaler"]
     if not isinstance(scaler, dict) or not all(_is_number(value, 0, LARGEST_SCALE) for value in scaler.values()):
         raise UserError(f"{path}: its scaler is {reprlib.repr(scaler)}, not that of a run; {START_OVER}")
 

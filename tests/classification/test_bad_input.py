@@ -477,6 +477,7 @@ def test_weights_that_are_no_tensors(value, refuse, few_digits, tmp_path):
         (dict(shares={}, max_accuracy="99"), "its max_accuracy is '99', not an accuracy"),
         (dict(shares={}, max_accuracy_ema=float("inf")), "its max_accuracy_ema is inf, not an accuracy"),
         (dict(scaler={"scale": float("nan")}), "its scaler is {'scale': nan}"),
+        (dict(scaler=torch.zeros(2)), "its scaler is tensor([0., 0.])"),
         (dict(model_ema=[1]), "its 'model_ema' is of type list, not weights"),
         (dict(classes="0123456789"), "its 'classes' is not a list of names"),
         (dict(classes=["a"] * 10), "its 'classes' is not a list of names, each of its own"),

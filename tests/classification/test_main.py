@@ -415,7 +415,7 @@ def test_place_of_an_earlier_version_is_kept(few_digits, tmp_path, run_main):
 
 
 def test_best_outlives_an_earlier_checkpoint(few_digits, tmp_path, run_main):
-    """Resumed from before it, a run that does worse leaves it."""
+    """Resumed from before it, a run that does worse leaves it; also where all are links to another disk."""
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
     run_main(*arguments, "1")
     folder = tmp_path / name_of(".")
@@ -424,6 +424,11 @@ def test_best_outlives_an_earlier_checkpoint(few_digits, tmp_path, run_main):
     for name in ("best.pth", "best_ema.pth"):
         (folder / name).unlink()
         save_checkpoint(content, folder / name)
+    save_checkpoint(content | {"max_accuracy_ema": "abc"}, folder / "best_ema.pth")  # which is as if there were none
+    (tmp_path / "disk").mkdir()
+    for path in folder.glob("*.pth"):
+        path.rename(tmp_path / "disk" / path.name)
+        path.symlink_to(tmp_path / "disk" / path.name)
     before = (folder / "best.pth").read_bytes()
     run_main("--resume", folder / "epoch_1.pth", *arguments, "2")
     assert (folder / "best.pth").read_bytes() == before
