@@ -294,7 +294,7 @@ CHOICES = {
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
 }
 COUNT = 2**31 - 1  # no more of anything
-# Lowest and highest value; for a list, of each of its two ascending numbers. None of them is infinite.
+# Lowest and highest value; for a list, of each of its two numbers. None of them is infinite.
 RANGES = {
     "DATA.BATCH_SIZE": (1, 2**20),
     "DATA.IMG_SIZE": (1, 2**14),
@@ -365,8 +365,10 @@ def _check_range(key: str, value: object, low: float, high: float) -> None:
     name = f"{key} ({FLAGS[key]})" if key in FLAGS else key
     if isinstance(value, list):
         numbers = len(value) == 2 and all(type(v) in (int, float) for v in value)
-        if not (numbers and low <= value[0] <= value[1] <= high):
-            raise UserError(f"{name} must be two ascending numbers in [{low}, {high}], got {reprlib.repr(value)}")
+        ascending = key != "TRAIN.OPTIMIZER.BETAS"
+        if not (numbers and all(low <= v <= high for v in value) and (not ascending or value[0] <= value[1])):
+            kind = "two ascending numbers" if ascending else "two numbers"
+            raise UserError(f"{name} must be {kind} in [{low}, {high}], got {reprlib.repr(value)}")
     elif not low <= value <= high:
         bound = f"at least {low}" if value < low else f"at most {high}"
         raise UserError(f"{name} must be {bound}, got {reprlib.repr(value)}")

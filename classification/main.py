@@ -137,11 +137,11 @@ def count_classes(config: CfgNode, split: str) -> int:
 def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
     """Evaluate every set of weights in the checkpoint at `path`; the first process writes evaluation.json."""
 
-    def read() -> tuple[dict, list[str] | None]:
+    def read() -> tuple[dict, list[str] | None, object]:
         content = read_checkpoint(path)
-        return state_dicts(content, path), class_names_of(content, path)
+        return state_dicts(content, path), class_names_of(content, path), content.get("epoch")
 
-    weights, names = run.from_main(read)
+    weights, names, epoch = run.from_main(read)
     classes = run.together(lambda: count_classes(config, "val"))
     loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
     run.check_alike({"classes": loader.classes, "images": len(loader.dataset), **settings(config)})
@@ -158,7 +158,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
         logger.warning("%s", loader.dataset.folder.left_out)
     if run.is_main and classes == 1:
         logger.warning("there is one class, so every prediction is right: accuracy says nothing")
-    results = {"checkpoint": str(path)}
+    results = {"checkpoint": str(path)} | ({"epoch": epoch} if type(epoch) is int else {})
     run.place(model)
     for name, state in weights.items():
         load_weights(model, state, path)

@@ -53,7 +53,10 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict) -> str:
     evaluation = folder / "evaluation.json"
     try:
         evaluated = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
-        if evaluated and Path(evaluated["checkpoint"]).resolve() == (folder / BEST).resolve():
+        same = evaluated and Path(evaluated["checkpoint"]).resolve() == (folder / BEST).resolve()
+        if (
+            same and evaluated.get("epoch") == checkpoint["epoch"]
+        ):  # of the file of that name now, not of an earlier one
             again = evaluated["model"]
             rows.append((f"top-1 evaluated again, {again['images']} images", f"{again['top1']:.3f} %"))
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
