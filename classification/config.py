@@ -137,9 +137,16 @@ FREE = (
 )
 
 
+# What one process may have other than the next: its disk, and what changes neither a number nor when they meet.
+LOCAL = (
+    *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "TRAIN.USE_CHECKPOINT"),
+    *("OUTPUT", "TAG", "TENSORBOARD", "PRINT_FREQ"),
+)
+
+
 def settings(config: CfgNode) -> dict[str, object]:
-    """The keys that change numbers, with their values."""
-    return {key: value for key, value in _flatten(config) if key not in FREE}
+    """The keys that all processes of a run must have alike, with their values."""
+    return {key: value for key, value in _flatten(config) if key not in LOCAL}
 
 
 def changes(text: str, config: CfgNode, source: str | Path) -> list[str]:

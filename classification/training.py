@@ -22,6 +22,7 @@ from classification.checkpoint import (
     CLASSES,
     LATEST,
     CheckpointFolder,
+    DamagedCheckpointError,
     StateDict,
     class_names_of,
     like,
@@ -39,7 +40,7 @@ from classification.data import (
     names_differ,
 )
 from classification.engine import Progress, Trainer, evaluate, train_one_epoch
-from classification.errors import UserError
+from classification.errors import UserError, is_file
 from classification.guards import NonFiniteError, NonFiniteGuard
 from classification.metrics import MetricsLog
 from classification.models import VARIANTS, SpatialMamba
@@ -302,8 +303,9 @@ class Training:
             found = {}
             for key, name in (("max_accuracy", BEST), ("max_accuracy_ema", BEST_EMA)):
                 there = [content.get(key)]
-                with suppress(UserError):  # a damaged one is no reason not to train
-                    there.append(read_checkpoint(self.run.folder / name).get(key))
+                best = self.run.folder / name
+                with suppress(DamagedCheckpointError):  # no reason not to train; that it cannot be read now is one
+                    there.append(read_checkpoint(best).get(key) if is_file(best) else None)
                 found[key] = max([NO_ACCURACY, *(one for one in there if _is_number(one, NO_ACCURACY, 100))])
             return found
 

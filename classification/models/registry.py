@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from classification.models.spatialmamba import VARIANTS, SpatialMamba
 
 HUB = "hf-hub:"
+SIZES = ("depths", "dims", "d_state", "expand", "mlp_ratio")
 PRETRAINED_CFG = dict(
     input_size=(3, 224, 224),
     pool_size=(7, 7),
@@ -48,6 +49,9 @@ def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Mod
             f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "
             "pretrained='hf-hub:user/repository', or checkpoint_path"
         )
+    if "state_dict" in overlay:  # timm itself is not strict where the number of classes is another
+        sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
+        _check_trunk(name, pretrained, overlay["state_dict"], {**VARIANTS[name], **sizes})
     # Made there and of this dtype, as timm's models are that take both.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
 
@@ -79,6 +83,22 @@ def _source(pretrained: str) -> dict:
     stem = state.get(f"{PRETRAINED_CFG['first_conv']}.weight")
     size = PRETRAINED_CFG["input_size"] if stem is None else (stem.shape[1], *PRETRAINED_CFG["input_size"][1:])
     return dict(state_dict=state, num_classes=num_classes(state) or 0, input_size=size)
+
+
+def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:
+    """
+    Raises:
+        ValueError: the weights are of another model, but for the head and for images of other channels.
+    """
+    from classification.checkpoint import HEAD, differences
+
+    with torch.device("meta"):
+        model = SpatialMamba(**sizes)
+    own = model.state_dict()
+    stem = f"{PRETRAINED_CFG['first_conv']}.weight"
+    other_channels = stem in state and state[stem].shape[1] != model.in_chans
+    if found := differences(own, state, ignore=(*HEAD, *([stem] if other_channels else []))):
+        raise ValueError(f"{path}: its weights are none of a {name}: {found}")
 
 
 def _names_weights(cfg: object) -> bool:
