@@ -102,7 +102,7 @@ def note_class_weights(cfg: Config) -> None:
     weighted = any(loss.get("class_weight") for part in losses for loss in (part if isinstance(part, list) else [part]))
     for dataset in _datasets(cfg.train_dataloader.dataset) if weighted else ():
         for step in dataset.get("pipeline") or ():
-            if step.get("type") == "CheckLabels":
+            if kind_of(step) == "CheckLabels":
                 step.class_weight = True
 
 
@@ -118,15 +118,21 @@ def check_labels_everywhere(cfg: Config) -> None:
                 _insert_check(dataset.pipeline, ConfigDict(type="CheckLabels", num_classes=len(classes)))
 
 
+def kind_of(config: ConfigDict) -> str:
+    """The class that a config names, also by its scope, as in "mmdet.CocoDataset", or by itself."""
+    kind = config.get("type")
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+
+
 def _insert_check(pipeline: list, check: ConfigDict) -> None:
     for i, step in enumerate(pipeline):
-        if step.get("type") == "TestTimeAug":  # whose transforms are lists of alternatives
-            loads = [any(one.get("type") == "LoadAnnotations" for one in steps) for steps in step.transforms]
+        if kind_of(step) == "TestTimeAug":  # whose transforms are lists of alternatives
+            loads = [any(kind_of(one) == "LoadAnnotations" for one in steps) for steps in step.transforms]
             if True in loads and [check] not in step.transforms:
                 step.transforms.insert(loads.index(True) + 1, [check])
             return
-        if step.get("type") == "LoadAnnotations":
-            if i + 1 == len(pipeline) or pipeline[i + 1].get("type") != "CheckLabels":
+        if kind_of(step) == "LoadAnnotations":
+            if i + 1 == len(pipeline) or kind_of(pipeline[i + 1]) != "CheckLabels":
                 pipeline.insert(i + 1, check)
             return
 
@@ -147,7 +153,7 @@ def check_bits_everywhere(cfg: Config) -> None:
         for dataset in _datasets(loader.dataset) if loader else ():
             steps = dataset.get("pipeline") or []
             at = next((i for i, step in enumerate(steps) if _decodes_by_pillow(step)), None)
-            if at is not None and not any(step.get("type") == "CheckBits" for step in steps):
+            if at is not None and not any(kind_of(step) == "CheckBits" for step in steps):
                 steps.insert(at, ConfigDict(type="CheckBits"))
 
 
@@ -173,8 +179,8 @@ def _check_no_pickles(value: object, key: str) -> None:
 
 def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
     """CocoMetric numbers labels by its own file's categories: in another order, perfect predictions count as wrong."""
-    plain = [dataset for dataset in datasets if dataset.type == "CocoDataset" and dataset.get("ann_file")]
-    if metric.get("type") != "CocoMetric" or len(plain) != 1 or plain[0].get("backend_args"):
+    plain = [dataset for dataset in datasets if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file")]
+    if kind_of(metric) != "CocoMetric" or len(plain) != 1 or plain[0].get("backend_args"):
         return
     if classes := _classes(plain[0], f"{split}_dataloader.dataset"):
         _check_categories(metric.ann_file, classes, f"{split}_dataloader.dataset", False)
@@ -201,14 +207,14 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     if dataset.get("ann_file"):
         _must_exist(annotations, "annotation file", f"{key}.ann_file")
     if classes := _classes(dataset, key):
-        if dataset.type == "CocoDataset" and dataset.get("ann_file"):
+        if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file"):
             # Where images without boxes are left out, as of unlabelled data they are not.
             annotated = key.startswith("train") and bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt"))
             _check_categories(annotations, classes, key, annotated)
-        if dataset.type != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
+        if kind_of(dataset) != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
             _check_num_classes(cfg.model.get("module", cfg.model), len(classes), key)  # with --tta
         for step in dataset.get("pipeline") or ():
-            if step.get("type") == "CheckLabels" and (number := step.get("num_classes")) != len(classes):
+            if kind_of(step) == "CheckLabels" and (number := step.get("num_classes")) != len(classes):
                 raise UserError(
                     f"{key}.pipeline: CheckLabels has {number} classes, but the data set {len(classes)}; "
                     "make them equal"

@@ -16,7 +16,7 @@ from running import ROOT, free_port, note_threads, run_command, threads_left
 from scenes import write_coco, write_few_scenes
 
 pytest.importorskip("mmdet", reason="make install-openmmlab")
-import mmdet
+import mmdet.evaluation
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
@@ -281,8 +281,9 @@ def test_predictions_are_compared_with_the_file_that_is_loaded(scenes, tmp_path,
     coco["categories"].reverse()
     path = tmp_path / "reversed.json"
     path.write_text(json.dumps(coco))
-    with pytest.raises(UserError, match=r"must be in the order of .*reversed\.json"):
-        checked(scenes, **{"val_evaluator.ann_file": str(path)})
+    for kind in ("CocoMetric", "mmdet.CocoMetric", mmdet.evaluation.CocoMetric):
+        with pytest.raises(UserError, match=r"must be in the order of .*reversed\.json"):
+            checked(scenes, **{"val_evaluator.ann_file": str(path), "val_evaluator.type": kind})
     other = {"val_evaluator.ann_file": f"{scenes}/annotations/instances_train.json"}
     checked(scenes)
     assert "are compared with another file" not in capsys.readouterr().out

@@ -21,7 +21,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from classification.errors import UserError
 from classification.openmmlab import tools
-from classification.openmmlab.checks import check_channels, check_data, check_labels_everywhere, data_classes
+from classification.openmmlab.checks import check_channels, check_data, check_labels_everywhere, data_classes, kind_of
 from classification.openmmlab.transforms import CheckLabels
 
 CONFIGS = ROOT / "segmentation/configs/spatialmamba"
@@ -216,10 +216,11 @@ def test_labels_are_checked_wherever_they_are_loaded():
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     own = [step for step in cfg.train_dataloader.dataset.pipeline if step.type != "CheckLabels"]
     cfg.train_dataloader.dataset.pipeline = own  # as a config of one's own has it
+    next(step for step in own if step.type == "LoadAnnotations").type = "mmseg.LoadAnnotations"
     check_labels_everywhere(cfg)
     check_labels_everywhere(cfg)  # once more changes nothing where it stands already
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        steps = [step.type for step in loader.dataset.pipeline]
+        steps = [kind_of(step) for step in loader.dataset.pipeline]
         assert steps[steps.index("LoadAnnotations") + 1] == "CheckLabels"
         assert steps.count("CheckLabels") == 1
     alternatives = [[step.type for step in steps] for steps in cfg.tta_pipeline[-1].transforms]
