@@ -94,7 +94,6 @@ def test_sizes(compare, size, dtype, interpreted):
     batch, channels, states, length, groups = size
     if interpreted:
         length, channels = min(length, 200 if states == 1 else 67), min(channels, 8)  # still more than a chunk of 64
-        states = states if length < 64 else min(states, 2)
     inputs = make_inputs(batch, channels, states, length, groups, dtype=dtype)
     assert selective_scan_state(**inputs).dtype == inputs["A"].dtype
     compare(selective_scan_state, exact_scan, inputs, delta_softplus=True)
@@ -228,7 +227,7 @@ def test_random_cases(request, evaluate, check, layouts, interpreted, part):
     """`--random-cases 2000` for all that are asked of a release."""
     cases = request.config.getoption("--random-cases") // (10 if interpreted else 1)
     for seed in range(part, cases, 4):
-        inputs, options = random_inputs(seed, 400 if interpreted else 20000, layouts)
+        inputs, options = random_inputs(seed, 1000 if interpreted else 20000, layouts)
         grad, actual = evaluate(selective_scan_state, inputs, options)
         wide = {name: t.double() for name, t in inputs.items()}
         _, exact = evaluate(exact_scan, wide, options, grad.double())
