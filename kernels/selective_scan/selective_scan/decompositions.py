@@ -22,7 +22,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
     """For `torch.export.ExportedProgram.run_decompositions`: this package's operators of inference.
 
     The scan becomes two of `torch.ops.higher_order.scan`, which ONNX has as Scan: within chunks of `CHUNK` tokens, then
-    over the chunks. It takes CHUNK + L / CHUNK steps or two more for L tokens, and no quotients, so decays may underflow.
+    over the chunks. It takes CHUNK + L / CHUNK + 2 steps for L tokens, and no quotients, so decays may underflow.
     """
     return {torch.ops.selective_scan.selective_scan_state.default: _selective_scan_state}
 
