@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -151,6 +151,19 @@ def export_checkpoint(
     return found
 
 
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps quiet what the exporters log and warn of their own graphs; afterwards the process logs as before."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a checkpoint as ONNX or torch.export's program.", allow_abbrev=False
@@ -162,10 +175,9 @@ def main() -> None:
     parser.add_argument("--dynamic", nargs="+", choices=("batch", "size"), default=(), help="what may be others later")
     args = parser.parse_args()
     escape_on_streams()
-    logging.disable(logging.WARNING)  # the exporters' remarks on their own graphs
-    warnings.simplefilter("ignore")
     try:
-        found = export_checkpoint(args.source, args.target, args.weights, args.size, args.dynamic)
+        with _without_remarks():
+            found = export_checkpoint(args.source, args.target, args.weights, args.size, args.dynamic)
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
     print(printable(f"wrote {args.target}: its logits differ from the model's by {found:.1e} of the largest"))

@@ -1,3 +1,4 @@
+import logging
 import os
 from datetime import date
 
@@ -48,3 +49,21 @@ def _poison_uninitialised_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.backends.cudnn.allow_tf32 = False  # references on a GPU are held to float32's precision
     assert torch.empty(7).isnan().all()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was():
+    """What a test, or the code that it calls, sets for the whole process would change the tests that follow it."""
+
+    def settings():
+        return {
+            "logging.disable": logging.root.manager.disable,
+            "threads": torch.get_num_threads(),
+            "default dtype": torch.get_default_dtype(),
+            "grad mode": torch.is_grad_enabled(),
+            "directory": os.getcwd(),
+        }
+
+    before = settings()
+    yield
+    assert settings() == before
