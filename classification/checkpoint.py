@@ -220,6 +220,8 @@ def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     except (RuntimeError, ValueError) as error:
         if _is_momentary(error):
             raise
+        if "reading zip archive" in str(error):  # its directory, of which `zipfile` looks at less
+            raise _damaged(path) from error
         raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
     folder = entries[0].filename.partition("/")[0]
     sizes = {entry.filename: entry.file_size for entry in entries}

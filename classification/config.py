@@ -128,6 +128,16 @@ def saved_config(text: str, source: str) -> CfgNode:
     return config
 
 
+def trained_with(content: dict, path: str) -> CfgNode:
+    """The config of a checkpoint of main.py; the default one for others, published ones too.
+
+    Raises:
+        UserError: what it holds as its config is none.
+    """
+    text = content.get("config")
+    return saved_config(text, f"{path}: its config") if isinstance(text, str) else default_config()
+
+
 # Keys that change no number, or are meant to change from one part of a run to the next.
 FREE = (
     *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "DATA.MAX_UNREADABLE"),

@@ -36,6 +36,7 @@ from classification.checkpoint import (
     state_dicts,
     variant_of,
 )
+from classification.config import trained_with
 from classification.errors import UserError, escape_on_streams, printable
 from classification.models import VARIANTS, SpatialMamba
 
@@ -68,8 +69,8 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = ()) ->
         return program.run_decompositions({**selective_scan.decompositions(), **dwconv2d.decompositions()})
 
 
-def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, list[str] | None]:
-    """The classifier that a checkpoint is of, and the names of its classes if it has them.
+def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, list[str] | None, int]:
+    """The classifier that a checkpoint is of, the names of its classes if it has them, and the size of its images.
 
     Raises:
         UserError: it cannot be read, does not hold these weights, or is of none of `VARIANTS`.
@@ -84,7 +85,7 @@ def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, 
         raise UserError(f"{path}: is of none of the sizes {', '.join(VARIANTS)}")
     model = SpatialMamba(num_classes=num_classes(state) or 0, **VARIANTS[name])
     load_weights(model, state, path)
-    return model.eval(), class_names_of(content, path)
+    return model.eval(), class_names_of(content, path), trained_with(content, str(path)).DATA.IMG_SIZE
 
 
 def write(program: ExportedProgram, target: Path, names: list[str] | None = None) -> Callable[[Tensor], Tensor]:
@@ -118,9 +119,11 @@ def difference(model: SpatialMamba, run: Callable[[Tensor], Tensor], shapes: Seq
 
 
 def export_checkpoint(
-    source: Path, target: Path, weights: str = "model", size: int = 224, dynamic: Sequence[str] = ()
+    source: Path, target: Path, weights: str = "model", size: int | None = None, dynamic: Sequence[str] = ()
 ) -> float:
     """Write `weights` of `source` to `target`; returns the largest difference from the model, relative.
+
+    Without `size`, the images are of the size that main.py trained it on; of other checkpoints, 224.
 
     Raises:
         UserError: `source` cannot be read; `target` exists, is neither .onnx nor .pt2, or cannot be written; a package
@@ -133,7 +136,8 @@ def export_checkpoint(
     missing = [name for name in NEEDED_FOR_ONNX if target.suffix == ONNX and find_spec(name) is None]
     if missing:
         raise UserError(f"{ONNX} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    model, names = read_model(source, weights)
+    model, names, trained = read_model(source, weights)
+    size = trained if size is None else size
     program = export(model, size, dynamic)
     shapes = [(1, model.in_chans, size, size)]
     if dynamic:
@@ -171,7 +175,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="checkpoint or safetensors file")
     parser.add_argument("target", type=Path, help=f"file to write, {ONNX} or {PT2}")
     parser.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--size", type=int, help="height and width of the images; as trained, or else 224")
     parser.add_argument("--dynamic", nargs="+", choices=("batch", "size"), default=(), help="what may be others later")
     args = parser.parse_args()
     escape_on_streams()

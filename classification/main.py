@@ -22,7 +22,14 @@ import torch
 import torch.distributed as dist
 from yacs.config import CfgNode
 
-from classification.checkpoint import class_names_of, load_weights, read_checkpoint, state_dicts, write_atomically
+from classification.checkpoint import (
+    class_names_of,
+    load_weights,
+    read_checkpoint,
+    state_dicts,
+    tensors_digest,
+    write_atomically,
+)
 from classification.config import load_config, settings
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
@@ -137,11 +144,11 @@ def count_classes(config: CfgNode, split: str) -> int:
 def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
     """Evaluate every set of weights in the checkpoint at `path`; the first process writes evaluation.json."""
 
-    def read() -> tuple[dict, list[str] | None, object]:
+    def read() -> tuple[dict, list[str] | None]:
         content = read_checkpoint(path)
-        return state_dicts(content, path), class_names_of(content, path), content.get("epoch")
+        return state_dicts(content, path), class_names_of(content, path)
 
-    weights, names, epoch = run.from_main(read)
+    weights, names = run.from_main(read)
     classes = run.together(lambda: count_classes(config, "val"))
     loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
     run.check_alike({"classes": loader.classes, "images": len(loader.dataset), **settings(config)})
@@ -158,7 +165,11 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
         logger.warning("%s", loader.dataset.folder.left_out)
     if run.is_main and classes == 1:
         logger.warning("there is one class, so every prediction is right: accuracy says nothing")
-    results = {"checkpoint": str(path)} | ({"epoch": epoch} if type(epoch) is int else {})
+    results = {
+        "checkpoint": str(path),
+        "sha256": tensors_digest(weights["model"]),
+        "data_path": str(Path(config.DATA.DATA_PATH).resolve()),
+    }
     run.place(model)
     for name, state in weights.items():
         load_weights(model, state, path)
@@ -276,9 +287,11 @@ def _main(args: argparse.Namespace) -> None:
         print_flops(config)
         return
     run = Run(config)
+    evaluates = args.eval or bool(config.MODEL.PRETRAINED and not args.finetune)
+    run.check_alike({"--throughput": args.throughput, "--eval or --finetune": evaluates})
     if args.throughput:
         measure_throughput(config, run, args.compile, args.channels_last)
-    elif args.eval or (config.MODEL.PRETRAINED and not args.finetune):
+    elif evaluates:
         evaluate_checkpoint(config, run, config.MODEL.PRETRAINED or config.MODEL.RESUME)
     else:
         train(config, run)

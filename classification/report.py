@@ -8,7 +8,6 @@ also best.pth and, if the checkpoint was evaluated again, evaluation.json, for t
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -18,7 +17,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from classification.checkpoint import BEST, class_names_of, load_weights, num_classes, read_checkpoint, state_dicts
+from classification.checkpoint import (
+    BEST,
+    class_names_of,
+    load_weights,
+    num_classes,
+    read_checkpoint,
+    state_dicts,
+    tensors_digest,
+)
 from classification.config import saved_config
 from classification.data import names_differ
 from classification.data.build import eval_transform
@@ -41,10 +48,10 @@ def read_metrics(folder: Path) -> list[dict]:
     return epochs
 
 
-def summary(folder: Path, metrics: list[dict], checkpoint: dict) -> str:
-    """The run in a table: where training ended, and what a second process measured on the saved weights."""
+def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str) -> str:
+    """The run in a table: where training ended, and what a second process measured on these weights and images."""
     weights = state_dicts(checkpoint, folder / "best.pth")["model"]
-    trained = {m["epoch"]: m["model"]["top1"] for m in metrics}.get(checkpoint["epoch"], math.nan)
+    trained = float(checkpoint["max_accuracy"])  # of this very epoch, which a resumed run may have repeated
     rows = [
         ("parameters", f"{sum(v.numel() for k, v in weights.items() if _is_parameter(k)):,}"),
         ("epochs", f"{len(metrics)} in {sum(m['seconds'] for m in metrics):.0f} s of training"),
@@ -53,13 +60,11 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict) -> str:
     evaluation = folder / "evaluation.json"
     try:
         evaluated = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
-        same = evaluated and Path(evaluated["checkpoint"]).resolve() == (folder / BEST).resolve()
-        if (
-            same and evaluated.get("epoch") == checkpoint["epoch"]
-        ):  # of the file of that name now, not of an earlier one
+        measured = evaluated.get("sha256"), evaluated.get("data_path")
+        if measured == (tensors_digest(weights), str(Path(data_path).resolve())):
             again = evaluated["model"]
             rows.append((f"top-1 evaluated again, {again['images']} images", f"{again['top1']:.3f} %"))
-    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{evaluation}: is damaged ({error!r}); evaluate the checkpoint again") from error
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -149,8 +154,10 @@ def report(folder: Path, data_path: str | None) -> None:
         checkpoint = read_checkpoint(path)
         figures["predictions.png"] = draw_predictions(*_best_model_and_images(checkpoint, path, data_path))
         try:
-            print(summary(folder, metrics, checkpoint))
-        except (AttributeError, KeyError, TypeError) as error:
+            print(summary(folder, metrics, checkpoint, data_path))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
     for name, figure in figures.items():
         try:

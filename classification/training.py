@@ -50,6 +50,7 @@ from classification.sync_bn import average_batch_norm, running_statistics, synch
 
 logger = logging.getLogger("spatialmamba")
 
+VALIDATED = "validation_images"
 NO_ACCURACY = -1.0  # before the first epoch: below any that can be measured
 START_OVER = "start from its weights with --pretrained and --finetune"
 
@@ -262,6 +263,8 @@ class Training:
             changed = [f"({error})"]
         shares = content.get("shares") if isinstance(content.get("shares"), dict) else {}
         own = {name: self._shares()[name] for name in ("processes", "images")}  # which no key has
+        shares = {**shares, VALIDATED: content.get(VALIDATED)} if VALIDATED in content else shares
+        own[VALIDATED] = len(self.eval_loader.dataset)
         changed += [
             f"{name} {reprlib.repr(shares[name])} -> {number}"
             for name, number in own.items()
@@ -442,6 +445,7 @@ class Training:
             "config": self.config.dump(),
             CLASSES: [escaped(name) for name in self.train_loader.classes],
             "shares": self._shares(),
+            VALIDATED: len(self.eval_loader.dataset),
             "progress": asdict(self.progress) if self.progress.step else {},
             **asdict(self.state),
         }

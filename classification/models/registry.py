@@ -78,11 +78,20 @@ def _source(pretrained: str) -> dict:
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
     # Here, for it imports the models itself. It reads what timm's own loader does not: configs beside the weights.
     from classification.checkpoint import num_classes, read_checkpoint, state_dicts
+    from classification.config import trained_with
 
-    state = state_dicts(read_checkpoint(pretrained), pretrained)["model"]
+    content = read_checkpoint(pretrained)
+    state, config = state_dicts(content, pretrained)["model"], trained_with(content, pretrained)
     stem = state.get(f"{PRETRAINED_CFG['first_conv']}.weight")
-    size = PRETRAINED_CFG["input_size"] if stem is None else (stem.shape[1], *PRETRAINED_CFG["input_size"][1:])
-    return dict(state_dict=state, num_classes=num_classes(state) or 0, input_size=size)
+    channels, size, method = 3 if stem is None else stem.shape[1], config.DATA.IMG_SIZE, config.DATA.INTERPOLATION
+    return dict(
+        state_dict=state,
+        num_classes=num_classes(state) or 0,
+        input_size=(channels, size, size),
+        pool_size=(-(-size // 32),) * 2,
+        crop_pct=config.TEST.CROP_PCT,
+        interpolation="bilinear" if method == "random" else method,  # as in evaluation
+    )
 
 
 def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:

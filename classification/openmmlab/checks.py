@@ -6,7 +6,8 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def note_class_weights(cfg: Config) -> None:
     losses = [head.get("loss_decode") or [] for head in heads]
     weighted = any(loss.get("class_weight") for part in losses for loss in (part if isinstance(part, list) else [part]))
     for dataset in _datasets(cfg.train_dataloader.dataset) if weighted else ():
-        for step in dataset.get("pipeline") or ():
+        for step in _steps(dataset.get("pipeline") or ()):
             if kind_of(step) == "CheckLabels":
                 step.class_weight = True
 
@@ -113,9 +114,17 @@ def check_labels_everywhere(cfg: Config) -> None:
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
-            classes = _classes(dataset, f"{split}_dataloader.dataset")
-            if classes and dataset.get("pipeline"):
-                _insert_check(dataset.pipeline, ConfigDict(type="CheckLabels", num_classes=len(classes)))
+            # A data set that does not know its classes has as many as the head.
+            number = len(_classes(dataset, f"{split}_dataloader.dataset")) or _head_classes(cfg.model)
+            if number and dataset.get("pipeline"):
+                check = ConfigDict(type="CheckLabels", num_classes=number)
+                _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
+
+
+def _head_classes(model: ConfigDict) -> int:
+    """Of the last head, which predicts; 0 if it does not say."""
+    head = model.get("module", model).get("decode_head") or {}  # with --tta
+    return (head[-1] if isinstance(head, list) else head).get("num_classes", 0)
 
 
 def kind_of(config: ConfigDict) -> str:
@@ -124,17 +133,37 @@ def kind_of(config: ConfigDict) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
 
 
-def _insert_check(pipeline: list, check: ConfigDict) -> None:
-    for i, step in enumerate(pipeline):
-        if kind_of(step) == "TestTimeAug":  # whose transforms are lists of alternatives
-            loads = [any(kind_of(one) == "LoadAnnotations" for one in steps) for steps in step.transforms]
-            if True in loads and [check] not in step.transforms:
-                step.transforms.insert(loads.index(True) + 1, [check])
-            return
-        if kind_of(step) == "LoadAnnotations":
-            if i + 1 == len(pipeline) or kind_of(pipeline[i + 1]) != "CheckLabels":
-                pipeline.insert(i + 1, check)
-            return
+def _steps(pipeline: Sequence) -> Iterator[ConfigDict]:
+    """All steps of a pipeline, those within RandomChoice, RandomApply and TestTimeAug too."""
+    for step in pipeline:
+        if isinstance(step, list | tuple):
+            yield from _steps(step)
+        else:
+            yield step
+            inner = step.get("transforms") or ()
+            yield from _steps([inner] if isinstance(inner, dict) else inner)
+
+
+def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:
+    """Put `check` after, or else before, each step that is wanted, where it does not stand already."""
+    for i in reversed(range(len(pipeline))):
+        step = pipeline[i]
+        inner = step.get("transforms")
+        if wanted(step):
+            beside = i + 1 if after else i - 1
+            if not (0 <= beside < len(pipeline) and kind_of(pipeline[beside]) == kind_of(check)):
+                pipeline.insert(i + after, check)
+        elif inner and kind_of(step) == "TestTimeAug":  # lists of alternatives for one place each
+            at = next((k for k, one in enumerate(inner) if any(map(wanted, one))), None)
+            if at is not None and [check] not in inner:
+                inner.insert(at + after, [check])
+        elif inner and kind_of(step) == "RandomChoice":  # of steps, or of pipelines
+            step.transforms = [list(one) if isinstance(one, list | tuple) else [one] for one in inner]
+            for one in step.transforms:
+                _insert(one, wanted, check, after)
+        elif inner:  # RandomApply and other wrappers
+            step.transforms = [inner] if isinstance(inner, dict) else list(inner)
+            _insert(step.transforms, wanted, check, after)
 
 
 def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
@@ -151,10 +180,7 @@ def check_bits_everywhere(cfg: Config) -> None:
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
-            steps = dataset.get("pipeline") or []
-            at = next((i for i, step in enumerate(steps) if _decodes_by_pillow(step)), None)
-            if at is not None and not any(kind_of(step) == "CheckBits" for step in steps):
-                steps.insert(at, ConfigDict(type="CheckBits"))
+            _insert(dataset.get("pipeline") or [], _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
 
 
 def _decodes_by_pillow(step: ConfigDict) -> bool:
@@ -213,7 +239,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
             _check_categories(annotations, classes, key, annotated)
         if kind_of(dataset) != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
             _check_num_classes(cfg.model.get("module", cfg.model), len(classes), key)  # with --tta
-        for step in dataset.get("pipeline") or ():
+        for step in _steps(dataset.get("pipeline") or ()):
             if kind_of(step) == "CheckLabels" and (number := step.get("num_classes")) != len(classes):
                 raise UserError(
                     f"{key}.pipeline: CheckLabels has {number} classes, but the data set {len(classes)}; "
@@ -257,6 +283,7 @@ def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
 
 def _check_categories(path: str, classes: list[str], key: str, annotated: bool) -> None:
     names = _categories(path)
+    _check_images(path)
     if annotated:
         _check_annotated(path)
     absent = [name for name in classes if name not in names]
@@ -275,12 +302,16 @@ def _categories(path: str) -> list[str]:
     """Names of a COCO file's categories, where that can be without parsing half a gigabyte of annotations."""
     for read in (_categories_at_an_end, _categories_in_all):
         with suppress(KeyError, RecursionError, TypeError, ValueError):
-            names = [category["name"] for category in read(path)]
+            categories = read(path)
+            names, ids = ([category[key] for category in categories] for key in ("name", "id"))
             if all(isinstance(name, str) for name in names):
-                return names
-    raise UserError(
-        f'{path}: is no COCO annotation file: it has no "categories" list of {{"id": ..., "name": ...}}; add one'
-    )
+                break
+    else:
+        raise UserError(
+            f'{path}: is no COCO annotation file: it has no "categories" list of {{"id": ..., "name": ...}}; add one'
+        )
+    _check_ids(path, "categories", ids)
+    return names
 
 
 def _categories_at_an_end(path: str) -> list[dict]:
@@ -294,6 +325,24 @@ def _categories_at_an_end(path: str) -> list[dict]:
         if not start:
             raise ValueError("no list of categories")
         return json.JSONDecoder().raw_decode(chunk, start.end())[0]
+
+
+SMALL = 2**27  # bytes of a file that is read to the end; COCO's own, of half a gigabyte, is known to be sound
+
+
+def _check_images(path: str) -> None:
+    """pycocotools gives an image the annotations of another of its id, without a word."""
+    if os.path.getsize(path) <= SMALL:
+        ids = []
+        with suppress(KeyError, RecursionError, TypeError, ValueError):  # which mmdet says
+            ids = [image["id"] for image in json.loads(Path(path).read_bytes())["images"]]
+        _check_ids(path, "images", ids)
+
+
+def _check_ids(path: str, what: str, ids: list[int]) -> None:
+    for one, number in Counter(ids).items():
+        if number > 1:
+            raise UserError(f"{path}: {number} of its {what} have the id {one!r}; give each its own")
 
 
 def _check_annotated(path: str) -> None:

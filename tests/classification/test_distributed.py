@@ -66,9 +66,9 @@ dist.destroy_process_group()
 """
 
 
-OTHER_DATA = """
+OTHER_ARGUMENTS = """
 import os, sys
-sys.argv += ["--data-path", {folders}[int(os.environ["RANK"])]]
+sys.argv += {arguments}[int(os.environ["RANK"])]
 from classification.main import main
 main()
 """
@@ -149,7 +149,7 @@ def test_accuracy_is_the_same_on_one_two_and_three_processes(digits, tmp_path):
     assert results[0]["model"]["top1"] != results[0]["model_ema"]["top1"]
 
 
-def test_processes_with_other_data_stop(few_digits, tmp_path):
+def test_processes_with_other_arguments_stop(few_digits, tmp_path):
     """One message, of the process that differs, whatever it is that does; nothing is written."""
     for part in ("renamed", "fewer"):
         shutil.copytree(few_digits, tmp_path / part)
@@ -161,9 +161,13 @@ def test_processes_with_other_data_stop(few_digits, tmp_path):
         "renamed": "process 1 has other classes than process 0: '4', not '3'; give all processes the same data",
         "fewer": r"process 1 has other images for training than process 0: \d+, not \d+; give all processes the same",
         "empty": "no such folder; --data-path must hold",
+        "evaluated": "process 1 has other --eval or --finetune than process 0: True, not False; give all processes the",
     }.items():
         script = tmp_path / "start.py"
-        script.write_text(OTHER_DATA.format(folders=[str(few_digits), str(tmp_path / part)]))
+        others = ["--data-path", str(tmp_path / part)]
+        if part == "evaluated":
+            others = ["--data-path", str(few_digits), "--pretrained", "checkpoint.pth"]
+        script.write_text(OTHER_ARGUMENTS.format(arguments=[["--data-path", str(few_digits)], others]))
         arguments = ["--cfg", MICRO, "--output", tmp_path / "run", "--opts", *QUICK]
         done = run_command("torchrun", "--standalone", "--nproc_per_node=2", script, *arguments)
         assert done.returncode != 0

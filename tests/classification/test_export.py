@@ -56,9 +56,10 @@ def test_any_batch_and_size_where_our_packages_are_missing(tmp_path):
 
 def test_a_checkpoint_of_a_fixed_size(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    content = {"model": spatialmamba_micro(num_classes=10).state_dict(), "classes": [*"0123456789"]}
+    config = "DATA: {IMG_SIZE: 40}"  # which is its size then
+    content = {"model": spatialmamba_micro(num_classes=10).state_dict(), "config": config}
     save_checkpoint(content, tmp_path / "micro.pth")
-    arguments = ["export", str(tmp_path / "micro.pth"), str(tmp_path / "micro.pt2"), "--size", "40"]
+    arguments = ["export", str(tmp_path / "micro.pth"), str(tmp_path / "micro.pt2")]
     monkeypatch.setattr(sys, "argv", arguments)
     exporting.main()
     assert "differ from the model's by" in capsys.readouterr().out

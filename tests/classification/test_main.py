@@ -355,6 +355,7 @@ def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
     path = tmp_path / name_of(".") / "latest.pth"
     content = read_checkpoint(path)
     content["shares"].update(processes=4, images=41)
+    content["validation_images"] = 34
     content["config"] = content["config"].replace("  SYNC_BN: false\n", "")  # of an earlier version
     save_checkpoint(content, tmp_path / "earlier.pth")
     free = [*QUICK, "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "1", "KEEP_LAST", "2", "PRINT_FREQ", "1"]
@@ -365,7 +366,7 @@ def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
     line = (
         "earlier.pth: training goes on with another config: TRAIN.OPTIMIZER.EPS 1e-08 -> 1e-06, AUG.MIXUP 0.2 -> 0.5, "
     )
-    assert printed.count(f"{line}processes 4 -> 1, images 41 -> 40\n") == 1
+    assert printed.count(f"{line}processes 4 -> 1, images 41 -> 40, validation_images 34 -> 33\n") == 1
     content["config"] = "TRAIN: {EPOCHS: many}"
     save_checkpoint(content, tmp_path / "earlier.pth")
     printed = run_main(*arguments, "--tag", "c", "--resume", tmp_path / "earlier.pth", "--opts", *free)

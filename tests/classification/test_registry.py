@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from classification.checkpoint import save_checkpoint
+from classification.config import default_config
 from classification.flops import count_flops
 from classification.models import VARIANTS, spatialmamba_micro
 
@@ -76,6 +77,12 @@ def test_weights_from_a_file(tmp_path):
     model = seeded(num_classes=7)
     save_checkpoint({"model": model.state_dict(), "config": {"A": 1}}, tmp_path / "micro.pth")
     expected = model(IMAGES)
+    config = default_config()
+    config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP_PCT = 64, "bilinear", 1.0
+    save_checkpoint({"model": model.state_dict(), "config": config.dump()}, tmp_path / "of_main.pth")
+    of_main = timm.create_model("spatialmamba_micro", str(tmp_path / "of_main.pth"), num_classes=7)
+    found = timm.data.resolve_data_config(model=of_main)
+    assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 64, 64), "bilinear", 1.0)
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
     hub = torch.hub.load(ROOT, "spatialmamba_micro", source="local", pretrained=path, num_classes=7)

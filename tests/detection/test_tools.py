@@ -291,6 +291,17 @@ def test_predictions_are_compared_with_the_file_that_is_loaded(scenes, tmp_path,
     assert "val_evaluator.ann_file is" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what", ["images", "categories"])
+def test_ids_that_two_share(scenes, tmp_path, what):
+    """pycocotools keeps the last, and gives it what belongs to both."""
+    coco = json.loads((scenes / "annotations/instances_train.json").read_text())
+    coco[what][1]["id"] = coco[what][0]["id"]
+    path = tmp_path / "merged.json"
+    path.write_text(json.dumps(coco))
+    with pytest.raises(UserError, match=rf"merged\.json: 2 of its {what} have the id \d+; give each its own"):
+        checked(scenes, **{"train_dataloader.dataset.ann_file": str(path)})
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00\xff", b'{"categories": [{"name": '])
 def test_annotations_that_are_no_json(monkeypatch, scenes, tmp_path, content):
     path = tmp_path / "broken.json"

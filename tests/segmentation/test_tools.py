@@ -223,6 +223,19 @@ def test_labels_are_checked_wherever_they_are_loaded():
         steps = [kind_of(step) for step in loader.dataset.pipeline]
         assert steps[steps.index("LoadAnnotations") + 1] == "CheckLabels"
         assert steps.count("CheckLabels") == 1
+    load = dict(type="LoadAnnotations")
+    for choices in ([load, dict(type="Pad")], [[load], [dict(type="Pad"), load]]):  # of steps, or of pipelines
+        cfg.train_dataloader.dataset.pipeline = [
+            dict(type="RandomApply", transforms=load),
+            dict(type="mmcv.RandomChoice", transforms=choices),
+        ]
+        cfg.train_dataloader.dataset.type = "BaseSegDataset"  # which has as many classes as the head
+        check_labels_everywhere(cfg)
+        apply, choose = cfg.train_dataloader.dataset.pipeline
+        assert [kind_of(step) for step in apply.transforms] == ["LoadAnnotations", "CheckLabels"]
+        assert all(kind_of(one[-1]) in ("CheckLabels", "Pad") for one in choose.transforms)
+        checks = [step for one in choose.transforms for step in one if kind_of(step) == "CheckLabels"]
+        assert {check.num_classes for check in checks} == {150}
     alternatives = [[step.type for step in steps] for steps in cfg.tta_pipeline[-1].transforms]
     assert alternatives[alternatives.index(["LoadAnnotations"]) + 1] == ["CheckLabels"]
 
