@@ -41,8 +41,10 @@ $(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.tom
 
 install-openmmlab: $(OPENMMLAB)
 
+# mmengine imports yapf, which writes a file to ~/.cache at first: of processes that start together, one could read half.
 $(OPENMMLAB): $(INSTALLED) requirements-openmmlab.txt $(wildcard classification/openmmlab/mmcv_ext/*)
 	$(BIN)/python -m pip install -r requirements-openmmlab.txt
+	$(BIN)/python -c "import yapf"
 	touch $@
 
 demo: $(INSTALLED)
