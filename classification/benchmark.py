@@ -4,6 +4,7 @@
     python -m classification.benchmark --train             a training step with and without this repository's kernels
     python -m classification.benchmark --train --peers     a training step of each backbone
     python -m classification.benchmark --profile           the kernels of one batch on a GPU, the longest first
+    python -m classification.benchmark --runtime openvino  inference of exported models, or by onnxruntime, on a CPU
 
 Inference takes the models in turn, so that a machine whose speed drifts slows all of them, and prints medians. Training
 steps run in a process each, whose peak memory is printed; each makes the same steps from the same seed. On a GPU a
@@ -17,14 +18,17 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classification.export import export, write_onnx
 from classification.memory import keep_freed_memory
 from classification.models import VARIANTS, SpatialMamba, optimise_for_cpu, spatialmamba
 
@@ -90,6 +94,10 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 def time_inference(args: argparse.Namespace) -> None:
     also = [args.model + UNOPTIMISED] if args.device == "cpu" and args.model in VARIANTS else []
     models = {name: build(name, args).eval() for name in (args.model, *also, *args.beside)}
+    compare_inference(models, args)
+
+
+def compare_inference(models: dict[str, Callable[[Tensor], object]], args: argparse.Namespace) -> None:
     on_gpu = args.device == "cuda"
     unit = "images per second" if on_gpu else "ms per image"
     print("| model | " + " | ".join(f"{unit}, batch {batch}" for batch in args.batch) + " |")
@@ -106,6 +114,43 @@ def time_inference(args: argparse.Namespace) -> None:
             medians[name].append(statistics.median(seconds[1:]) / batch)
     for name, values in medians.items():
         print(f"| {name} | " + " | ".join(f"{1 / s:.0f}" if on_gpu else f"{1e3 * s:.1f}" for s in values) + " |")
+
+
+def time_runtime(args: argparse.Namespace) -> None:
+    """Each model through ONNX in a runtime of others."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        for name in (args.model, *args.beside):
+            target = Path(folder, f"{name}.onnx")
+            if name in VARIANTS:
+                program = export(SpatialMamba(**VARIANTS[name]), args.size)
+            else:
+                more = {"img_size": args.size} if name.startswith("swin") else {}
+                images = torch.zeros(1, 3, args.size, args.size)
+                program = torch.export.export(timm.create_model(name, **more).eval(), (images,))
+            write_onnx(program, target)
+            models[name] = RUNTIMES[args.runtime](target, torch.get_num_threads())
+        compare_inference(models, args)
+
+
+def _onnxruntime(path: Path, threads: int) -> Callable[[Tensor], object]:
+    import onnxruntime  # optional
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images.numpy()})
+
+
+def _openvino(path: Path, threads: int) -> Callable[[Tensor], object]:
+    import openvino  # optional
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.compile_model(path, "CPU", settings)
+    return lambda images: model([images.numpy()])
+
+
+RUNTIMES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 
 
 # ----- training
@@ -220,6 +265,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", action="store_true", help="training steps instead of inference")
     parser.add_argument("--peers", action="store_true", help="with --train: beside the other backbones")
     parser.add_argument("--profile", action="store_true", help="the GPU's kernels, with --train those of a step")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="inference of exported models on a CPU, batch 1")
     parser.add_argument("--rows", type=int, default=40, help="of --profile, at most")
     parser.add_argument("--batch", type=int, nargs="+", help="images at once; 1 and 8, with --train 8")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
@@ -237,11 +283,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # of one training process
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.batch = args.batch or ([8] if args.train or args.profile else [1, 8])
+    args.batch = args.batch or ([8] if args.train or args.profile else [1] if args.runtime else [1, 8])
     if (args.train or args.profile) and len(args.batch) > 1:
         parser.error("--train and --profile take one --batch")
     if args.profile and args.device != "cuda":
         parser.error("--profile needs a GPU")
+    if args.runtime and (args.train or args.profile or args.batch != [1] or args.device != "cpu"):
+        parser.error("--runtime times inference of one image on --device cpu")
     if args.peers and not args.train:
         parser.error("--peers goes with --train; inference is always timed beside the other backbones")
     return args
@@ -259,12 +307,14 @@ def main() -> None:
         return
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     how = [args.dtype, "without autocast" if args.cast else "", f"compiled ({args.compile})" if args.compile else ""]
-    how += ["NHWC" if args.channels_last else ""]
+    how += ["NHWC" if args.channels_last else "", f"by {args.runtime}" if args.runtime else ""]
     print(f"{where}, torch {torch.__version__}, {args.size}x{args.size} pixels, {', '.join(filter(None, how))}\n")
     if args.profile:
         profile(args)
     elif args.train:
         compare_training(args)
+    elif args.runtime:
+        time_runtime(args)
     else:
         time_inference(args)
 

@@ -46,13 +46,14 @@ SMALLEST, LARGEST, MOST = 33, 8192, 1024  # pixels of a side, and images of a ba
 TOLERANCE = 1e-4  # of the largest logit
 
 
-def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = ()) -> ExportedProgram:
+def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), strict: bool = False) -> ExportedProgram:
     """`torch.export` of the model in evaluation mode, decomposed into standard operators.
 
     Args:
         model: any form of it; left in evaluation mode.
         size: height and width of the images.
         dynamic: of "batch" and "size", what a user may choose: 1 to `MOST` images, `SMALLEST` to `LARGEST` pixels.
+        strict: as of `torch.export.export`.
 
     Raises:
         UserError: images that are too small or too large.
@@ -65,7 +66,7 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = ()) ->
     # Sizes that differ, for equal ones would be taken for one; but what is fixed is as asked for.
     shape = (2 if "batch" in dynamic else 1, model.in_chans, size, size + 32 * ("size" in dynamic))
     with torch.no_grad():  # the derivative of each scan would be traced as well
-        program = torch.export.export(model.eval(), (torch.zeros(shape),), dynamic_shapes=(dimensions,))
+        program = torch.export.export(model.eval(), (torch.zeros(shape),), dynamic_shapes=(dimensions,), strict=strict)
         return program.run_decompositions({**selective_scan.decompositions(), **dwconv2d.decompositions()})
 
 
@@ -88,18 +89,23 @@ def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, 
     return model.eval(), class_names_of(content, path), trained_with(content, str(path)).DATA.IMG_SIZE
 
 
+def write_onnx(program: ExportedProgram, target: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a program of any model as ONNX, with inputs `images` and outputs `logits`."""
+    with contextlib.redirect_stdout(io.StringIO()):  # its exporter reports its steps
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        )
+    onnx_program.model.metadata_props.update(metadata or {})
+    onnx_program.save(target, external_data=False)
+
+
 def write(program: ExportedProgram, target: Path, names: list[str] | None = None) -> Callable[[Tensor], Tensor]:
     """Write a program to `target`, .onnx or .pt2, with the names of its classes; returns what runs the file."""
     text = json.dumps(names or [])
     if target.suffix == PT2:
         torch.export.save(program, target, extra_files={f"{CLASSES}.json": text})
         return torch.export.load(target).module()
-    with contextlib.redirect_stdout(io.StringIO()):  # its exporter reports its steps
-        onnx_program = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
-        )
-    onnx_program.model.metadata_props[CLASSES] = text
-    onnx_program.save(target, external_data=False)
+    write_onnx(program, target, {CLASSES: text})
     import onnxruntime  # optional
 
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])

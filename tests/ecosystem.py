@@ -1,6 +1,6 @@
 """What tools of the ecosystem make of the model, a line each, for the table in docs/deploy.md:
 
-    pip install peft torchao captum grad-cam thop ptflops torchinfo
+    pip install accelerate peft torchao captum grad-cam thop ptflops torchinfo
     python tests/ecosystem.py
 
 Not part of the tests: none of these packages is needed for anything else.
@@ -13,6 +13,7 @@ import ptflops
 import thop
 import torch
 import torchinfo
+from accelerate import Accelerator, debug_launcher
 from captum.attr import IntegratedGradients
 from peft import LoraConfig, get_peft_model
 from pytorch_grad_cam import GradCAM
@@ -73,6 +74,23 @@ def integrated_gradients() -> str:
     return f"attributions {tuple(IntegratedGradients(micro()).attribute(IMAGES, target=3, n_steps=8).shape)}"
 
 
+def train_one_step() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = micro().train()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    loss = model(IMAGES[accelerator.process_index :][:1]).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    sums = accelerator.gather(sum(p.detach().double().sum() for p in model.parameters()))
+    assert accelerator.num_processes == 2
+    assert (sums == sums[0]).all()
+
+
+def accelerated() -> str:
+    debug_launcher(train_one_step, num_processes=2)
+    return "a step in two processes leaves both with the same weights"
+
+
 def flop_counter() -> str:
     model = spatialmamba_tiny().eval()
     with FlopCounterMode(display=False) as counter:
@@ -102,6 +120,7 @@ def of_torchinfo() -> str:
 
 
 TOOLS = {
+    "accelerate, two processes": accelerated,
     "PEFT, LoRA": lora,
     "quantize_dynamic": dynamic,
     "torchao, int8 weights": int8,

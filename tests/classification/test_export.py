@@ -1,12 +1,12 @@
 """Exported programs and ONNX files, run where this repository's packages are missing; and what cannot be exported."""
 
 import json
-import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
+from export_shapes import run_elsewhere
 
 from classification import export as exporting
 from classification.checkpoint import save_checkpoint
@@ -15,14 +15,6 @@ from classification.export import SMALLEST, difference, export, export_checkpoin
 from classification.models import SpatialMamba, spatialmamba_micro
 
 SHAPES = [(1, 2, 33, 33), (3, 2, 40, 95), (2, 2, 129, 64)]
-ELSEWHERE = """
-import sys
-for name in ("classification", "dwconv2d", "selective_scan", "timm"):
-    sys.modules[name] = None
-import torch
-run = torch.export.load(sys.argv[1]).module()
-torch.save([run(images) for images in torch.load(sys.argv[2], weights_only=True)], sys.argv[3])
-"""
 
 
 def small_model() -> SpatialMamba:
@@ -41,10 +33,7 @@ def test_any_batch_and_size_where_our_packages_are_missing(tmp_path):
     assert not [n.target for n in program.graph.nodes if str(n.target).startswith(("selective_scan", "dwconv2d"))]
     write(program, tmp_path / "model.pt2", ["a", "b", "c", "d", "e"])
     images = [torch.randn(shape) for shape in SHAPES]
-    torch.save(images, tmp_path / "images.pt")
-    arguments = [tmp_path / name for name in ("model.pt2", "images.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, capture_output=True)
-    for found, x in zip(torch.load(tmp_path / "logits.pt", weights_only=True), images, strict=True):
+    for found, x in zip(run_elsewhere(tmp_path / "model.pt2", images), images, strict=True):
         torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
     with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("classes.json"))

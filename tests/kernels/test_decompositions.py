@@ -1,5 +1,7 @@
 """What the operators are written out as for exported programs, against the operators."""
 
+import importlib
+
 import dwconv2d
 import pytest
 import selective_scan
@@ -10,10 +12,14 @@ SCAN = torch.ops.selective_scan.selective_scan_state.default
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100])  # around chunks of 32
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(("states", "groups"), [(1, None), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_scan(length, states, groups, dtype):
+def test_scan(length, known, states, groups, dtype, monkeypatch):
     """Decays from 1 to such that are 0 at once, softplus far from zero among them."""
+    module = importlib.import_module("selective_scan.decompositions")
+    if not known:  # as where the number of tokens is a symbol
+        monkeypatch.setattr(module, "_chunks_of_known", module._chunks_of_unknown)
     state = torch.promote_types(dtype, torch.float32)
     u, delta = torch.randn(2, 6, length, dtype=dtype), torch.randn(2, 6, length, dtype=dtype) * 20
     B = torch.randn(*((2,) if groups is None else (2, groups)), states, length, dtype=dtype)

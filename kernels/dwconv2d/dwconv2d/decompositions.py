@@ -49,5 +49,7 @@ def _state_fusion_output(
     check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x)
     fused = _state_fusion(h, weight3, weight3_d3, weight3_d5, alpha)
     fused = fused if h.dim() == 5 else fused.unsqueeze(2)
-    y = (fused * C.to(h.dtype).unsqueeze(1)).sum(2) + D[:, None, None] * x.to(h.dtype)
+    terms = fused * C.to(h.dtype).unsqueeze(1)
+    # Of one state there is nothing to add, which runtimes would do all the same.
+    y = (terms.squeeze(2) if h.shape[2:-2] in ((), (1,)) else terms.sum(2)) + D[:, None, None] * x.to(h.dtype)
     return y.to(x.dtype)

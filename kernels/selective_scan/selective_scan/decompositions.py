@@ -7,6 +7,7 @@
 Any number of tokens, also one that is not known while the program is exported.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from selective_scan.reference import check_inputs, state_dtype, widen
 
-CHUNK = 32  # tokens that are scanned one after the other in all chunks at once; then the chunks are
+CHUNK = 32  # tokens of a chunk, where their number is not known
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
     """For `torch.export.ExportedProgram.run_decompositions`: this package's operators of inference.
 
-    The scan becomes two of `torch.ops.higher_order.scan`, which ONNX has as Scan: within chunks of `CHUNK` tokens, then
-    over the chunks. It takes CHUNK + L / CHUNK + 2 steps for L tokens, and no quotients, so decays may underflow.
+    The scan becomes two of `torch.ops.higher_order.scan`, which ONNX has as Scan: within all chunks of tokens at once,
+    then over the chunks. Of L tokens a chunk has the square root, which gives the fewest steps, or `CHUNK` where the
+    number is not known before. There are no quotients, so decays may underflow.
     """
     return {torch.ops.selective_scan.selective_scan_state.default: _selective_scan_state}
 
@@ -45,22 +47,32 @@ def _selective_scan_state(
 def _scan(log_decay: Tensor, drive: Tensor) -> Tensor:
     """h_t = exp(log_decay_t) h_{t-1} + drive_t along the last dimension of (B, D, N, L)."""
     batch, channels, states, length = drive.shape
-    # At least two, for a size that may be one is another graph's; and all tokens are a product of them.
-    chunks = length // CHUNK + 2
-    # (CHUNK, B, D, N, chunks): what is scanned comes first.
-    log_decay, drive = (
-        _dense(
-            F.pad(t, (0, CHUNK * chunks - length)).view(batch, channels, states, chunks, CHUNK).permute(4, 0, 1, 2, 3)
-        )
-        for t in (log_decay, drive)
-    )
+    chunk, chunks = _chunks_of_known(length) if isinstance(length, int) else _chunks_of_unknown(length)
+
+    def by_token(t: Tensor) -> Tensor:
+        """(chunk, B, D, N, chunks): what is scanned comes first."""
+        padded = F.pad(t, (0, chunk * chunks - length))
+        return _dense(padded.view(batch, channels, states, chunks, chunk).permute(4, 0, 1, 2, 3))
+
+    log_decay, drive = by_token(log_decay), by_token(drive)
     first = drive.new_zeros(drive.shape[1:])
     last, within = torch.ops.higher_order.scan(_next_token, [first], [log_decay.exp(), drive], ())
     products = log_decay.cumsum(0).exp()  # of the decays of a chunk so far
     ends = [_dense(t.permute(3, 0, 1, 2)) for t in (products[-1], last)]
     _, before = torch.ops.higher_order.scan(_next_chunk, [first[..., 0]], ends, ())
     h = within + products * before.permute(1, 2, 3, 0)
-    return _dense(h.permute(1, 2, 3, 4, 0)).view(batch, channels, states, CHUNK * chunks)[..., :length]
+    return _dense(h.permute(1, 2, 3, 4, 0)).view(batch, channels, states, chunk * chunks)[..., :length]
+
+
+def _chunks_of_known(length: int) -> tuple[int, int]:
+    """Tokens of a chunk, and chunks."""
+    chunk = math.isqrt(length - 1) + 1
+    return chunk, -(-length // chunk)
+
+
+def _chunks_of_unknown(length: torch.SymInt) -> tuple[int, torch.SymInt]:
+    """At least two, for a size that may be one is another graph's; and all tokens are a product of them."""
+    return CHUNK, length // CHUNK + 2
 
 
 def _next_token(h: Tensor, decay: Tensor, drive: Tensor) -> list[Tensor]:
