@@ -53,7 +53,7 @@ def read_checkpoint(
     A yacs CfgNode, as in the published checkpoints, is read as a dict, and so is any other. What torch.save has written
     carries checksums, which are compared; and nothing is made that is larger than what the file holds. A .safetensors
     file is read as a bare state dict, and its digest compared if it has one (see `classification.convert`); with the
-    names of its classes, if it has these, as {"model": state dict, "classes": names}.
+    names of its classes or a config, if it has these, as {"model": state dict, "classes": names, "config": text}.
 
     Args:
         path: the file.
@@ -315,9 +315,9 @@ def _without_attributes(value: object) -> object:
     return Tensor.detach(Tensor.rename(value, None) if Tensor.has_names(value) else value)
 
 
-def tensors_digest(tensors: StateDict, classes: str = "") -> str:
-    """SHA-256 of the text of the names of classes, and of the tensors' names, shapes, dtypes and values."""
-    digest = hashlib.sha256(classes.encode())
+def tensors_digest(tensors: StateDict, text: str = "") -> str:
+    """SHA-256 of a text, the names of classes and the config, and of the tensors' names, shapes, dtypes and values."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -332,16 +332,17 @@ def _read_safetensors(path: Path) -> dict:
             metadata = file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise DamagedCheckpointError(f"{path}: is not a safetensors file, or is damaged ({error})") from error
-    digest, classes = metadata.get("sha256"), metadata.get(CLASSES, "")
-    # Without the classes: as the first version wrote it.
-    if digest is not None and digest not in (tensors_digest(tensors, classes), tensors_digest(tensors)):
-        raise DamagedCheckpointError(f"{path}: is damaged: its tensors or classes do not match its digest")
+    digest, text = metadata.get("sha256"), metadata.get(CLASSES, "") + metadata.get("config", "")
+    # Without the texts: as the first version wrote it.
+    if digest is not None and digest not in (tensors_digest(tensors, text), tensors_digest(tensors)):
+        raise DamagedCheckpointError(f"{path}: is damaged: its tensors, classes or config do not match its digest")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    if CLASSES not in metadata:
+    if CLASSES not in metadata and "config" not in metadata:
         return tensors
+    config = {"config": metadata["config"]} if "config" in metadata else {}
     try:
-        return {"model": tensors, CLASSES: json.loads(metadata[CLASSES])}
+        return {"model": tensors, CLASSES: json.loads(metadata.get(CLASSES, "null")), **config}
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: its names of classes are not a JSON list ({error})") from error
 

@@ -174,6 +174,30 @@ def changes(text: str, config: CfgNode, source: str | Path) -> list[str]:
     ]
 
 
+SEEN = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT", "TRAIN.AMP")  # what accuracy depends on
+
+
+def seen_otherwise(content: dict, config: CfgNode, path: str | Path) -> list[str]:
+    """KEY OLD -> NEW for each key of evaluation that is other in `config` than in a checkpoint of main.py."""
+    text = content.get("config")
+    return [line for line in changes(text, config, path) if line.startswith(SEEN)] if isinstance(text, str) else []
+
+
+def seen_config(content: dict, path: str | Path) -> str | None:
+    """The keys of a checkpoint's config that its evaluation depends on, as text; None without a config of main.py.
+
+    It is for weights that are given away: paths and the like are not in it.
+    """
+    if not isinstance(content.get("config"), str):
+        return None
+    values = dict(_flatten(trained_with(content, str(path))))
+    tree: dict[str, dict] = {}
+    for key in ("MODEL.NAME", *SEEN):
+        section, _, leaf = key.partition(".")
+        tree.setdefault(section, {})[leaf] = values[key]
+    return yaml.safe_dump(tree)
+
+
 def _read_yaml(path: str) -> dict:
     if not is_file(path):
         raise UserError(f"--cfg {path}: no such file; the published sizes are in classification/configs/spatialmamba")
@@ -331,7 +355,7 @@ RANGES = {
     "TRAIN.MAX_SKIPPED": (1, COUNT),
     "TRAIN.OPTIMIZER.BETAS": (0, 0.999999),
     "TRAIN.OPTIMIZER.EPS": (1e-30, 1),  # in float32, less is 0: moments of 0 would be divided by it
-    "TRAIN.EMA.DECAY": (0, 1),
+    "TRAIN.EMA.DECAY": (0, 0.9999999),  # at 1 the average would stay what it is at first
     "TRAIN.MESA.WEIGHT": (0, 1e3),
     "TRAIN.MESA.START": (0, 1),
     "AUG.SCALE": (1e-6, 1),

@@ -4,9 +4,10 @@
     python -m classification.convert weights.safetensors weights.pth
     python -m classification.convert ckpt.pth mmpretrain.pth --to mmpretrain
 
-The safetensors file holds one set of weights, the names of their classes and a digest of both, which is compared when
-it is read; the .pth file is {"model": state dict}, which `--pretrained` of main.py takes as well, or, for mmpretrain,
-{"state_dict": ...} by the names of `configs/mmpretrain`. An existing file is not overwritten.
+The safetensors file holds one set of weights, the names of their classes, the size of the images and the like, and a
+digest of all that, which is compared when it is read. The .pth file holds the same, {"model": state dict, ...}, which
+`--pretrained` of main.py takes as well; for mmpretrain it is {"state_dict": ...} by the names of `configs/mmpretrain`.
+An existing file is not overwritten.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from classification.checkpoint import (
     tensors_digest,
     write_atomically,
 )
+from classification.config import seen_config
 from classification.errors import UserError, escape_on_streams, printable
 
 MMPRETRAIN = "mmpretrain"
@@ -58,19 +60,21 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
     if os.path.lexists(target):
         raise UserError(f"{target}: exists; remove it or name another file")
     content = read_checkpoint(source)
-    found, names = state_dicts(content, source), class_names_of(content, source)
+    found, names, config = state_dicts(content, source), class_names_of(content, source), seen_config(content, source)
     if weights not in found:
         raise UserError(f"{source}: holds no {weights}, only {', '.join(found)}")
     state = {name: tensor.resolve_conj().resolve_neg().contiguous().clone() for name, tensor in found[weights].items()}
     if target.suffix == SAFETENSORS:
         classes = {} if names is None else {CLASSES: json.dumps(names)}
-        metadata = {"format": "pt", **classes, "sha256": tensors_digest(state, classes.get(CLASSES, ""))}
+        texts = classes | ({} if config is None else {"config": config})
+        metadata = {"format": "pt", **texts, "sha256": tensors_digest(state, "".join(texts.values()))}
         write_atomically(target, lambda file: file.write(safetensors_bytes(state, metadata)))
     elif to == MMPRETRAIN:
         meta = {} if names is None else {"dataset_meta": {CLASSES: names}}
         save_checkpoint({"meta": meta, "state_dict": to_mmpretrain(state)}, target)
     else:
-        save_checkpoint({"model": state} | ({} if names is None else {CLASSES: names}), target)
+        further = {CLASSES: names, "config": config}
+        save_checkpoint({"model": state} | {key: value for key, value in further.items() if value is not None}, target)
     return len(state)
 
 
@@ -86,7 +90,7 @@ def main() -> None:
         count = convert(args.source, args.target, args.weights, args.to)
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
-    print(printable(f"wrote {args.target}: {count} tensors"))
+    print(printable(f"wrote {args.target}: {count} tensors of {args.weights}"))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from classification.checkpoint import (
     tensors_digest,
     write_atomically,
 )
-from classification.config import load_config, settings
+from classification.config import load_config, seen_otherwise, settings
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
 from classification.errors import UserError, escape_on_streams, printable
@@ -144,14 +144,22 @@ def count_classes(config: CfgNode, split: str) -> int:
 def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
     """Evaluate every set of weights in the checkpoint at `path`; the first process writes evaluation.json."""
 
-    def read() -> tuple[dict, list[str] | None]:
+    def read() -> tuple[dict, list[str] | None, list[str]]:
         content = read_checkpoint(path)
-        return state_dicts(content, path), class_names_of(content, path)
+        return state_dicts(content, path), class_names_of(content, path), seen_otherwise(content, config, path)
 
-    weights, names = run.from_main(read)
+    weights, names, otherwise = run.from_main(read)
     classes = run.together(lambda: count_classes(config, "val"))
     loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
-    run.check_alike({"classes": loader.classes, "images": len(loader.dataset), **settings(config)})
+    names_of_images = loader.dataset.folder.digest()
+    run.check_alike(
+        {
+            "classes": loader.classes,
+            "images": len(loader.dataset),
+            "names of images": names_of_images,
+            **settings(config),
+        }
+    )
     if names is not None:
         loader.renumber(names, path)
     model = build_model(config, classes)
@@ -161,6 +169,8 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
     logger.info("evaluating %s on %s (%s)", path, Path(config.DATA.DATA_PATH, "val"), run.describe())
     if names is None:
         logger.info("%s: holds no names of classes; they are taken in the order of the folders", path)
+    if run.is_main and otherwise:
+        logger.warning("%s: is evaluated otherwise than in training: %s", path, ", ".join(otherwise))
     if run.is_main and loader.dataset.folder.left_out:
         logger.warning("%s", loader.dataset.folder.left_out)
     if run.is_main and classes == 1:
@@ -169,6 +179,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
         "checkpoint": str(path),
         "sha256": tensors_digest(weights["model"]),
         "data_path": str(Path(config.DATA.DATA_PATH).resolve()),
+        "otherwise": otherwise,
     }
     run.place(model)
     for name, state in weights.items():

@@ -73,7 +73,10 @@ class MetricsLog:
 
 
 def read_lines(path: Path, key: str) -> list[dict]:
-    """The objects of a file of JSON lines in the order of `key`; of equal ones the last.
+    """The objects of a file of JSON lines in the order of `key`: those on the way to the last one.
+
+    A run that went back to an earlier checkpoint repeats a `key`; what stood there from that one on is of a branch that
+    was given up.
 
     Raises:
         UserError: the file is not there or not of this kind. A last line that was cut off is passed over.
@@ -83,12 +86,16 @@ def read_lines(path: Path, key: str) -> list[dict]:
     try:
         text = path.read_text()
         whole = text[: text.rfind("\n") + 1]
-        lines = {line[key]: line for line in map(json.loads, whole.splitlines())}
-        if wrong := [value for value in lines if type(value) is not int]:
-            raise TypeError(f"{key} is {wrong[0]!r}, not a whole number")
+        lines: list[dict] = []
+        for line in map(json.loads, whole.splitlines()):
+            if type(line[key]) is not int:
+                raise TypeError(f"{key} is {line[key]!r}, not a whole number")
+            while lines and lines[-1][key] >= line[key]:
+                lines.pop()
+            lines.append(line)
     except (OSError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({error!r}); main.py writes one JSON object a line") from error
-    return [lines[value] for value in sorted(lines)]
+    return lines
 
 
 def _drop_partial_line(path: Path) -> None:

@@ -27,7 +27,7 @@ from classification.checkpoint import (
     tensors_digest,
 )
 from classification.config import saved_config
-from classification.data import names_differ
+from classification.data import escaped, names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
 from classification.errors import UserError, escape_on_streams, printable
@@ -63,7 +63,8 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str)
         measured = evaluated.get("sha256"), evaluated.get("data_path")
         if measured == (tensors_digest(weights), str(Path(data_path).resolve())):
             again = evaluated["model"]
-            rows.append((f"top-1 evaluated again, {again['images']} images", f"{again['top1']:.3f} %"))
+            otherwise = "".join(f", {change}" for change in evaluated.get("otherwise", ()))
+            rows.append((f"top-1 evaluated again, {again['images']} images{otherwise}", f"{again['top1']:.3f} %"))
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{evaluation}: is damaged ({error!r}); evaluate the checkpoint again") from error
     width = max(len(name) for name, _ in rows)
@@ -124,7 +125,7 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]
         cell.axis("off")
     for cell, index, guess, (_, target) in zip(axes.flat, indices, predicted, samples, strict=False):
         cell.imshow(read_image(dataset.samples[index][0]))
-        truth = dataset.classes[target]
+        truth = escaped(dataset.classes[target])
         right = names[guess] == truth
         title = printable(truth if right else f"{names[guess]}, is {truth}").replace("$", r"\$")
         cell.set_title(title, color="black" if right else "red", fontsize=10)

@@ -120,6 +120,7 @@ class Training:
                 "classes": self.train_loader.classes,
                 "images for training": len(self.train_loader.dataset),
                 "images for validation": len(self.eval_loader.dataset),
+                "names of images": [loader.dataset.folder.digest() for loader in (self.train_loader, self.eval_loader)],
                 **settings(config),
             }
         )

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    load_model_config_from_hf,
+    load_state_dict_from_hf,
+    register_model,
+)
 
 from classification.models.spatialmamba import VARIANTS, SpatialMamba
 
@@ -43,7 +49,9 @@ def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Mod
     """
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if isinstance(pretrained, str):
-        overlay |= _source(pretrained)
+        overlay = _source(pretrained) | overlay
+    elif pretrained and overlay.get("file"):
+        overlay = _source(str(overlay.pop("file"))) | overlay
     elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
         raise ValueError(
             f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "
@@ -73,7 +81,9 @@ def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Mod
 
 def _source(pretrained: str) -> dict:
     if pretrained.startswith(HUB):
-        return dict(hf_hub_id=pretrained.removeprefix(HUB), source="hf-hub")
+        name = pretrained.removeprefix(HUB)
+        config, _, _ = load_model_config_from_hf(name)
+        return {**config, "state_dict": load_state_dict_from_hf(name, weights_only=True)}
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
     # Here, for it imports the models itself. It reads what timm's own loader does not: configs beside the weights.

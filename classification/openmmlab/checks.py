@@ -117,8 +117,14 @@ def check_labels_everywhere(cfg: Config) -> None:
             # A data set that does not know its classes has as many as the head.
             number = len(_classes(dataset, f"{split}_dataloader.dataset")) or _head_classes(cfg.model)
             if number and dataset.get("pipeline"):
-                check = ConfigDict(type="CheckLabels", num_classes=number)
+                check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=_ignored(cfg.model))
                 _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
+
+
+def _ignored(model: ConfigDict) -> int:
+    """The label that the heads' losses pass over."""
+    head = model.get("module", model).get("decode_head") or {}
+    return (head[-1] if isinstance(head, list) else head).get("ignore_index", 255)
 
 
 def _head_classes(model: ConfigDict) -> int:
@@ -154,7 +160,7 @@ def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigD
             if not (0 <= beside < len(pipeline) and kind_of(pipeline[beside]) == kind_of(check)):
                 pipeline.insert(i + after, check)
         elif inner and kind_of(step) == "TestTimeAug":  # lists of alternatives for one place each
-            at = next((k for k, one in enumerate(inner) if any(map(wanted, one))), None)
+            at = next((k for k, one in enumerate(inner) if any(map(wanted, _steps(one)))), None)
             if at is not None and [check] not in inner:
                 inner.insert(at + after, [check])
         elif inner and kind_of(step) == "RandomChoice":  # of steps, or of pipelines
@@ -283,7 +289,7 @@ def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
 
 def _check_categories(path: str, classes: list[str], key: str, annotated: bool) -> None:
     names = _categories(path)
-    _check_images(path)
+    _check_entries(path)
     if annotated:
         _check_annotated(path)
     absent = [name for name in classes if name not in names]
@@ -330,13 +336,28 @@ def _categories_at_an_end(path: str) -> list[dict]:
 SMALL = 2**27  # bytes of a file that is read to the end; COCO's own, of half a gigabyte, is known to be sound
 
 
-def _check_images(path: str) -> None:
-    """pycocotools gives an image the annotations of another of its id, without a word."""
-    if os.path.getsize(path) <= SMALL:
-        ids = []
-        with suppress(KeyError, RecursionError, TypeError, ValueError):  # which mmdet says
-            ids = [image["id"] for image in json.loads(Path(path).read_bytes())["images"]]
-        _check_ids(path, "images", ids)
+def _check_entries(path: str) -> None:
+    """What pycocotools and mmdet pass over without a word: images that share an id, and boxes that are none."""
+    if os.path.getsize(path) > SMALL:
+        return
+    ids, foreign, boxes = [], [], []
+    with suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):  # which mmdet says
+        content = json.loads(Path(path).read_bytes())
+        ids = [image["id"] for image in content["images"]]
+        categories = {category["id"] for category in content["categories"]}
+        foreign = [a["category_id"] for a in content["annotations"] if a["category_id"] not in categories]
+        boxes = [a["bbox"][2:4] for a in content["annotations"] if "bbox" in a]
+    _check_ids(path, "images", ids)
+    if foreign:
+        raise UserError(
+            f"{path}: {len(foreign)} of its annotations have a category_id, as {foreign[0]!r}, that none of its "
+            "categories has; mmdet would leave them out"
+        )
+    if boxes and all(min(size) < 1 for size in boxes):
+        raise UserError(
+            f"{path}: none of its {len(boxes)} boxes is a pixel wide and high, as bbox [x, y, width, height] in pixels "
+            "must be; mmdet would leave them out"
+        )
 
 
 def _check_ids(path: str, what: str, ids: list[int]) -> None:

@@ -17,7 +17,7 @@ from PIL import EpsImagePlugin
 
 from classification.errors import UserError, is_file, printable
 from classification.models import optimise_for_cpu
-from classification.openmmlab import pickle_files, yaml_files  # noqa: F401, mmengine reads YAML as data, no pickles
+from classification.openmmlab import pickle_files, transforms, yaml_files  # noqa: F401
 from classification.openmmlab.checks import (
     check_bits_everywhere,
     check_channels,
@@ -31,6 +31,8 @@ from classification.openmmlab.checks import (
 )
 from classification.openmmlab.flops import complexity_table
 from classification.run import meeting, whole_numbers
+
+# Of what is imported for its effect: mmengine reads YAML as data, and no pickles; CheckBits and CheckLabels are known.
 
 RESUME_LATEST = "auto"
 EpsImagePlugin.gs_binary = False  # or an EPS of another name among the data has Pillow start Ghostscript

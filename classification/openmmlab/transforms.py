@@ -7,7 +7,7 @@ from PIL import Image
 from classification.data.images import EIGHT_BITS_A_BAND, image_formats
 from classification.errors import UserError
 
-IGNORED = 255
+LARGEST = 255  # of 8 bits
 
 
 @TRANSFORMS.register_module()
@@ -17,15 +17,16 @@ class CheckLabels:
     Otherwise one that is no class ends training in the loss: on a GPU as an assertion that names no file.
 
     Args:
-        num_classes: labels are below that, or 255, which is ignored.
+        num_classes: labels are below that, or `ignore_index`.
         class_weight: whether the loss has weights of classes. mmseg looks one up for each pixel, ignored ones too.
+        ignore_index: the label that the loss passes over.
 
     Raises:
         UserError: a label that is no class, or ignored where none may be; or a file that is no map of labels.
     """
 
-    def __init__(self, num_classes: int, class_weight: bool = False):
-        self.num_classes, self.class_weight = num_classes, class_weight
+    def __init__(self, num_classes: int, class_weight: bool = False, ignore_index: int = 255):
+        self.num_classes, self.class_weight, self.ignore_index = num_classes, class_weight, ignore_index
 
     def __call__(self, results: dict) -> dict:
         path, labels = results["seg_map_path"], results["gt_seg_map"]
@@ -36,17 +37,17 @@ class CheckLabels:
         reduced = bool(results.get("reduce_zero_label"))  # 1 subtracted from the file's by LoadAnnotations
         wrong = _not_of_a_byte(path)
         if wrong is None:
-            outside = labels[(labels >= self.num_classes) & (labels != IGNORED)]
+            outside = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
             wrong = np.max(outside) + reduced if outside.size else None
         if wrong is not None:
             first = int(reduced)
             raise UserError(
-                f"{path}: has label {wrong}, but with {self.num_classes} "
-                f"classes {first} to {self.num_classes - 1 + first} are labels, and {IGNORED} is what is ignored"
+                f"{path}: has label {wrong}, but with {self.num_classes} classes {first} to "
+                f"{self.num_classes - 1 + first} are labels, and {self.ignore_index} is what is ignored"
             )
-        if self.class_weight and (labels == IGNORED).any():
+        if self.class_weight and (labels == self.ignore_index).any():
             raise UserError(
-                f"{path}: has ignored pixels (255), for which a loss "
+                f"{path}: has ignored pixels ({self.ignore_index}), for which a loss "
                 "with class_weight has no weight: leave class_weight out of the heads' loss_decode, or label them"
             )
         return results
@@ -91,4 +92,4 @@ def _not_of_a_byte(path: str) -> int | None:
     if labels.dtype.kind not in "bui":
         raise UserError(f"{path}: has labels of type {labels.dtype}: write whole numbers of 8 bits")
     smallest, largest = int(labels.min(initial=0)), int(labels.max(initial=0))
-    return smallest if smallest < 0 else largest if largest > IGNORED else None
+    return smallest if smallest < 0 else largest if largest > LARGEST else None

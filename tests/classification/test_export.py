@@ -78,4 +78,9 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "write", lambda program, target, names: lambda images: images.new_zeros(1, 10))
     with pytest.raises(UserError, match="not written, for it differs from the model by 1"):
         export_checkpoint(path, tmp_path / "model.pt2")
+    monkeypatch.setattr(
+        exporting, "write", lambda program, target, names: lambda images: torch.full((1, 10), torch.nan)
+    )
+    with pytest.raises(UserError, match="not written, for it differs from the model by inf"):
+        export_checkpoint(path, tmp_path / "model.pt2")
     assert not list(tmp_path.glob("*model.*"))

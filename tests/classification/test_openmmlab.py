@@ -587,7 +587,7 @@ def test_environments_of_the_tools(launcher, variables, message, tmp_path, monke
 
 
 def coco(**changed) -> dict:
-    images = [{"id": 1, "file_name": "a.png", "categories": [{"id": 7, "name": "outdoor"}]}] * 2
+    images = [{"id": i, "file_name": "a.png", "categories": [{"id": 7, "name": "outdoor"}]} for i in (1, 2)]
     annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}], **changed}
 
@@ -601,6 +601,9 @@ def coco(**changed) -> dict:
         ({"categories": [{"id": 1, "name": "dog"}]}, "has no category 'cat' of the config's classes; its own are dog"),
         ({"annotations": []}, "has no annotations, so there is nothing to train on"),
         ({"images": []}, "has no images, so there is nothing to train on"),
+        ({"images": [{"id": 1}] * 2}, "2 of its images have the id 1; give each its own"),
+        ({"annotations": [{"category_id": 0}]}, "1 of its annotations have a category_id, as 0, that none of its"),
+        ({"annotations": [{"category_id": 1, "bbox": [0, 0, 0.5, 0.3]}]}, "none of its 1 boxes is a pixel wide"),
     ],
 )
 def test_coco_files(changed, message, tmp_path):
@@ -654,6 +657,7 @@ def test_images_that_pillow_would_clip_are_named(tmp_path):
             checks.check_bits_everywhere(cfg)
         pipeline = cfg.train_dataloader.dataset.pipeline
         assert [one.type for one in pipeline] == ["CheckBits"] * clipped + ["LoadImageFromFile"]
+    assert tools.transforms  # where these steps are registered, whatever the config imports
     results = {"img_path": str(path)}
     loading = pytest.importorskip("mmcv.transforms", reason="make install-openmmlab")
     read = loading.LoadImageFromFile(imdecode_backend="pillow")(dict(results))["img"]

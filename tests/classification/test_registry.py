@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from classification.checkpoint import save_checkpoint
 from classification.config import default_config
 from classification.flops import count_flops
-from classification.models import VARIANTS, spatialmamba_micro
+from classification.models import VARIANTS, registry, spatialmamba_micro
 
 PLAIN = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
 BARE = ("StructureAwareSSM", "StateFusion")  # whose parameters are none of a layer's, by the published names
@@ -72,7 +72,7 @@ def test_pooling_and_head():
     assert both.keys() == {"image_intermediates", "image_features"}
 
 
-def test_weights_from_a_file(tmp_path):
+def test_weights_from_a_file(tmp_path, monkeypatch):
     """Ours with what lies beside the weights, another head and other channels; timm's folders; a hub's local copy."""
     model = seeded(num_classes=7)
     save_checkpoint({"model": model.state_dict(), "config": {"A": 1}}, tmp_path / "micro.pth")
@@ -85,6 +85,11 @@ def test_weights_from_a_file(tmp_path):
     assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 64, 64), "bilinear", 1.0)
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
+    monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, weights_only: model.state_dict())
+    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({"num_classes": 7}, None, None))
+    for arguments in ({"pretrained": "hf-hub:me/it"}, {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}):
+        found = timm.create_model("spatialmamba_micro", num_classes=7, **arguments).eval()
+        torch.testing.assert_close(found(IMAGES), expected)  # its head too
     hub = torch.hub.load(ROOT, "spatialmamba_micro", source="local", pretrained=path, num_classes=7)
     torch.testing.assert_close(hub.eval()(IMAGES), expected)
     save_for_hf(model, tmp_path / "folder")

@@ -24,6 +24,9 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
     parameters = sum(p.numel() for p in spatialmamba_micro(num_classes=10).parameters())
     assert f"{parameters:,}" in done.stdout
     evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(evaluation | {"otherwise": ["DATA.IMG_SIZE 40 -> 32"]}))
+    report(run, few_digits)
+    assert "33 images, DATA.IMG_SIZE 40 -> 32  " in capsys.readouterr().out
     for other in ({"data_path": "/elsewhere"}, {"sha256": "0"}):  # as of weights that others have replaced since
         (run / "evaluation.json").write_text(json.dumps(evaluation | other))
         report(run, few_digits)
@@ -35,9 +38,11 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
 
 
 def test_repeated_epoch_counts_as_last_written(tmp_path):
-    lines = [{"epoch": epoch, "loss": loss, "seconds": 1.0} for epoch, loss in ((0, 3.0), (1, 2.0), (1, 1.0))]
+    """And what followed it then is of a branch that was given up."""
+    losses = ((0, 3.0), (1, 2.0), (2, 1.0), (1, 1.5))
+    lines = [{"epoch": epoch, "loss": loss, "seconds": 1.0} for epoch, loss in losses]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_metrics(tmp_path) == [lines[0], lines[2]]
+    assert read_metrics(tmp_path) == [lines[0], lines[3]]
 
 
 @pytest.mark.parametrize(
