@@ -212,7 +212,7 @@ def test_demo_detection(options, tmp_path):
 
 
 @whole_or(
-    "train_cfg.max_iters=20 train_cfg.val_interval=20 default_hooks.checkpoint.interval=20 param_scheduler.1.end=20"
+    "train_cfg.max_iters=40 train_cfg.val_interval=40 default_hooks.checkpoint.interval=40 param_scheduler.1.end=40"
 )
 def test_demo_segmentation(options, tmp_path):
     """`make demo-segmentation`, and what it has trained by mmseg's own interface in another folder."""
@@ -230,7 +230,7 @@ def test_demo_segmentation(options, tmp_path):
     block = BLOCKS["python"][SEGMENTER].replace('"segmentation/configs', f'"{ROOT}/segmentation/configs')
     assert "/iter_600.pth" in block
     if options:
-        block = block.replace("iter_600.pth", "iter_20.pth")
+        block = block.replace("iter_600.pth", "iter_40.pth")
     done = run_command("python", "-c", block, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "torch.Size([1, 128, 128])" in done.stdout

@@ -289,7 +289,6 @@ def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
 
 def _check_categories(path: str, classes: list[str], key: str, annotated: bool) -> None:
     names = _categories(path)
-    _check_entries(path)
     if annotated:
         _check_annotated(path)
     absent = [name for name in classes if name not in names]
@@ -302,6 +301,7 @@ def _check_categories(path: str, classes: list[str], key: str, annotated: bool) 
     in_file = [name for name in names if name in classes]
     if in_file != classes:  # mmdet numbers labels by the file's order, whatever that of `classes` is
         raise UserError(f"{key}.metainfo.classes must be in the order of {path}: {', '.join(in_file)}")
+    _check_entries(path)
 
 
 def _categories(path: str) -> list[str]:
