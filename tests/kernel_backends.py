@@ -2,11 +2,16 @@
 
 import contextlib
 import importlib
+import inspect
 from collections.abc import Iterator
 
 import torch
 
 GPU = torch.cuda.is_available()
+# Older PyTorches override without being told.
+OVERRIDE = (
+    {"allow_override": True} if "allow_override" in inspect.signature(torch.library.Library.impl).parameters else {}
+)
 BACKENDS = ["cpu", "reference", *(["cuda", "reference_on_cuda"] if GPU else []), "triton"]
 
 
@@ -27,7 +32,7 @@ def running_on(backend: str, package: str) -> Iterator[None]:
         library = torch.library.Library(package, "IMPL")
         for name, kernels in loading.OPERATORS.items():
             kernel = kernels.in_triton() if backend == "triton" else kernels.plain
-            library.impl(name, loading.without_autocast(kernel), device.upper(), allow_override=True)
+            library.impl(name, loading.without_autocast(kernel), device.upper(), **OVERRIDE)
         yield
         library._destroy()
 

@@ -80,7 +80,12 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("spatialmamba::linear_backward", mutates_args=())
+# The schema in words: PyTorch 2.4 reads none of the annotations of a list of bools that later ones do.
+@torch.library.custom_op(
+    "spatialmamba::linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+)
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; in place of one that is not wanted, a tensor without elements."""
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
