@@ -142,9 +142,8 @@ def dilated_dwconv2d(
         TypeError: a type or dtype does not fit; the message names the argument.
         NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
-    if isinstance(dilation, bool) or not isinstance(
-        dilation, (int, torch.SymInt)
-    ):  # compiled by PyTorch 2.7, which knows no int | ...
+    # A tuple, for the compiler of PyTorch 2.7 knows no int | torch.SymInt.
+    if isinstance(dilation, bool) or not isinstance(dilation, (int, torch.SymInt)):
         raise TypeError(f"dilation must be an integer, got {dilation!r}")
     loading.check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if (half := loading.autocast_dtype(x)) is not None:
