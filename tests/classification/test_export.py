@@ -1,6 +1,7 @@
 """Exported programs and ONNX files, run where this repository's packages are missing; and what cannot be exported."""
 
 import json
+import re
 import sys
 import zipfile
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from export_shapes import run_elsewhere
 
+from classification import benchmark
 from classification import export as exporting
 from classification.checkpoint import save_checkpoint
 from classification.errors import UserError
@@ -84,3 +86,11 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not written, for it differs from the model by inf"):
         export_checkpoint(path, tmp_path / "model.pt2")
     assert not list(tmp_path.glob("*model.*"))
+
+
+def test_benchmark_by_a_runtime(monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    options = ["--model", "spatialmamba_micro", "--beside", "--size", "48", "--rounds", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--runtime", "onnxruntime", *options])
+    benchmark.main()
+    assert re.search(r"by onnxruntime\n\n.*\n.*\n\| spatialmamba_micro \| [\d.]+ \|", capsys.readouterr().out)
