@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Kernel and model tests under other Pythons and PyTorches, each in an environment that is removed again:
 #   bash tests/versions.sh python3.10:2.11.0 python3.13:2.11.0 [PYTHON:TORCH ...]
-# PYTHON is any command. Prints a line a pair for the README's table; what went wrong is in $OUT, by default
+# PYTHON is any command. Prints a table; what went wrong is in $OUT, by default
 # output/versions. An environment takes 6 GB on the disk.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { echo "usage: $0 PYTHON:TORCH ..." >&2; exit 2; }
 out=${OUT:-output/versions} failed=0
 mkdir -p "$out"
-# Before anything else: the kernels are built in copies, so that those of this checkout stay as they are.
+# The kernels are built in copies, so that those of this checkout stay as they are.
 check() { # PYTHON TORCH FOLDER
     "$1" -m venv "$3/venv" && local python=$3/venv/bin/python &&
         grep -v '^torch' requirements.txt >"$3/requirements.txt" &&

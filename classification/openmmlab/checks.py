@@ -115,22 +115,18 @@ def check_labels_everywhere(cfg: Config) -> None:
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
             # A data set that does not know its classes has as many as the head.
-            number = len(_classes(dataset, f"{split}_dataloader.dataset")) or _head_classes(cfg.model)
+            head = _predicting_head(cfg.model)
+            number = len(_classes(dataset, f"{split}_dataloader.dataset")) or head.get("num_classes", 0)
             if number and dataset.get("pipeline"):
-                check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=_ignored(cfg.model))
+                ignored = head.get("ignore_index", 255)  # mmseg's default
+                check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored)
                 _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
 
 
-def _ignored(model: ConfigDict) -> int:
-    """The label that the heads' losses pass over."""
-    head = model.get("module", model).get("decode_head") or {}
-    return (head[-1] if isinstance(head, list) else head).get("ignore_index", 255)
-
-
-def _head_classes(model: ConfigDict) -> int:
-    """Of the last head, which predicts; 0 if it does not say."""
+def _predicting_head(model: ConfigDict) -> dict:
+    """mmseg's decode head; of several the last one."""
     head = model.get("module", model).get("decode_head") or {}  # with --tta
-    return (head[-1] if isinstance(head, list) else head).get("num_classes", 0)
+    return head[-1] if isinstance(head, list) else head
 
 
 def kind_of(config: ConfigDict) -> str:

@@ -224,7 +224,12 @@ def test_labels_are_checked_wherever_they_are_loaded():
         assert steps[steps.index("LoadAnnotations") + 1] == "CheckLabels"
         assert steps.count("CheckLabels") == 1
     load = dict(type="LoadAnnotations")
-    for choices in ([load, dict(type="Pad")], [[load], [dict(type="Pad"), load]]):  # of steps, or of pipelines
+    cfg.model.decode_head.ignore_index = 250
+    checked = ["LoadAnnotations", "CheckLabels"]
+    for choices, expected in (
+        ([load, dict(type="Pad")], [checked, ["Pad"]]),  # of steps
+        ([[load], [dict(type="Pad"), load]], [checked, ["Pad", *checked]]),  # of pipelines
+    ):
         cfg.train_dataloader.dataset.pipeline = [
             dict(type="RandomApply", transforms=load),
             dict(type="mmcv.RandomChoice", transforms=choices),
@@ -232,10 +237,9 @@ def test_labels_are_checked_wherever_they_are_loaded():
         cfg.train_dataloader.dataset.type = "BaseSegDataset"  # which has as many classes as the head
         check_labels_everywhere(cfg)
         apply, choose = cfg.train_dataloader.dataset.pipeline
-        assert [kind_of(step) for step in apply.transforms] == ["LoadAnnotations", "CheckLabels"]
-        assert all(kind_of(one[-1]) in ("CheckLabels", "Pad") for one in choose.transforms)
-        checks = [step for one in choose.transforms for step in one if kind_of(step) == "CheckLabels"]
-        assert {check.num_classes for check in checks} == {150}
+        assert [kind_of(step) for step in apply.transforms] == checked
+        assert [[kind_of(step) for step in one] for one in choose.transforms] == expected
+        assert (apply.transforms[1].num_classes, apply.transforms[1].ignore_index) == (150, 250)
     alternatives = [[step.type for step in steps] for steps in cfg.tta_pipeline[-1].transforms]
     assert alternatives[alternatives.index(["LoadAnnotations"]) + 1] == ["CheckLabels"]
 
