@@ -173,7 +173,7 @@ class BuildKernels(build_ext):
         self.spawn([*self.cxx, "-shared", "-o", target, *map(str, objects), openmp, *lib])
 
 
-SOURCES = [*Path("csrc").glob("*/*.cpp"), *Path("csrc").glob("*/*.cu")]
+SOURCES = [*Path("csrc").rglob("*.cpp"), *Path("csrc").rglob("*.cu")]
 setup(
     ext_modules=[Extension(f"{NAME}._C", sorted(map(str, SOURCES)))],
     cmdclass={"build_ext": BuildKernels},

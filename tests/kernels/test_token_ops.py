@@ -331,17 +331,26 @@ class _Kernel:
 
 
 class _Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, launched):
         self.launched = launched
 
     def __getitem__(self, grid):
         return lambda *args: self.launched.append((grid, args))
 
+    def run(self, *args):
+        assert args[3:9] == ("stream 0", "function", "metadata", None, None, None)
+        self.launched.append((args[:3], args[9:]))
 
-def test_launches_are_remembered_by_what_compilation_depends_on(monkeypatch):
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_launches_are_remembered_by_what_compilation_depends_on(bare, monkeypatch):
     from dwconv2d import launching
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: f"stream {device}", raising=False)
+    monkeypatch.setattr(launching, "_TAKES_BARE_ARGUMENTS", bare)
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(launching, "_MOST", 5)
     kernel = _Kernel()

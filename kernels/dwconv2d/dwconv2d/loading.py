@@ -99,6 +99,8 @@ def autocast_dtype(activation: Tensor) -> torch.dtype | None:
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: only real numbers of at most 32 bits. What else there is, the checks are to see."""
+    if tensor.dtype == dtype:  # `to` takes longer to find that out
+        return tensor
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
@@ -120,9 +122,9 @@ def without_autocast(kernel: Callable) -> Callable:
     """Autocast is still on inside a kernel; what the kernel computes in is its own business."""
 
     @functools.wraps(kernel)
-    def run(first: Tensor, *args, **kwargs):
-        with torch.autocast(first.device.type, enabled=False):
-            return kernel(first, *args, **kwargs)
+    def run(*args, **kwargs):
+        with torch._C._DisableAutocast():  # a fiftieth of what `torch.autocast` takes the host
+            return kernel(*args, **kwargs)
 
     return run
 
@@ -144,7 +146,12 @@ class Kernels(NamedTuple):
 
     def in_triton(self) -> Callable:
         # Imported here, for a process that runs on a CPU need not import Triton.
-        return getattr(importlib.import_module(f"{PACKAGE}.{self.triton_module}"), self.plain.__name__)
+        return _attribute(self.triton_module, self.plain.__name__)
+
+
+@functools.cache
+def _attribute(module: str, name: str) -> Callable:
+    return getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
 
 
 def _plain(kernels: Kernels) -> Callable:
@@ -177,3 +184,25 @@ def register(plain: Callable, triton_module: str = "triton_kernels", compiled: b
     torch.library.impl(operator, "default", _plain(kernels))
     if TRITON_INSTALLED and not (compiled and COMPILED_FOR_CUDA):
         torch.library.impl(operator, "cuda", _triton(kernels))
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Make `backward` the gradient of an operator, as `torch.library.register_autograd` does.
+
+    The compiled library goes before it: it has the gradients of the operators that the model calls, in C++.
+    """
+    operator = f"{PACKAGE}::{name}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "Autograd"):
+        torch.library.register_autograd(operator, backward, setup_context=setup_context)
+
+
+def refuse_second_derivatives(*names: str) -> None:
+    """Let an operator's gradient, an operator itself, say that it has none."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"the operators of {PACKAGE} have no second derivative: their backward has no gradient"
+        )
+
+    for name in names:
+        torch.library.register_autograd(f"{PACKAGE}::{name}_backward", refuse)

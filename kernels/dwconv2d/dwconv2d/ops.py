@@ -107,15 +107,10 @@ def _output_backward(ctx, grad):
     return torch.ops.dwconv2d.state_fusion_output_backward(grad, *ctx.saved_tensors)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("dwconv2d operators have no second derivative: their backward cannot be differentiated")
-
-
-torch.library.register_autograd("dwconv2d::dilated_dwconv2d", _conv_backward, setup_context=_conv_setup)
-torch.library.register_autograd("dwconv2d::state_fusion", _fusion_backward, setup_context=_save_inputs)
-torch.library.register_autograd("dwconv2d::state_fusion_output", _output_backward, setup_context=_save_inputs)
-for _name in ("dilated_dwconv2d", "state_fusion", "state_fusion_output"):
-    torch.library.register_autograd(f"dwconv2d::{_name}_backward", _no_double_backward)
+loading.register_autograd("dilated_dwconv2d", _conv_backward, _conv_setup)
+loading.register_autograd("state_fusion", _fusion_backward, _save_inputs)
+loading.register_autograd("state_fusion_output", _output_backward, _save_inputs)
+loading.refuse_second_derivatives("dilated_dwconv2d", "state_fusion", "state_fusion_output")
 
 
 def dilated_dwconv2d(

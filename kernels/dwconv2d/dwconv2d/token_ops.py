@@ -80,14 +80,9 @@ def _norm_backward(ctx, grad_r, grad_n):
     return grad_s, *parameters, None, grad_update, None
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("dwconv2d operators have no second derivative: their backward cannot be differentiated")
-
-
-torch.library.register_autograd("dwconv2d::depthwise_silu", _silu_backward, setup_context=_silu_setup)
-torch.library.register_autograd("dwconv2d::depthwise_residual_norm", _norm_backward, setup_context=_norm_setup)
-for _name in ("depthwise_silu_backward", "depthwise_residual_norm_backward"):
-    torch.library.register_autograd(f"dwconv2d::{_name}", _no_double_backward)
+loading.register_autograd("depthwise_silu", _silu_backward, _silu_setup)
+loading.register_autograd("depthwise_residual_norm", _norm_backward, _norm_setup)
+loading.refuse_second_derivatives("depthwise_silu", "depthwise_residual_norm")
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

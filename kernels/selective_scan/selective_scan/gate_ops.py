@@ -41,12 +41,8 @@ def _backward(ctx, grad):
     return *torch.ops.selective_scan.norm_gate_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("norm_gate has no second derivative: its backward cannot be differentiated")
-
-
-torch.library.register_autograd("selective_scan::norm_gate", _backward, setup_context=_setup_context)
-torch.library.register_autograd("selective_scan::norm_gate_backward", _no_double_backward)
+loading.register_autograd("norm_gate", _backward, _setup_context)
+loading.refuse_second_derivatives("norm_gate")
 
 
 def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -212,5 +212,7 @@ def norm_gate_backward(
         DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
         **tiling,
     )
-    grad_weight, grad_bias = (part.sum(0) for part in sums.unbind(1))
-    return grad_y.to(y.dtype), grad_z.to(z.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    grad_weight, grad_bias = sums.sum(0)
+    # Cloned: results must not share memory. A sum of its own would take longer.
+    grad_bias = grad_bias.to(bias.dtype, copy=True)
+    return grad_y.to(y.dtype), grad_z.to(z.dtype), grad_weight.to(weight.dtype), grad_bias

@@ -48,12 +48,8 @@ def _backward(ctx, grad):
     return (*grads[:4], None if inputs[-1] is None else grads[4], None)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("selective_scan_state has no second derivative: its backward cannot be differentiated")
-
-
-torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context)
-torch.library.register_autograd(BACKWARD, _no_double_backward)
+loading.register_autograd("selective_scan_state", _backward, _setup_context)
+loading.refuse_second_derivatives("selective_scan_state")
 
 
 def selective_scan_state(

@@ -70,7 +70,7 @@ void sum(const void* terms, void* to, int64_t outer, int64_t count, int64_t inne
 template <typename State>
 void distribute(const Params& p, void* taps, void** to, Order order) {
   State* const states[] = {static_cast<State*>(to[0]), static_cast<State*>(to[1]), static_cast<State*>(to[2])};
-  emulation::launch(3, kDirectThreads, kDirectThreads * sizeof(State), order, [&] {
+  emulation::launch(3, kDistributeThreads, kDistributeThreads * sizeof(State), order, [&] {
     distribute_taps(p, static_cast<const State*>(taps), states[0], states[1], states[2], static_cast<State*>(to[3]));
   });
 }

@@ -49,7 +49,7 @@ cudaError_t launch_distribute_taps(const Params& p, const void* taps, void* cons
   const auto run = [&](auto zero) {
     using State = decltype(zero);
     const auto to = [](void* data) { return static_cast<State*>(data); };
-    return launch(distribute_taps<State>, 3, kDirectThreads, kDirectThreads * sizeof(State), stream, p,
+    return launch(distribute_taps<State>, 3, kDistributeThreads, kDistributeThreads * sizeof(State), stream, p,
                   static_cast<const State*>(taps), to(kernels[0]), to(kernels[1]), to(kernels[2]), to(alpha));
   };
   return p.dtype == Dtype::kDouble ? run(0.0) : run(0.0f);

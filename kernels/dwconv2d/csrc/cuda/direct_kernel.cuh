@@ -9,6 +9,7 @@
 namespace dwconv2d {
 
 constexpr int kDirectThreads = 128;
+constexpr int kDistributeThreads = 1024;  // three blocks are all that there are
 
 __device__ __forceinline__ int64_t global_index() { return int64_t(blockIdx.x) * kDirectThreads + threadIdx.x; }
 
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_C_gradient(const Params
 // From the gradients of the 25 taps (D, 25) those of one of the fusion's kernels (D, 9) and of its factor in alpha, a
 // block to each.
 template <typename State>
-__global__ void __launch_bounds__(kDirectThreads)
+__global__ void __launch_bounds__(kDistributeThreads)
     distribute_taps(const Params p, const State* taps, State* kernels0, State* kernels1, State* kernels2,
                     State* grad_alpha) {
   State* const sums = shared_at<State>(0);
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kDirectThreads)
   const State* const kernels = static_cast<const State*>(p.kernels[k]);
   const State alpha = static_cast<const State*>(p.alpha)[k];
   State sum = 0;
-  for (int64_t i = threadIdx.x; i < int64_t(p.channels) * 9; i += kDirectThreads) {
+  for (int64_t i = threadIdx.x; i < int64_t(p.channels) * 9; i += kDistributeThreads) {
     const int64_t channel = i / 9;
     const int place = int(i - channel * 9);
     const State grad = taps[channel * 25 + FusionStencil::tap_at((place / 3 - 1) * step, (place % 3 - 1) * step)];
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kDirectThreads)
     sum += kernels[i] * grad;
   }
   sums[threadIdx.x] = sum;
-  for (int half = kDirectThreads / 2; half > 0; half /= 2) {
+  for (int half = kDistributeThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < unsigned(half)) sums[threadIdx.x] += sums[threadIdx.x + half];
   }

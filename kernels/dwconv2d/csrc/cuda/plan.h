@@ -63,7 +63,7 @@ struct Plan {
   bool strips_outermost = false;  // order of the threads: strip, plane, group; or else plane, strip, group
   // Bytes into shared memory, which starts with what is convolved, or products of the gradients, or results.
   int grad = 0, x = 0, C = 0, sums = 0, parts = 0, shared = 0;
-  Divisor by_groups, by_planes, by_strips, by_channel_blocks, by_tiles, by_tile_columns;
+  Divisor by_groups, by_planes, by_strips, by_channel_blocks, by_tiles, by_tile_columns, by_outputs, by_columns;
 
   constexpr int tiles() const { return rows.tiles * columns.tiles; }
   constexpr int outputs() const { return rows.tile * columns.tile; }
@@ -118,9 +118,11 @@ inline int taps_at_once(const Params& p) {
 
 // ----- how planes are moved
 
-// Elements in 16 bytes, in 4 bytes, or one: the most of which all offsets are multiples.
+// Elements in 16 bytes, in 4 bytes, or one: the most of which all offsets are multiples. Planes of one run begin where
+// they begin.
 inline int width_of(const Planes& planes, int size, std::initializer_list<int64_t> lengths) {
-  int64_t bits = reinterpret_cast<uintptr_t>(planes.data) / size | planes.batch | planes.channel | planes.state;
+  int64_t bits = reinterpret_cast<uintptr_t>(planes.data) / size | planes.batch | planes.state;
+  if (planes.run != Run::kPlanes) bits |= planes.channel;
   for (int64_t length : lengths) bits |= length;
   for (int width : {16 / size, 4 / size}) {
     if (bits % width == 0) return width;
@@ -188,9 +190,9 @@ inline void lay_out(Plan& plan, const Params& p, Pass pass) {
 }
 
 // Pitches without padding.
-inline void pack(Plan& plan, const Planes& convolved) {
+inline void pack(Plan& plan) {
   plan.pitch = extent(plan.columns, plan, plan.unit);
-  plan.plane_pitch = ceil_div(extent(plan.rows, plan, 1) * plan.pitch, convolved.width) * convolved.width;
+  plan.plane_pitch = extent(plan.rows, plan, 1) * plan.pitch;
 }
 
 // Where the lanes of a block's first warp begin to read, by plane, row and column.
@@ -261,11 +263,17 @@ inline void set_passes(Plan& plan, const Params& p, int passes) {
 inline void choose_convolved(Params& p, Plan& plan, Pass pass, int size) {
   if (pass == Pass::kAdjoint) {
     const int64_t columns = plan.columns.tiles == 1 ? p.width : 1;
-    p.grad.width = width_of(p.grad, size_of(p.dtype), {columns});
-    for (const Planes* other : {&p.C, &p.grad_x}) {
-      if (p.has_output()) p.grad.width = std::min(p.grad.width, width_of(*other, size_of(p.dtype), {columns}));
-    }
+    const int bytes = size_of(p.dtype);
     plan.unit = 1;
+    choose_access(p.grad, bytes, plan.planes, p, plan);
+    if (p.has_output()) choose_access(p.grad_x, bytes, plan.planes, p, plan);
+    const bool alike = !p.has_output() || (p.grad_x.run == p.grad.run && p.grad_x.width == p.grad.width);
+    if (alike && p.grad.run == Run::kPlanes && p.grad.width == 16 / bytes) return;
+    p.grad.run = p.grad_x.run = Run::kRow;
+    p.grad.width = width_of(p.grad, bytes, {columns});
+    for (const Planes* other : {&p.C, &p.grad_x}) {
+      if (p.has_output()) p.grad.width = std::min(p.grad.width, width_of(*other, bytes, {columns}));
+    }
   } else if (plan.frame == 0 && plan.tiles() == 1) {
     choose_access(p.input, size, plan.planes, p, plan);
     plan.unit = 1;
@@ -282,7 +290,7 @@ inline void choose_planes(Params& p, Plan& plan, Pass pass, int size) {
     plan.sets = ceil_div(p.channels, planes);
     plan.planes = ceil_div(p.channels, plan.sets);
     choose_convolved(p, plan, pass, size);
-    pack(plan, pass == Pass::kAdjoint ? Planes() : p.input);
+    pack(plan);
     lay_out(plan, p, pass);
     if (planes == 1 || plan.shared <= kMuchShared) return;
   }
@@ -323,6 +331,8 @@ inline void make_plan(Params& p, Pass pass) {
   plan.by_channel_blocks = Divisor(plan.channel_blocks);
   plan.by_tiles = Divisor(plan.tiles());
   plan.by_tile_columns = Divisor(plan.columns.tiles);
+  plan.by_outputs = Divisor(plan.outputs());
+  plan.by_columns = Divisor(plan.columns.tile);
   for (Planes* planes : {&p.x, &p.grad, &p.result}) {
     const bool of_states = planes == &p.result && p.operation == Operation::kFusion;
     if (pass != Pass::kAdjoint) choose_access(*planes, of_states ? element : input, plan.planes, p, plan);

@@ -521,6 +521,47 @@ __device__ __forceinline__ void load_grad(const Params& p, const Block& block, c
   }
 }
 
+// The same of whole planes that lie one after another: in units of 16 bytes, wherever rows and planes begin.
+template <typename Input, bool kOutput>
+__device__ __forceinline__ void load_grad_run(const Params& p, const Block& block, const Set& set, int state) {
+  constexpr int kWidth = 16 / sizeof(Input);
+  using Unit = Pack<Input, kWidth>;
+  const Plan& plan = p.plan;
+  const int pixels = plan.outputs(), width = plan.columns.tile;
+  const Input* const grad = at<Input>(p.grad, block.batch, set.channel, kOutput ? 0 : state);
+  const Input* const C = kOutput ? at<Input>(p.C, block.batch, 0, state) : nullptr;
+  Input* const grad_x = kOutput ? at<Input>(p.grad_x, block.batch, set.channel, 0) : nullptr;
+  const float* const D = kOutput ? static_cast<const float*>(p.D) + set.channel : nullptr;
+#pragma unroll 2
+  for (int i = threadIdx.x * kWidth; i < set.count * pixels; i += blockDim.x * kWidth) {
+    const Unit unit = *reinterpret_cast<const Unit*>(grad + i);
+    int plane = plan.by_outputs.divide(i), pixel = i - plane * pixels;
+    int row = plan.by_columns.divide(pixel), column = pixel - row * width;
+    Unit scaled;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      float value = widen(unit.values[k]);
+      if constexpr (kOutput) {
+        narrow(D[plane] * value, scaled.values[k]);
+        value *= widen(C[pixel]);
+      }
+      shared_at<float>(0)[plane * plan.plane_pitch + (row + plan.frame) * plan.pitch + column + plan.frame] = value;
+      ++pixel;
+      if (++column == width) {
+        column = 0;
+        ++row;
+      }
+      if (pixel == pixels) {
+        pixel = row = 0;
+        if (plane + 1 < set.count) ++plane;  // or the unit ends here
+      }
+    }
+    if constexpr (kOutput) {
+      if (state == 0) *reinterpret_cast<Unit*>(grad_x + i) = scaled;
+    }
+  }
+}
+
 // The gradient for the input, and for x of the output equation.
 template <typename Stencil, typename Element, typename Input, bool kOutput>
 __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) {
@@ -533,7 +574,9 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) 
 #pragma unroll 1
   for (int n = 0; n < p.states; ++n) {
     fill_with_zeros(plan);
-    if (p.grad.width == kWide) {
+    if (p.grad.run == Run::kPlanes) {
+      load_grad_run<Input, kOutput>(p, block, set, n);
+    } else if (p.grad.width == kWide) {
       load_grad<kWide, Input, kOutput>(p, block, set, n);
     } else if (p.grad.width == kWord) {
       load_grad<kWord, Input, kOutput>(p, block, set, n);

@@ -1,0 +1,44 @@
+// What registers an operator's gradient in C++ needs; the same file in several packages.
+//
+// The Python of torch.library.register_autograd takes the host longer than most kernels take a GPU.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <utility>
+
+namespace gradients {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// The operator without its gradient.
+template <typename Operator, typename... Args>
+auto below_autograd(const Operator& op, Args&&... args) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(std::forward<Args>(args)...);
+}
+
+// A backward operator. Its own autograd kernel does no more than to refuse a second derivative.
+template <typename Operator, typename... Args>
+auto backward_by(const Operator& op, Args&&... args) {
+  return at::GradMode::is_enabled() ? op.call(std::forward<Args>(args)...)
+                                    : below_autograd(op, std::forward<Args>(args)...);
+}
+
+inline Tensor or_undefined(const std::optional<Tensor>& t) { return t ? *t : Tensor(); }
+inline std::optional<Tensor> if_defined(const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
+
+}  // namespace gradients
