@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from classification.compiling import begin_step, filled, is_compiled, uncompiled
 from classification.data import UnreadableImages
 from classification.errors import UserError
 from classification.guards import NonFiniteError, NonFiniteGuard
@@ -189,6 +190,7 @@ def _prepare(t: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 def _accumulate(t: Trainer, images: Tensor, targets: Tensor, group: int, sync: bool) -> Tensor:
     """Add one batch's gradients, divided by `group`; processes exchange them only if `sync`. Returns the loss."""
     wait = not sync and isinstance(t.model, DistributedDataParallel)
+    begin_step(_unwrap(t.model))
     with t.model.no_sync() if wait else nullcontext():
         with t.autocast():
             logits = t.model(images)
@@ -201,8 +203,9 @@ def _accumulate(t: Trainer, images: Tensor, targets: Tensor, group: int, sync: b
 
 def _repeat_forward(t: Trainer, images: Tensor, epoch: int, step: int) -> None:
     set_seed(t.seed, epoch, step, t.rank)
-    with t.autocast():
-        _unwrap(t.model)(images)
+    model = _unwrap(t.model)
+    with t.autocast(), uncompiled(model):
+        model(images)
 
 
 def _self_distillation(ema: ModelEmaV3, images: Tensor, logits: Tensor) -> Tensor:
@@ -282,6 +285,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, top-1, top-5, loss, unreadable
     batches = iter(_progress_bar(loader, "evaluate"))
+    whole = 0  # images of the largest batch so far
     rounds = torch.tensor(len(loader), device=device)
     if dist.is_initialized():
         dist.all_reduce(rounds, dist.ReduceOp.MAX)
@@ -290,7 +294,8 @@ def evaluate(
             before_batch()
         batch = next(batches, None)
         if batch is not None:
-            sums += _count(model, batch, device, autocast)
+            whole = max(whole, len(batch[0]))
+            sums += _count(model, batch, device, autocast, whole if is_compiled(model) else 0)
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -306,13 +311,15 @@ def evaluate(
     }
 
 
-def _count(model: nn.Module, batch: tuple, device: torch.device, autocast: Callable[[], torch.autocast]) -> Tensor:
+def _count(
+    model: nn.Module, batch: tuple, device: torch.device, autocast: Callable[[], torch.autocast], whole: int
+) -> Tensor:
     images, targets, *unreadable = batch
     for message in (m for messages in unreadable for m in messages):
         logger.warning("%s; it is not counted", message)
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     with autocast():
-        logits = model(images)
+        logits = model(filled(images, whole))[: len(images)]
     read = targets >= 0
     ranked = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]) & read[:, None]
     losses = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)

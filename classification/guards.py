@@ -26,14 +26,16 @@ class NonFiniteGuard:
     Args:
         model: not wrapped; all processes must come to the same gradients.
         limit: as many such updates in a row are an error.
+        probe: whether to take those sums, which a model that is to be compiled has no place for. Without them, what is
+            not finite is looked for in a repeated forward pass alone.
     """
 
-    def __init__(self, model: nn.Module, limit: int):
+    def __init__(self, model: nn.Module, limit: int, probe: bool = True):
         self.model = model
         self.limit = limit
         self.buffers = [b for b in model.buffers() if b.is_floating_point()]
         self.kept = [b.clone() for b in self.buffers]
-        probed = {n: m for n, m in model.named_modules() if isinstance(m, Stem | Block | Downsample)}
+        probed = {n: m for n, m in model.named_modules() if probe and isinstance(m, Stem | Block | Downsample)}
         self.names = list(probed)
         self.sums: dict[int, Tensor] = {}
         for i, module in enumerate(probed.values()):

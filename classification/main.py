@@ -30,6 +30,7 @@ from classification.checkpoint import (
     tensors_digest,
     write_atomically,
 )
+from classification.compiling import MODES, WITH_CUDA_GRAPHS, compile_in_place
 from classification.config import load_config, seen_otherwise, settings
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
@@ -61,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     add("--resume", metavar="CKPT", help="go on training from this checkpoint")
     add("--eval", action="store_true", help="evaluate --pretrained or --resume and stop")
     add("--throughput", action="store_true", help="measure images per second on random images and stop")
-    add("--compile", action="store_true", help="with --throughput: through torch.compile")
+    add("--compile", nargs="?", const="default", choices=MODES, help="through torch.compile; the mode, if not default")
     add("--channels-last", "--channels_last", action="store_true", help="with --throughput: images laid out as NHWC")
     add("--flops", action="store_true", help="print parameters and FLOPs by layer and stop")
     add("--accumulation-steps", "--accumulation_steps", type=int, help="batches per update")
@@ -114,8 +115,15 @@ def config_from(args: argparse.Namespace) -> CfgNode:
         "SEED": args.seed,
     }
     config = load_config(args.cfg, {k: v for k, v in flags.items() if v is not None}, args.opts)
-    if (args.compile or args.channels_last) and not args.throughput:
-        raise UserError("--compile and --channels-last go with --throughput")
+    if args.channels_last and not args.throughput:
+        raise UserError("--channels-last goes with --throughput")
+    if args.compile and args.flops:
+        raise UserError("--compile has no part in --flops: leave it out")
+    if args.compile in WITH_CUDA_GRAPHS and config.TRAIN.ACCUMULATION_STEPS > 1:
+        raise UserError(
+            f"--compile {args.compile} replays CUDA graphs, which write each batch's gradients over those of the last: "
+            "pass --compile alone, or set TRAIN.ACCUMULATION_STEPS to 1"
+        )
     if args.finetune and not config.MODEL.PRETRAINED:
         raise UserError("--finetune needs --pretrained CKPT, the weights to start from")
     if config.MODEL.PRETRAINED and config.MODEL.RESUME:
@@ -141,7 +149,7 @@ def count_classes(config: CfgNode, split: str) -> int:
 # ----- evaluate and stop
 
 
-def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
+def evaluate_checkpoint(config: CfgNode, run: Run, path: str, compile_mode: str | None = None) -> None:
     """Evaluate every set of weights in the checkpoint at `path`; the first process writes evaluation.json."""
 
     def read() -> tuple[dict, list[str] | None, list[str]]:
@@ -182,6 +190,8 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
         "otherwise": otherwise,
     }
     run.place(model)
+    if compile_mode:
+        compile_in_place(model, compile_mode)
     for name, state in weights.items():
         load_weights(model, state, path)
         results[name] = evaluate(model, loader, run.device, run.autocast)
@@ -196,15 +206,15 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str) -> None:
 # ----- measure and stop
 
 
-def measure_throughput(config: CfgNode, run: Run, compiled: bool, channels_last: bool) -> None:
+def measure_throughput(config: CfgNode, run: Run, compile_mode: str | None, channels_last: bool) -> None:
     """Images per second of the forward pass on random images, for THROUGHPUT_SECONDS after a warm-up."""
     model = run.place(build_model(config, config.MODEL.NUM_CLASSES or IMAGENET_CLASSES)).eval()
     size = config.DATA.IMG_SIZE
     images = torch.randn(config.DATA.BATCH_SIZE, model.in_chans, size, size, device=run.device)
     if channels_last:
         images = images.to(memory_format=torch.channels_last)
-    if compiled:
-        model = torch.compile(model)
+    if compile_mode:
+        compile_in_place(model, compile_mode)
     run.open_log(to_file=False)
 
     @torch.inference_mode()
@@ -224,7 +234,7 @@ def measure_throughput(config: CfgNode, run: Run, compiled: bool, channels_last:
     logger.info(
         "%s: %.1f images/s per process, batch %d, %dx%d, %s images, compile %s, TF32 %s (%s)",
         config.MODEL.NAME, rate, len(images), size, size, "NHWC" if channels_last else "NCHW",
-        "on" if compiled else "off", _tf32(run), run.describe(),
+        compile_mode or "off", _tf32(run), run.describe(),
     )  # fmt: skip
 
 
@@ -243,8 +253,9 @@ def print_flops(config: CfgNode) -> None:
 # ----- train
 
 
-def train(config: CfgNode, run: Run) -> None:
-    training = Training(config, run, classes=run.together(lambda: count_classes(config, "train")))
+def train(config: CfgNode, run: Run, compile_mode: str | None) -> None:
+    classes = run.together(lambda: count_classes(config, "train"))
+    training = Training(config, run, classes, compile_mode)
     try:
         training.lock()
         run.open_log()
@@ -299,13 +310,15 @@ def _main(args: argparse.Namespace) -> None:
         return
     run = Run(config)
     evaluates = args.eval or bool(config.MODEL.PRETRAINED and not args.finetune)
-    run.check_alike({"--throughput": args.throughput, "--eval or --finetune": evaluates})
+    run.check_alike(
+        {"--throughput": args.throughput, "--eval or --finetune": evaluates, "--compile": args.compile or "off"}
+    )
     if args.throughput:
         measure_throughput(config, run, args.compile, args.channels_last)
     elif evaluates:
-        evaluate_checkpoint(config, run, config.MODEL.PRETRAINED or config.MODEL.RESUME)
+        evaluate_checkpoint(config, run, config.MODEL.PRETRAINED or config.MODEL.RESUME, args.compile)
     else:
-        train(config, run)
+        train(config, run, args.compile)
 
 
 if __name__ == "__main__":

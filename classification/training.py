@@ -30,6 +30,7 @@ from classification.checkpoint import (
     read_checkpoint,
     state_dicts,
 )
+from classification.compiling import compile_in_place
 from classification.config import changes, settings
 from classification.data import (
     UnreadableImages,
@@ -109,9 +110,9 @@ class State:
 
 
 class Training:
-    """A training run of `config` on the processes of `run`."""
+    """A training run of `config` on the processes of `run`; with a `compile_mode` through torch.compile."""
 
-    def __init__(self, config: CfgNode, run: Run, classes: int):
+    def __init__(self, config: CfgNode, run: Run, classes: int, compile_mode: str | None = None):
         self.config, self.run = config, run
         self.train_loader = run.together(lambda: build_train_loader(config, run.rank, run.world_size))
         self.eval_loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
@@ -135,7 +136,11 @@ class Training:
         run.place(self.model)
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
         self.batches = len(self.train_loader)
+        self.compile_mode = compile_mode
         self.trainer = self._build_trainer(classes)
+        if compile_mode:  # after DistributedDataParallel has had its pass, of a smaller batch
+            for module in (self.model, *([self.ema.module] if self.ema else [])):
+                compile_in_place(module, compile_mode)
         self.state, self.progress = State(), Progress()
         self.resumed_from = None
         self.own_batch_norm = run.world_size > 1 and not config.TRAIN.SYNC_BN
@@ -190,7 +195,7 @@ class Training:
             scaler=GradScaler(run.device.type, enabled=run.amp_dtype is torch.float16),
             device=run.device,
             autocast=run.autocast,
-            guard=NonFiniteGuard(self.model, config.TRAIN.MAX_SKIPPED),
+            guard=NonFiniteGuard(self.model, config.TRAIN.MAX_SKIPPED, probe=not self.compile_mode),
             mixup=mixup,
             ema=self.ema,
             clip_grad=config.TRAIN.CLIP_GRAD,
@@ -469,7 +474,8 @@ class Training:
         config, run = self.config, self.run
         logger.info("config:\n%s", config.dump().rstrip())
         count = f"{sum(p.numel() for p in self.model.parameters()):,}"
-        logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, run.describe(), run.folder)
+        how = f"{run.describe()}{f', compiled ({self.compile_mode})' if self.compile_mode else ''}"
+        logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, how, run.folder)
         left_out = [loader.dataset.folder.left_out for loader in (self.train_loader, self.eval_loader)]
         one = "there is one class, so every prediction is right: accuracy says nothing"
         messages = [*self.checkpoints.set_aside, *self.checkpoints.notes, *self.notes, *left_out]

@@ -53,7 +53,7 @@ def fusible(x: Tensor, *modules: nn.Module) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     # By its dictionary, for every attribute of a module takes the host a microsecond, in each call of the model.
     own = module.__dict__
-    if type(module) not in FUSIBLE or "forward" in own or any([own[name] for name in HOOKS]):
+    if type(module) not in FUSIBLE or "forward" in own or any(map(own.get, HOOKS)):
         return False
     if type(module) is DropPath:
         return True

@@ -293,7 +293,12 @@ def test_names_that_the_console_lacks(few_digits, tmp_path):
         (["--opts", "TRAIN.USE_CHECKPOINT", "3"], "TRAIN.USE_CHECKPOINT must be of type bool, got 3"),
         (["--seed", "-1"], "SEED (--seed) must be at least 0, got -1"),
         (["--opts", "TRAIN.EMA.ENABLE", "False"], "MESA distils from the EMA model"),
-        (["--compile"], "--compile and --channels-last go with --throughput"),
+        (["--channels-last"], "--channels-last goes with --throughput"),
+        (["--compile", "--flops"], "--compile has no part in --flops"),
+        (
+            ["--compile", "reduce-overhead", "--accumulation-steps", "2"],
+            "--compile reduce-overhead replays CUDA graphs, which write each batch's gradients over those of the last",
+        ),
         (["--opts", "KEEP_LAST", "0"], "KEEP_LAST must be at least 1, got 0"),
         (["--opts", "DATA.MAX_UNREADABLE", "-1"], "DATA.MAX_UNREADABLE must be at least 0, got -1"),
         (["--finetune"], "--finetune needs --pretrained"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from classification.compiling import uncompiled
 from classification.guards import NonFiniteError, NonFiniteGuard, first_non_finite
 from classification.models import spatialmamba_micro
 
@@ -61,6 +62,23 @@ def test_a_fault_that_is_gone_is_still_traced_to_its_block(model, caplog):
     assert "here: gradients are not finite, so 1 update(s) were skipped, 0 in a row and 1 in all" in caplog.text
     assert "that of layers.1.blocks.0" in caplog.text
     assert guard.check("here") is False
+
+
+def test_the_layer_of_a_compiled_model_is_named(model, caplog):
+    """The hooks that look for it come after the model was compiled."""
+    guard = NonFiniteGuard(model, limit=5, probe=False)
+    model.compile(backend="eager")
+    assert update(model, guard) == 0
+    with torch.no_grad():
+        model.layers[1].blocks[0].mlp.fc2.weight.fill_(3e38)
+    assert update(model, guard) == 1
+
+    def again():
+        with uncompiled(model):
+            model(torch.randn(2, 3, 32, 32))
+
+    guard.check("here", again)
+    assert "the first output that is not finite is that of layers.1.blocks.0.mlp.fc2" in caplog.text
 
 
 def test_batch_norm_statistics_are_put_back(model):

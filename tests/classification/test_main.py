@@ -67,6 +67,40 @@ def test_train_then_evaluate_in_a_second_process(few_digits, tmp_path):
     assert weights.stat().st_mtime_ns == modified  # it did not go on to train
 
 
+def test_compiled(few_digits, tmp_path, run_main, monkeypatch):
+    """--compile gives what eager execution gives, from two graphs without a break, the short last batch included."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def compile_in_place(model, mode):
+        assert mode == "default"
+        model.compile(backend=backend, fullgraph=True, dynamic=False)
+
+    for module in (main_module, training_module):
+        monkeypatch.setattr(module, "compile_in_place", compile_in_place)
+    mesa = ["--opts", *QUICK, "TRAIN.MESA.WEIGHT", "1.0", "TRAIN.EMA.DECAY", "0.5"]
+    common = ["--data-path", few_digits, "--output", tmp_path]
+    run_main(*common, "--tag", "eager", *mesa)
+    printed = run_main(*common, "--tag", "compiled", "--compile", *mesa)
+    assert "compiled (default)" in printed
+    assert len(graphs) == 2  # of training and of evaluation, which model and EMA share
+    eager, compiled = (metrics_of(tmp_path / "spatialmamba_micro" / tag) for tag in ("eager", "compiled"))
+    for before, after in zip(eager, compiled, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+        for name in ("model", "model_ema"):
+            assert after[name] == pytest.approx(before[name], rel=1e-3)
+    weights = tmp_path / "spatialmamba_micro" / "compiled" / "latest.pth"
+    run_main(*common, "--tag", "again", "--compile", "--eval", "--pretrained", weights, "--batch-size", 8)
+    assert len(graphs) == 2
+    again = evaluation_of(tmp_path / "spatialmamba_micro" / "again")
+    assert again["model"]["images"] == 33
+    assert again["model"] == pytest.approx(compiled[-1]["model"], rel=1e-6)
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "distributed.launch"])
 def test_two_processes_train_and_evaluate(launcher, few_digits, tmp_path, run_main):
     """33 images over two processes in batches of 8: unequal shares, a last batch of one; each counts once."""
