@@ -14,7 +14,7 @@
 #   profile     where the time of the whole model goes
 #   triton      tests of the Triton kernels
 #   memcheck racecheck   compute-sanitizer
-#   train       digits, and the tiny model at 224 pixels, without AMP and in float16 and bfloat16
+#   train       digits, and the tiny model at 224 pixels, without AMP, in float16 and bfloat16, and compiled
 #
 # Needs PyTorch with CUDA, timm, pytest, pytest-xdist, and for `build` setuptools, a C++ compiler and nvcc; for `train`,
 # all of requirements.txt. PYTHON names another interpreter than python3.
@@ -115,7 +115,8 @@ timeout 60 $python -m classification.benchmark --batch 128 --rounds 3
 timeout 120 $python -m classification.benchmark --train --peers --batch 128 --dtype bfloat16
 timeout 120 $python -m classification.benchmark --train --peers --batch 128 --dtype bfloat16 --channels-last
 timeout 60 $python -m classification.benchmark --train --batch 64 --dtype bfloat16
-timeout 150 $python -m classification.benchmark --batch 128 --dtype bfloat16 --compile
+timeout 300 $python -m classification.benchmark --batch 1 128 --dtype bfloat16 --compile reduce-overhead
+timeout 300 $python -m classification.benchmark --train --peers --batch 128 --dtype bfloat16 --channels-last --compile reduce-overhead
 LINES
 }
 
@@ -133,14 +134,15 @@ step_train() {
         run_training micro_digits $amp && run_training tiny $amp TRAIN.EPOCHS 6 TRAIN.WARMUP_EPOCHS 1 DATA.BATCH_SIZE 64 \
             TRAIN.BASE_LR 2e-3 AUG.MIXUP 0.0 AUG.CUTMIX 0.0 AUG.AUTO_AUGMENT "" AUG.HFLIP 0.0 TRAIN.EMA.DECAY 0.95 || return
     done
+    run_training micro_digits bfloat16 --compile reduce-overhead --tag graphs || return
     for run in "$out"/runs/*/*; do
         echo "${run#"$out"/runs/}: $(grep -o 'train loss [0-9.]*' "$run/log.txt" | cut -d' ' -f3 | xargs)"
     done
     rm -rf "$out/digits" "$out"/runs/*/*/*.pth
 }
 
-run_training() { # CONFIG AMP KEY VALUE...
-    timeout 60 $python classification/main.py --cfg "classification/configs/spatialmamba/spatialmamba_$1.yaml" \
+run_training() { # CONFIG AMP KEY VALUE... or FLAG...
+    timeout 200 $python classification/main.py --cfg "classification/configs/spatialmamba/spatialmamba_$1.yaml" \
         --data-path "$out/digits" --output "$out/runs" --tag "$2" --opts TRAIN.AMP "$2" "${@:3}"
 }
 
