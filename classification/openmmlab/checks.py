@@ -1,5 +1,6 @@
 """What a config, its data and its checkpoints must satisfy, looked at early, so that a mistake is one clear line."""
 
+import inspect
 import json
 import logging
 import mmap
@@ -229,6 +230,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):
             _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
+    _note_images_left_out(dataset, root, key)
     if tree := dataset.get("hierarchy_file"):
         _check_array(os.path.join(root, tree), f"{key}.hierarchy_file")
     annotations = os.path.join(root, dataset.get("ann_file") or "")
@@ -266,13 +268,40 @@ def _classes(dataset: ConfigDict, key: str) -> list[str]:
     """The config's, or else those of the data set's type; of some types they are not known."""
     classes = (dataset.get("metainfo") or {}).get("classes")
     if not classes:
-        with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
-            kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
-        classes = getattr(kind, "METAINFO", {}).get("classes") or ()  # v3det's are None until it is read
+        classes = getattr(_type_of(dataset), "METAINFO", {}).get("classes") or ()  # v3det's are None until it is read
     if isinstance(classes, str):
         _must_exist(classes, "file of classes", f"{key}.metainfo.classes")
         return list_from_file(classes)
     return list(classes)
+
+
+def _type_of(dataset: ConfigDict) -> type | None:
+    with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
+        return registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+
+
+def _note_images_left_out(dataset: ConfigDict, root: str, key: str) -> None:
+    """mmseg takes the files of a folder that end with `img_suffix`, and passes over all others."""
+    prefix = dataset.get("data_prefix") or {}
+    images = prefix.get("img_path")
+    if not images or dataset.get("ann_file") or images == prefix.get("seg_map_path"):
+        return
+    suffix = dataset.get("img_suffix")
+    for base in getattr(_type_of(dataset), "__mro__", ()) if suffix is None else ():
+        default = inspect.signature(base.__init__).parameters.get("img_suffix") if "__init__" in vars(base) else None
+        if default is not None:
+            suffix = default.default
+            break
+    if not isinstance(suffix, str):
+        return
+    names = [name for _, _, names in os.walk(os.path.join(root, images)) for name in names]
+    others = sorted(n for n in names if not n.endswith(suffix) and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES)
+    if others:
+        print_log(
+            f"{key}: {len(others)} images of {os.path.join(root, images)}, as {others[0]}, are left out, "
+            f"for img_suffix is {suffix!r}",
+            level=logging.WARNING,
+        )
 
 
 def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
@@ -329,6 +358,7 @@ def _categories_at_an_end(path: str) -> list[dict]:
         return json.JSONDecoder().raw_decode(chunk, start.end())[0]
 
 
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SMALL = 2**27  # bytes of a file that is read to the end; COCO's own, of half a gigabyte, is known to be sound
 
 
@@ -336,14 +366,22 @@ def _check_entries(path: str) -> None:
     """What pycocotools and mmdet pass over without a word: images that share an id, and boxes that are none."""
     if os.path.getsize(path) > SMALL:
         return
-    ids, foreign, boxes = [], [], []
+    ids, foreign, boxes, lost = [], [], [], []
     with suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):  # which mmdet says
         content = json.loads(Path(path).read_bytes())
         ids = [image["id"] for image in content["images"]]
+        known = set(ids)
         categories = {category["id"] for category in content["categories"]}
         foreign = [a["category_id"] for a in content["annotations"] if a["category_id"] not in categories]
         boxes = [a["bbox"][2:4] for a in content["annotations"] if "bbox" in a]
+        lost = [a["image_id"] for a in content["annotations"] if a["image_id"] not in known]
     _check_ids(path, "images", ids)
+    if lost:
+        print_log(
+            f"{path}: {len(lost)} of its annotations are of images, as image_id {lost[0]!r}, that it does not have; "
+            "they are left out",
+            level=logging.WARNING,
+        )
     if foreign:
         raise UserError(
             f"{path}: {len(foreign)} of its annotations have a category_id, as {foreign[0]!r}, that none of its "

@@ -618,6 +618,40 @@ def test_coco_files(changed, message, tmp_path):
             checks.check_data(cfg, ("train",))
 
 
+def test_what_the_toolchains_pass_over_is_counted(tmp_path, monkeypatch):
+    """Annotations of images that a COCO file does not have, and images of another suffix than mmsegmentation takes."""
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
+    lost = {"annotations": [{"category_id": 1, "image_id": i, "bbox": [0, 0, 9, 9]} for i in (1, 8, 9)]}
+    (tmp_path / "a.json").write_text(json.dumps(coco(**lost)))
+    dataset = dict(type="CocoDataset", ann_file=str(tmp_path / "a.json"), metainfo=dict(classes=("cat",)))
+    checks.check_data(Config(dict(model={}, train_dataloader=dict(dataset=dataset))), ("train",))
+    assert said == [f"{dataset['ann_file']}: 2 of its annotations are of images, as image_id 8, that it does not have; "
+                    "they are left out"]  # fmt: skip
+    said.clear()
+    folder = tmp_path / "images" / "deeper"
+    folder.mkdir(parents=True)
+    for name in ("a.jpg", "b.JPG", "c.png", "notes.txt"):
+        (folder / name).touch()
+
+    class WithDefault:
+        def __init__(self, img_suffix=".jpg", **others):
+            pass
+
+    class Inherits(WithDefault):
+        pass
+
+    for kind, suffix, left_out in ((Inherits, None, "2 images"), (dict, ".png", "2 images"), (dict, None, None)):
+        dataset = dict(type=kind, data_root=str(tmp_path), data_prefix=dict(img_path="images", seg_map_path="labels"))
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        cfg = Config(
+            dict(model={}, train_dataloader=dict(dataset=dataset | ({"img_suffix": suffix} if suffix else {})))
+        )
+        checks.check_data(cfg, ("train",))
+        assert [left_out in message for message in said] == [True] * bool(left_out)
+        said.clear()
+
+
 PICKLES = {
     "ann_file": ({"ann_file": "a.pkl"}, r"a\.pkl: is a pickle.*ann_file\); write the annotations as JSON"),
     "proposals": ({"proposal_file": "p.pickle"}, r"p\.pickle: is a pickle.*proposal_file\); leave it out"),
