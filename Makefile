@@ -11,8 +11,9 @@ BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 OPENMMLAB := $(VENV)/.openmmlab
 
-# Settings over the demo's config, as after main.py's --opts or the tools' --cfg-options; the tests train less.
+# Settings over the demo's config, as after main.py's --opts or the tools' --cfg-options; the tests train and test less.
 DEMO_OPTIONS ?=
+DEMO_TEST_OPTIONS ?=
 
 DIGITS ?= data/digits
 OUTPUT ?= output
@@ -33,7 +34,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 install: $(INSTALLED)
 
 # Two steps: the kernels are compiled against the PyTorch that the first one installs.
-$(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.toml kernels/*/setup.py kernels/*/csrc/*.h kernels/*/csrc/*/*)
+$(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.toml kernels/*/setup.py kernels/*/csrc/*.* kernels/*/csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements.txt
 	$(BIN)/python -m pip install -e kernels/selective_scan -e kernels/dwconv2d -e .
@@ -62,16 +63,17 @@ demo-detection: $(OPENMMLAB)
 	bash detection/tools/dist_train.sh $(DETECTION) 2 --work-dir $(DETECTION_RUN) \
 		--cfg-options data_root=$(SCENES)/ $(DEMO_OPTIONS)
 	bash detection/tools/dist_test.sh $(DETECTION) $$(cat $(DETECTION_RUN)/last_checkpoint) 1 --work-dir $(DETECTION_RUN)/test \
-		--show-dir $(abspath $(DETECTION_RUN))/predictions --cfg-options data_root=$(SCENES)/
+		--show-dir $(abspath $(DETECTION_RUN))/predictions --cfg-options data_root=$(SCENES)/ $(DEMO_TEST_OPTIONS)
 
 demo-segmentation: $(OPENMMLAB)
 	python -m classification.data.digits_scenes $(SCENES_ADE20K) --layout ade20k
 	bash segmentation/tools/dist_train.sh $(SEGMENTATION) 2 --work-dir $(SEGMENTATION_RUN) \
 		--cfg-options data_root=$(SCENES_ADE20K)/ $(DEMO_OPTIONS)
 	bash segmentation/tools/dist_test.sh $(SEGMENTATION) $$(cat $(SEGMENTATION_RUN)/last_checkpoint) 1 \
-		--work-dir $(SEGMENTATION_RUN)/test --show-dir $(SEGMENTATION_RUN)/predictions --cfg-options data_root=$(SCENES_ADE20K)/
+		--work-dir $(SEGMENTATION_RUN)/test --show-dir $(SEGMENTATION_RUN)/predictions --cfg-options data_root=$(SCENES_ADE20K)/ \
+		$(DEMO_TEST_OPTIONS)
 	bash segmentation/tools/dist_test.sh $(SEGMENTATION) $$(cat $(SEGMENTATION_RUN)/last_checkpoint) 1 --tta \
-		--work-dir $(SEGMENTATION_RUN)/test_tta --cfg-options data_root=$(SCENES_ADE20K)/
+		--work-dir $(SEGMENTATION_RUN)/test_tta --cfg-options data_root=$(SCENES_ADE20K)/ $(DEMO_TEST_OPTIONS)
 
 test: $(OPENMMLAB)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

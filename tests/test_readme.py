@@ -188,20 +188,24 @@ def test_demo(options, tmp_path):
     assert (run / "predictions.png").exists()
 
 
-@whole_or("train_cfg.max_epochs=1 param_scheduler.1.end=1")
+FEW = "dataloader.dataset.indices=12"  # images of the validation split
+
+
+@whole_or(f"train_cfg.max_epochs=1 param_scheduler.1.end=1 train_dataloader.dataset.indices=64 val_{FEW}")
 def test_demo_detection(options, tmp_path):
     """`make demo-detection`, and what it has trained by mmdet's own interface in another folder."""
     pytest.importorskip("mmdet", reason="make install-openmmlab")
     assert MAKE_DEMO_DETECTION in BLOCKS["bash"]
     scenes, output = tmp_path / "data/digits_scenes", tmp_path / "output"
     arguments = [f"SCENES={scenes}", f"OUTPUT={output}", f"DEMO_OPTIONS={options}"]
+    arguments += [f"DEMO_TEST_OPTIONS=test_{FEW}"] if options else []
     done = run_command("make", "demo-detection", *arguments, cwd=ROOT, PORT=str(free_port()))
     assert done.returncode == 0, done.stderr
     found = {name: float(value) for name, value in re.findall(r"coco/(\w+_mAP_50): ([\d.]+)", done.stdout)}
     assert found.keys() == {"bbox_mAP_50", "segm_mAP_50"}
     assert options or min(found.values()) >= 0.5
     run = output / "mask_rcnn_spatialmamba_micro_digits"
-    assert len(list((run / "predictions").glob("*.png"))) == 96
+    assert len(list((run / "predictions").glob("*.png"))) == (12 if options else 96)
 
     block = BLOCKS["python"][DETECTOR].replace('"detection/configs', f'"{ROOT}/detection/configs')
     assert "/epoch_12.pth" in block
@@ -212,7 +216,8 @@ def test_demo_detection(options, tmp_path):
 
 
 @whole_or(
-    "train_cfg.max_iters=40 train_cfg.val_interval=40 default_hooks.checkpoint.interval=40 param_scheduler.1.end=40"
+    "train_cfg.max_iters=12 train_cfg.val_interval=12 default_hooks.checkpoint.interval=12 param_scheduler.0.end=4 "
+    f"param_scheduler.1.begin=4 param_scheduler.1.end=12 val_{FEW}"
 )
 def test_demo_segmentation(options, tmp_path):
     """`make demo-segmentation`, and what it has trained by mmseg's own interface in another folder."""
@@ -220,17 +225,19 @@ def test_demo_segmentation(options, tmp_path):
     assert MAKE_DEMO_SEGMENTATION in BLOCKS["bash"]
     arguments = [f"SCENES_ADE20K={tmp_path / 'data/digits_scenes_ade20k'}", f"OUTPUT={tmp_path / 'output'}"]
     arguments += [f"DEMO_OPTIONS={options}"]
+    arguments += [f"DEMO_TEST_OPTIONS=test_{FEW}"] if options else []
     done = run_command("make", "demo-segmentation", *arguments, cwd=ROOT, PORT=str(free_port()))
     assert done.returncode == 0, done.stderr[-4000:]
-    tests = re.findall(r"Iter\(test\) *\[96/96\].*mIoU: ([\d.]+)", done.stdout)
+    images = 12 if options else 96
+    tests = re.findall(rf"Iter\(test\) *\[{images}/{images}\].*mIoU: ([\d.]+)", done.stdout)
     single, multiple = map(float, tests)
     assert options or min(single, multiple) >= 60
-    assert len(list((tmp_path / "output/upernet_spatialmamba_micro_digits/predictions").rglob("*.png"))) == 96
+    assert len(list((tmp_path / "output/upernet_spatialmamba_micro_digits/predictions").rglob("*.png"))) == images
 
     block = BLOCKS["python"][SEGMENTER].replace('"segmentation/configs', f'"{ROOT}/segmentation/configs')
     assert "/iter_600.pth" in block
     if options:
-        block = block.replace("iter_600.pth", "iter_40.pth")
+        block = block.replace("iter_600.pth", "iter_12.pth")
     done = run_command("python", "-c", block, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "torch.Size([1, 128, 128])" in done.stdout
