@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 
 ONEDNN = torch.backends.mkldnn.is_available()
 FEW_NUMBERS = 20_480  # PyTorch gives oneDNN no 1x1 convolution of so few
+# Dynamo of PyTorch 2.4 cannot ask whether a transform of torch.func is active; 2.7's can.
+SEES_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless there are channels to share
 
 
@@ -29,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if not torch.compiler.is_dynamo_compiling():
         return _convolve(x, weight, bias)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if not SEES_TRANSFORMS or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return F.linear(x, weight, bias)  # whose derivatives of every kind they know
     return torch.ops.spatialmamba.linear(x, weight, bias)
 
