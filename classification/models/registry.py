@@ -48,10 +48,12 @@ def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Mod
         ValueError: `pretrained=True` without weights.
     """
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    if isinstance(pretrained, str):
-        overlay = _source(pretrained) | overlay
-    elif pretrained and overlay.get("file"):
-        overlay = _source(str(overlay.pop("file"))) | overlay
+    if pretrained is True and _is_ours(kwargs.get("pretrained_cfg")):
+        overlay = _given(kwargs.pop("pretrained_cfg")) | overlay
+    source = pretrained if isinstance(pretrained, str) else _take_source(overlay) if pretrained else None
+    if source:
+        found, model_args = _source(source, name)
+        overlay, kwargs = found | overlay, model_args | kwargs
     elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
         raise ValueError(
             f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "
@@ -59,7 +61,9 @@ def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Mod
         )
     if "state_dict" in overlay:  # timm itself is not strict where the number of classes is another
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
-        _check_trunk(name, pretrained, overlay["state_dict"], {**VARIANTS[name], **sizes})
+        _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
+        # timm takes 1000 for granted, and would leave another head out.
+        overlay = _classes_of(overlay["state_dict"]) | overlay
     # Made there and of this dtype, as timm's models are that take both.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
 
@@ -79,29 +83,61 @@ def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Mod
     return model
 
 
-def _source(pretrained: str) -> dict:
+def _given(cfg: object) -> dict:
+    """What is named in timm's PretrainedCfg, or a dict of its entries."""
+    entries = cfg if isinstance(cfg, dict) else vars(cfg) if cfg is not None and not isinstance(cfg, str) else {}
+    return {key: value for key, value in entries.items() if value is not None}
+
+
+def _is_ours(cfg: object) -> bool:
+    """Whether it names weights, and no source of timm's own, as `local-dir:` is, which timm reads well."""
+    given = _given(cfg)
+    return bool(given.get("file") or given.get("state_dict")) and not given.get("source")
+
+
+def _take_source(overlay: dict) -> str | None:
+    """The checkpoint that an overlay names, which is taken out of it, as `_create` takes its `pretrained`."""
+    if overlay.get("file"):
+        return str(overlay.pop("file"))
+    if overlay.get("hf_hub_id") and not overlay.get("hf_hub_filename"):
+        return f"{HUB}{overlay.pop('hf_hub_id')}"
+    return None
+
+
+def _classes_of(state: dict) -> dict[str, int]:
+    from classification.checkpoint import num_classes
+
+    return dict(num_classes=num_classes(state) or 0)
+
+
+def _source(pretrained: str, name: str) -> tuple[dict, dict]:
+    """Entries of timm's pretrained_cfg, weights among them, and arguments that the model was made with."""
     if pretrained.startswith(HUB):
-        name = pretrained.removeprefix(HUB)
-        config, _, _ = load_model_config_from_hf(name)
-        return {**config, "state_dict": load_state_dict_from_hf(name, weights_only=True)}
+        repository = pretrained.removeprefix(HUB)
+        config, architecture, model_args = load_model_config_from_hf(repository)
+        if architecture not in (None, name):
+            raise ValueError(f"{pretrained}: is a {architecture}, not a {name}: create that one")
+        state = load_state_dict_from_hf(repository, weights_only=True)
+        return {**config, **_classes_of(state), "state_dict": state}, dict(model_args or {})
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
     # Here, for it imports the models itself. It reads what timm's own loader does not: configs beside the weights.
-    from classification.checkpoint import num_classes, read_checkpoint, state_dicts
+    from classification.checkpoint import read_checkpoint, state_dicts
     from classification.config import trained_with
 
     content = read_checkpoint(pretrained)
     state, config = state_dicts(content, pretrained)["model"], trained_with(content, pretrained)
     stem = state.get(f"{PRETRAINED_CFG['first_conv']}.weight")
     channels, size, method = 3 if stem is None else stem.shape[1], config.DATA.IMG_SIZE, config.DATA.INTERPOLATION
-    return dict(
+    found = dict(
+        **_classes_of(state),
         state_dict=state,
-        num_classes=num_classes(state) or 0,
         input_size=(channels, size, size),
         pool_size=(-(-size // 32),) * 2,
         crop_pct=config.TEST.CROP_PCT,
         interpolation="bilinear" if method == "random" else method,  # as in evaluation
     )
+    return found, {}
 
 
 def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:
@@ -121,7 +157,7 @@ def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:
 
 
 def _names_weights(cfg: object) -> bool:
-    given = cfg if isinstance(cfg, dict) else vars(cfg) if cfg is not None and not isinstance(cfg, str) else {}
+    given = _given(cfg)
     return any(given.get(key) for key in ("url", "file", "state_dict", "hf_hub_id", "source"))
 
 

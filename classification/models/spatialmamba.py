@@ -156,8 +156,7 @@ class StateFusion(nn.Module):
     def forward(self, h: Tensor, C: Tensor, D: Tensor, x: Tensor) -> Tensor:
         """States h (B, D, N, H, W), C (B, N, H, W), D (D,), x (B, D, H, W) -> y = sum_n C_n h'_n + D x, like x."""
         weights = (self.kernel_3, self.kernel_3_1, self.kernel_3_2, self.alpha, D)
-        # float32 even in a model cast to 16 bits
-        *kernels, D = (w if w.dtype == h.dtype else w.to(h.dtype) for w in weights)
+        *kernels, D = (_cast(w, h) for w in weights)  # float32 even in a model cast to 16 bits
         return state_fusion_output(h, *kernels, C, D, x)
 
 
@@ -572,8 +571,12 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _cast(x: Tensor, like: Tensor) -> Tensor:
+    return x if x.dtype == like.dtype else x.to(like.dtype)  # `to` takes the host longer to find that out
+
+
 # What torch.fx puts into its graphs as it is, for it looks at tensors.
-for _name in ("selective_scan_state", "state_fusion_output", "_at_least_float32", "_check_images"):
+for _name in ("selective_scan_state", "state_fusion_output", "_at_least_float32", "_cast", "_check_images"):
     torch.fx.wrap(_name)
 
 

@@ -86,10 +86,20 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
     monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, weights_only: model.state_dict())
-    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({"num_classes": 7}, None, None))
-    for arguments in ({"pretrained": "hf-hub:me/it"}, {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}):
+    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", None))
+    overlays = [{"file": path}, {"hf_hub_id": "me/it"}, {"state_dict": model.state_dict()}]
+    named = [{"pretrained": True, "pretrained_cfg_overlay": overlay} for overlay in overlays]
+    named += [{"pretrained": "hf-hub:me/it"}, {"pretrained": True, "pretrained_cfg": {"file": path}}]
+    for arguments in named:
         found = timm.create_model("spatialmamba_micro", num_classes=7, **arguments).eval()
         torch.testing.assert_close(found(IMAGES), expected)  # its head too
+    made_with = dict(global_pool="max", num_classes=7)
+    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", made_with))
+    other = seeded(**made_with)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(timm.create_model("spatialmamba_micro", "hf-hub:me/it").eval()(IMAGES), other(IMAGES))
+    with pytest.raises(ValueError, match="hf-hub:me/it: is a spatialmamba_micro, not a spatialmamba_tiny"):
+        timm.create_model("spatialmamba_tiny", "hf-hub:me/it")
     hub = torch.hub.load(ROOT, "spatialmamba_micro", source="local", pretrained=path, num_classes=7)
     torch.testing.assert_close(hub.eval()(IMAGES), expected)
     save_for_hf(model, tmp_path / "folder")
