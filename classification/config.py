@@ -113,14 +113,17 @@ def load_config(path: str, overrides: dict[str, object], opts: Sequence[str] = (
     return config
 
 
-def saved_config(text: str, source: str) -> CfgNode:
+def saved_config(text: str, source: str, keys: Sequence[str] = ()) -> CfgNode:
     """The config that a checkpoint holds as text; keys that there are no more are passed over.
+
+    Args:
+        keys: all that are read, by default every one: weights whose training had other bounds are still good weights.
 
     Raises:
         UserError: it is no such text, or a value of it is not what it should be.
     """
     config = default_config()
-    known = {key for key, _ in _flatten(config)}
+    known = {key for key, _ in _flatten(config)}.intersection(keys or dict(_flatten(config)))
     for key, value in _flatten(_parse_yaml(text, source)):
         if key in known:
             _set(config, key, value, source)
@@ -129,13 +132,13 @@ def saved_config(text: str, source: str) -> CfgNode:
 
 
 def trained_with(content: dict, path: str) -> CfgNode:
-    """The config of a checkpoint of main.py; the default one for others, published ones too.
+    """What a checkpoint of main.py says of its evaluation, in a config of defaults; for others these alone.
 
     Raises:
         UserError: what it holds as its config is none.
     """
     text = content.get("config")
-    return saved_config(text, f"{path}: its config") if isinstance(text, str) else default_config()
+    return saved_config(text, f"{path}: its config", OF_WEIGHTS) if isinstance(text, str) else default_config()
 
 
 # Keys that change no number, or are meant to change from one part of a run to the next.
@@ -159,28 +162,32 @@ def settings(config: CfgNode) -> dict[str, object]:
     return {key: value for key, value in _flatten(config) if key not in LOCAL}
 
 
-def changes(text: str, config: CfgNode, source: str | Path) -> list[str]:
+def changes(text: str, config: CfgNode, source: str | Path, keys: Sequence[str] = ()) -> list[str]:
     """KEY OLD -> NEW for each key that changes numbers and is other in `config` than in a checkpoint's `text`.
+
+    Args:
+        keys: all that are compared, by default every one.
 
     Raises:
         UserError: `text` is no config.
     """
-    saved = dict(_flatten(saved_config(text, f"{source}: its config")))
+    saved = dict(_flatten(saved_config(text, f"{source}: its config", keys)))
     there = {key for key, _ in _flatten(_parse_yaml(text, str(source)))}  # an earlier version has fewer
     return [
         f"{key} {saved[key]!r} -> {value!r}"
         for key, value in _flatten(config)
-        if key in there and key not in FREE and saved[key] != value
+        if key in there and key not in FREE and (not keys or key in keys) and saved[key] != value
     ]
 
 
 SEEN = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT", "TRAIN.AMP")  # what accuracy depends on
+OF_WEIGHTS = ("MODEL.NAME", *SEEN)
 
 
 def seen_otherwise(content: dict, config: CfgNode, path: str | Path) -> list[str]:
     """KEY OLD -> NEW for each key of evaluation that is other in `config` than in a checkpoint of main.py."""
     text = content.get("config")
-    return [line for line in changes(text, config, path) if line.startswith(SEEN)] if isinstance(text, str) else []
+    return changes(text, config, path, SEEN) if isinstance(text, str) else []
 
 
 def seen_config(content: dict, path: str | Path) -> str | None:
@@ -192,7 +199,7 @@ def seen_config(content: dict, path: str | Path) -> str | None:
         return None
     values = dict(_flatten(trained_with(content, str(path))))
     tree: dict[str, dict] = {}
-    for key in ("MODEL.NAME", *SEEN):
+    for key in OF_WEIGHTS:
         section, _, leaf = key.partition(".")
         tree.setdefault(section, {})[leaf] = values[key]
     return yaml.safe_dump(tree)

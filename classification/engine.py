@@ -319,7 +319,7 @@ def _count(
         logger.warning("%s; it is not counted", message)
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     with autocast():
-        logits = model(filled(images, whole))[: len(images)]
+        logits = model(filled(images, whole))[: len(images)]  # not kept: the next batch may be written over them
     read = targets >= 0
     ranked = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]) & read[:, None]
     losses = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)

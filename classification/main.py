@@ -119,7 +119,8 @@ def config_from(args: argparse.Namespace) -> CfgNode:
         raise UserError("--channels-last goes with --throughput")
     if args.compile and args.flops:
         raise UserError("--compile has no part in --flops: leave it out")
-    if args.compile in WITH_CUDA_GRAPHS and config.TRAIN.ACCUMULATION_STEPS > 1:
+    trains = not (args.throughput or _evaluates(args, config))
+    if trains and args.compile in WITH_CUDA_GRAPHS and config.TRAIN.ACCUMULATION_STEPS > 1:
         raise UserError(
             f"--compile {args.compile} replays CUDA graphs, which write each batch's gradients over those of the last: "
             "pass --compile alone, or set TRAIN.ACCUMULATION_STEPS to 1"
@@ -133,6 +134,10 @@ def config_from(args: argparse.Namespace) -> CfgNode:
     if args.eval and args.finetune:
         raise UserError("--eval stops after evaluating, --finetune trains: pass one of them")
     return config
+
+
+def _evaluates(args: argparse.Namespace, config: CfgNode) -> bool:
+    return args.eval or bool(config.MODEL.PRETRAINED and not args.finetune)
 
 
 def count_classes(config: CfgNode, split: str) -> int:
@@ -309,7 +314,7 @@ def _main(args: argparse.Namespace) -> None:
         print_flops(config)
         return
     run = Run(config)
-    evaluates = args.eval or bool(config.MODEL.PRETRAINED and not args.finetune)
+    evaluates = _evaluates(args, config)
     run.check_alike(
         {"--throughput": args.throughput, "--eval or --finetune": evaluates, "--compile": args.compile or "off"}
     )

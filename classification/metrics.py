@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -19,14 +20,17 @@ class MetricsLog:
     twice; the last one counts, as `read_lines` has it.
     """
 
-    def __init__(self, folder: Path, updates: int, tensorboard: bool = True):
-        """`updates` have been made; what TensorBoard holds of later ones is from a run that did not save them."""
+    def __init__(self, folder: Path, updates: int | None, tensorboard: bool = True):
+        """`updates` have been made; what TensorBoard holds of later ones is from a run that did not save them. None: an
+        update is of other batches than it was, so their numbers say nothing of that.
+        """
         self.folder = folder
         with self._writing():
             for name in (EPOCHS, STEPS):
                 _drop_partial_line(folder / name)
             self.files = {name: (folder / name).open("a") for name in (EPOCHS, STEPS)}
-            self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=updates + 1) if tensorboard else None
+            purge_step = None if updates is None else updates + 1
+            self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step) if tensorboard else None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -72,11 +76,11 @@ class MetricsLog:
                     self.writer.add_scalar(f"{group}/{key}", value, update)
 
 
-def read_lines(path: Path, key: str) -> list[dict]:
-    """The objects of a file of JSON lines in the order of `key`: those on the way to the last one.
+def read_lines(path: Path, *keys: str) -> list[dict]:
+    """The objects of a file of JSON lines in the order of `keys`: those on the way to the last one.
 
-    A run that went back to an earlier checkpoint repeats a `key`; what stood there from that one on is of a branch that
-    was given up.
+    A run that went back to an earlier checkpoint repeats them; what stood there from that place on is of a branch that
+    was given up. Steps are in the order of epoch and step: updates are counted anew where a batch becomes another.
 
     Raises:
         UserError: the file is not there or not of this kind. A last line that was cut off is passed over.
@@ -86,11 +90,13 @@ def read_lines(path: Path, key: str) -> list[dict]:
     try:
         text = path.read_text()
         whole = text[: text.rfind("\n") + 1]
+        place = itemgetter(*keys)
         lines: list[dict] = []
         for line in map(json.loads, whole.splitlines()):
-            if type(line[key]) is not int:
-                raise TypeError(f"{key} is {line[key]!r}, not a whole number")
-            while lines and lines[-1][key] >= line[key]:
+            for key in keys:
+                if type(line[key]) is not int:
+                    raise TypeError(f"{key} is {line[key]!r}, not a whole number")
+            while lines and place(lines[-1]) >= place(line):
                 lines.pop()
             lines.append(line)
     except (OSError, KeyError, RecursionError, TypeError, ValueError) as error:

@@ -26,7 +26,7 @@ from classification.checkpoint import (
     state_dicts,
     tensors_digest,
 )
-from classification.config import saved_config
+from classification.config import trained_with
 from classification.data import escaped, names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
@@ -92,18 +92,21 @@ def draw_learning_curve(metrics: list[dict]) -> Figure:
 
 
 def draw_training_curves(steps: list[dict]) -> Figure:
-    """Loss, learning rate, gradient norm and speed over the updates, as they were reported."""
+    """Loss, learning rate, gradient norm and speed, as they were reported, over the epochs."""
     names = {
         "loss": "training loss, mean of the epoch so far",
         "lr": "learning rate",
         "grad_norm": "norm of the gradients",
         "images_per_second": "images/s of the first process",
     }
+    longest: dict[int, int] = {}  # steps of each epoch; its last one is always reported
+    for s in steps:
+        longest[s["epoch"]] = max(s["step"], longest.get(s["epoch"], 1))
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for cell, (key, label) in zip(axes.flat, names.items(), strict=True):
-        points = [(s["update"], s[key]) for s in steps if key in s]
+        points = [(s["epoch"] + s["step"] / longest[s["epoch"]], s[key]) for s in steps if key in s]
         cell.plot(*zip(*points, strict=True)) if points else cell.plot([], [])
-        cell.set(xlabel="update", ylabel=label)
+        cell.set(xlabel="epoch", ylabel=label)
         cell.grid(alpha=0.3)
     return figure
 
@@ -145,7 +148,7 @@ def report(folder: Path, data_path: str | None) -> None:
     try:
         figures = {"learning_curve.png": draw_learning_curve(metrics)}
         if (folder / STEPS).exists():
-            figures["training_curves.png"] = draw_training_curves(read_lines(folder / STEPS, "update"))
+            figures["training_curves.png"] = draw_training_curves(read_lines(folder / STEPS, "epoch", "step"))
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -171,7 +174,7 @@ def report(folder: Path, data_path: str | None) -> None:
 def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tuple[SpatialMamba, ImageFolder, list[str]]:
     if not isinstance(checkpoint.get("config"), str):
         raise UserError(f"{path}: has no 'config', so it was not saved by main.py")
-    config = saved_config(checkpoint["config"], f"{path}: its config")
+    config = trained_with(checkpoint, str(path))
     state = state_dicts(checkpoint, path)["model"]
     model = SpatialMamba(num_classes=num_classes(state) or 0, **VARIANTS[config.MODEL.NAME]).eval()
     load_weights(model, state, path)

@@ -52,6 +52,8 @@ from classification.sync_bn import average_batch_norm, running_statistics, synch
 logger = logging.getLogger("spatialmamba")
 
 VALIDATED = "validation_images"
+COMPILED = "compile"  # the mode, whose rounding is not that of eager execution
+WENT_BACK_TO = "went_back_to"  # the checkpoint of this folder that --resume named
 NO_ACCURACY = -1.0  # before the first epoch: below any that can be measured
 START_OVER = "start from its weights with --pretrained and --finetune"
 
@@ -143,7 +145,9 @@ class Training:
                 compile_in_place(module, compile_mode)
         self.state, self.progress = State(), Progress()
         self.resumed_from = None
+        self.other_batches = False  # than those of the run that is resumed
         self.own_batch_norm = run.world_size > 1 and not config.TRAIN.SYNC_BN
+        self.went_back_to = ""
         if resumed:
             content, self.resumed_from = resumed
             self._resume(content, self.resumed_from)
@@ -211,11 +215,15 @@ class Training:
         """The checkpoint to go on from, in the first process: the last one in the output folder, or --resume's.
 
         The folder's comes first, for a command with --resume that was interrupted is to go on as well; unless --resume
-        names another one in that very folder.
+        names another one in that very folder, to which the run has not gone back yet.
         """
         path = Path(self.config.MODEL.RESUME) if self.config.MODEL.RESUME else None
         begun = self.checkpoints.look()
-        if path and (not begun or path.parent.resolve() == self.run.folder.resolve()):
+        own = begun and path is not None and path.parent.resolve() == self.run.folder.resolve()
+        goes_back = own and path.name != LATEST
+        if goes_back and self.config.TRAIN.AUTO_RESUME and (last := self._last_if_gone_back_to(path.name)):
+            return last
+        if path and (own or not begun):
             content = read_checkpoint(path)
             _check_resumable(content, path)
             return content, path
@@ -228,6 +236,21 @@ class Training:
         self.checkpoints.lock()  # before anything in the folder is touched
         self.checkpoints.remove_partial()
         return self.checkpoints.read_last(_check_resumable)
+
+    def _last_if_gone_back_to(self, name: str) -> tuple[dict, Path] | None:
+        """The run's last checkpoint, if the run has gone back to the one of that name: the command is run again."""
+        for path in [self.run.folder / LATEST, *reversed(self.checkpoints.numbered())]:
+            with suppress(DamagedCheckpointError, FileNotFoundError):
+                content = read_checkpoint(path)
+                _check_resumable(content, path)
+                if content.get(WENT_BACK_TO) != name:
+                    return None
+                self.notes.append(
+                    f"{path}: the run has gone back to {name} before, and goes on from here; to go back once more, "
+                    "set TRAIN.AUTO_RESUME False"
+                )
+                return content, path
+        return None
 
     def _resume(self, content: dict, path: Path) -> None:
         """Put back what `save` wrote. Best accuracies count if their checkpoints lie beside it."""
@@ -245,10 +268,14 @@ class Training:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: its optimizer state is not of this model ({error}); {START_OVER}") from error
         self.state.epoch = content["epoch"]
+        named = self.config.MODEL.RESUME and path.resolve() == Path(self.config.MODEL.RESUME).resolve()
+        here = path.parent.resolve() == self.run.folder.resolve()
+        self.went_back_to = "" if not here else path.name if named else content.get(WENT_BACK_TO, "")
         self._keep_best(content, path)
         self._compare_config(content, path)
         # Within an epoch, the place is the same one only if as many images make a batch and a step.
         others = _differing(content.get("shares"), self._shares())
+        self.other_batches = bool({"batches", "accumulation"} & set(others))
         if content.get("progress") and not others:
             self.progress = Progress(**content["progress"])
             within = self.progress.step % self.config.TRAIN.ACCUMULATION_STEPS and self.progress.step != self.batches
@@ -276,6 +303,8 @@ class Training:
             for name, number in own.items()
             if name in shares and (type(shares[name]), shares[name]) != (int, number)
         ]
+        if COMPILED in content and content[COMPILED] != (self.compile_mode or ""):
+            changed.append(f"--compile {content.get(COMPILED) or 'off'} -> {self.compile_mode or 'off'}")
         if changed:
             self.notes.append(f"{path}: training goes on with another config: {', '.join(changed)}")
 
@@ -352,7 +381,8 @@ class Training:
         if first >= config.TRAIN.EPOCHS:
             logger.info("all %d epochs are done; raise TRAIN.EPOCHS to go on", config.TRAIN.EPOCHS)
             return
-        self.metrics = MetricsLog(run.folder, self.updates(), config.TENSORBOARD) if run.is_main else None
+        updates = None if self.other_batches else self.updates()
+        self.metrics = MetricsLog(run.folder, updates, config.TENSORBOARD) if run.is_main else None
         if self.metrics:
             self.trainer.on_report = self.metrics.step
         self.trainer.after_update = self._after_update
@@ -413,8 +443,9 @@ class Training:
             if name not in metrics:
                 continue
             log_accuracy(f"epoch {metrics['epoch']} {name}", metrics[name])
-            if metrics[name]["top1"] > getattr(self.state, key):
-                setattr(self.state, key, metrics[name]["top1"])
+            accuracy = accuracy_on_all(metrics[name])
+            if accuracy > getattr(self.state, key):
+                setattr(self.state, key, accuracy)
                 best.append(file)
         logger.info(
             "epoch %d: train loss %.4f, %.1f s; best top-1 %.3f%%, of the EMA %.3f%%",
@@ -452,6 +483,8 @@ class Training:
             CLASSES: [escaped(name) for name in self.train_loader.classes],
             "shares": self._shares(),
             VALIDATED: len(self.eval_loader.dataset),
+            WENT_BACK_TO: self.went_back_to,
+            COMPILED: self.compile_mode or "",
             "progress": asdict(self.progress) if self.progress.step else {},
             **asdict(self.state),
         }
@@ -493,6 +526,14 @@ class Training:
             logger.info("starting from the weights of %s%s", config.MODEL.PRETRAINED, head)
         else:
             logger.info("starting from scratch")
+
+
+def accuracy_on_all(m: dict[str, float]) -> float:
+    """Top-1 by which epochs are compared: images that could not be read count as wrong.
+
+    Else a disk that is away during one validation would make the few images that are left the best epoch of all.
+    """
+    return m["top1"] * m["images"] / (m["images"] + m.get("unreadable", 0))
 
 
 def _differing(saved: object, own: dict[str, int]) -> list[str]:

@@ -34,6 +34,7 @@ from classification.checkpoint import (
     state_dicts,
     tensors_digest,
 )
+from classification.config import changes, default_config, seen_otherwise, trained_with
 from classification.convert import convert
 from classification.convert import main as convert_main
 from classification.errors import UserError
@@ -627,6 +628,17 @@ def test_weights_go_to_safetensors_and_back(tmp_path, few_digits, run_main):
     (tmp_path / "w.safetensors").write_bytes(altered)
     with pytest.raises(DamagedCheckpointError, match="its tensors, classes or config do not match its digest"):
         read_checkpoint(tmp_path / "w.safetensors")
+
+
+def test_bounds_of_training_do_not_bind_weights():
+    """Weights of a run whose average stood still are good weights: only resuming asks for all of its config."""
+    config = default_config()
+    text = re.sub(r"DECAY: 0\.9+\b", "DECAY: 1.0", config.dump())
+    assert "DECAY: 1.0" in text
+    assert trained_with({"config": text}, "a.pth").DATA.IMG_SIZE == config.DATA.IMG_SIZE
+    assert seen_otherwise({"config": text}, config, "a.pth") == []
+    with pytest.raises(UserError, match=r"TRAIN\.EMA\.DECAY must be at most"):
+        changes(text, config, "a.pth")
 
 
 def test_conversions_that_are_refused(tmp_path, monkeypatch):

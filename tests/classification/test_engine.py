@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from classification.engine import Progress, Trainer, evaluate, train_one_epoch
 from classification.guards import NonFiniteError, NonFiniteGuard
+from classification.training import accuracy_on_all
 
 
 def trainer(model, lr=0.1, limit=3, scaled=False, **options) -> Trainer:
@@ -183,3 +184,9 @@ def test_evaluation_leaves_out_what_could_not_be_read():
     assert (result["images"], result["unreadable"]) == (3, 1)
     assert result["top1"] == pytest.approx(200 / 3)
     assert result["loss"] == pytest.approx(F.cross_entropy(images[seen], targets[seen]).item())
+
+
+def test_images_that_could_not_be_read_make_no_best_epoch():
+    few, all_of_them = {"top1": 100.0, "images": 6, "unreadable": 6}, {"top1": 75.0, "images": 12}
+    assert accuracy_on_all(few) == 50
+    assert accuracy_on_all(all_of_them) == 75

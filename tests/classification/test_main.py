@@ -93,7 +93,8 @@ def test_compiled(few_digits, tmp_path, run_main, monkeypatch):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
         for name in ("model", "model_ema"):
             assert after[name] == pytest.approx(before[name], rel=1e-3)
-    weights = tmp_path / "spatialmamba_micro" / "compiled" / "latest.pth"
+    assert "--compile default -> off" in run_main(*common, "--tag", "compiled", *mesa, "TRAIN.EPOCHS", "3")
+    weights = tmp_path / "spatialmamba_micro" / "compiled" / "epoch_2.pth"
     run_main(*common, "--tag", "again", "--compile", "--eval", "--pretrained", weights, "--batch-size", 8)
     assert len(graphs) == 2
     again = evaluation_of(tmp_path / "spatialmamba_micro" / "again")
@@ -381,6 +382,12 @@ def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_pat
     events = EventAccumulator(str(more / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("val/model/top1")] == [10, 15]
 
+    back = [*arguments, "--tag", "more", "--resume", more / "epoch_2.pth", "--opts", *QUICK, "TRAIN.EPOCHS", "3"]
+    assert f"resuming from {more / 'epoch_2.pth'}, epoch 2, step 0" in run_main(*back)
+    printed = run_main(*back)
+    assert "latest.pth: the run has gone back to epoch_2.pth before, and goes on from here" in printed
+    assert "all 3 epochs are done" in printed
+
 
 def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
     """Key by key, where it changes numbers; not more epochs, other paths and the like."""
@@ -483,7 +490,7 @@ def test_other_batches_begin_the_epoch_anew(few_digits, tmp_path, run_main):
 def test_scalars_of_steps_and_epochs(few_digits, tmp_path, run_main):
     run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK)
     run = tmp_path / name_of(".")
-    steps = read_lines(run / "steps.jsonl", "update")
+    steps = read_lines(run / "steps.jsonl", "epoch", "step")
     assert [(s["epoch"], s["step"], s["update"]) for s in steps] == [
         *((0, 2, 2), (0, 4, 4), (0, 5, 5)),
         *((1, 2, 7), (1, 4, 9), (1, 5, 10)),

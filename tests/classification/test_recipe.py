@@ -156,7 +156,7 @@ def test_main_is_the_recipe_written_by_hand(digits, tmp_path):
     expected = torch.load(tmp_path / "loop.pt", weights_only=True)
     assert len(expected["norms"]) == 24
     assert len(expected["losses"]) == EPOCHS * PER_EPOCH
-    steps = read_lines(run / "steps.jsonl", "update")
+    steps = read_lines(run / "steps.jsonl", "epoch", "step")
     assert len(steps) == 24
     for step in steps:
         first = step["epoch"] * PER_EPOCH

@@ -8,6 +8,7 @@ from matplotlib.image import imread
 from running import QUICK, ROOT, run_command
 
 from classification.errors import UserError
+from classification.metrics import read_lines
 from classification.models import spatialmamba_micro
 from classification.report import read_metrics, report
 
@@ -43,6 +44,15 @@ def test_repeated_epoch_counts_as_last_written(tmp_path):
     lines = [{"epoch": epoch, "loss": loss, "seconds": 1.0} for epoch, loss in losses]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_metrics(tmp_path) == [lines[0], lines[3]]
+
+
+def test_updates_of_other_batches_are_on_the_way(tmp_path):
+    """A batch twice as large halves the number of updates so far."""
+    places = [(2, 50, 150), (3, 50, 200), (4, 25, 125), (4, 10, 110)]
+    lines = [json.dumps(dict(zip(("epoch", "step", "update"), place, strict=True))) for place in places]
+    (tmp_path / "steps.jsonl").write_text("\n".join(lines) + "\n")
+    kept = read_lines(tmp_path / "steps.jsonl", "epoch", "step")
+    assert [line["update"] for line in kept] == [150, 200, 110]
 
 
 @pytest.mark.parametrize(
