@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 NAME = re.search(r'^name = "(\w+)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
 OLDEST_TORCH = (2, 4)
+LAST_OF_CXX17 = (2, 11)  # the headers of 2.14 ask for C++20
 PROBE = """
 import json, torch
 try:
@@ -145,14 +146,16 @@ class BuildKernels(build_ext):
         return f"{name.replace('.', '/')}_torch{'_'.join(find_torch()[1].split('.')[:2])}.so"
 
     def build_extension(self, extension):
-        torch, _, _, cxx11_abi, _ = find_torch()
+        torch, version, _, cxx11_abi, _ = find_torch()
         nvcc, architectures, _ = plan_cuda()
         include, lib = [f"-isystem{torch}/include"], [f"-L{torch}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
         if nvcc:
             lib += ["-ltorch_cuda", "-lc10_cuda", f"-L{nvcc.parents[1]}/lib64", "-lcudart"]
-        common = ["-O3", "-std=c++17", *(["-DKERNELS_X86"] if X86 else [])]
-        host = [*self.cxx, *common, "-fPIC", "-fopenmp", "-Wall", f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi:d}"]
-        device = [nvcc, *common, "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", *architectures]
+        common = ["-O3", *(["-DKERNELS_X86"] if X86 else [])]
+        newer = tuple(map(int, re.findall(r"\d+", version)[:2])) > LAST_OF_CXX17
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi:d}"
+        host = [*self.cxx, *common, f"-std=c++{20 if newer else 17}", "-fPIC", "-fopenmp", "-Wall", abi]
+        device = [nvcc, *common, "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", *architectures]
         steps, objects = [], []
         for source in map(Path, extension.sources):
             vectors = next((flags for suffix, flags in VECTORS.items() if source.stem.endswith(suffix)), None)
