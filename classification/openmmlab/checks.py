@@ -26,8 +26,9 @@ from classification.models.openmmlab import BACKBONE, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 from classification.openmmlab.pickle_files import PICKLES
 
-# mmseg's heads whose num_classes is not the data set's: of borders, and of texts without that for the background.
-OTHER_CLASSES = ("STDCHead", "SideAdapterCLIPHead")
+# Heads whose num_classes is not the data set's: mmseg's of borders, and of texts without that for the background;
+# mmdet's that compare with texts, of whatever classes.
+OTHER_CLASSES = ("STDCHead", "SideAdapterCLIPHead", "ATSSVLFusionHead", "GroundingDINOHead")
 
 
 def check_channels(model: ConfigDict) -> None:
@@ -94,6 +95,58 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             if isinstance(metric, dict) and metric.get("ann_file") and not metric.get("backend_args"):
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
                 _check_compared(metric, datasets, split)
+    _check_ignored(cfg, splits)
+
+
+def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
+    """Of mmseg's parts each has an ignore_index of its own: with another, ignored pixels are learnt or count as errors.
+
+    Where a part does not say, its default of 255 stands.
+    """
+    model = cfg.model.get("module", cfg.model)  # with --tta
+    head = _predicting_head(model)
+    ignored = head.get("ignore_index", 255)
+    if not head or not isinstance(ignored, int) or "Depth" in kind_of(head):  # depth is no label
+        return
+    found = _ignored_elsewhere(cfg, model, splits)
+    others = [f"{key} is {value}" for key, value in found if isinstance(value, int) and value != ignored]
+    if others:
+        raise UserError(
+            f"the ignore_index of model.decode_head is {ignored}, but {', '.join(dict.fromkeys(others))} "
+            "(255 where a config does not say); make them equal"
+        )
+
+
+def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Keys and values of what mmseg ignores or pads with beside its predicting head's."""
+    for split in splits:
+        evaluator = cfg.get(f"{split}_evaluator")
+        metrics = evaluator if isinstance(evaluator, list) else [evaluator]
+        for i, metric in enumerate(metrics):
+            if isinstance(metric, dict) and kind_of(metric) == "IoUMetric":
+                place = f"[{i}]" if isinstance(evaluator, list) else ""
+                yield f"{split}_evaluator{place}.ignore_index", metric.get("ignore_index", 255)
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in _datasets(loader.dataset) if loader else ():
+            for step in _steps(dataset.get("pipeline") or ()):
+                key = f"{split}_dataloader.dataset.pipeline.{kind_of(step)}"
+                if kind_of(step) == "CheckLabels":
+                    yield f"{key}.ignore_index", step.get("ignore_index", 255)
+                elif kind_of(step) == "Pad":  # mmcv's; a number there is the image's alone
+                    value = step.get("pad_val")
+                    yield f"{key}.pad_val.seg", (value.get("seg", 255) if isinstance(value, dict) else 255)
+                elif kind_of(step) in ("RandomRotate", "RandomMosaic"):
+                    yield f"{key}.seg_pad_val", step.get("seg_pad_val", 255)
+    if "train" in splits:
+        preprocessor = model.get("data_preprocessor") or {}
+        if kind_of(preprocessor) == "SegDataPreProcessor":
+            yield "model.data_preprocessor.seg_pad_val", preprocessor.get("seg_pad_val", 255)
+        for part in ("decode_head", "auxiliary_head"):
+            heads = model.get(part) or []
+            for i, other in enumerate(heads if isinstance(heads, list) else [heads]):
+                if kind_of(other) not in OTHER_CLASSES:
+                    place = f"[{i}]" if isinstance(heads, list) else ""
+                    yield f"model.{part}{place}.ignore_index", other.get("ignore_index", 255)
 
 
 def note_class_weights(cfg: Config) -> None:
@@ -211,15 +264,16 @@ def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) 
     plain = [dataset for dataset in datasets if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file")]
     if kind_of(metric) != "CocoMetric" or len(plain) != 1 or plain[0].get("backend_args"):
         return
+    loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)
+    if os.path.realpath(loaded) == os.path.realpath(metric.ann_file):
+        return  # looked at as the data set's
     if classes := _classes(plain[0], f"{split}_dataloader.dataset"):
         _check_categories(metric.ann_file, classes, f"{split}_dataloader.dataset", False)
-    loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)
-    if os.path.realpath(loaded) != os.path.realpath(metric.ann_file):
-        print_log(
-            f"{split}_evaluator.ann_file is {metric.ann_file}, but {split}_dataloader.dataset loads {loaded}: "
-            "predictions are compared with another file than their images are from",
-            level=logging.WARNING,
-        )
+    print_log(
+        f"{split}_evaluator.ann_file is {metric.ann_file}, but {split}_dataloader.dataset loads {loaded}: "
+        "predictions are compared with another file than their images are from",
+        level=logging.WARNING,
+    )
 
 
 def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
@@ -240,7 +294,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
         if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file"):
             # Where images without boxes are left out, as of unlabelled data they are not.
             annotated = key.startswith("train") and bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt"))
-            _check_categories(annotations, classes, key, annotated)
+            _check_categories(annotations, classes, key, annotated, dataset.get("pipeline") or ())
         if kind_of(dataset) != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
             _check_num_classes(cfg.model.get("module", cfg.model), len(classes), key)  # with --tta
         for step in _steps(dataset.get("pipeline") or ()):
@@ -312,7 +366,7 @@ def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
         )
 
 
-def _check_categories(path: str, classes: list[str], key: str, annotated: bool) -> None:
+def _check_categories(path: str, classes: list[str], key: str, annotated: bool, pipeline: Sequence = ()) -> None:
     names = _categories(path)
     if annotated:
         _check_annotated(path)
@@ -326,7 +380,8 @@ def _check_categories(path: str, classes: list[str], key: str, annotated: bool) 
     in_file = [name for name in names if name in classes]
     if in_file != classes:  # mmdet numbers labels by the file's order, whatever that of `classes` is
         raise UserError(f"{key}.metainfo.classes must be in the order of {path}: {', '.join(in_file)}")
-    _check_entries(path)
+    masks = (step for step in _steps(pipeline) if kind_of(step) == "LoadAnnotations" and step.get("with_mask"))
+    _check_entries(path, classes, next(masks, None))
 
 
 def _categories(path: str) -> list[str]:
@@ -362,42 +417,124 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tif
 SMALL = 2**27  # bytes of a file that is read to the end; COCO's own, of half a gigabyte, is known to be sound
 
 
-def _check_entries(path: str) -> None:
-    """What pycocotools and mmdet pass over without a word: images that share an id, and boxes that are none."""
+# Why mmdet passes over an annotation. Of the first three nothing is said but where no other is left.
+MARKED = 'they are marked "ignore" or "iscrowd"'
+OTHER_CATEGORY = "their categories are none of metainfo.classes"
+NO_IMAGE = "they are of images that it does not have"
+THIN = "their boxes, [x, y, width, height] in pixels, are not a pixel wide and high"
+OUTSIDE = "their boxes, [x, y, width, height] in pixels, are outside their images' width and height"
+NO_AREA = "their area is not above 0"
+NO_MASK = "their segmentation is no polygon of three points or more, and no RLE of counts and size"
+POLYGONS = "their segmentation is an RLE, which LoadAnnotations does not take with poly2mask=False"
+
+
+def _check_entries(path: str, classes: list[str], masks: ConfigDict | None) -> None:
+    """What mmdet fails on or passes over without a word: ids that two share, boxes that are none, and the like.
+
+    `masks` is the step that loads them, if one does.
+    """
     if os.path.getsize(path) > SMALL:
         return
-    ids, foreign, boxes, lost = [], [], [], []
-    with suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):  # which mmdet says
+    parts = []
+    with suppress(AttributeError, RecursionError, ValueError):  # which mmdet says
         content = json.loads(Path(path).read_bytes())
-        ids = [image["id"] for image in content["images"]]
-        known = set(ids)
-        categories = {category["id"] for category in content["categories"]}
-        foreign = [a["category_id"] for a in content["annotations"] if a["category_id"] not in categories]
-        boxes = [a["bbox"][2:4] for a in content["annotations"] if "bbox" in a]
-        lost = [a["image_id"] for a in content["annotations"] if a["image_id"] not in known]
-    _check_ids(path, "images", ids)
+        parts = [content.get(key) or [] for key in ("images", "annotations", "categories")]
+    if not parts or not all(isinstance(part, list) and all(isinstance(one, dict) for one in part) for part in parts):
+        return  # which mmdet says too
+    images, annotations, categories = parts
+    _check_ids(path, "images", [image.get("id") for image in images])
+    for key in ("image_id", "category_id"):
+        _check_plain(path, f"annotations[{{}}].{key}", [one.get(key) for one in annotations])
+    _check_boxes(path, annotations)
+    known = {image.get("id"): image for image in images}
+    numbers = {category.get("id") for category in categories}
+    lost = [one["image_id"] for one in annotations if "image_id" in one and one["image_id"] not in known]
     if lost:
         print_log(
             f"{path}: {len(lost)} of its annotations are of images, as image_id {lost[0]!r}, that it does not have; "
             "they are left out",
             level=logging.WARNING,
         )
+    foreign = [one["category_id"] for one in annotations if "category_id" in one and one["category_id"] not in numbers]
     if foreign:
         raise UserError(
             f"{path}: {len(foreign)} of its annotations have a category_id, as {foreign[0]!r}, that none of its "
             "categories has; mmdet would leave them out"
         )
-    if boxes and all(min(size) < 1 for size in boxes):
+    wanted = {category.get("id") for category in categories if category.get("name") in classes}
+    reasons = Counter(_reason_against(one, known, wanted, masks) for one in annotations)
+    kept = reasons.pop(None, 0)
+    if images and reasons and not kept:
+        reason, number = reasons.most_common(1)[0]
         raise UserError(
-            f"{path}: none of its {len(boxes)} boxes is a pixel wide and high, as bbox [x, y, width, height] in pixels "
-            "must be; mmdet would leave them out"
+            f"{path}: mmdet would pass over all of its {len(annotations)} annotations, over {number} because {reason}; "
+            "correct them"
+        )
+    for quiet in (MARKED, OTHER_CATEGORY, NO_IMAGE):
+        reasons.pop(quiet, None)
+    if reasons:
+        reason, number = reasons.most_common(1)[0]
+        print_log(
+            f"{path}: mmdet passes over {reasons.total()} of its {len(annotations)} annotations, over {number} because "
+            f"{reason}",
+            level=logging.WARNING,
         )
 
 
-def _check_ids(path: str, what: str, ids: list[int]) -> None:
+def _check_boxes(path: str, annotations: list[dict]) -> None:
+    for i, one in enumerate(annotations):
+        box = one.get("bbox", (0, 0, 0, 0))  # without one, mmdet says so
+        numbers = isinstance(box, list | tuple) and all(isinstance(number, int | float) for number in box)
+        if not one.get("ignore") and not (numbers and len(box) == 4):
+            raise UserError(
+                f"{path}: annotations[{i}].bbox is {box!r:.100}; write [x, y, width, height], four numbers of pixels"
+            )
+
+
+def _reason_against(annotation: dict, images: dict, wanted: set, masks: ConfigDict | None) -> str | None:
+    """Why mmdet's CocoDataset leaves an annotation out, or it or LoadAnnotations has training ignore it."""
+    if "image_id" in annotation and annotation["image_id"] not in images:
+        return NO_IMAGE
+    if annotation.get("ignore") or annotation.get("iscrowd"):
+        return MARKED
+    if annotation.get("category_id") not in wanted:
+        return OTHER_CATEGORY
+    image = images.get(annotation.get("image_id"), {})
+    x, y, width, height = annotation.get("bbox", (0, 0, 1, 1))
+    if width < 1 or height < 1:
+        return THIN
+    for start, size, whole in ((x, width, image.get("width")), (y, height, image.get("height"))):
+        if isinstance(whole, int | float) and min(start + size, whole) <= max(start, 0):
+            return OUTSIDE
+    area = annotation.get("area")
+    if isinstance(area, int | float) and area <= 0:
+        return NO_AREA
+    return _reason_against_mask(annotation.get("segmentation"), masks) if masks else None
+
+
+def _reason_against_mask(segmentation: object, masks: ConfigDict) -> str | None:
+    if isinstance(segmentation, list):
+        usable = any(isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0 for one in segmentation)
+        return None if usable or not segmentation else NO_MASK  # without one, mmdet says so
+    if isinstance(segmentation, dict):
+        if not masks.get("poly2mask", True):
+            return POLYGONS
+        if not isinstance(segmentation.get("counts"), list | str) or segmentation.get("size") is None:
+            return NO_MASK
+    return None
+
+
+def _check_ids(path: str, what: str, ids: list) -> None:
+    _check_plain(path, f"{what}[{{}}].id", ids)
     for one, number in Counter(ids).items():
         if number > 1:
             raise UserError(f"{path}: {number} of its {what} have the id {one!r}; give each its own")
+
+
+def _check_plain(path: str, entry: str, ids: list) -> None:
+    for i, one in enumerate(ids):
+        if isinstance(one, list | dict):
+            raise UserError(f"{path}: {entry.format(i)} is {one!r:.100}; write a number")
 
 
 def _check_annotated(path: str) -> None:
@@ -416,11 +553,18 @@ def _categories_in_all(path: str) -> list[dict]:
 
 def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
     roi_head = model.get("roi_head") or {}
-    parts = {f"roi_head.{name}": roi_head.get(name) for name in ("bbox_head", "mask_head")}
+    places = {"roi_head.": roi_head if isinstance(roi_head, dict) else {}, "": model}
+    # Not rpn_head, which knows no classes, nor heads of panoptic segmentation, which count things and stuff apart.
+    parts = {
+        f"{place}{name}": heads
+        for place, holder in places.items()
+        for name, heads in holder.items()
+        if isinstance(heads, dict | list) and name.endswith(("bbox_head", "mask_head", "query_head"))
+    }
     parts |= {name: model.get(name) for name in ("decode_head", "auxiliary_head")}
     for part, heads in parts.items():
         for head in heads if isinstance(heads, list) else [heads or {}]:
-            if head.get("type") not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
+            if kind_of(head) not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
                 raise UserError(
                     f"model.{part}.num_classes is {head['num_classes']}, but {key} has {classes} classes; "
                     "make them equal"
@@ -435,6 +579,8 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
     names = (
         next((known[key] for key in ("classes", "CLASSES") if key in known), None) if isinstance(known, dict) else None
     )
+    if not isinstance(names, list | tuple) and classes:
+        print_log(f"{path}: holds no names of classes; they are taken in the order of the data set's", logger="current")
     if not isinstance(names, list | tuple) or not classes or list(names) == list(classes):
         return
     at = next(

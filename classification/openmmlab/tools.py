@@ -1,7 +1,9 @@
 """`train.py` and `test.py` of detection and segmentation: OpenMMLab's command lines over mmengine's Runner."""
 
 import argparse
+import difflib
 import gc
+import inspect
 import logging
 import os
 import sys
@@ -155,7 +157,18 @@ def merge_options(cfg: Config, options: dict) -> None:
         for key in cfg.keys() - {"work_dir", "load_from", "resume"}:
             cfg[key] = _moved(cfg[key], old.rstrip("/"), new.rstrip("/"))
         options = {**options, "data_root": os.path.join(new, "")}
+    _note_misspelt(cfg, options)
     cfg.merge_from_dict(options)
+
+
+def _note_misspelt(cfg: Config, options: dict) -> None:
+    """A new key is merged, and nothing reads it if it is a known one with a slip."""
+    known = {*cfg.keys(), *inspect.signature(Runner).parameters, "tta_model", "tta_pipeline"}
+    for key in options:
+        name = key.partition(".")[0]
+        close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
+        if close:
+            print_log(f"--cfg-options {key}: the config has no {name}; is {close[0]} meant?", level=logging.WARNING)
 
 
 def _moved(value: object, old: str, new: str) -> object:

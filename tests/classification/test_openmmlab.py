@@ -592,6 +592,10 @@ def coco(**changed) -> dict:
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}], **changed}
 
 
+def annotated(**changed) -> dict:
+    return {"annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, **changed}]}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -603,12 +607,36 @@ def coco(**changed) -> dict:
         ({"images": []}, "has no images, so there is nothing to train on"),
         ({"images": [{"id": 1}] * 2}, "2 of its images have the id 1; give each its own"),
         ({"annotations": [{"category_id": 0}]}, "1 of its annotations have a category_id, as 0, that none of its"),
-        ({"annotations": [{"category_id": 1, "bbox": [0, 0, 0.5, 0.3]}]}, "none of its 1 boxes is a pixel wide"),
+        (
+            {"annotations": [{"category_id": 1, "bbox": [0, 0, 0.5, 0.3]}]},
+            "1 because their boxes, [x, y, width, height]",
+        ),
+        (annotated(segmentation=[[1, 1, 9, 1, 9, 9]]), None),
+        (annotated(segmentation={"counts": "ab", "size": [9, 9]}), None),
+        (annotated(segmentation=[[1, 1, 9, 9], [1, 1, 9, 1, 9, 9, 1]]), "because their segmentation is no polygon"),
+        (annotated(segmentation={"size": [9, 9]}), "because their segmentation is no polygon"),
+        (annotated(area=0), "pass over all of its 1 annotations, over 1 because their area is not above 0"),
+        (annotated(ignore=1, bbox=[]), 'because they are marked "ignore" or "iscrowd"'),
+        (annotated(iscrowd=1), 'because they are marked "ignore" or "iscrowd"'),
+        (annotated(image_id=9), "because they are of images that it does not have"),
+        (
+            annotated(category_id=2) | {"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]},
+            "because their categories are none of metainfo.classes",
+        ),
+        (annotated() | {"images": [{"id": 1, "width": 0, "height": 9}]}, "are outside their images' width and height"),
+        (annotated(bbox=[9, 0, 9, 9]) | {"images": [{"id": 1, "width": 9, "height": 9}]}, "are outside their images'"),
+        (annotated(bbox=[]), "a.json: annotations[0].bbox is []; write [x, y, width, height]"),
+        (annotated(bbox=["0", "0", "9", "9"]), "a.json: annotations[0].bbox is ['0', '0', '9', '9']; write"),
+        (annotated(bbox=None), "a.json: annotations[0].bbox is None; write"),
+        (annotated(image_id=[1]), "a.json: annotations[0].image_id is [1]; write a number"),
+        ({"images": [{"id": 1}, {"id": [1]}]}, "a.json: images[1].id is [1]; write a number"),
+        ({"categories": [{"id": [1], "name": "cat"}]}, "a.json: categories[0].id is [1]; write a number"),
     ],
 )
 def test_coco_files(changed, message, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(coco(**changed)))
     dataset = dict(type="CocoDataset", ann_file=str(tmp_path / "a.json"), metainfo=dict(classes=("cat",)))
+    dataset["pipeline"] = [dict(type="mmdet.LoadAnnotations", with_mask=True)]
     cfg = Config(dict(model={}, train_dataloader=dict(dataset=dataset)))
     if message is None or "nothing to train on" in message:  # as of unlabelled images in semi-supervised training
         checks.check_data(cfg, ("train",))
@@ -629,6 +657,18 @@ def test_what_the_toolchains_pass_over_is_counted(tmp_path, monkeypatch):
     assert said == [f"{dataset['ann_file']}: 2 of its annotations are of images, as image_id 8, that it does not have; "
                     "they are left out"]  # fmt: skip
     said.clear()
+    lost = [one for change in ({}, {"area": 0}, {"area": 0}, {"bbox": [0, 0, 0, 9]}, {"iscrowd": 1})
+            for one in annotated(**change)["annotations"]]  # fmt: skip
+    lost += [{**lost[0], "segmentation": {"counts": "ab", "size": [9, 9]}}]
+    (tmp_path / "a.json").write_text(json.dumps(coco(annotations=lost)))
+    for polygons, number in ((None, 3), (dict(type="LoadAnnotations", with_mask=True, poly2mask=False), 4)):
+        dataset["pipeline"] = [polygons] if polygons else []
+        cfg = Config(dict(model={}, val_dataloader=dict(dataset=dataset)))
+        cfg.val_evaluator = dict(type="CocoMetric", ann_file=dataset["ann_file"])  # the same file: said once
+        checks.check_data(cfg, ("val",))
+        assert said == [f"{dataset['ann_file']}: mmdet passes over {number} of its 6 annotations, over 2 because their "
+                        "area is not above 0"]  # fmt: skip
+        said.clear()
     folder = tmp_path / "images" / "deeper"
     folder.mkdir(parents=True)
     for name in ("a.jpg", "b.JPG", "c.png", "notes.txt"):
@@ -702,7 +742,80 @@ def test_images_that_pillow_would_clip_are_named(tmp_path):
     assert CheckBits()(results) is results
 
 
-def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        (dict(bbox_head=dict(type="RetinaHead", num_classes=1)), "model.bbox_head"),
+        (dict(mask_head=dict(type="SOLOHead", num_classes=1)), "model.mask_head"),
+        (dict(query_head=dict(num_classes=1), bbox_head=[dict(num_classes=2)]), "model.query_head"),
+        (dict(roi_head=[dict(bbox_head=[])], bbox_head=[dict(num_classes=2), dict(num_classes=3)]), "model.bbox_head"),
+        (dict(roi_head=dict(mask_head=[dict(num_classes=2), dict(num_classes=1)])), "model.roi_head.mask_head"),
+        (dict(rpn_head=dict(num_classes=1), panoptic_head=dict(num_classes=9), train_cfg=None), None),
+        (dict(bbox_head=dict(type="mmdet.GroundingDINOHead", num_classes=256)), None),
+    ],
+)
+def test_heads_have_the_data_sets_classes(model, key):
+    """Labels from num_classes on are mmdet's background."""
+    dataset = dict(type="CocoDataset", metainfo=dict(classes=("cat", "dog")))
+    cfg = Config(dict(model=model, train_dataloader=dict(dataset=dataset)))
+    if key is None:
+        checks.check_data(cfg, ("train",))
+    else:
+        with pytest.raises(
+            UserError, match=rf"^{key}\.num_classes is [13], but train_dataloader.dataset has 2 classes"
+        ):
+            checks.check_data(cfg, ("train",))
+
+
+def test_what_is_ignored_is_the_same_everywhere():
+    """Or IoUMetric counts as errors what the head has not learnt, and padding is learnt."""
+    head = dict(type="UPerHead", ignore_index=254)
+    model = dict(data_preprocessor=dict(type="SegDataPreProcessor"), decode_head=head)
+    model["auxiliary_head"] = [dict(type="FCNHead"), dict(type="STDCHead")]
+    pads = [dict(type="Pad", pad_val=3), dict(type="Pad", pad_val=dict(seg=254))]
+    steps = [*pads, dict(type="RandomApply", transforms=[dict(type="RandomRotate")])]
+    metrics = [dict(type="DepthMetric"), dict(type="mmseg.IoUMetric")]
+    cfg = Config(dict(
+        model=model, train_dataloader=dict(dataset=dict(type="BaseSegDataset", pipeline=steps)), val_evaluator=metrics,
+        test_evaluator=dict(type="IoUMetric", ignore_index=250),
+    ))  # fmt: skip
+    train = "train_dataloader.dataset.pipeline"
+    for splits, keys in (
+        (("train", "val"), (f"{train}.Pad.pad_val.seg is 255, {train}.RandomRotate.seg_pad_val is 255, "
+                            "val_evaluator[1].ignore_index is 255, model.data_preprocessor.seg_pad_val is 255, "
+                            "model.auxiliary_head[0].ignore_index is 255")),
+        (("test",), "test_evaluator.ignore_index is 250"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=re.escape(f"of model.decode_head is 254, but {keys} (255 where")):
+            checks.check_data(cfg, splits)
+    cfg.model = dict(module=cfg.model)  # with --tta
+    with pytest.raises(UserError, match=r"test_evaluator\.ignore_index is 250"):
+        checks.check_data(cfg, ("test",))
+    cfg.model = cfg.model.module
+    cfg.model.data_preprocessor.seg_pad_val = cfg.model.auxiliary_head[0].ignore_index = 254
+    steps = cfg.train_dataloader.dataset.pipeline
+    steps[0].pad_val, steps[2].transforms[0].seg_pad_val = dict(img=0, seg=254), 254
+    cfg.val_evaluator[1].ignore_index = cfg.test_evaluator.ignore_index = 254
+    checks.check_data(cfg, ("train", "val", "test"))
+    for other in (dict(type="UPerHead", ignore_index=None), dict(type="VPDDepthHead"), None):
+        cfg.model.decode_head = other
+        checks.check_data(cfg, ("train", "val", "test"))
+
+
+def test_misspelt_options_are_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    right = {"data_root": "b", "mine": 1, "load_from": "a.pth", "val_cfg.x": 1, "tta_pipeline": [], "model.bakbone": 1}
+    tools.merge_options(Config(dict(model={}, data_root="a/", test_pipeline=[])), right)
+    assert said == []
+    for key, meant in (("data_rot", "data_root"), ("load_form", "load_from"), ("optim_wraper.x", "optim_wrapper")):
+        cfg = Config(dict(model={}, data_root="a/"))
+        tools.merge_options(cfg, {key: 1})
+        assert said == [f"--cfg-options {key}: the config has no {key.partition('.')[0]}; is {meant} meant?"]
+        said.clear()
+
+
+def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
     """mmengine keeps their names, and does not look at them."""
     model = torch.nn.Linear(2, 3)
     for key, names in (("classes", ("cat", "dog", "owl")), ("CLASSES", ["cat", "dog", "owl"])):
@@ -716,7 +829,10 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path):
             with pytest.raises(UserError, match=re.escape(message)):
                 checks.check_checkpoint(model, path, classes=other)
     nameless = save({"meta": {"dataset_meta": None}, "state_dict": model.state_dict()}, tmp_path / "n.pth")
+    checks.check_checkpoint(model, nameless)
+    assert "holds no names" not in log.text
     checks.check_checkpoint(model, nameless, classes=["cat"])
+    assert log.text.count("n.pth: holds no names of classes; they are taken in the order of the data set's") == 1
 
 
 def test_maps_of_labels_beyond_a_byte(tmp_path):
