@@ -192,6 +192,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str, compile_mode: str 
         "checkpoint": str(path),
         "sha256": tensors_digest(weights["model"]),
         "data_path": str(Path(config.DATA.DATA_PATH).resolve()),
+        "images_digest": names_of_images,
         "otherwise": otherwise,
     }
     run.place(model)

@@ -48,7 +48,7 @@ def read_metrics(folder: Path) -> list[dict]:
     return epochs
 
 
-def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str) -> str:
+def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str, images_digest: str) -> str:
     """The run in a table: where training ended, and what a second process measured on these weights and images."""
     weights = state_dicts(checkpoint, folder / "best.pth")["model"]
     trained = float(checkpoint["max_accuracy"])  # of this very epoch, which a resumed run may have repeated
@@ -60,8 +60,8 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str)
     evaluation = folder / "evaluation.json"
     try:
         evaluated = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
-        measured = evaluated.get("sha256"), evaluated.get("data_path")
-        if measured == (tensors_digest(weights), str(Path(data_path).resolve())):
+        measured = [evaluated.get(key) for key in ("sha256", "data_path", "images_digest")]
+        if measured == [tensors_digest(weights), str(Path(data_path).resolve()), images_digest]:
             again = evaluated["model"]
             otherwise = "".join(f", {change}" for change in evaluated.get("otherwise", ()))
             rows.append((f"top-1 evaluated again, {again['images']} images{otherwise}", f"{again['top1']:.3f} %"))
@@ -156,9 +156,10 @@ def report(folder: Path, data_path: str | None) -> None:
     if data_path:
         path = folder / BEST
         checkpoint = read_checkpoint(path)
-        figures["predictions.png"] = draw_predictions(*_best_model_and_images(checkpoint, path, data_path))
+        model, dataset, names = _best_model_and_images(checkpoint, path, data_path)
+        figures["predictions.png"] = draw_predictions(model, dataset, names)
         try:
-            print(summary(folder, metrics, checkpoint, data_path))
+            print(summary(folder, metrics, checkpoint, data_path, dataset.digest()))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise

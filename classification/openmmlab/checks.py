@@ -95,7 +95,29 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             if isinstance(metric, dict) and metric.get("ann_file") and not metric.get("backend_args"):
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
                 _check_compared(metric, datasets, split)
+    _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
+
+
+def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
+    """A label is to mean the same class in every data set: of training, and of the validation that chooses the best."""
+    first: dict[str, tuple[str, object]] = {}
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in _datasets(loader.dataset) if loader else ():
+            key = f"{split}_dataloader.dataset"
+            found = {"classes": _classes(dataset, key), "reduce_zero_label": _argument(dataset, "reduce_zero_label")}
+            for name, value in found.items():
+                place, before = first.setdefault(name, (key, value))
+                if name == "reduce_zero_label" and value != before:
+                    raise UserError(f"{name} is {before} in {place} and {value} in {key}; make them equal")
+                # Of other classes altogether are models that read texts, and trackers.
+                if name == "classes" and value != before and sorted(value) == sorted(before):
+                    at = next(i for i, (one, other) in enumerate(zip(before, value, strict=True)) if one != other)
+                    raise UserError(
+                        f"{place} and {key} have their classes in another order: class {at} is {before[at]!r} and "
+                        f"{value[at]!r}; make them equal, and where annotation files disagree, their categories"
+                    )
 
 
 def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
@@ -334,18 +356,24 @@ def _type_of(dataset: ConfigDict) -> type | None:
         return registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
 
 
+def _argument(dataset: ConfigDict, name: str) -> object:
+    """What a data set's `__init__` is given by that name: the config's, or else its type's default, or None."""
+    if name in dataset:
+        return dataset[name]
+    for base in getattr(_type_of(dataset), "__mro__", ()):
+        given = inspect.signature(base.__init__).parameters.get(name) if "__init__" in vars(base) else None
+        if given is not None:
+            return given.default
+    return None
+
+
 def _note_images_left_out(dataset: ConfigDict, root: str, key: str) -> None:
     """mmseg takes the files of a folder that end with `img_suffix`, and passes over all others."""
     prefix = dataset.get("data_prefix") or {}
     images = prefix.get("img_path")
     if not images or dataset.get("ann_file") or images == prefix.get("seg_map_path"):
         return
-    suffix = dataset.get("img_suffix")
-    for base in getattr(_type_of(dataset), "__mro__", ()) if suffix is None else ():
-        default = inspect.signature(base.__init__).parameters.get("img_suffix") if "__init__" in vars(base) else None
-        if default is not None:
-            suffix = default.default
-            break
+    suffix = _argument(dataset, "img_suffix")
     if not isinstance(suffix, str):
         return
     names = [name for _, _, names in os.walk(os.path.join(root, images)) for name in names]

@@ -161,11 +161,31 @@ def merge_options(cfg: Config, options: dict) -> None:
     cfg.merge_from_dict(options)
 
 
+# What is read of a config beside the Runner's arguments.
+READ = (
+    *("auto_scale_lr", "compile", "custom_imports", "data_root", "default_scope", "find_unused_parameters"),
+    *("model_wrapper_cfg", "sync_bn", "tta_model", "tta_pipeline"),
+)
+
+
 def _note_misspelt(cfg: Config, options: dict) -> None:
-    """A new key is merged, and nothing reads it if it is a known one with a slip."""
-    known = {*cfg.keys(), *inspect.signature(Runner).parameters, "tta_model", "tta_pipeline"}
+    """A key is merged, and nothing reads it if it is a known one with a slip, or a variable of the config's file."""
+    read = {*inspect.signature(Runner).parameters, *READ}
+    known = {*cfg.keys(), *read}
     for key in options:
         name = key.partition(".")[0]
+        if name in cfg and name not in read:
+            print_log(
+                f"--cfg-options {key}: {name} was used while the config was read, and changes nothing now; set what it "
+                "was used for, as train_cfg.max_epochs",
+                level=logging.WARNING,
+            )
+        if name == "data_root" and name not in cfg:
+            print_log(
+                f"--cfg-options {key}: the config has none that could be replaced; set that of each data set, as "
+                "train_dataloader.dataset.data_root",
+                level=logging.WARNING,
+            )
         close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
         if close:
             print_log(f"--cfg-options {key}: the config has no {name}; is {close[0]} meant?", level=logging.WARNING)

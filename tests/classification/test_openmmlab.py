@@ -13,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -802,12 +803,39 @@ def test_what_is_ignored_is_the_same_everywhere():
         checks.check_data(cfg, ("train", "val", "test"))
 
 
+@pytest.mark.parametrize(
+    ("trained", "validated", "message"),
+    [
+        ({}, {}, None),
+        ({}, {"metainfo": {"classes": ("b", "a")}}, "in another order: class 0 is 'a' and 'b'; make"),
+        ({"reduce_zero_label": False}, {}, "reduce_zero_label is False in train_dataloader.dataset and True in val"),
+    ],
+)
+def test_labels_mean_the_same_in_all_splits(trained, validated, message):
+    class Dataset:
+        METAINFO = MappingProxyType({"classes": ("a", "b")})
+
+        def __init__(self, reduce_zero_label=True):
+            pass
+
+    loaders = [dict(dataset=dict(type=Dataset, **given)) for given in (trained, validated)]
+    cfg = Config(dict(model={}, train_dataloader=loaders[0], val_dataloader=loaders[1]))
+    if message is None:
+        checks.check_data(cfg, ("train", "val"))
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            checks.check_data(cfg, ("train", "val"))
+
+
 def test_misspelt_options_are_named(monkeypatch):
     said = []
     monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
     right = {"data_root": "b", "mine": 1, "load_from": "a.pth", "val_cfg.x": 1, "tta_pipeline": [], "model.bakbone": 1}
     tools.merge_options(Config(dict(model={}, data_root="a/", test_pipeline=[])), right)
     assert said == []
+    tools.merge_options(Config(dict(model={}, max_epochs=12)), {"max_epochs": 36, "data_root": "b"})
+    assert ["changes nothing now" in said[0], "none that could be replaced" in said[1]] == [True, True]
+    said.clear()
     for key, meant in (("data_rot", "data_root"), ("load_form", "load_from"), ("optim_wraper.x", "optim_wrapper")):
         cfg = Config(dict(model={}, data_root="a/"))
         tools.merge_options(cfg, {key: 1})

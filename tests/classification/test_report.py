@@ -28,7 +28,11 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
     (run / "evaluation.json").write_text(json.dumps(evaluation | {"otherwise": ["DATA.IMG_SIZE 40 -> 32"]}))
     report(run, few_digits)
     assert "33 images, DATA.IMG_SIZE 40 -> 32  " in capsys.readouterr().out
-    for other in ({"data_path": "/elsewhere"}, {"sha256": "0"}):  # as of weights that others have replaced since
+    for other in (
+        {"data_path": "/elsewhere"},
+        {"sha256": "0"},
+        {"images_digest": "0"},
+    ):  # that others have replaced since
         (run / "evaluation.json").write_text(json.dumps(evaluation | other))
         report(run, few_digits)
         assert "evaluated again" not in capsys.readouterr().out
