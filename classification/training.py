@@ -239,8 +239,8 @@ class Training:
 
     def _last_if_gone_back_to(self, name: str) -> tuple[dict, Path] | None:
         """The run's last checkpoint, if the run has gone back to the one of that name: the command is run again."""
-        for path in [self.run.folder / LATEST, *reversed(self.checkpoints.numbered())]:
-            with suppress(DamagedCheckpointError, FileNotFoundError):
+        for path in filter(is_file, [self.run.folder / LATEST, *reversed(self.checkpoints.numbered())]):
+            with suppress(DamagedCheckpointError):
                 content = read_checkpoint(path)
                 _check_resumable(content, path)
                 if content.get(WENT_BACK_TO) != name:
