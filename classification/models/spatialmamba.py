@@ -51,7 +51,7 @@ def fusible(x: Tensor, *modules: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # By its dictionary, for every attribute of a module takes the host a microsecond, in each call of the model.
+    # By its dictionary: attributes of a module take the host longer, and this is asked in each call of the model.
     own = module.__dict__
     if type(module) not in FUSIBLE or "forward" in own or any(map(own.get, HOOKS)):
         return False

@@ -1,6 +1,6 @@
 // What registers an operator's gradient in C++ needs; the same file in several packages.
 //
-// The Python of torch.library.register_autograd takes the host longer than most kernels take a GPU.
+// A GPU would wait for the Python of torch.library.register_autograd.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

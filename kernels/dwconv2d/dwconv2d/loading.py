@@ -123,7 +123,7 @@ def without_autocast(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def run(*args, **kwargs):
-        with torch._C._DisableAutocast():  # a fiftieth of what `torch.autocast` takes the host
+        with torch._C._DisableAutocast():  # with less of the host's time than `torch.autocast`
             return kernel(*args, **kwargs)
 
     return run
