@@ -129,10 +129,13 @@ def compare(undisturbed: Path, killed: Path) -> list[str]:
     return differences(*contents)
 
 
-def run(kills: int, epochs: int, root: Path, processes: int = 2, seed: int = 0) -> list[str]:
-    """Returns the differences; prints each kill."""
+def run(kills: int, epochs: int, root: Path, processes: int = 2, seed: int = 0, most: int | None = None) -> list[str]:
+    """Returns the differences; prints each kill. No class has more than `most` images."""
     data, rng = root / "digits", random.Random(seed)
     write_digits(data)
+    for folder in data.glob("*/*"):
+        for image in sorted(folder.iterdir())[most:] if most else ():
+            image.unlink()
     outputs = {name: root / name for name in ("undisturbed", "killed")}
     for output in outputs.values():
         output.mkdir()

@@ -6,6 +6,7 @@ Every `bash` and `python` block is either run here or named as run elsewhere; a 
 import importlib.metadata
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from running import ROOT, free_port, run_command
 from scenes import write_coco, write_few_scenes
 
 import classification
+from classification import main as main_module
 from classification.data.digits import write_digits
 from classification.models import spatialmamba_tiny
 
@@ -56,10 +58,52 @@ def reduced(command: str, folder: Path) -> str:
     command = command.replace("/path/to/", f"{folder}/").replace("--nproc_per_node=8", "--nproc_per_node=2")
     command = command.replace("--batch-size 128", "--batch-size 8")
     if "classification.benchmark" in command:
-        return f"{command} --size 64 --batch 2 --rounds 1"
+        return f"{command} --size 32 --batch 2 --rounds 1 --model spatialmamba_micro --beside convnext_atto"
     if "main.py" in command and "--flops" not in command:
         command += f" {LESS}" if "--opts" in command else f" --opts {LESS}"
     return command
+
+
+def test_commands_are_understood(monkeypatch):
+    """Each command's flags, config and options; what it then does, the tests below see."""
+    pytest.importorskip("mmdet", reason="make install-openmmlab")
+    pytest.importorskip("mmseg", reason="make install-openmmlab")
+    from classification.openmmlab import tools
+
+    understood = []
+    for name in ("_train", "_test", "_get_flops"):
+        monkeypatch.setattr(tools, name, lambda args, cfg: understood.append(cfg.model.type))
+    monkeypatch.setattr(main_module, "_main", lambda args: understood.append(main_module.config_from(args).MODEL.NAME))
+    kinds = {"detection": "mmdet", "segmentation": "mmseg"}
+    scripts = {"train.py": tools.train, "dist_train.sh": tools.train, "slurm_train.sh": tools.train}
+    scripts |= {"test.py": tools.test, "dist_test.sh": tools.test, "get_flops.py": tools.get_flops}
+    commands = 0
+    for block in BLOCKS["bash"]:
+        first, *lines = block.splitlines()
+        folder = first.removeprefix("cd ") if first.startswith("cd ") else "."
+        monkeypatch.chdir(ROOT / folder)
+        for line in lines if folder in ("classification", *kinds) else ():
+            words = shlex.split(line)
+            at = next(i for i, word in enumerate(words) if Path(word).name in {*scripts, "main.py", "slurm_train.sh"})
+            name, arguments = Path(words[at]).name, words[at + 1 :]
+            if "slurm" in name:  # PARTITION JOB_NAME CONFIG FOLDER
+                flag = "--work-dir" if folder in kinds else "--data-path"
+                config = [arguments[2]] if folder in kinds else ["--cfg", arguments[2]]
+                arguments = [*config, flag, *arguments[3:]]
+            elif "dist" in name:  # CONFIG [CHECKPOINT] GPUS
+                del arguments[1 + ("test" in name)]
+            if "configs/spatialmamba/mine.py" in arguments:
+                arguments[0] = "configs/spatialmamba/mask_rcnn_spatialmamba_fpn_coco_tiny.py"
+            monkeypatch.setattr("sys.argv", [name, *arguments])
+            if folder not in kinds:
+                main_module.main()
+            elif name == "get_flops.py":
+                scripts[name](kinds[folder], (1280, 800))
+            else:
+                scripts[name](kinds[folder])
+            commands += 1
+    assert len(understood) == commands == 16
+    assert set(understood) == {"spatialmamba_tiny", "MaskRCNN", "EncoderDecoder"}
 
 
 def test_commands_for_imagenet(folder):
@@ -84,6 +128,7 @@ def test_commands_for_imagenet(folder):
     assert (folder / "output-of-launch/spatialmamba_tiny/default/best.pth").exists()
 
 
+@pytest.mark.long
 def test_commands_for_coco(tmp_path):
     """An epoch of a few small scenes: what is trained first is tested after, and fine-tuned."""
     datasets = pytest.importorskip("mmdet.datasets", reason="make install-openmmlab")
@@ -99,6 +144,8 @@ def test_commands_for_coco(tmp_path):
             script += " train_cfg.max_epochs=1 train_dataloader.batch_size=1"
             script += ' train_dataloader.dataset.pipeline.2.scale="(128,128)"'
             script += ' val_dataloader.dataset.pipeline.1.scale="(128,128)"'
+        elif "dist_test" in block:
+            script += ' test_dataloader.dataset.pipeline.1.scale="(128,128)"'
         done = run_command("bash", "-euc", script, cwd=ROOT, PORT=str(free_port()))
         assert done.returncode == 0, f"{script}\n{done.stderr[-4000:]}"
         if "pretrained" in block:
@@ -107,6 +154,7 @@ def test_commands_for_coco(tmp_path):
     assert (tmp_path / "output/mine/epoch_1.pth").exists()
 
 
+@pytest.mark.long
 def test_commands_for_ade20k(tmp_path):
     """Two iterations on a few small scenes, which are then tested."""
     pytest.importorskip("mmseg", reason="make install-openmmlab")
@@ -121,6 +169,10 @@ def test_commands_for_ade20k(tmp_path):
             script += " train_cfg.max_iters=2 train_cfg.val_interval=2 default_hooks.checkpoint.interval=2"
             script += " model.data_preprocessor.size=None model.data_preprocessor.size_divisor=32"
             script += ' train_dataloader.dataset.pipeline.4.crop_size="(96,96)"'
+            script += ' val_dataloader.dataset.pipeline.1.scale="(128,128)"'
+        small = 'test_dataloader.dataset.pipeline.1.scale="(128,128)"'
+        small += "".join(f' tta_pipeline.1.transforms.0.{i}.scale="({128 + 32 * i},128)"' for i in range(3))
+        script = re.sub(r"(dist_test.*)", rf"\1 {small}", script)
         done = run_command("bash", "-euc", script, cwd=ROOT, PORT=str(free_port()))
         assert done.returncode == 0, f"{script}\n{done.stderr[-4000:]}"
         if "pretrained" in block:
