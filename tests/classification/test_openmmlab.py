@@ -110,7 +110,9 @@ def test_is_the_backbone(classifier, tmp_path):
 
 
 def test_own_weights_are_loaded_beside_swins_arguments(classifier, tmp_path):
-    path = save({"model": classifier.state_dict()}, tmp_path / "c.pth")
+    """In whatever folder they are."""
+    (tmp_path / "in_place_of_swin").mkdir()
+    path = save({"model": classifier.state_dict()}, tmp_path / "in_place_of_swin/c.pth")
     backbone = build(embed_dims=96, init_cfg=dict(type="Pretrained", checkpoint=path))
     backbone.init_weights()
     assert_same_trunk(backbone, classifier)
