@@ -215,12 +215,16 @@ def _misspelt_within(cfg: Config, key: str) -> tuple[str, str, str] | None:
     return None
 
 
+OF_MMENGINE = ("function", "inferencer", "strategy")  # registries that the toolchains have none of, or not all
+
+
 def _accepts(kind: object, argument: str) -> bool:
     """Whether a class of the toolchains, by that name, has an argument of this one; of unknown classes, yes."""
     if not kind:
         return False
     kinds = [kind] if isinstance(kind, type) else []
-    for registry in () if kinds else filter(lambda one: isinstance(one, Registry), vars(root).values()):
+    registries = [one for one in vars(root).values() if isinstance(one, Registry) and one.name not in OF_MMENGINE]
+    for registry in () if kinds else registries:
         with registry.switch_scope_and_registry(None) as own:
             kinds += filter(inspect.isclass, [own.get(str(kind))])
     initialisers = [base.__init__ for one in kinds for base in one.__mro__ if "__init__" in vars(base)]
