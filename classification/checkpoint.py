@@ -547,6 +547,7 @@ class CheckpointFolder:
         self.folder, self.keep = folder, keep
         self.set_aside: list[str] = []  # what was found damaged
         self.notes: list[str] = []  # what else is to be said
+        self.displaced: set[str] = set()  # names whose files are set aside before others take them
         self.lock_file: TextIO | None = None
         self.seen: dict[str, tuple[int, int]] | None = None
 
@@ -585,6 +586,9 @@ class CheckpointFolder:
         order = [*own, path]
         self._list([kept.name for kept in order[-self.keep :]])
         for name in names:
+            if name in self.displaced and (self.folder / name).exists():
+                logger.warning("%s: set aside as %s", self.folder / name, _set_aside(self.folder / name, REPLACED).name)
+            self.displaced.discard(name)
             self._name(path, self.folder / name)
         for old in order[: -self.keep]:
             with suppress(OSError):

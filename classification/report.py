@@ -34,6 +34,7 @@ from classification.errors import UserError, escape_on_streams, printable
 from classification.metrics import EPOCHS, STEPS, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
+WEIGHTS = {"model": "model", "model_ema": "EMA"}  # what epochs are validated with, and its label
 GRID_ROWS, GRID_COLUMNS = 6, 10
 
 
@@ -76,14 +77,24 @@ def _is_parameter(key: str) -> bool:
 
 
 def draw_learning_curve(metrics: list[dict]) -> Figure:
-    """Training loss, and validation top-1 of the model and its EMA, over the epochs."""
+    """Training loss, and validation top-1 of the model and its EMA, over the epochs.
+
+    An epoch whose validation could not read all images is a cross beside the curve, for it does not compare.
+    """
     epochs = [m["epoch"] + 1 for m in metrics]
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     loss.plot(epochs, [m["loss"] for m in metrics])
     loss.set(xlabel="epoch", ylabel="training loss (mixup, MESA included)")
-    for key, label in (("model", "model"), ("model_ema", "EMA")):
-        if points := [(m["epoch"] + 1, m[key]["top1"]) for m in metrics if key in m]:
-            accuracy.plot(*zip(*points, strict=True), label=label)
+    for number, (key, label) in enumerate(WEIGHTS.items()):
+        color = f"C{number}"
+        whole = [m for m in metrics if key in m and not m[key].get("unreadable")]
+        partly = [m for m in metrics if key in m and m[key].get("unreadable")]
+        for found, how in (
+            (whole, {"label": label}),
+            (partly, {"label": f"{label}, without unreadable images", "marker": "x", "linestyle": ""}),
+        ):
+            if found:
+                accuracy.plot([m["epoch"] + 1 for m in found], [m[key]["top1"] for m in found], color=color, **how)
     accuracy.set(xlabel="epoch", ylabel="validation top-1 (%)")
     accuracy.legend(loc="lower right")
     for axes in (loss, accuracy):
@@ -149,7 +160,7 @@ def report(folder: Path, data_path: str | None) -> None:
         figures = {"learning_curve.png": draw_learning_curve(metrics)}
         if (folder / STEPS).exists():
             figures["training_curves.png"] = draw_training_curves(read_lines(folder / STEPS, "epoch", "step"))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: its {EPOCHS} or {STEPS} is damaged ({error!r}); a number is missing") from error
@@ -164,6 +175,11 @@ def report(folder: Path, data_path: str | None) -> None:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
+    if partly := [m["epoch"] + 1 for m in metrics if any(m.get(key, {}).get("unreadable") for key in WEIGHTS)]:
+        print(
+            f"in {len(partly)} of {len(metrics)} epochs, as {partly[0]}, not all validation images could be read: "
+            "crosses in learning_curve.png"
+        )
     for name, figure in figures.items():
         try:
             figure.savefig(folder / name, dpi=120)

@@ -52,6 +52,8 @@ from classification.sync_bn import average_batch_norm, running_statistics, synch
 logger = logging.getLogger("spatialmamba")
 
 VALIDATED = "validation_images"
+JUDGED_ON = "validation_digest"  # of the images' names
+JUDGED_BY = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT")  # how they are seen
 COMPILED = "compile"  # the mode, whose rounding is not that of eager execution
 WENT_BACK_TO = "went_back_to"  # the checkpoint of this folder that --resume named
 NO_ACCURACY = -1.0  # before the first epoch: below any that can be measured
@@ -118,12 +120,14 @@ class Training:
         self.config, self.run = config, run
         self.train_loader = run.together(lambda: build_train_loader(config, run.rank, run.world_size))
         self.eval_loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
+        digests = [loader.dataset.folder.digest() for loader in (self.train_loader, self.eval_loader)]
+        self.judged_on = digests[1]
         run.check_alike(
             {
                 "classes": self.train_loader.classes,
                 "images for training": len(self.train_loader.dataset),
                 "images for validation": len(self.eval_loader.dataset),
-                "names of images": [loader.dataset.folder.digest() for loader in (self.train_loader, self.eval_loader)],
+                "names of images": digests,
                 **settings(config),
             }
         )
@@ -270,7 +274,8 @@ class Training:
         self.state.epoch = content["epoch"]
         named = self.config.MODEL.RESUME and path.resolve() == Path(self.config.MODEL.RESUME).resolve()
         here = path.parent.resolve() == self.run.folder.resolve()
-        self.went_back_to = "" if not here else path.name if named else content.get(WENT_BACK_TO, "")
+        back = named and path.name != LATEST  # which is where the run is
+        self.went_back_to = "" if not here else path.name if back else content.get(WENT_BACK_TO, "")
         self._keep_best(content, path)
         self._compare_config(content, path)
         # Within an epoch, the place is the same one only if as many images make a batch and a step.
@@ -340,15 +345,43 @@ class Training:
                 return {}
             found = {}
             for key, name in (("max_accuracy", BEST), ("max_accuracy_ema", BEST_EMA)):
-                there = [content.get(key)]
+                there = [] if self._judged_otherwise(content, path) else [content.get(key)]
                 best = self.run.folder / name
-                with suppress(DamagedCheckpointError):  # no reason not to train; that it cannot be read now is one
-                    there.append(read_checkpoint(best).get(key) if is_file(best) else None)
+                if is_file(best):
+                    there.append(self._accuracy_of_best(best, key))
                 found[key] = max([NO_ACCURACY, *(one for one in there if _is_number(one, NO_ACCURACY, 100))])
             return found
 
         for key, accuracy in self.run.from_main(accuracies).items():
             setattr(self.state, key, accuracy)
+
+    def _accuracy_of_best(self, best: Path, key: str) -> object:
+        """None if it says nothing of what is validated now; one that may be worse is then not to take its place."""
+        try:
+            content = read_checkpoint(best)
+        except DamagedCheckpointError as error:  # no reason not to train; that it cannot be read now is one
+            reason = str(error)
+        else:
+            reason = self._judged_otherwise(content, best)
+        if not reason:
+            return content.get(key)
+        self.checkpoints.displaced.add(best.name)
+        self.notes.append(f"{reason}: the best epoch is looked for anew, and this file will be set aside for it")
+        return None
+
+    def _judged_otherwise(self, content: dict, path: Path) -> str:
+        """How its accuracies are others' than today's; "" if they compare, or an earlier version has not said it."""
+        changed = []
+        if isinstance(content.get("config"), str):
+            with suppress(UserError):  # which is said where the run is compared
+                changed += changes(content["config"], self.config, path, JUDGED_BY)
+        images = len(self.eval_loader.dataset)
+        for key, own in ((VALIDATED, images), (JUDGED_ON, self.judged_on)):
+            if key in content and (type(content[key]), content[key]) != (type(own), own):
+                changed.append(
+                    f"{reprlib.repr(content[key])} -> {images} images" if key == VALIDATED else "other images"
+                )
+        return f"{path}: was validated otherwise ({', '.join(changed)})" if changed else ""
 
     def _shares(self) -> dict[str, int]:
         """What a batch number within an epoch means."""
@@ -483,6 +516,7 @@ class Training:
             CLASSES: [escaped(name) for name in self.train_loader.classes],
             "shares": self._shares(),
             VALIDATED: len(self.eval_loader.dataset),
+            JUDGED_ON: self.judged_on,
             WENT_BACK_TO: self.went_back_to,
             COMPILED: self.compile_mode or "",
             "progress": asdict(self.progress) if self.progress.step else {},

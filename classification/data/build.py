@@ -6,6 +6,7 @@ read.
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -260,8 +261,27 @@ def _cut_ends(image: Image) -> Image:
     return image.crop((left, top, left + min(image.width, keep), top + min(image.height, keep)))
 
 
+SETS_OF_TRANSFORMS = ("t3a", "t3aw", "tweights")  # RandAugment's; another name is timm's default set
+
+
+def _check_policy(policy: str) -> None:
+    """timm passes over a part without its number or with another name of a set, and takes one of two that are alike."""
+    name, *parts = policy.split("-")
+    keys = []
+    for part in parts:
+        chooses = name == "rand" and part.startswith("t")
+        number = re.fullmatch(r"([a-z]+)\d.*", part)
+        if not (part in SETS_OF_TRANSFORMS if chooses else number):
+            kind = f"is none of {', '.join(SETS_OF_TRANSFORMS)}" if chooses else "has no number, as m9 has"
+            raise ValueError(f"its part {part!r} {kind}")
+        keys.append("t" if chooses else number[1])
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"its part {max(keys, key=keys.count)!r} is there more than once")
+
+
 def _train_transform(config: CfgNode) -> Callable:
     try:
+        _check_policy(config.AUG.AUTO_AUGMENT)
         return create_transform(
             config.DATA.IMG_SIZE,
             is_training=True,

@@ -10,6 +10,7 @@ Nothing else here imports mmengine for the model. Importing this also has mmengi
 """
 
 import logging
+import os
 from collections.abc import Sequence
 
 from mmengine.logging import print_log
@@ -81,7 +82,9 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
     ):
         if inherited:
             _check_inherited(inherited)
-            swins = "swin" in str(init_cfg).lower()
+            configs = init_cfg if isinstance(init_cfg, list) else [init_cfg or {}]
+            named = [os.path.basename(str(one.get("checkpoint"))) for one in configs]  # folders may have any name
+            swins = any("swin" in name.lower() for name in named)
             left_aside = [*inherited, *(["init_cfg"] if swins else [])]
             _say(f"arguments that do nothing here: {', '.join(sorted(left_aside))}", logging.WARNING)
             init_cfg = None if swins else init_cfg

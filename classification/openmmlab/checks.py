@@ -62,6 +62,34 @@ def _compare_channels(part: str, config: dict, given: list[int]) -> None:
         )
 
 
+NORMALISED = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "bgr_to_rgb": True}  # as ImageNet is
+
+
+def note_other_normalisation(cfg: Config) -> None:
+    """Pretrained weights see images otherwise than they were trained on, if they are normalised otherwise."""
+    backbone = cfg.model.get("backbone") or {}
+    if backbone.get("type") != "MM_SpatialMamba" or not backbone.get("pretrained"):
+        return
+    given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
+    own = {"mean": given.get("mean"), "std": given.get("std"), "bgr_to_rgb": given.get("bgr_to_rgb", False)}
+    for name, value in NORMALISED.items():
+        same = own[name] == value if name == "bgr_to_rgb" else _near(own[name], value)
+        own[name] = None if same else f"{name} is {own[name]}, theirs {value if name == 'bgr_to_rgb' else list(value)}"
+    if others := list(filter(None, own.values())):
+        print_log(
+            "model.data_preprocessor normalises images otherwise than those that backbone.pretrained was trained on: "
+            f"{'; '.join(others)}",
+            level=logging.WARNING,
+        )
+
+
+def _near(value: object, expected: Sequence[float]) -> bool:
+    try:
+        return np.allclose(np.asarray(value, float), expected, rtol=0.01)
+    except (TypeError, ValueError):  # another number of channels, or none
+        return False
+
+
 def check_operators(model: nn.Module) -> None:
     """Raise a UserError if a layer takes a compiled operator that mmcv-lite does not have."""
     advice = getattr(sys.modules.get("mmcv._ext"), "INSTALL_FULL", None)
@@ -159,24 +187,50 @@ def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) ->
                     yield f"{key}.pad_val.seg", (value.get("seg", 255) if isinstance(value, dict) else 255)
                 elif kind_of(step) in ("RandomRotate", "RandomMosaic"):
                     yield f"{key}.seg_pad_val", step.get("seg_pad_val", 255)
+                elif kind_of(step) == "GenerateEdge" or (
+                    kind_of(step) == "RandomCrop" and step.get("cat_max_ratio", 1) < 1  # or it counts no labels
+                ):
+                    yield f"{key}.ignore_index", step.get("ignore_index", 255)
     if "train" in splits:
         preprocessor = model.get("data_preprocessor") or {}
         if kind_of(preprocessor) == "SegDataPreProcessor":
             yield "model.data_preprocessor.seg_pad_val", preprocessor.get("seg_pad_val", 255)
-        for part in ("decode_head", "auxiliary_head"):
-            heads = model.get(part) or []
-            for i, other in enumerate(heads if isinstance(heads, list) else [heads]):
-                if kind_of(other) not in OTHER_CLASSES:
-                    place = f"[{i}]" if isinstance(heads, list) else ""
-                    yield f"model.{part}{place}.ignore_index", other.get("ignore_index", 255)
+        for part, other in _segmentation_heads(model):
+            if kind_of(other) not in OTHER_CLASSES:
+                yield f"{part}.ignore_index", other.get("ignore_index", 255)
+            for place, loss in _each(f"{part}.loss_decode", other.get("loss_decode")):
+                if name := IGNORING_LOSSES.get(kind_of(loss)):
+                    yield f"{place}.{name}", loss.get(name, 255)
+
+
+# Losses of mmseg's that a head does not tell what it ignores, and what they call it.
+IGNORING_LOSSES = {
+    "HuasdorffDisstanceLoss": "ignore_index",
+    "OhemCrossEntropy": "ignore_label",
+    "TverskyLoss": "ignore_index",
+}
+
+
+def _each(key: str, value: object) -> Iterator[tuple[str, ConfigDict]]:
+    """The config of a part, or those of a list of them, with the key of each."""
+    if isinstance(value, list | tuple):
+        yield from ((f"{key}[{i}]", one) for i, one in enumerate(value) if isinstance(one, dict))
+    elif isinstance(value, dict):
+        yield key, value
+
+
+def _segmentation_heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+    """mmseg's, with their keys. K-Net's head is made of others: the first one knows what is ignored."""
+    for part in ("decode_head", "auxiliary_head"):
+        for key, head in _each(f"model.{part}", model.get(part)):
+            inner = head.get("kernel_generate_head")
+            yield (f"{key}.kernel_generate_head", inner) if inner else (key, head)
 
 
 def note_class_weights(cfg: Config) -> None:
     """Have CheckLabels know of a loss with weights of classes."""
-    heads = [cfg.model.get(part) or [] for part in ("decode_head", "auxiliary_head")]
-    heads = [head for part in heads for head in (part if isinstance(part, list) else [part])]
-    losses = [head.get("loss_decode") or [] for head in heads]
-    weighted = any(loss.get("class_weight") for part in losses for loss in (part if isinstance(part, list) else [part]))
+    losses = [loss for _, head in _segmentation_heads(cfg.model) for _, loss in _each("", head.get("loss_decode"))]
+    weighted = any(loss.get("class_weight") for loss in losses)
     for dataset in _datasets(cfg.train_dataloader.dataset) if weighted else ():
         for step in _steps(dataset.get("pipeline") or ()):
             if kind_of(step) == "CheckLabels":
@@ -202,7 +256,8 @@ def check_labels_everywhere(cfg: Config) -> None:
 def _predicting_head(model: ConfigDict) -> dict:
     """mmseg's decode head; of several the last one."""
     head = model.get("module", model).get("decode_head") or {}  # with --tta
-    return head[-1] if isinstance(head, list) else head
+    head = head[-1] if isinstance(head, list) else head
+    return head.get("kernel_generate_head") or head  # K-Net's, of which the whole takes what is ignored
 
 
 def kind_of(config: ConfigDict) -> str:
@@ -312,13 +367,18 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
         _must_exist(annotations, "annotation file", f"{key}.ann_file")
+    model = cfg.model.get("module", cfg.model)  # with --tta
+    numbers = _check_panoptic(model)
     if classes := _classes(dataset, key):
         if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file"):
             # Where images without boxes are left out, as of unlabelled data they are not.
             annotated = key.startswith("train") and bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt"))
-            _check_categories(annotations, classes, key, annotated, dataset.get("pipeline") or ())
+            filters = {} if dataset.get("test_mode") else dataset.get("filter_cfg") or {}
+            _check_categories(annotations, classes, key, annotated, dataset.get("pipeline") or (), filters)
+        if numbers:
+            _check_things_and_stuff(numbers, dataset, classes, key)
         if kind_of(dataset) != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
-            _check_num_classes(cfg.model.get("module", cfg.model), len(classes), key)  # with --tta
+            _check_num_classes(model, len(classes), key)
         for step in _steps(dataset.get("pipeline") or ()):
             if kind_of(step) == "CheckLabels" and (number := step.get("num_classes")) != len(classes):
                 raise UserError(
@@ -394,7 +454,9 @@ def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
         )
 
 
-def _check_categories(path: str, classes: list[str], key: str, annotated: bool, pipeline: Sequence = ()) -> None:
+def _check_categories(
+    path: str, classes: list[str], key: str, annotated: bool, pipeline: Sequence = (), filters: dict | None = None
+) -> None:
     names = _categories(path)
     if annotated:
         _check_annotated(path)
@@ -409,7 +471,7 @@ def _check_categories(path: str, classes: list[str], key: str, annotated: bool, 
     if in_file != classes:  # mmdet numbers labels by the file's order, whatever that of `classes` is
         raise UserError(f"{key}.metainfo.classes must be in the order of {path}: {', '.join(in_file)}")
     masks = (step for step in _steps(pipeline) if kind_of(step) == "LoadAnnotations" and step.get("with_mask"))
-    _check_entries(path, classes, next(masks, None))
+    _check_entries(path, classes, next(masks, None), filters or {})
 
 
 def _categories(path: str) -> list[str]:
@@ -456,10 +518,10 @@ NO_MASK = "their segmentation is no polygon of three points or more, and no RLE 
 POLYGONS = "their segmentation is an RLE, which LoadAnnotations does not take with poly2mask=False"
 
 
-def _check_entries(path: str, classes: list[str], masks: ConfigDict | None) -> None:
+def _check_entries(path: str, classes: list[str], masks: ConfigDict | None, filters: dict) -> None:
     """What mmdet fails on or passes over without a word: ids that two share, boxes that are none, and the like.
 
-    `masks` is the step that loads them, if one does.
+    `masks` is the step that loads them, if one does; `filters` is what images of the data set are left out by.
     """
     if os.path.getsize(path) > SMALL:
         return
@@ -475,6 +537,7 @@ def _check_entries(path: str, classes: list[str], masks: ConfigDict | None) -> N
         _check_plain(path, f"annotations[{{}}].{key}", [one.get(key) for one in annotations])
     _check_boxes(path, annotations)
     known = {image.get("id"): image for image in images}
+    _check_corners(path, annotations, known)
     numbers = {category.get("id") for category in categories}
     lost = [one["image_id"] for one in annotations if "image_id" in one and one["image_id"] not in known]
     if lost:
@@ -498,6 +561,9 @@ def _check_entries(path: str, classes: list[str], masks: ConfigDict | None) -> N
             f"{path}: mmdet would pass over all of its {len(annotations)} annotations, over {number} because {reason}; "
             "correct them"
         )
+    _count_filtered(
+        path, images, {one.get("image_id") for one in annotations if one.get("category_id") in wanted}, filters
+    )
     for quiet in (MARKED, OTHER_CATEGORY, NO_IMAGE):
         reasons.pop(quiet, None)
     if reasons:
@@ -509,14 +575,67 @@ def _check_entries(path: str, classes: list[str], masks: ConfigDict | None) -> N
         )
 
 
+LARGEST = 2**31  # pixels, to which NaN does not compare
+
+
 def _check_boxes(path: str, annotations: list[dict]) -> None:
     for i, one in enumerate(annotations):
         box = one.get("bbox", (0, 0, 0, 0))  # without one, mmdet says so
         numbers = isinstance(box, list | tuple) and all(isinstance(number, int | float) for number in box)
-        if not one.get("ignore") and not (numbers and len(box) == 4):
+        if not one.get("ignore") and not (numbers and len(box) == 4 and all(abs(number) < LARGEST for number in box)):
             raise UserError(
                 f"{path}: annotations[{i}].bbox is {box!r:.100}; write [x, y, width, height], four numbers of pixels"
             )
+
+
+def _check_corners(path: str, annotations: list[dict], images: dict) -> None:
+    """mmdet takes [x1, y1, x2, y2] for [x, y, width, height], and cuts off what is beyond the image.
+
+    Corners cannot be told for sure from sizes. Boxes of which a tenth reach beyond their images and all could be
+    corners are refused; where that is so of most that reach beyond, it is said.
+    """
+    boxes = beyond = corners = corners_beyond = 0
+    for one in annotations:
+        image, box = images.get(one.get("image_id"), {}), one.get("bbox")
+        whole = image.get("width"), image.get("height")
+        if one.get("ignore") or box is None or not all(isinstance(side, int | float) for side in whole):
+            continue
+        x, y, width, height = box
+        could_be = x < width <= whole[0] + 1 and y < height <= whole[1] + 1 and min(x, y) >= 0
+        reaches = x + width > whole[0] + 1 or y + height > whole[1] + 1 or min(x, y) < -1
+        boxes, beyond, corners = boxes + 1, beyond + reaches, corners + could_be
+        corners_beyond += could_be and reaches
+    advice = "[x1, y1, x2, y2]? Write [x, y, width, height]"
+    if corners == boxes and 10 * beyond >= boxes > 0:
+        raise UserError(
+            f"{path}: {beyond} of its {boxes} boxes reach beyond their images, and all would fit if they were "
+            f"{advice}; if they are that, end them at the image's border"
+        )
+    if beyond:
+        suspect = 2 * corners_beyond > beyond
+        print_log(
+            f"{path}: {beyond} of its {boxes} boxes reach beyond their images by more than a pixel"
+            + (f", and {corners_beyond} of these would fit if they were {advice}" if suspect else "; they are clipped"),
+            level=logging.WARNING,
+        )
+
+
+def _count_filtered(path: str, images: list[dict], annotated: set, filters: dict) -> None:
+    """Of images that the data set leaves out; mmdet does not say it."""
+    smallest, empty, small = filters.get("min_size", 0), 0, 0
+    for image in images:
+        sides = [side for side in (image.get("width"), image.get("height")) if isinstance(side, int | float)]
+        if filters.get("filter_empty_gt") and image.get("id") not in annotated:
+            empty += 1
+        elif sides and min(sides) < smallest:
+            small += 1
+    reasons = [f"{empty} have no annotation of the data set's classes (filter_empty_gt)"] if empty else []
+    reasons += [f"{small} are narrower or lower than {smallest} pixels (min_size)"] if small else []
+    text = f"{path}: filter_cfg leaves out {empty + small} of its {len(images)} images: {' and '.join(reasons)}"
+    if 0 < len(images) == empty + small:
+        raise UserError(f"{text}, so there is nothing to train on; correct the file or filter_cfg")
+    if reasons:
+        print_log(text, level=logging.WARNING)
 
 
 def _reason_against(annotation: dict, images: dict, wanted: set, masks: ConfigDict | None) -> str | None:
@@ -589,17 +708,77 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
         for name, heads in holder.items()
         if isinstance(heads, dict | list) and name.endswith(("bbox_head", "mask_head", "query_head"))
     }
-    parts |= {name: model.get(name) for name in ("decode_head", "auxiliary_head")}
-    for part, heads in parts.items():
-        for head in heads if isinstance(heads, list) else [heads or {}]:
-            if kind_of(head) not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
+    heads = [(f"model.{part}", head) for part, found in parts.items() for _, head in _each("", found)]
+    heads += _segmentation_heads(model)
+    for part in ("decode_head", "auxiliary_head"):
+        for place, head in _each(f"model.{part}", model.get(part)):  # K-Net's
+            heads += _each(f"{place}.kernel_update_head", head.get("kernel_update_head"))
+    for part, head in heads:
+        if kind_of(head) not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
+            raise UserError(
+                f"{part}.num_classes is {head['num_classes']}, but {key} has {classes} classes; make them equal"
+            )
+
+
+THINGS_AND_STUFF = {"num_things_classes": 80, "num_stuff_classes": 53}  # mmdet's defaults, everywhere
+
+
+def _check_panoptic(model: ConfigDict) -> dict[str, int]:
+    """Numbers of things and stuff, of a panoptic model's head. The part that joins its masks is to have the same.
+
+    With others it takes a query's class for another one's, and things for stuff.
+    """
+    head = next((name for name in ("panoptic_head", "semantic_head") if model.get(name)), None)
+    fusion = model.get("panoptic_fusion_head")
+    if not (head and fusion):
+        return {}
+    own = {name: model[head].get(name, default) for name, default in THINGS_AND_STUFF.items()}
+    found = [(f"panoptic_fusion_head.{name}", fusion.get(name, THINGS_AND_STUFF[name]), name) for name in own]
+    for part in ("bbox_head", "mask_head"):  # of PanopticFPN, whose boxes are of things
+        for place, one in _each(f"roi_head.{part}", (model.get("roi_head") or {}).get(part)):
+            found.append((f"{place}.num_classes", one.get("num_classes", 80), "num_things_classes"))
+    for place, number, name in found:
+        if number != own[name]:
+            raise UserError(
+                f"model.{place} is {number}, but model.{head}.{name} is {own[name]} "
+                f"({THINGS_AND_STUFF[name]} where a config does not say); make them equal"
+            )
+    return own
+
+
+def _check_things_and_stuff(numbers: dict[str, int], dataset: ConfigDict, classes: list[str], key: str) -> None:
+    """That a panoptic model has the data set's; one of boxes, or of masks without stuff, has things alone."""
+    metainfo = {**getattr(_type_of(dataset), "METAINFO", {}), **(dataset.get("metainfo") or {})}
+    known = {"num_things_classes": metainfo.get("thing_classes"), "num_stuff_classes": metainfo.get("stuff_classes")}
+    if all(isinstance(names, list | tuple) for names in known.values()):
+        for name, number in numbers.items():
+            if number != len(known[name]):
                 raise UserError(
-                    f"model.{part}.num_classes is {head['num_classes']}, but {key} has {classes} classes; "
-                    "make them equal"
+                    f"the model's {name} is {number}, but {key} has {len(known[name])} such classes; set {name} of "
+                    "panoptic_head (or semantic_head) and panoptic_fusion_head, or metainfo's thing_classes and "
+                    "stuff_classes"
                 )
+    elif kind_of(dataset) == "CocoDataset" and numbers["num_things_classes"] != len(classes):
+        raise UserError(
+            f"the model's num_things_classes is {numbers['num_things_classes']}, but {key} has {len(classes)} "
+            "classes; set num_things_classes of panoptic_head (or semantic_head) and panoptic_fusion_head"
+        )
 
 
 # ----- checkpoints
+
+
+def _compare_labels(meta: object, reduces: object, path: str) -> None:
+    """With another reduce_zero_label, a label map's numbers are other classes; unless its author counts otherwise."""
+    known = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    reduced = known.get("reduce_zero_label") if isinstance(known, dict) else None
+    if isinstance(reduced, bool) and isinstance(reduces, bool) and reduced != reduces:
+        print_log(
+            f"{path}: was trained with reduce_zero_label={reduced}, and the data set has {reduces}: in a map, label "
+            f"{int(reduced)} was the first class, and {int(reduces)} is here; make them equal if the maps are alike",
+            logger="current",
+            level=logging.WARNING,
+        )
 
 
 def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
@@ -622,6 +801,22 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
     )
 
 
+def check_written_names(dataset: object, suffix: bool) -> None:
+    """Raise a UserError if two images' files, called as these are, with or without their suffix, would be one."""
+    seen: dict[str, str] = {}
+    for i in range(len(dataset)) if hasattr(dataset, "get_data_info") else ():
+        path = dataset.get_data_info(i).get("img_path")
+        if not isinstance(path, str):
+            return
+        name = os.path.basename(path)
+        other = seen.setdefault(name if suffix else os.path.splitext(name)[0], path)
+        if other != path:
+            raise UserError(
+                f"{path}: what is written for it would take the place of that for {other}, as it is called by the "
+                "image's name alone; test one folder at a time, each with an --out or --show-dir of its own, or rename"
+            )
+
+
 def check_file(path: str | None) -> None:
     """Raise a UserError if a checkpoint that is named is not there."""
     if path and not is_file(Path(path).expanduser()):
@@ -635,7 +830,20 @@ def data_classes(cfg: Config, split: str) -> list[str]:
     return _classes(dataset, f"{split}_dataloader.dataset") if dataset else []
 
 
-def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False, classes: Sequence[str] = ()) -> None:
+def reduces_zero_label(cfg: Config, split: str) -> bool | None:
+    """Of a split's first data set, if it has such labels."""
+    loader = cfg.get(f"{split}_dataloader")
+    dataset = next(_datasets(loader.dataset), None) if loader else None
+    return _argument(dataset, "reduce_zero_label") if dataset else None
+
+
+def check_checkpoint(
+    model: nn.Module,
+    path: str,
+    only_backbone: bool = False,
+    classes: Sequence[str] = (),
+    reduces: bool | None = None,
+) -> None:
     """Raise a UserError if a checkpoint does not fit: mmengine would load what fits and go on.
 
     Args:
@@ -643,6 +851,7 @@ def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False, c
         path: the file.
         only_backbone: what comes after the backbone may differ, as it does in fine-tuning for other classes.
         classes: names, which must be the checkpoint's, in its order, if it knows them.
+        reduces: `reduce_zero_label`, likewise; None is any.
     """
     content = load_from_local(path)
     state, own = weights_of(content, path), model.state_dict()
@@ -663,3 +872,4 @@ def check_checkpoint(model: nn.Module, path: str, only_backbone: bool = False, c
         hint = size_hint(backbone) if backbone else "; it is no checkpoint of such a model"
         raise UserError(f"{path}: its weights are of another model: {found}{hint}")
     _compare_classes(content.get("meta"), classes, path)
+    _compare_labels(content.get("meta"), reduces, path)

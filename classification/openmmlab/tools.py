@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from mmengine import registry as root
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
-from mmengine.registry import METRICS, RUNNERS, init_default_scope
+from mmengine.registry import METRICS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
 
@@ -28,8 +29,11 @@ from classification.openmmlab.checks import (
     check_file,
     check_labels_everywhere,
     check_operators,
+    check_written_names,
     data_classes,
     note_class_weights,
+    note_other_normalisation,
+    reduces_zero_label,
 )
 from classification.openmmlab.flops import complexity_table
 from classification.run import meeting, whole_numbers
@@ -135,6 +139,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
         raise UserError(f"{args.config}: cannot be read ({type(error).__name__}: {reason})") from error
     if cfg.get("default_scope") != scope:
         raise UserError(f"{args.config}: is a config of {cfg.get('default_scope')}, this is a tool for {scope}")
+    init_default_scope(scope)
     try:
         merge_options(cfg, args.cfg_options or {})
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -142,7 +147,6 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
-    init_default_scope(scope)
     check_channels(cfg.model)
     return cfg
 
@@ -189,6 +193,42 @@ def _note_misspelt(cfg: Config, options: dict) -> None:
         close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
         if close:
             print_log(f"--cfg-options {key}: the config has no {name}; is {close[0]} meant?", level=logging.WARNING)
+        elif misspelt := _misspelt_within(cfg, key):
+            place, part, meant = misspelt
+            print_log(f"--cfg-options {key}: {place} has no {part}; is {meant} meant?", level=logging.WARNING)
+
+
+def _misspelt_within(cfg: Config, key: str) -> tuple[str, str, str] | None:
+    """Where a part of a key is unlike all that stand beside it but nearly like one: the place, that part, that one."""
+    value, parts = cfg, key.split(".")
+    for i, part in enumerate(parts):
+        if isinstance(value, list | tuple):
+            value = value[int(part)] if part.isdecimal() and int(part) < len(value) else None
+        elif isinstance(value, dict | Config) and "custom_keys" not in parts[:i]:  # which are names of parameters
+            if part in value:
+                value = value[part]
+                continue
+            close = difflib.get_close_matches(part, map(str, value), 1, 0.8) if i else []
+            return (".".join(parts[:i]), part, close[0]) if close and not _accepts(value.get("type"), part) else None
+        else:
+            return None
+    return None
+
+
+OF_MMENGINE = ("function", "inferencer", "strategy")  # registries that the toolchains have none of, or not all
+
+
+def _accepts(kind: object, argument: str) -> bool:
+    """Whether a class of the toolchains, by that name, has an argument of this one; of unknown classes, yes."""
+    if not kind:
+        return False
+    kinds = [kind] if isinstance(kind, type) else []
+    registries = [one for one in vars(root).values() if isinstance(one, Registry) and one.name not in OF_MMENGINE]
+    for registry in () if kinds else registries:
+        with registry.switch_scope_and_registry(None) as own:
+            kinds += filter(inspect.isclass, [own.get(str(kind))])
+    initialisers = [base.__init__ for one in kinds for base in one.__mro__ if "__init__" in vars(base)]
+    return not kinds or any(argument in inspect.signature(one).parameters for one in initialisers)
 
 
 def _moved(value: object, old: str, new: str) -> object:
@@ -305,6 +345,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     check_data(cfg, ("train", "val"))
     check_labels_everywhere(cfg)
     note_class_weights(cfg)
+    note_other_normalisation(cfg)
     check_bits_everywhere(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
@@ -315,7 +356,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     if cfg.get("load_from"):
         resumed = bool(cfg.get("resume"))
         classes = data_classes(cfg, "train") if resumed else ()
-        check_checkpoint(_unwrapped(runner), cfg.load_from, only_backbone=not resumed, classes=classes)
+        reduces = reduces_zero_label(cfg, "train") if resumed else None
+        check_checkpoint(_unwrapped(runner), cfg.load_from, not resumed, classes, reduces)
     runner.train()
 
 
@@ -342,7 +384,12 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     check_bits_everywhere(cfg)
     _prepare(cfg, args)
     runner = _build(cfg)
-    check_checkpoint(_unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"))
+    check_checkpoint(
+        _unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"), reduces=reduces_zero_label(cfg, "test")
+    )
+    maps = any(getattr(metric, "output_dir", None) for metric in runner.test_evaluator.metrics)
+    if maps or args.show_dir:
+        check_written_names(runner.test_dataloader.dataset, suffix=not maps)
     if args.out and cfg.default_scope == "mmdet":
         runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
     runner.test()

@@ -22,7 +22,8 @@ class CheckLabels:
         ignore_index: the label that the loss passes over.
 
     Raises:
-        UserError: a label that is no class, or ignored where none may be; or a file that is no map of labels.
+        UserError: a label that is no class, or ignored where none may be; or a file that is no map of labels, or none
+            of that image.
     """
 
     def __init__(self, num_classes: int, class_weight: bool = False, ignore_index: int = 255):
@@ -33,6 +34,12 @@ class CheckLabels:
         if labels.ndim != 2:
             raise UserError(
                 f"{path}: is a picture of {labels.shape[-1]} colours, not a map of labels: write one number a pixel"
+            )
+        size = results.get("ori_shape")  # of the image as it was read
+        if size is not None and tuple(size[:2]) != labels.shape:
+            raise UserError(
+                f"{path}: is a map of {labels.shape[1]}x{labels.shape[0]} pixels, but the image "
+                f"{results.get('img_path')} has {size[1]}x{size[0]}; make them equal"
             )
         reduced = bool(results.get("reduce_zero_label"))  # 1 subtracted from the file's by LoadAnnotations
         wrong = _not_of_a_byte(path)
@@ -80,14 +87,19 @@ def _not_of_a_byte(path: str) -> int | None:
     """The smallest or largest label of a map of more than 8 bits that is none of 0 to 255: LoadAnnotations wraps it.
 
     Raises:
-        UserError: the map's numbers are no whole ones.
+        UserError: the map's numbers are no whole ones, or were not kept as they were.
     """
     try:
         with Image.open(path, formats=image_formats()) as image:
-            if image.mode in ("1", "L", "P"):
-                return None
-            labels = np.asarray(image)
+            lossy = image.format in ("JPEG", "MPO")
+            labels = None if lossy or image.mode in ("1", "L", "P") else np.asarray(image)
     except (OSError, ValueError):  # of another place or kind, which LoadAnnotations has read by other means
+        return None
+    if lossy:
+        raise UserError(
+            f"{path}: is a JPEG, which changes labels where they meet: write the map as PNG, from what it was made of"
+        )
+    if labels is None:
         return None
     if labels.dtype.kind not in "bui":
         raise UserError(f"{path}: has labels of type {labels.dtype}: write whole numbers of 8 bits")

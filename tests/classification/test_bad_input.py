@@ -1,6 +1,7 @@
 """Bad input ends in one message that names the thing and says what to do, with nothing written."""
 
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -10,8 +11,10 @@ import pytest
 import torch
 from running import MICRO, QUICK, run_command
 
-from classification.config import LEAST, OFF_OR_MORE, load_config
+from classification.config import LEAST, OFF_OR_MORE, default_config, load_config
 from classification.data import build_mixup
+from classification.data.build import _train_transform
+from classification.errors import UserError
 from classification.models import SpatialMamba, spatialmamba_micro
 from classification.optim import build_optimizer
 
@@ -359,6 +362,34 @@ def test_output_that_cannot_be_written(run_main, capsys, few_digits, tmp_path):
 def test_unknown_augmentation_policy(refuse, few_digits):
     message = refuse("--data-path", few_digits, "--batch-size", 8, "--opts", "AUG.AUTO_AUGMENT", "foo")
     assert "AUG.AUTO_AUGMENT is not a policy that timm knows: 'foo'" in message
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("rand-m9-mstd0.5-inc1", None),
+        ("rand-m9-t3aw-p0.3", None),
+        ("augmix-m5-w4-d2", None),
+        ("original-mstd0.5", None),
+        ("v0", None),
+        ("", None),
+        ("rand-m-mstd-inc", "its part 'm' has no number"),
+        ("rand-m9-mstdinf", "its part 'mstdinf' has no number"),
+        ("rand-m9-tweight", "its part 'tweight' is none of t3a, t3aw, tweights"),
+        ("rand-m9-m5", "its part 'm' is there more than once"),
+        ("augmix-m-w4", "its part 'm' has no number"),
+        ("original-", "its part '' has no number"),
+    ],
+)
+def test_parts_of_augmentation_policies(policy, message):
+    """timm passes over what it does not understand."""
+    config = default_config()
+    config.AUG.AUTO_AUGMENT = policy
+    if message is None:
+        _train_transform(config)
+    else:
+        with pytest.raises(UserError, match=re.escape(f"knows: {policy!r} ({message}")):
+            _train_transform(config)
 
 
 # ----- checkpoints

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,6 +389,9 @@ def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_pat
     printed = run_main(*back)
     assert "latest.pth: the run has gone back to epoch_2.pth before, and goes on from here" in printed
     assert "all 3 epochs are done" in printed
+    latest = [more / "latest.pth" if one == more / "epoch_2.pth" else one for one in back[:-1]] + ["4"]
+    assert f"resuming from {more / 'latest.pth'}, epoch 3" in run_main(*latest)
+    assert "has gone back to epoch_2.pth before, and goes on" in run_main(*back)  # which --resume latest.pth keeps
 
 
 def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
@@ -475,6 +479,31 @@ def test_best_outlives_an_earlier_checkpoint(few_digits, tmp_path, run_main):
     before = (folder / "best.pth").read_bytes()
     run_main("--resume", folder / "epoch_1.pth", *arguments, "2")
     assert (folder / "best.pth").read_bytes() == before
+
+
+def test_the_best_epoch_is_that_of_todays_validation(few_digits, tmp_path, run_main):
+    """Of other images or another crop 100 % says nothing; that checkpoint is set aside, and so is a damaged one."""
+    arguments = ["--output", tmp_path / "runs", "--opts", *QUICK, "TRAIN.EPOCHS"]
+    run_main("--data-path", few_digits, *arguments, "1")
+    folder = tmp_path / "runs" / name_of(".")
+    content = read_checkpoint(folder / "latest.pth") | {"max_accuracy": 100.0, "max_accuracy_ema": 100.0}
+    for name in ("latest.pth", "best.pth"):
+        (folder / name).unlink()
+        save_checkpoint(content, folder / name)
+    damaged = (folder / "best_ema.pth").read_bytes()[:-100]
+    (folder / "best_ema.pth").unlink()
+    (folder / "best_ema.pth").write_bytes(damaged)
+    best = (folder / "best.pth").read_bytes()
+    shutil.copytree(few_digits, tmp_path / "data")
+    image = next((tmp_path / "data/val/0").iterdir())
+    image.rename(image.with_name(f"other-{image.name}"))
+    printed = run_main("--data-path", tmp_path / "data", *arguments, "2", "TEST.CROP_PCT", "0.9")
+    assert printed.count("best.pth: was validated otherwise (TEST.CROP_PCT 1.0 -> 0.9, other images): the best ") == 1
+    assert read_checkpoint(folder / "best.pth")["max_accuracy"] < 100
+    assert (folder / "best.pth.replaced").read_bytes() == best
+    assert (folder / "best_ema.pth.replaced").read_bytes() == damaged
+    printed = run_main("--data-path", tmp_path / "data", *arguments, "3", "TEST.CROP_PCT", "0.9")
+    assert "validated otherwise" not in printed
 
 
 def test_other_batches_begin_the_epoch_anew(few_digits, tmp_path, run_main):

@@ -8,6 +8,7 @@ import re
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -109,7 +110,9 @@ def test_is_the_backbone(classifier, tmp_path):
 
 
 def test_own_weights_are_loaded_beside_swins_arguments(classifier, tmp_path):
-    path = save({"model": classifier.state_dict()}, tmp_path / "c.pth")
+    """In whatever folder they are."""
+    (tmp_path / "in_place_of_swin").mkdir()
+    path = save({"model": classifier.state_dict()}, tmp_path / "in_place_of_swin/c.pth")
     backbone = build(embed_dims=96, init_cfg=dict(type="Pretrained", checkpoint=path))
     backbone.init_weights()
     assert_same_trunk(backbone, classifier)
@@ -629,6 +632,16 @@ def annotated(**changed) -> dict:
         (annotated(bbox=[]), "a.json: annotations[0].bbox is []; write [x, y, width, height]"),
         (annotated(bbox=["0", "0", "9", "9"]), "a.json: annotations[0].bbox is ['0', '0', '9', '9']; write"),
         (annotated(bbox=None), "a.json: annotations[0].bbox is None; write"),
+        (annotated(bbox=[0, 0, float("nan"), 9]), "a.json: annotations[0].bbox is [0, 0, nan, 9]; write"),
+        (annotated(bbox=[0, 0, 9, float("inf")]), "a.json: annotations[0].bbox is [0, 0, 9, inf]; write"),
+        (
+            annotated(bbox=[30, 30, 60, 60]) | {"images": [{"id": 1, "width": 64, "height": 64}]},
+            "1 of its 1 boxes reach beyond their images, and all would fit if they were [x1, y1, x2, y2]? Write",
+        ),
+        (
+            annotated() | {"images": [{"id": 1, "width": 31, "height": 64}]},
+            "filter_cfg leaves out 1 of its 1 images: 1 are narrower or lower than 32 pixels (min_size), so there",
+        ),
         (annotated(image_id=[1]), "a.json: annotations[0].image_id is [1]; write a number"),
         ({"images": [{"id": 1}, {"id": [1]}]}, "a.json: images[1].id is [1]; write a number"),
         ({"categories": [{"id": [1], "name": "cat"}]}, "a.json: categories[0].id is [1]; write a number"),
@@ -642,7 +655,7 @@ def test_coco_files(changed, message, tmp_path):
     if message is None or "nothing to train on" in message:  # as of unlabelled images in semi-supervised training
         checks.check_data(cfg, ("train",))
     if message is not None:
-        cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True)
+        cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True, min_size=32)
         with pytest.raises(UserError, match=re.escape(message)):
             checks.check_data(cfg, ("train",))
 
@@ -669,6 +682,21 @@ def test_what_the_toolchains_pass_over_is_counted(tmp_path, monkeypatch):
         checks.check_data(cfg, ("val",))
         assert said == [f"{dataset['ann_file']}: mmdet passes over {number} of its 6 annotations, over 2 because their "
                         "area is not above 0"]  # fmt: skip
+        said.clear()
+    boxes = [[0, 0, 9, 9], [60, 60, 9, 9], [-9, 0, 9, 60], [9, 9, 60, 60]]
+    lost = [{**lost[0], "image_id": i, "bbox": box} for i, box in enumerate(boxes)]
+    images = [{"id": i, "width": 64, "height": height} for i, height in enumerate((64, 64, 64, 64, 64, 20))]
+    (tmp_path / "a.json").write_text(json.dumps(coco(annotations=[*lost, {**lost[0], "image_id": 5}], images=images)))
+    dataset |= dict(pipeline=[], filter_cfg=dict(filter_empty_gt=True, min_size=32))
+    for test_mode in (False, True):
+        cfg = Config(dict(model={}, train_dataloader=dict(dataset=dataset | dict(test_mode=test_mode))))
+        checks.check_data(cfg, ("train",))
+        assert said[0].endswith("3 of its 5 boxes reach beyond their images by more than a pixel; they are clipped")
+        filtered = [one for one in said if "filter_cfg" in one]
+        assert [text.partition("filter_cfg ")[2] for text in filtered] == [
+            "leaves out 2 of its 6 images: 1 have no annotation of the data set's classes (filter_empty_gt) and 1 are "
+            "narrower or lower than 32 pixels (min_size)"
+        ] * (not test_mode)
         said.clear()
     folder = tmp_path / "images" / "deeper"
     folder.mkdir(parents=True)
@@ -768,13 +796,68 @@ def test_heads_have_the_data_sets_classes(model, key):
             checks.check_data(cfg, ("train",))
 
 
+PANOPTIC = {"num_things_classes": 2, "num_stuff_classes": 1}
+
+
+class Panoptic:
+    METAINFO = MappingProxyType(
+        {"classes": ("cat", "dog", "sky"), "thing_classes": ("cat", "dog"), "stuff_classes": ("sky",)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "message"),
+    [
+        (dict(panoptic_fusion_head=PANOPTIC), {}, None),
+        (dict(panoptic_fusion_head=None), {}, None),
+        (dict(panoptic_fusion_head={}), {}, None),  # as good as none
+        (
+            dict(panoptic_fusion_head=dict(PANOPTIC, num_things_classes=3)),
+            {},
+            "model.panoptic_fusion_head.num_things_classes is 3, but model.panoptic_head.num_things_classes is 2 (80",
+        ),
+        (
+            dict(panoptic_fusion_head=dict(num_things_classes=2)),
+            {},
+            "model.panoptic_fusion_head.num_stuff_classes is 53, but model.panoptic_head.num_stuff_classes is 1 (53",
+        ),
+        (
+            dict(
+                panoptic_head=None, semantic_head=PANOPTIC, panoptic_fusion_head=PANOPTIC, roi_head=dict(mask_head={})
+            ),
+            {},
+            "model.roi_head.mask_head.num_classes is 80, but model.semantic_head.num_things_classes is 2 (80",
+        ),
+        (
+            dict(panoptic_fusion_head=PANOPTIC),
+            dict(metainfo=dict(thing_classes=("cat",), stuff_classes=("dog", "sky"))),
+            "the model's num_things_classes is 2, but train_dataloader.dataset has 1 such classes",
+        ),
+        (
+            dict(panoptic_fusion_head=PANOPTIC),
+            dict(type="CocoDataset", metainfo=dict(classes=("cat",))),
+            "the model's num_things_classes is 2, but train_dataloader.dataset has 1 classes",
+        ),
+    ],
+)
+def test_things_and_stuff_are_as_many_everywhere(model, dataset, message):
+    """Or a panoptic model's predictions are of other classes than its queries."""
+    model = {"panoptic_head": PANOPTIC, **model}
+    cfg = Config(dict(model=model, train_dataloader=dict(dataset={"type": Panoptic, **dataset})))
+    if message is None:
+        checks.check_data(cfg, ("train",))
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            checks.check_data(cfg, ("train",))
+
+
 def test_what_is_ignored_is_the_same_everywhere():
     """Or IoUMetric counts as errors what the head has not learnt, and padding is learnt."""
     head = dict(type="UPerHead", ignore_index=254)
     model = dict(data_preprocessor=dict(type="SegDataPreProcessor"), decode_head=head)
     model["auxiliary_head"] = [dict(type="FCNHead"), dict(type="STDCHead")]
     pads = [dict(type="Pad", pad_val=3), dict(type="Pad", pad_val=dict(seg=254))]
-    steps = [*pads, dict(type="RandomApply", transforms=[dict(type="RandomRotate")])]
+    steps = [*pads, dict(type="RandomApply", transforms=[dict(type="RandomRotate")]), dict(type="RandomCrop")]
     metrics = [dict(type="DepthMetric"), dict(type="mmseg.IoUMetric")]
     cfg = Config(dict(
         model=model, train_dataloader=dict(dataset=dict(type="BaseSegDataset", pipeline=steps)), val_evaluator=metrics,
@@ -798,6 +881,25 @@ def test_what_is_ignored_is_the_same_everywhere():
     steps[0].pad_val, steps[2].transforms[0].seg_pad_val = dict(img=0, seg=254), 254
     cfg.val_evaluator[1].ignore_index = cfg.test_evaluator.ignore_index = 254
     checks.check_data(cfg, ("train", "val", "test"))
+    steps += [dict(type="RandomCrop", cat_max_ratio=0.75), dict(type="GenerateEdge")]
+    cfg.model.decode_head.loss_decode = [dict(type="CrossEntropyLoss"), dict(type="TverskyLoss")]
+    cfg.model.auxiliary_head[0].loss_decode = dict(type="HuasdorffDisstanceLoss", ignore_index=255)
+    keys = (
+        f"{train}.RandomCrop.ignore_index is 255, {train}.GenerateEdge.ignore_index is 255, "
+        "model.decode_head.loss_decode[1].ignore_index is 255, "
+        "model.auxiliary_head[0].loss_decode.ignore_index is 255 (255 where"
+    )
+    with pytest.raises(UserError, match=re.escape(f"of model.decode_head is 254, but {keys}")):
+        checks.check_data(cfg, ("train",))
+    generates = dict(type="FCNHead", ignore_index=7, loss_decode=dict(type="OhemCrossEntropy", ignore_label=8))
+    knet = dict(type="IterativeDecodeHead", kernel_generate_head=generates, kernel_update_head=[dict(num_classes=3)])
+    of_knet = Config(dict(model=dict(decode_head=knet), train_dataloader=dict(dataset=dict(type="BaseSegDataset"))))
+    key = "model.decode_head.kernel_generate_head.loss_decode.ignore_label is 8"
+    with pytest.raises(UserError, match=re.escape(f"the ignore_index of model.decode_head is 7, but {key} (255")):
+        checks.check_data(of_knet, ("train",))
+    of_knet.train_dataloader.dataset.metainfo = dict(classes=("a", "b"))
+    with pytest.raises(UserError, match=r"kernel_update_head\[0\]\.num_classes is 3, but .* has 2 classes"):
+        checks.check_data(of_knet, ("train",))
     for other in (dict(type="UPerHead", ignore_index=None), dict(type="VPDDepthHead"), None):
         cfg.model.decode_head = other
         checks.check_data(cfg, ("train", "val", "test"))
@@ -842,6 +944,29 @@ def test_misspelt_options_are_named(monkeypatch):
         assert said == [f"--cfg-options {key}: the config has no {key.partition('.')[0]}; is {meant} meant?"]
         said.clear()
 
+    class Takes(dict):
+        def __init__(self, scales=None):
+            pass
+
+    loader = dict(batch_size=2, dataset=dict(type=Takes, scale=1, pipeline=[dict(type=Takes, scale=1)]))
+    within = "train_dataloader.dataset.pipeline.0"
+    for key, place, part, meant in (
+        ("train_dataloader.batch_sise", "train_dataloader", "batch_sise", "batch_size"),
+        ("train_dataloader.datset.scale", "train_dataloader", "datset", "dataset"),
+        (f"{within}.scalle", within, "scalle", "scale"),
+        (f"{within}.scales", None, None, None),  # which the class has
+        (f"{within}.new", None, None, None),
+        (f"{within}.scale", None, None, None),
+        ("train_dataloader.dataset.pipeline.7.scalle", None, None, None),  # of which mmengine says more
+        ("optim_wrapper.paramwise_cfg.custom_keys.head1.lr_mult", None, None, None),
+    ):
+        keys = dict(paramwise_cfg=dict(custom_keys=dict(head=dict(lr_mult=1))))
+        cfg = Config(dict(train_dataloader=loader, optim_wrapper=keys))
+        with suppress(KeyError):
+            tools.merge_options(cfg, {key: 1})
+        assert said == ([f"--cfg-options {key}: {place} has no {part}; is {meant} meant?"] if place else []), key
+        said.clear()
+
 
 def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
     """mmengine keeps their names, and does not look at them."""
@@ -861,6 +986,69 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
     assert "holds no names" not in log.text
     checks.check_checkpoint(model, nameless, classes=["cat"])
     assert log.text.count("n.pth: holds no names of classes; they are taken in the order of the data set's") == 1
+    meta = {"dataset_meta": {"reduce_zero_label": True}}
+    path = save({"meta": meta, "state_dict": model.state_dict()}, tmp_path / "r.pth")
+    for reduces, number in ((True, 0), (None, 0), (False, 1)):
+        checks.check_checkpoint(model, path, reduces=reduces)
+        assert log.text.count("reduce_zero_label=True, and the data set has False: in a map, label 1 was the") == number
+    dataset = dict(type=dict, reduce_zero_label=True)
+    assert checks.reduces_zero_label(Config(dict(test_dataloader=dict(dataset=dataset))), "test") is True
+
+
+def test_files_of_two_images_are_two(tmp_path):
+    """mmsegmentation's maps and both toolchains' drawings are called by the images' base names."""
+
+    class Dataset(list):
+        def get_data_info(self, i):
+            return {"img_path": self[i]}
+
+    checks.check_written_names(Dataset(["x/1.png", "x/2.png", "x/1.png"]), suffix=False)  # one of them twice
+    checks.check_written_names(Dataset(["x/1.png", "x/1.jpg"]), suffix=True)
+    for paths, suffix in ((["x/1.png", "x/1.jpg"], False), (["x/1.png", "y/1.png"], True)):
+        with pytest.raises(UserError, match=rf"{paths[1]}: what is written for it .* that for {paths[0]}"):
+            checks.check_written_names(Dataset(paths), suffix)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, None),
+        ({"mean": [123.7, 116.3, 103.5]}, None),
+        (
+            {"mean": [0, 0, 0], "bgr_to_rgb": False},
+            "mean is [0, 0, 0], theirs [123.675, 116.28, 103.53]; bgr_to",
+        ),
+        ({"std": [1.0]}, "std is [1.0], theirs [58.395, 57.12, 57.375]"),
+        ({"std": None}, "std is None, theirs"),
+    ],
+)
+def test_images_are_normalised_as_those_of_the_pretrained_weights(changed, expected, monkeypatch):
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
+    own = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True) | changed
+    model = dict(data_preprocessor=own, backbone=dict(type="MM_SpatialMamba", pretrained=""))
+    checks.note_other_normalisation(Config(dict(model=model)))
+    assert said == []  # from scratch
+    model["backbone"]["pretrained"] = "a.pth"
+    checks.note_other_normalisation(Config(dict(model=model)))
+    assert [expected in message for message in said] == [True] * bool(expected)
+
+
+def test_maps_of_other_images_and_lossy_ones(tmp_path):
+    """JPEG makes new labels where two meet; a map of another size is another image's."""
+    labels = np.zeros((16, 8), np.uint8)
+    for name, size, message in (
+        ("a.png", (16, 8, 3), None),
+        ("a.png", (8, 16, 3), r"a\.png: is a map of 8x16 pixels, but the image a\.bmp has 16x8; make them equal"),
+        ("a.jpg", (16, 8), r"a\.jpg: is a JPEG, which changes labels where they meet"),
+    ):
+        Image.fromarray(labels).save(tmp_path / name)
+        results = dict(seg_map_path=str(tmp_path / name), gt_seg_map=labels, ori_shape=size, img_path="a.bmp")
+        if message:
+            with pytest.raises(UserError, match=message):
+                CheckLabels(5)(results)
+        else:
+            assert CheckLabels(5)(results) is results
 
 
 def test_maps_of_labels_beyond_a_byte(tmp_path):

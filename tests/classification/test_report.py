@@ -10,7 +10,7 @@ from running import QUICK, ROOT, run_command
 from classification.errors import UserError
 from classification.metrics import read_lines
 from classification.models import spatialmamba_micro
-from classification.report import read_metrics, report
+from classification.report import draw_learning_curve, read_metrics, report
 
 
 def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
@@ -48,6 +48,21 @@ def test_repeated_epoch_counts_as_last_written(tmp_path):
     lines = [{"epoch": epoch, "loss": loss, "seconds": 1.0} for epoch, loss in losses]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_metrics(tmp_path) == [lines[0], lines[3]]
+
+
+def test_epochs_that_could_not_read_all_images_are_no_part_of_the_curve(tmp_path, capsys):
+    """The few that were left are another measure."""
+    top1 = ((50, {}), (100, {"unreadable": 32}), (60, {}))
+    lines = [
+        {"epoch": i, "loss": 1.0, "seconds": 1.0, "model": {"top1": a, **more}} for i, (a, more) in enumerate(top1)
+    ]
+    accuracy = draw_learning_curve(lines).axes[1]
+    found = [(line.get_xdata().tolist(), line.get_ydata().tolist(), line.get_marker()) for line in accuracy.lines]
+    assert [tuple(map(list, one[:2])) for one in found] == [([1, 3], [50, 60]), ([2], [100])]
+    assert [one[2] for one in found] == ["None", "x"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(tmp_path, None)
+    assert "in 1 of 3 epochs, as 2, not all validation images could be read: crosses in" in capsys.readouterr().out
 
 
 def test_updates_of_other_batches_are_on_the_way(tmp_path):
