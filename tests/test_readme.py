@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand but for paths, and with less of everything where a cluster is meant.
+"""The commands of the README and of docs/, run as they stand but for paths, and with less where a cluster is meant.
 
 Every `bash` and `python` block is either run here or named as run elsewhere; a block that is neither fails.
 """
@@ -20,10 +20,12 @@ from scenes import write_coco, write_few_scenes
 import classification
 from classification import main as main_module
 from classification.data.digits import write_digits
-from classification.models import spatialmamba_tiny
+from classification.models import spatialmamba_micro, spatialmamba_tiny
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("bash", "python")}
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TEXT = "\n".join(page.read_text() for page in PAGES)
+BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL) for language in ("bash", "python")}
+INSTALL = "pip install -r"  # as `make install` has it, before this run
 MAKE_TEST = "make test\n"  # this very run
 MAKE_DEMO = "make demo\n"  # test_demo
 MAKE_DEMO_DETECTION = "make demo-detection\n"  # test_demo_detection
@@ -31,10 +33,15 @@ MAKE_OPENMMLAB = "make install-openmmlab\n"  # before this run, by `make test`
 MAKE_DEMO_SEGMENTATION = "make demo-segmentation\n"  # test_demo_segmentation
 MAKE = (MAKE_TEST, MAKE_DEMO, MAKE_DEMO_DETECTION, MAKE_DEMO_SEGMENTATION, MAKE_OPENMMLAB)
 CD_DETECTION, CD_SEGMENTATION = "cd detection\n", "cd segmentation\n"
-TO_MMPRETRAIN = "--to mmpretrain"
+TO_MMPRETRAIN, EXPORT = "--to mmpretrain", "classification.export"
 DETECTION_CONFIGS = ROOT / "detection/configs/spatialmamba"
-EXAMPLE, MINE, DETECTOR, SEGMENTER, CLASSIFIER = range(5)  # blocks of Python
+# What each block of Python holds, and no other.
+EXAMPLE, BACKBONE, ONNX = "import timm", "import classification.models.openmmlab", "onnxruntime"
+MINE, DETECTOR, SEGMENTER, CLASSIFIER = "_base_", "mmdet.apis", "mmseg.apis", "import ImageClassificationInferencer"
 SLURM = "slurm_train.sh"  # tests/classification/test_distributed.py
+GPU = "bfloat16"  # kernels/gpu_check.sh, on a GPU
+TIMM_TESTS = "pip download"  # by hand: they are timm's, which it downloads
+NOT_HERE = (INSTALL, SLURM, GPU, TIMM_TESTS)
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
 
@@ -52,11 +59,18 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+def python_block(mark: str) -> str:
+    (block,) = (block for block in BLOCKS["python"] if mark in block)
+    return block
+
+
 def reduced(command: str, folder: Path) -> str:
     """Our paths, two processes, batches of eight, and one epoch on small images."""
     command = command.replace("/path/to/checkpoint.pth", f"{folder}/output/spatialmamba_tiny/default/best.pth")
     command = command.replace("/path/to/", f"{folder}/").replace("--nproc_per_node=8", "--nproc_per_node=2")
     command = command.replace("--batch-size 128", "--batch-size 8")
+    if "torch.distributed.launch" in command:  # elsewhere, so that it trains too, and does not find its epochs done
+        command = command.replace(f"{folder}/output", f"{folder}/output-of-launch")
     if "classification.benchmark" in command:
         return f"{command} --size 32 --batch 2 --rounds 1 --model spatialmamba_micro --beside convnext_atto"
     if "main.py" in command and "--flops" not in command:
@@ -107,18 +121,17 @@ def test_commands_are_understood(monkeypatch):
 
 
 def test_commands_for_imagenet(folder):
-    """In the README's order: what is trained first is evaluated and fine-tuned after."""
-    blocks = [block for block in BLOCKS["bash"] if block not in MAKE and SLURM not in block]
-    elsewhere = [b for b in blocks if b.startswith((CD_DETECTION, CD_SEGMENTATION)) or TO_MMPRETRAIN in b]
-    blocks = [block for block in blocks if block not in elsewhere]
-    assert (len(blocks), len(elsewhere)) == (9, 7)
+    """In the README's order, then docs': what is trained first is evaluated and fine-tuned after."""
+    blocks = [block for block in BLOCKS["bash"] if block not in MAKE]
+    named = [block for block in blocks if any(mark in block for mark in NOT_HERE)]
+    others = (CD_DETECTION, CD_SEGMENTATION, TO_MMPRETRAIN, EXPORT)
+    elsewhere = [block for block in blocks if any(mark in block for mark in others) and block not in named]
+    blocks = [block for block in blocks if block not in named + elsewhere]
+    assert (len(blocks), len(elsewhere), len(named)) == (9, 10, 8)
     for block in blocks:
         script = "\n".join(reduced(line, folder) for line in block.splitlines())
         done = run_command("bash", "-euc", script, cwd=ROOT)
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
-        if "torch.distributed.launch" in block:
-            # So that the next one trains too, and does not find its epochs done.
-            shutil.move(folder / "output", folder / "output-of-launch")
     runs = folder / "output" / "spatialmamba_tiny"
     evaluation = json.loads((runs / "default/evaluation.json").read_text())
     assert evaluation["model"]["images"] == 10
@@ -135,7 +148,7 @@ def test_commands_for_coco(tmp_path):
     write_coco(tmp_path / "coco", datasets.CocoDataset.METAINFO["classes"])
     write_coco(tmp_path / "mine", ("cat", "dog"))
     torch.save({"model": spatialmamba_tiny().state_dict()}, tmp_path / "checkpoint.pth")
-    mine = BLOCKS["python"][MINE].replace("/path/to/", f"{tmp_path}/").replace('"./', f'"{DETECTION_CONFIGS}/')
+    mine = python_block(MINE).replace("/path/to/", f"{tmp_path}/").replace('"./', f'"{DETECTION_CONFIGS}/')
     (tmp_path / "mine.py").write_text(mine)
     for block in (block for block in BLOCKS["bash"] if block.startswith(CD_DETECTION) and SLURM not in block):
         script = block.replace("/path/to/", f"{tmp_path}/").replace(".py 8 ", ".py 2 ").strip()
@@ -163,6 +176,7 @@ def test_commands_for_ade20k(tmp_path):
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()
     torch.save({"model": spatialmamba_tiny().state_dict()}, tmp_path / "checkpoint.pth")
+    tested = ""
     for block in (block for block in BLOCKS["bash"] if block.startswith(CD_SEGMENTATION)):
         script = block.replace("/path/to/", f"{tmp_path}/").replace(".py 8 ", ".py 2 ").strip()
         if "dist_train" in block:
@@ -178,7 +192,9 @@ def test_commands_for_ade20k(tmp_path):
         if "pretrained" in block:
             shutil.copy(tmp_path / "output/upernet/iter_2.pth", tmp_path / "segmenter.pth")
             assert "'model' in" in done.stdout
-    assert done.stdout.count("mIoU: ") == 2
+        if "dist_test" in block:
+            tested += done.stdout
+    assert tested.count("mIoU: ") == 2
 
 
 def test_commands_for_mmpretrain(tmp_path):
@@ -188,21 +204,71 @@ def test_commands_for_mmpretrain(tmp_path):
     (block,) = (block for block in BLOCKS["bash"] if TO_MMPRETRAIN in block)
     done = run_command("bash", "-euc", block.replace("/path/to/", f"{tmp_path}/"), cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    block = BLOCKS["python"][CLASSIFIER].replace("/path/to/", f"{tmp_path}/")
+    block = python_block(CLASSIFIER).replace("/path/to/", f"{tmp_path}/")
     done = run_command("python", "-c", block, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     label = re.search(r"\d+$", done.stdout.rstrip())  # behind mmpretrain's progress, which does not always end its line
     assert 0 <= int(label.group()) < 1000
 
 
-def test_python_example():
-    assert len(BLOCKS["python"]) == 5
-    block = BLOCKS["python"][EXAMPLE]
+def test_commands_for_export(tmp_path):
+    """A program, and an ONNX file that is then run: of the smallest model, for small images of one size."""
+
+    def small(block: str) -> str:
+        return block.replace("224", "64").replace("batch size", "batch").replace("/path/to/", f"{tmp_path}/")
+
+    pytest.importorskip("onnxruntime")
+    torch.save({"model": spatialmamba_micro().state_dict()}, tmp_path / "checkpoint.pth")
+    for block in (block for block in BLOCKS["bash"] if EXPORT in block):
+        done = run_command("bash", "-euc", small(block), cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.pt2").exists()
     scope = {}
-    exec(compile(block, "README.md", "exec"), scope)
+    exec(compile(small(python_block(ONNX)), "README.md", "exec"), scope)
+    assert scope["logits"].shape == (1, 1000)
+
+
+def test_python_example():
+    assert len(BLOCKS["python"]) == 7  # of which python_block finds each by its mark
+    scope = {}
+    exec(compile(python_block(EXAMPLE), "README.md", "exec"), scope)
     assert scope["logits"].shape == (1, 1000)
     assert [m.shape[1:] for m in scope["maps"]] == [(64, 50, 81), (128, 25, 41), (256, 13, 21), (512, 7, 11)]
     assert scope["c5"].shape == (1, 512, 7, 11)
+
+
+def test_python_example_of_openmmlab():
+    pytest.importorskip("mmengine", reason="make install-openmmlab")
+    scope = {}
+    exec(compile(python_block(BACKBONE), "README.md", "exec"), scope)
+    assert [m.shape[1] for m in scope["backbone"](torch.randn(1, 3, 64, 64))] == [64, 128, 256, 512]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_between_pages():
+    """Every relative link leads to a file, every anchor to a heading; the README links every page of docs/."""
+    pages = [*PAGES, *ROOT.glob("kernels/*/README.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    found = set()
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link in (link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page}: {link}"
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in map(slug, headings), f"{page}: {link}"
+            found.add((page, target))
+    assert all((ROOT / "README.md", page) in found for page in PAGES[1:])
+
+
+def test_installation_is_the_makefiles():
+    (block,) = (block for block in BLOCKS["bash"] if INSTALL in block)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"$(BIN)/python -m {line}\n" in makefile for line in block.splitlines())
 
 
 @pytest.mark.parametrize("package", ["selective_scan", "dwconv2d"])
@@ -259,7 +325,7 @@ def test_demo_detection(options, tmp_path):
     run = output / "mask_rcnn_spatialmamba_micro_digits"
     assert len(list((run / "predictions").glob("*.png"))) == (12 if options else 96)
 
-    block = BLOCKS["python"][DETECTOR].replace('"detection/configs', f'"{ROOT}/detection/configs')
+    block = python_block(DETECTOR).replace('"detection/configs', f'"{ROOT}/detection/configs')
     assert "/epoch_12.pth" in block
     block = block.replace("epoch_12.pth", Path((run / "last_checkpoint").read_text()).name)
     done = run_command("python", "-c", block, cwd=tmp_path)
@@ -286,7 +352,7 @@ def test_demo_segmentation(options, tmp_path):
     assert options or min(single, multiple) >= 60
     assert len(list((tmp_path / "output/upernet_spatialmamba_micro_digits/predictions").rglob("*.png"))) == images
 
-    block = BLOCKS["python"][SEGMENTER].replace('"segmentation/configs', f'"{ROOT}/segmentation/configs')
+    block = python_block(SEGMENTER).replace('"segmentation/configs', f'"{ROOT}/segmentation/configs')
     assert "/iter_600.pth" in block
     if options:
         block = block.replace("iter_600.pth", "iter_12.pth")
