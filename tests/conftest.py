@@ -28,14 +28,18 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: shows at length what a shorter test shows; --long runs it")
     config.addinivalue_line("markers", "long_in_interpreter: is long where Triton's kernels run in its interpreter")
+    config.addinivalue_line("markers", "float32_in_interpreter: there, and in any other dtype than float32, is long")
 
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name != "test_readme.py")  # minutes each: a process that has none left waits
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("long_in_interpreter") and item.callspec.params.get("backend") == "triton":
-                item.add_marker("long")
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if torch.cuda.is_available() or params.get("backend") != "triton":
+            continue
+        other = item.get_closest_marker("float32_in_interpreter") and params["dtype"] != torch.float32
+        if other or item.get_closest_marker("long_in_interpreter"):
+            item.add_marker("long")
     wanted, day = config.getoption("--long"), date.today().toordinal()
     for i, item in enumerate(item for item in items if item.get_closest_marker("long")):
         if wanted == "no" or (wanted == "today" and i % DAYS != day % DAYS):

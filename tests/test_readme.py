@@ -211,6 +211,7 @@ def test_commands_for_mmpretrain(tmp_path):
     assert 0 <= int(label.group()) < 1000
 
 
+@pytest.mark.long
 def test_commands_for_export(tmp_path):
     """A program, and an ONNX file that is then run: of the smallest model, for small images of one size."""
 
@@ -306,10 +307,10 @@ def test_demo(options, tmp_path):
     assert (run / "predictions.png").exists()
 
 
-FEW = "dataloader.dataset.indices=12"  # images of the validation split
+FEW = "dataloader.dataset.indices=4"  # images of the validation split
 
 
-@whole_or(f"train_cfg.max_epochs=1 param_scheduler.1.end=1 train_dataloader.dataset.indices=64 val_{FEW}")
+@whole_or(f"train_cfg.max_epochs=1 param_scheduler.1.end=1 train_dataloader.dataset.indices=32 val_{FEW}")
 def test_demo_detection(options, tmp_path):
     """`make demo-detection`, and what it has trained by mmdet's own interface in another folder."""
     pytest.importorskip("mmdet", reason="make install-openmmlab")
@@ -323,7 +324,7 @@ def test_demo_detection(options, tmp_path):
     assert found.keys() == {"bbox_mAP_50", "segm_mAP_50"}
     assert options or min(found.values()) >= 0.5
     run = output / "mask_rcnn_spatialmamba_micro_digits"
-    assert len(list((run / "predictions").glob("*.png"))) == (12 if options else 96)
+    assert len(list((run / "predictions").glob("*.png"))) == (4 if options else 96)
 
     block = python_block(DETECTOR).replace('"detection/configs', f'"{ROOT}/detection/configs')
     assert "/epoch_12.pth" in block
@@ -334,8 +335,8 @@ def test_demo_detection(options, tmp_path):
 
 
 @whole_or(
-    "train_cfg.max_iters=12 train_cfg.val_interval=12 default_hooks.checkpoint.interval=12 param_scheduler.0.end=4 "
-    f"param_scheduler.1.begin=4 param_scheduler.1.end=12 val_{FEW}"
+    "train_cfg.max_iters=6 train_cfg.val_interval=6 default_hooks.checkpoint.interval=6 param_scheduler.0.end=2 "
+    f"param_scheduler.1.begin=2 param_scheduler.1.end=6 val_{FEW}"
 )
 def test_demo_segmentation(options, tmp_path):
     """`make demo-segmentation`, and what it has trained by mmseg's own interface in another folder."""
@@ -346,7 +347,7 @@ def test_demo_segmentation(options, tmp_path):
     arguments += [f"DEMO_TEST_OPTIONS=test_{FEW}"] if options else []
     done = run_command("make", "demo-segmentation", *arguments, cwd=ROOT, PORT=str(free_port()))
     assert done.returncode == 0, done.stderr[-4000:]
-    images = 12 if options else 96
+    images = 4 if options else 96
     tests = re.findall(rf"Iter\(test\) *\[{images}/{images}\].*mIoU: ([\d.]+)", done.stdout)
     single, multiple = map(float, tests)
     assert options or min(single, multiple) >= 60
@@ -355,7 +356,7 @@ def test_demo_segmentation(options, tmp_path):
     block = python_block(SEGMENTER).replace('"segmentation/configs', f'"{ROOT}/segmentation/configs')
     assert "/iter_600.pth" in block
     if options:
-        block = block.replace("iter_600.pth", "iter_12.pth")
+        block = block.replace("iter_600.pth", "iter_6.pth")
     done = run_command("python", "-c", block, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "torch.Size([1, 128, 128])" in done.stdout

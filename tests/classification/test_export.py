@@ -88,6 +88,7 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*model.*"))
 
 
+@pytest.mark.long
 def test_benchmark_by_a_runtime(monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
     options = ["--model", "spatialmamba_micro", "--beside", "--size", "48", "--rounds", "1", "--device", "cpu"]

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
-from classification import models
+from classification import convert, models
 from classification.convert import to_mmpretrain
 from classification.data.digits import write_digits
 
@@ -114,19 +114,25 @@ default_hooks = dict(logger=dict(interval=1))
 """
 
 
-def test_conversion(tmp_path):
-    """The documented command, on a checkpoint of T's shape: what it writes loads strictly and gives the same logits."""
+def test_conversion(tmp_path, monkeypatch):
+    """On a checkpoint of T's shape: what is written loads strictly and gives the same logits."""
     torch.manual_seed(0)
     classifier = models.spatialmamba_tiny().eval()
     torch.save({"model": classifier.state_dict()}, tmp_path / "c.pth")
-    command = ["python", "-m", "classification.convert", tmp_path / "c.pth", tmp_path / "m.pth", "--to", "mmpretrain"]
-    done = run_command(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+
+    def converted(name: str) -> None:
+        monkeypatch.setattr(
+            "sys.argv", ["convert", str(tmp_path / "c.pth"), str(tmp_path / name), "--to", "mmpretrain"]
+        )
+        convert.main()
+
+    converted("m.pth")
     model = build(config("tiny")).eval()
     model.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True)["state_dict"])
     images = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
         torch.testing.assert_close(model(images), classifier(images), rtol=1e-5, atol=1e-5)
-    assert "exists; remove it or name another file" in run_command(*command, cwd=tmp_path).stderr
-    command[4] = tmp_path / "m.safetensors"
-    assert "m.safetensors: must end in .pth" in run_command(*command, cwd=tmp_path).stderr
+    with pytest.raises(SystemExit, match="exists; remove it or name another file"):
+        converted("m.pth")
+    with pytest.raises(SystemExit, match=r"m\.safetensors: must end in \.pth"):
+        converted("m.safetensors")

@@ -146,6 +146,7 @@ def smaller(plane, states):
 @each_dtype
 @pytest.mark.parametrize("mode", MODES)
 @each_plane
+@pytest.mark.float32_in_interpreter
 def test_conv_planes(compare, sample, plane, mode, dtype):
     inputs = make_conv_inputs(plane, dtype=dtype)
     assert dilated_dwconv2d(**inputs).dtype == dtype
@@ -176,6 +177,7 @@ def test_conv_of_a_large_window(compare, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @each_states
 @each_plane
+@pytest.mark.float32_in_interpreter
 def test_fusion(compare, sample, plane, states, dtype, interpreted):
     plane, states = smaller(plane, states) if interpreted else (plane, states)
     compare(state_fusion, exact_fusion, make_fusion_inputs(plane, states, dtype))
@@ -184,6 +186,7 @@ def test_fusion(compare, sample, plane, states, dtype, interpreted):
 @each_dtype
 @each_states
 @each_plane
+@pytest.mark.float32_in_interpreter
 def test_output(compare, sample, plane, states, dtype, interpreted):
     plane, states = smaller(plane, states) if interpreted else (plane, states)
     inputs = make_output_inputs(plane, states, dtype)

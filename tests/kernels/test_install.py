@@ -113,7 +113,10 @@ def source(tmp_path, package) -> Path:
 
 
 VARIABLES = ("CUDA_HOME", "CUDA_PATH", "CXX", "FORCE_CUDA", "FORCE_ONLY_CPU", "TORCH_CUDA_ARCH_LIST")
-both_packages = pytest.mark.parametrize("package", list(SCRIPTS))
+both_packages = pytest.mark.parametrize(
+    "package",
+    ["selective_scan", pytest.param("dwconv2d", marks=pytest.mark.long)],  # which are built alike
+)
 
 
 class Environment:
@@ -177,7 +180,8 @@ def environment(tmp_path, compiler, empty) -> Environment:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("package", ["selective_scan", pytest.param("dwconv2d", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("package", list(SCRIPTS))
 def test_with_nvcc(environment, source, tmp_path, package):
     done = environment.install(source, TORCH_CUDA_ARCH_LIST="9.0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -484,7 +488,7 @@ NOT_OF_KERNELS = "bad_input or arguments or devices or fit or refused or module 
 NOT_OF_KERNELS += " or autocast or compile or opcheck or meta or export"
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.long)])
 def test_other_instruction_sets(capability):
     """The comparisons with float64 again, as on a lesser processor; PyTorch chooses once, when it is imported."""
     if capability.upper() == torch.backends.cpu.get_cpu_capability():
@@ -501,7 +505,15 @@ def test_other_instruction_sets(capability):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
-@pytest.mark.parametrize(("fence", "capability"), [("start", None), ("end", None), ("end", "avx2"), ("end", "default")])
+@pytest.mark.parametrize(
+    ("fence", "capability"),
+    [
+        ("end", None),
+        ("end", "avx2"),
+        pytest.param("start", None, marks=pytest.mark.long),
+        pytest.param("end", "default", marks=pytest.mark.long),
+    ],
+)
 def test_no_kernel_reaches_beyond_its_tensors(fence, capability, tmp_path):
     """The random and the wide comparisons again, each tensor next to memory that may not be touched."""
     library = tmp_path / "fenced_memory.so"

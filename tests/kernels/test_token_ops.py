@@ -120,6 +120,7 @@ def compare_norm(check, inputs, scale=None):
 
 @each_dtype
 @each_size
+@pytest.mark.float32_in_interpreter
 def test_silu(backend, check, size, dtype):
     convolution, _ = parameters(size[3], dtype)
     compare(check, depthwise_silu, exact_silu, dict(x=half_of_a_projection(*size, dtype), **convolution))
@@ -127,6 +128,7 @@ def test_silu(backend, check, size, dtype):
 
 @each_dtype
 @each_size
+@pytest.mark.float32_in_interpreter
 def test_gate(backend, check, size, dtype):
     images, height, width, channels = size
     _, norm = parameters(channels, dtype)
@@ -138,6 +140,7 @@ def test_gate(backend, check, size, dtype):
 @pytest.mark.parametrize("update", [None, "update", "scaled"])
 @each_dtype
 @each_size
+@pytest.mark.float32_in_interpreter
 def test_norm(backend, check, size, dtype, update):
     convolution, norm = parameters(size[3], dtype)
     inputs = dict(x=half_of_a_projection(*size, dtype), **convolution, **norm)

@@ -111,7 +111,8 @@ def test_published_parameters(size):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == SIZES[size][3]
 
 
-@pytest.mark.parametrize("size", ["tiny", *(pytest.param(size, marks=pytest.mark.long) for size in ("small", "base"))])
+@pytest.mark.long
+@pytest.mark.parametrize("size", SIZES)
 def test_published_flops(size):
     """At 512x2048, as tools/get_flops.py prints them."""
     with torch.no_grad():
@@ -120,7 +121,12 @@ def test_published_flops(size):
 
 
 @pytest.mark.parametrize(
-    ("name", "height", "width", "images"), [("tiny", 128, 128, 2), ("tiny", 97, 75, 3), ("base", 65, 129, 2)]
+    ("name", "height", "width", "images"),
+    [
+        ("tiny", 97, 75, 3),
+        pytest.param("tiny", 128, 128, 2, marks=pytest.mark.long),
+        pytest.param("base", 65, 129, 2, marks=pytest.mark.long),
+    ],
 )
 def test_a_training_step(name, height, width, images):
     """Every parameter gets a finite gradient, and there is one, whatever the size of images and batch."""
