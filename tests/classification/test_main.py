@@ -104,7 +104,7 @@ def test_compiled(few_digits, tmp_path, run_main, monkeypatch):
 
 
 def test_two_processes_train_and_evaluate(few_digits, tmp_path, run_main):
-    """By either launcher. 33 images over two processes in batches of 8: unequal shares, a last batch of one; each counts once."""
+    """By either launcher. 33 images in batches of 8: unequal shares, a last batch of one; each counts once."""
     main = ["main.py", "--cfg", MICRO, "--data-path", few_digits, "--output", tmp_path]
     trained = run_command(*launchers(2)["torchrun"], *main, "--opts", *QUICK)
     assert trained.returncode == 0, trained.stderr
