@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ NOT_HERE = (INSTALL, SLURM, GPU, TIMM_TESTS)
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def folder(tmp_path_factory) -> Path:
     """A folder with `imagenet/`, of 16 training and 10 validation images in ten classes."""
     root = tmp_path_factory.mktemp("readme")
@@ -120,7 +121,8 @@ def test_commands_are_understood(monkeypatch):
     assert set(understood) == {"spatialmamba_tiny", "MaskRCNN", "EncoderDecoder"}
 
 
-def test_commands_for_imagenet(folder):
+@pytest.mark.parametrize("pages", ["README", pytest.param("README and docs", marks=pytest.mark.long)])
+def test_commands_for_imagenet(folder, pages):
     """In the README's order, then docs': what is trained first is evaluated and fine-tuned after."""
     blocks = [block for block in BLOCKS["bash"] if block not in MAKE]
     named = [block for block in blocks if any(mark in block for mark in NOT_HERE)]
@@ -129,16 +131,19 @@ def test_commands_for_imagenet(folder):
     blocks = [block for block in blocks if block not in named + elsewhere]
     assert (len(blocks), len(elsewhere), len(named)) == (9, 10, 8)
     for block in blocks:
+        if pages == "README" and block not in README:
+            continue
         script = "\n".join(reduced(line, folder) for line in block.splitlines())
         done = run_command("bash", "-euc", script, cwd=ROOT)
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     runs = folder / "output" / "spatialmamba_tiny"
     evaluation = json.loads((runs / "default/evaluation.json").read_text())
     assert evaluation["model"]["images"] == 10
-    assert "starting from the weights of" in (runs / "finetune/log.txt").read_text()
-    assert (runs / "default/predictions.png").exists()
-    assert (folder / "weights.safetensors").exists()
-    assert (folder / "output-of-launch/spatialmamba_tiny/default/best.pth").exists()
+    if pages != "README":
+        assert "starting from the weights of" in (runs / "finetune/log.txt").read_text()
+        assert (runs / "default/predictions.png").exists()
+        assert (folder / "weights.safetensors").exists()
+        assert (folder / "output-of-launch/spatialmamba_tiny/default/best.pth").exists()
 
 
 @pytest.mark.long
@@ -283,10 +288,10 @@ def test_operators_equal_the_plain_pytorch_of_their_readme(package, capsys):
     assert max(differences) < 1e-4
 
 
-def whole_or(options: str) -> pytest.MarkDecorator:
+def whole_or(options: str, marks: Sequence[pytest.MarkDecorator] = ()) -> pytest.MarkDecorator:
     """The demo as it is, a long test, or less of it by `options`."""
     whole = pytest.param("", id="whole", marks=pytest.mark.long)
-    return pytest.mark.parametrize("options", [pytest.param(options, id="less"), whole])
+    return pytest.mark.parametrize("options", [pytest.param(options, id="less", marks=marks), whole])
 
 
 @whole_or("TRAIN.EPOCHS 7 TRAIN.WARMUP_EPOCHS 1")
@@ -310,7 +315,10 @@ def test_demo(options, tmp_path):
 FEW = "dataloader.dataset.indices=4"  # images of the validation split
 
 
-@whole_or(f"train_cfg.max_epochs=1 param_scheduler.1.end=1 train_dataloader.dataset.indices=32 val_{FEW}")
+# detection/tools run in tests/detection/test_tools.py each time, and segmentation's in tests/segmentation.
+@whole_or(
+    f"train_cfg.max_epochs=1 param_scheduler.1.end=1 train_dataloader.dataset.indices=32 val_{FEW}", [pytest.mark.long]
+)
 def test_demo_detection(options, tmp_path):
     """`make demo-detection`, and what it has trained by mmdet's own interface in another folder."""
     pytest.importorskip("mmdet", reason="make install-openmmlab")
@@ -336,7 +344,8 @@ def test_demo_detection(options, tmp_path):
 
 @whole_or(
     "train_cfg.max_iters=6 train_cfg.val_interval=6 default_hooks.checkpoint.interval=6 param_scheduler.0.end=2 "
-    f"param_scheduler.1.begin=2 param_scheduler.1.end=6 val_{FEW}"
+    f"param_scheduler.1.begin=2 param_scheduler.1.end=6 val_{FEW}",
+    [pytest.mark.long],
 )
 def test_demo_segmentation(options, tmp_path):
     """`make demo-segmentation`, and what it has trained by mmseg's own interface in another folder."""

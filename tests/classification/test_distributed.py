@@ -230,7 +230,7 @@ def _start(command) -> subprocess.Popen:
 
 def test_a_signal_saves_and_the_same_command_goes_on(few_digits, tmp_path):
     """SIGTERM to torchrun, which passes it on; then SIGUSR1 to one process, of which the other must hear."""
-    epochs = ["TRAIN.EPOCHS", "8", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.MESA.START", "0.0", "DATA.BATCH_SIZE", "2"]
+    epochs = ["TRAIN.EPOCHS", "4", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.MESA.START", "0.0", "DATA.BATCH_SIZE", "2"]
     options = ["--cfg", MICRO, "--data-path", few_digits, "--opts", *epochs, "PRINT_FREQ", "1"]
 
     def command(name):

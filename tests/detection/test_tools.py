@@ -151,7 +151,7 @@ def test_a_published_checkpoint_is_tested(tmp_path):
     state = torch.load(checkpoint, weights_only=False)["state_dict"]  # our own, just written
     assert {k[9:]: list(v.shape) for k, v in state.items() if k.startswith("backbone.")} == layout
 
-    root = write_coco(tmp_path / "coco", mmdet.datasets.CocoDataset.METAINFO["classes"])
+    root = write_coco(tmp_path / "coco", mmdet.datasets.CocoDataset.METAINFO["classes"], train=1, val=1)
     command = ["python", "detection/tools/test.py", TINY, checkpoint, "--work-dir", tmp_path / "test"]
     done = run_command(*command, "--cfg-options", f"data_root={root}", cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -356,7 +356,9 @@ def test_output_of_one_pixel_by_hand():
 # ----- layouts, transforms, tools
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"states": 2}], ids=["N1", "N2"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, pytest.param({"states": 2}, marks=pytest.mark.long_in_interpreter)], ids=["N1", "N2"]
+)
 @pytest.mark.parametrize("plane", [(1, 5, 4), (3, 1, 1), (3, 5, 4)], ids=lambda p: "D{}-{}x{}".format(*p))
 @each_operator
 def test_views(check, evaluate, sample, layout, name, plane, kwargs):
@@ -533,7 +535,9 @@ def test_backends(backend):
 # ----- autocast
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.long_in_interpreter)], ids=["eager", "compiled"]
+)
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @each_operator
 def test_autocast(check, evaluate, name, half, compiled):
