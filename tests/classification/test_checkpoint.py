@@ -414,8 +414,8 @@ def test_the_format_before_1_6_is_looked_at_to_its_end(tmp_path):
     path, keys = tmp_path / "old.pth", pickle.dumps(["0"], 2)
     good = weights_of(tensor_of(4, old=True))
     assert read_checkpoint(before_1_6(path, good, keys))["model"]["w"].tolist() == [0] * 4
-    larger = weights_of(tensor_of(4, 2**28, old=True))
-    for content, last in ((BOMBS["bytearray"], keys), (good, BOMBS["bytearray"]), (larger, keys)):
+    larger, by_one = (weights_of(tensor_of(4, size, old=True)) for size in (2**28, 5))
+    for content, last in ((BOMBS["bytearray"], keys), (good, BOMBS["bytearray"]), (larger, keys), (by_one, keys)):
         before_1_6(path, content, last)
         tracemalloc.start()
         with pytest.raises(UserError, match=r"old\.pth: holds pickled objects"):
