@@ -29,10 +29,11 @@ from classification.checkpoint import (
     tensors_digest,
     write_atomically,
 )
-from classification.config import seen_config
+from classification.config import CfgNode, seen_config, trained_with
 from classification.errors import UserError, escape_on_streams, printable
 
 MMPRETRAIN = "mmpretrain"
+THEIRS = {"DATA.IMG_SIZE": 224, "DATA.INTERPOLATION": "bicubic", "TEST.CROP_PCT": 0.875}  # of configs/mmpretrain
 
 
 def to_mmpretrain(state: StateDict) -> StateDict:
@@ -70,12 +71,25 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
         metadata = {"format": "pt", **texts, "sha256": tensors_digest(state, "".join(texts.values()))}
         write_atomically(target, lambda file: file.write(safetensors_bytes(state, metadata)))
     elif to == MMPRETRAIN:
+        _say_how_evaluated(trained_with(content, str(source)))
         meta = {} if names is None else {"dataset_meta": {CLASSES: names}}
         save_checkpoint({"meta": meta, "state_dict": to_mmpretrain(state)}, target)
     else:
         further = {CLASSES: names, "config": config}
         save_checkpoint({"model": state} | {key: value for key, value in further.items() if value is not None}, target)
     return len(state)
+
+
+def _say_how_evaluated(config: CfgNode) -> None:
+    """mmpretrain's checkpoints have no place for it, and its configs are those of the published sizes."""
+    images = {"DATA.IMG_SIZE": config.DATA.IMG_SIZE, "DATA.INTERPOLATION": config.DATA.INTERPOLATION}
+    found = images | {"TEST.CROP_PCT": config.TEST.CROP_PCT}
+    others = [f"{key} {found[key]} ({value} there)" for key, value in THEIRS.items() if found[key] != value]
+    if others:
+        print(
+            f"evaluated with {', '.join(others)}, which the file does not say: set them in the test pipeline of "
+            f"mmpretrain's config, whose values are those of configs/{MMPRETRAIN}"
+        )
 
 
 def main() -> None:

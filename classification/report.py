@@ -175,10 +175,10 @@ def report(folder: Path, data_path: str | None) -> None:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
-    if partly := [m["epoch"] + 1 for m in metrics if any(m.get(key, {}).get("unreadable") for key in WEIGHTS)]:
+    if partly := [m["epoch"] for m in metrics if any(m.get(key, {}).get("unreadable") for key in WEIGHTS)]:
         print(
-            f"in {len(partly)} of {len(metrics)} epochs, as {partly[0]}, not all validation images could be read: "
-            "crosses in learning_curve.png"
+            f"in {len(partly)} of {len(metrics)} epochs, as epoch {partly[0]}, not all validation images could be "
+            "read: crosses in learning_curve.png"
         )
     for name, figure in figures.items():
         try:

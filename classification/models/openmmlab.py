@@ -6,7 +6,7 @@ A config names this module to have it registered:
     model = dict(backbone=dict(type="MM_SpatialMamba", dims=64, depths=(2, 4, 8, 4), drop_path_rate=0.2))
 
 Nothing else here imports mmengine for the model. Importing this also has mmengine read checkpoints safely, see
-`classification.openmmlab.checkpoint`.
+`classification.openmmlab.checkpoint`, and know the steps that our tools put into the configs they write.
 """
 
 import logging
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from classification.checkpoint import StateDict, differences, like, state_dicts, variant_of
 from classification.errors import UserError, printable
 from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
+from classification.openmmlab import transforms  # noqa: F401
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
 BACKBONE = "backbone."  # where a toolchain's model keeps it
@@ -82,9 +83,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
     ):
         if inherited:
             _check_inherited(inherited)
-            configs = init_cfg if isinstance(init_cfg, list) else [init_cfg or {}]
-            named = [os.path.basename(str(one.get("checkpoint"))) for one in configs]  # folders may have any name
-            swins = any("swin" in name.lower() for name in named)
+            swins = _is_swins(init_cfg)
             left_aside = [*inherited, *(["init_cfg"] if swins else [])]
             _say(f"arguments that do nothing here: {', '.join(sorted(left_aside))}", logging.WARNING)
             init_cfg = None if swins else init_cfg
@@ -103,6 +102,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         )
         self.init_cfg = dict(type="Pretrained", checkpoint=pretrained) if pretrained else init_cfg
         self.frozen_stages = frozen_stages
+        self.loaded_later = False  # with the whole model's weights: then this does not start from scratch
         self.set_grad_checkpointing(with_cp)
         for module in self._frozen():
             module.requires_grad_(False)
@@ -130,7 +130,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         """
         wanted = self.init_cfg
         configs = [wanted] if isinstance(wanted, dict) else list(wanted or [])
-        checkpoints = [config for config in configs if config["type"] in ("Pretrained", PretrainedInit)]
+        checkpoints = checkpoints_of(wanted)
         first_time = not self.is_init
         self.init_cfg = [config for config in configs if config not in checkpoints] or None
         try:
@@ -140,7 +140,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         if first_time:
             for config in checkpoints:
                 self._load(config["checkpoint"], config.get("prefix", ""))
-            if not checkpoints:
+            if not checkpoints and not self.loaded_later:
                 _say("pretrained names no checkpoint: initialised from scratch", logging.WARNING)
 
     def _load(self, path: str, prefix: str) -> None:
@@ -167,6 +167,20 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
 
     def _without_map(self) -> list[int]:
         return [i for i in range(len(self.depths)) if i not in self.out_indices]
+
+
+def _is_swins(init_cfg: dict | list[dict] | None) -> bool:
+    configs = init_cfg if isinstance(init_cfg, list) else [init_cfg or {}]
+    named = [os.path.basename(str(one.get("checkpoint"))) for one in configs]  # folders may have any name
+    return any("swin" in name.lower() for name in named)
+
+
+def checkpoints_of(init_cfg: dict | list[dict] | None, inherited: object = ()) -> list[dict]:
+    """Those of an `init_cfg` that load a checkpoint; none that comes along with what is inherited from Swin's."""
+    configs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+    if inherited and _is_swins(init_cfg):
+        return []
+    return [config for config in configs if config.get("type") in ("Pretrained", PretrainedInit)]
 
 
 def _check_inherited(inherited: dict) -> None:

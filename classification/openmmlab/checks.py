@@ -18,11 +18,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+from PIL import Image
 from torch import nn
 
 from classification.checkpoint import differences
+from classification.data.images import image_formats
 from classification.errors import UserError, is_dir, is_file, normalisation_hint
-from classification.models.openmmlab import BACKBONE, size_hint
+from classification.models.openmmlab import BACKBONE, DO_NOTHING, checkpoints_of, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 from classification.openmmlab.pickle_files import PICKLES
 
@@ -62,13 +64,21 @@ def _compare_channels(part: str, config: dict, given: list[int]) -> None:
         )
 
 
+def pretrained_of(backbone: ConfigDict) -> str | None:
+    """The checkpoint that a backbone starts from: `pretrained`, or for MM_SpatialMamba also init_cfg's."""
+    if backbone.get("pretrained") or kind_of(backbone) != "MM_SpatialMamba":
+        return backbone.get("pretrained")
+    configs = checkpoints_of(backbone.get("init_cfg"), {*backbone} & {*DO_NOTHING})
+    return configs[0]["checkpoint"] if configs else None
+
+
 NORMALISED = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "bgr_to_rgb": True}  # as ImageNet is
 
 
 def note_other_normalisation(cfg: Config) -> None:
     """Pretrained weights see images otherwise than they were trained on, if they are normalised otherwise."""
     backbone = cfg.model.get("backbone") or {}
-    if backbone.get("type") != "MM_SpatialMamba" or not backbone.get("pretrained"):
+    if backbone.get("type") != "MM_SpatialMamba" or not pretrained_of(backbone):
         return
     given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
     own = {"mean": given.get("mean"), "std": given.get("std"), "bgr_to_rgb": given.get("bgr_to_rgb", False)}
@@ -77,8 +87,8 @@ def note_other_normalisation(cfg: Config) -> None:
         own[name] = None if same else f"{name} is {own[name]}, theirs {value if name == 'bgr_to_rgb' else list(value)}"
     if others := list(filter(None, own.values())):
         print_log(
-            "model.data_preprocessor normalises images otherwise than those that backbone.pretrained was trained on: "
-            f"{'; '.join(others)}",
+            "model.data_preprocessor normalises images otherwise than those that the backbone's checkpoint was trained "
+            f"on: {'; '.join(others)}",
             level=logging.WARNING,
         )
 
@@ -123,6 +133,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             if isinstance(metric, dict) and metric.get("ann_file") and not metric.get("backend_args"):
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
                 _check_compared(metric, datasets, split)
+            if isinstance(metric, dict) and metric.get("ann_file"):
+                _check_all_are_tested(metric, datasets, split)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
 
@@ -130,6 +142,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
 def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
     """A label is to mean the same class in every data set: of training, and of the validation that chooses the best."""
     first: dict[str, tuple[str, object]] = {}
+    by_text = any(kind in OTHER_CLASSES for kind in _kinds(cfg.model))
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
@@ -139,13 +152,28 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
                 place, before = first.setdefault(name, (key, value))
                 if name == "reduce_zero_label" and value != before:
                     raise UserError(f"{name} is {before} in {place} and {value} in {key}; make them equal")
-                # Of other classes altogether are models that read texts, and trackers.
-                if name == "classes" and value != before and sorted(value) == sorted(before):
-                    at = next(i for i, (one, other) in enumerate(zip(before, value, strict=True)) if one != other)
+                # Of other classes altogether are trackers, and models that read texts, which may have some in common.
+                if name == "classes" and not by_text and (moved := _elsewhere(before, value)):
+                    one, old, new = moved
                     raise UserError(
-                        f"{place} and {key} have their classes in another order: class {at} is {before[at]!r} and "
-                        f"{value[at]!r}; make them equal, and where annotation files disagree, their categories"
+                        f"{place} and {key} have their classes in another order: {one!r} is class {old} and {new}; "
+                        "make them equal, and where annotation files disagree, their categories"
                     )
+
+
+def _elsewhere(before: list[str], now: list[str]) -> tuple[str, int, int] | None:
+    """The first name that both have at another place, and its places."""
+    places = {one: i for i, one in enumerate(now)}
+    moved = ((one, i, places[one]) for i, one in enumerate(before) if one in places)
+    return next((one for one in moved if one[1] != one[2]), None)
+
+
+def _kinds(value: object) -> Iterator[str]:
+    """The classes of all parts of a config."""
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _kinds(one)
+    if isinstance(value, dict):
+        yield kind_of(value)
 
 
 def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
@@ -308,12 +336,39 @@ def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
         yield from _datasets(one)
 
 
+def resizes(cfg: Config | dict, split: str) -> dict[str, object]:
+    """What the images of a split's first data set are resized to, by step; nothing of test-time augmentation."""
+    loader = cfg.get(f"{split}_dataloader") or {}
+    dataset = next(_datasets(loader.get("dataset") or {}), {})
+    steps = [step for step in _steps(dataset.get("pipeline") or ()) if isinstance(step, dict)]
+    if any(kind_of(step) == "TestTimeAug" for step in steps):
+        return {}
+    return {
+        f"{kind_of(step)}.{key}": step.get(key)
+        for step in steps
+        if "Resize" in kind_of(step)
+        for key in ("scale", "scale_factor", "keep_ratio")
+        if step.get(key)
+    }
+
+
 def check_bits_everywhere(cfg: Config) -> None:
     """Put CheckBits before each image that Pillow decodes: mmcv has it clip what has more than 8 bits."""
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
             _insert(dataset.get("pipeline") or [], _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
+
+
+def check_sizes_everywhere(cfg: Config) -> None:
+    """Put CheckSize after each image of mmdet's that is read: its annotation file may be of images of other sizes."""
+    if cfg.get("default_scope") != "mmdet":
+        return
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in _datasets(loader.dataset) if loader else ():
+            check = ConfigDict(type="CheckSize")
+            _insert(dataset.get("pipeline") or [], lambda step: kind_of(step) == "LoadImageFromFile", check, after=True)
 
 
 def _decodes_by_pillow(step: ConfigDict) -> bool:
@@ -353,6 +408,20 @@ def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) 
     )
 
 
+OF_THE_WHOLE_FILE = ("CocoMetric", "CocoOccludedSeparatedMetric", "LVISMetric")
+
+
+def _check_all_are_tested(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
+    """CocoMetric counts what it finds in its file: of an image that is not tested, all objects as missed."""
+    for dataset in datasets if kind_of(metric) in OF_THE_WHOLE_FILE else ():
+        if dataset.get("indices") is not None:
+            raise UserError(
+                f"{split}_dataloader.dataset.indices has only some images tested, but {split}_evaluator.ann_file "
+                "counts the objects of all: leave indices out; or set ann_file to None, and put 'instances' into the "
+                "meta_keys of the pipeline's PackDetInputs, so that only what is loaded is compared"
+            )
+
+
 def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     _check_no_pickles(dataset, key)
     if dataset.get("backend_args"):
@@ -362,6 +431,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
         if isinstance(folder, str):
             _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
     _note_images_left_out(dataset, root, key)
+    _check_foreground(dataset, root, key, cfg)
     if tree := dataset.get("hierarchy_file"):
         _check_array(os.path.join(root, tree), f"{key}.hierarchy_file")
     annotations = os.path.join(root, dataset.get("ann_file") or "")
@@ -444,6 +514,47 @@ def _note_images_left_out(dataset: ConfigDict, root: str, key: str) -> None:
             f"for img_suffix is {suffix!r}",
             level=logging.WARNING,
         )
+
+
+FEW, MANY = 8, 64  # maps that are read, and those where the few look odd
+
+
+def _check_foreground(dataset: ConfigDict, root: str, key: str, cfg: Config) -> None:
+    """Of two classes: masks of 0 and 255 have the foreground ignored, so that whatever is predicted is right."""
+    head = _predicting_head(cfg.model)
+    folder = (dataset.get("data_prefix") or {}).get("seg_map_path")
+    if not head or "Depth" in kind_of(head) or not isinstance(folder, str):
+        return
+    suffix, reduced = _argument(dataset, "seg_map_suffix"), bool(_argument(dataset, "reduce_zero_label"))
+    if (len(_classes(dataset, key)) or head.get("num_classes")) != 2 or not isinstance(suffix, str):
+        return
+    ignored = head.get("ignore_index", 255)
+    folder = os.path.join(root, folder)
+    paths = sorted(os.path.join(at, n) for at, _, names in os.walk(folder) for n in names if n.endswith(suffix))
+    if dataset.get("ann_file") and is_file(listed := os.path.join(root, dataset.ann_file)):
+        paths = [os.path.join(folder, name.strip() + suffix) for name in list_from_file(listed) if name.strip()]
+    for limit in (FEW, MANY):
+        found = set().union(*map(_labels_in, paths[:: -(-len(paths) // limit)] if paths else ()))
+        classes = {255 if label in (0, 255) else label - 1 for label in found} if reduced else found
+        if not found or classes - {0, ignored}:
+            return
+    text = (
+        f"{folder}: of its {len(paths)} label maps {min(len(paths), MANY)} were read, which hold the labels "
+        f"{', '.join(map(str, sorted(found)))} alone: the second of the two classes is {1 + reduced}"
+    )
+    if ignored in found and key.startswith("train"):
+        raise UserError(
+            f"{text}, and {ignored} is ignored, so nothing is learnt; write the foreground as {1 + reduced} ({key})"
+        )
+    print_log(f"{text} ({key})", level=logging.WARNING)
+
+
+def _labels_in(path: str) -> set[int]:
+    """Of a map on this disk; of what is none, LoadAnnotations or CheckLabels says so."""
+    with suppress(OSError, ValueError), Image.open(path, formats=image_formats()) as image:
+        labels = np.asarray(image)
+        return {int(label) for label in np.unique(labels)} if labels.dtype.kind in "bui" and labels.ndim == 2 else set()
+    return set()
 
 
 def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
@@ -843,8 +954,8 @@ def check_checkpoint(
     only_backbone: bool = False,
     classes: Sequence[str] = (),
     reduces: bool | None = None,
-) -> None:
-    """Raise a UserError if a checkpoint does not fit: mmengine would load what fits and go on.
+) -> object:
+    """Raise a UserError if a checkpoint does not fit: mmengine would load what fits and go on. Returns its `meta`.
 
     Args:
         model: what it is loaded into.
@@ -873,3 +984,4 @@ def check_checkpoint(
         raise UserError(f"{path}: its weights are of another model: {found}{hint}")
     _compare_classes(content.get("meta"), classes, path)
     _compare_labels(content.get("meta"), reduces, path)
+    return content.get("meta")

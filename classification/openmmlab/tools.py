@@ -20,6 +20,7 @@ from PIL import EpsImagePlugin
 
 from classification.errors import UserError, is_file, printable
 from classification.models import optimise_for_cpu
+from classification.models.openmmlab import MM_SpatialMamba
 from classification.openmmlab import pickle_files, transforms, yaml_files  # noqa: F401
 from classification.openmmlab.checks import (
     check_bits_everywhere,
@@ -29,13 +30,17 @@ from classification.openmmlab.checks import (
     check_file,
     check_labels_everywhere,
     check_operators,
+    check_sizes_everywhere,
     check_written_names,
     data_classes,
     note_class_weights,
     note_other_normalisation,
+    pretrained_of,
     reduces_zero_label,
 )
 from classification.openmmlab.flops import complexity_table
+from classification.openmmlab.hooks import NameAbsentClasses
+from classification.openmmlab.saved_config import note_other_config, note_other_start, note_what_goes_on
 from classification.run import meeting, whole_numbers
 
 # Of what is imported for its effect: mmengine reads YAML as data, and no pickles; CheckBits and CheckLabels are known.
@@ -162,7 +167,30 @@ def merge_options(cfg: Config, options: dict) -> None:
             cfg[key] = _moved(cfg[key], old.rstrip("/"), new.rstrip("/"))
         options = {**options, "data_root": os.path.join(new, "")}
     _note_misspelt(cfg, options)
+    before = _ends(cfg)
     cfg.merge_from_dict(options)
+    _note_schedules_left(before, _ends(cfg))
+
+
+def _ends(cfg: Config) -> tuple[dict[str, object], list[object]]:
+    """How long training takes, by its keys, and where the schedules of its rate end."""
+    loop, schedules = cfg.get("train_cfg"), cfg.get("param_scheduler")
+    schedules = [schedules] if isinstance(schedules, dict) else schedules or []
+    lengths = {key: value for key, value in loop.items() if key.startswith("max_")} if isinstance(loop, dict) else {}
+    return lengths, [one.get("end") if isinstance(one, dict) else None for one in schedules]
+
+
+def _note_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> None:
+    """A schedule that ended with training is to end with it still, when options have made that longer or shorter."""
+    for key, old in before[0].items():
+        new = now[0].get(key)
+        left = [i for i, ends in enumerate(zip(before[1], now[1], strict=False)) if ends == (old, old)]
+        if new is not None and new != old and left:
+            print_log(
+                f"--cfg-options train_cfg.{key}: training ends at {new}, but param_scheduler.{left[-1]} at {old}, as "
+                f"before; if it is to end with training, add param_scheduler.{left[-1]}.end={new}",
+                level=logging.WARNING,
+            )
 
 
 # What is read of a config beside the Runner's arguments.
@@ -253,13 +281,17 @@ RANKS = {  # what says rank, number of processes, and rank and number on this ma
 
 def _prepare(cfg: Config, args: argparse.Namespace) -> None:
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
+    cfg.work_dir = _work_dir(args, cfg)
     if args.launcher == "none":
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     if not torch.cuda.is_available():
         _use_cpu(cfg, args.launcher)
     elif args.launcher != "none":
         _check_gpus(args.launcher)
+
+
+def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
+    return args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
 
 
 def _name_ranks(launcher: str, local_rank: int) -> None:
@@ -337,28 +369,47 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise UserError(f"{args.config}: has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs")
         cfg.auto_scale_lr.enable = True
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == RESUME_LATEST else args.resume
+    if args.resume or (cfg.get("resume") and not cfg.get("load_from")):
+        _find_what_to_resume(args, cfg)
     check_file(cfg.get("load_from"))
-    check_file((cfg.model.get("backbone") or {}).get("pretrained"))
+    check_file(pretrained_of(cfg.model.get("backbone") or {}))
     check_data(cfg, ("train", "val"))
     check_labels_everywhere(cfg)
     note_class_weights(cfg)
     note_other_normalisation(cfg)
     check_bits_everywhere(cfg)
+    check_sizes_everywhere(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
-    if cfg.get("resume") and not cfg.get("load_from"):
-        cfg.load_from = _latest_checkpoint(cfg.work_dir)
     runner = _build(cfg)
-    if cfg.get("load_from"):
+    runner.register_hook(NameAbsentClasses())
+    if path := cfg.get("load_from"):
         resumed = bool(cfg.get("resume"))
         classes = data_classes(cfg, "train") if resumed else ()
         reduces = reduces_zero_label(cfg, "train") if resumed else None
-        check_checkpoint(_unwrapped(runner), cfg.load_from, not resumed, classes, reduces)
+        meta = check_checkpoint(_unwrapped(runner), path, not resumed, classes, reduces)
+        if resumed:
+            note_other_config(cfg, meta, path, resumed)
+            note_what_goes_on(cfg, meta, path)
+        else:
+            note_other_start(cfg, meta, path)
+        for module in _unwrapped(runner).modules():
+            if isinstance(module, MM_SpatialMamba):
+                module.loaded_later = True
     runner.train()
+
+
+def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
+    """A checkpoint that is named, or the work dir's latest; before there is one, the config's load_from stands."""
+    latest = args.resume
+    if args.resume in (None, RESUME_LATEST):
+        latest = _latest_checkpoint(_work_dir(args, cfg))
+        if not latest and cfg.get("load_from"):
+            print_log(f"nothing to resume yet: training starts from load_from, {cfg.load_from}", logger="current")
+            cfg.resume = False
+            return
+    cfg.resume, cfg.load_from = True, latest
 
 
 def _latest_checkpoint(work_dir: str) -> str | None:
@@ -382,11 +433,14 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     check_data(cfg, ("test",))
     check_labels_everywhere(cfg)
     check_bits_everywhere(cfg)
+    check_sizes_everywhere(cfg)
     _prepare(cfg, args)
     runner = _build(cfg)
-    check_checkpoint(
+    runner.register_hook(NameAbsentClasses())
+    meta = check_checkpoint(
         _unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"), reduces=reduces_zero_label(cfg, "test")
     )
+    note_other_config(cfg, meta, args.checkpoint)
     maps = any(getattr(metric, "output_dir", None) for metric in runner.test_evaluator.metrics)
     if maps or args.show_dir:
         check_written_names(runner.test_dataloader.dataset, suffix=not maps)

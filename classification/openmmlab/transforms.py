@@ -61,6 +61,37 @@ class CheckLabels:
 
 
 @TRANSFORMS.register_module()
+class CheckSize:
+    """Compares an image with the width and height that its annotations are for, after LoadImageFromFile.
+
+    mmdet takes these from the annotation file and scales boxes by the image's own: of images that were shrunk or
+    turned afterwards, all boxes are elsewhere.
+
+    Raises:
+        UserError: they are others.
+    """
+
+    def __call__(self, results: dict) -> dict:
+        noted, size = [results.get(key) for key in ("height", "width")], results.get("ori_shape")
+        if size is None or not all(isinstance(side, int | float) and side > 0 for side in noted):
+            return results
+        height, width = size[:2]
+        if [height, width] != noted:
+            turned = [width, height] == noted
+            raise UserError(
+                f"{results.get('img_path')}: has {width}x{height} pixels, but {noted[1]:g}x{noted[0]:g} in its "
+                "annotation file: "
+                + (
+                    "is it turned by its EXIF orientation? If the boxes were drawn before that, set "
+                    "color_type='color_ignore_orientation' of LoadImageFromFile; else correct width and height"
+                    if turned
+                    else "take the images that the boxes were drawn on, or scale width, height, boxes and masks there"
+                )
+            )
+        return results
+
+
+@TRANSFORMS.register_module()
 class CheckBits:
     """Looks at an image's mode, before LoadImageFromFile(imdecode_backend="pillow") clips 16 bits to white.
 

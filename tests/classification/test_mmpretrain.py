@@ -114,8 +114,11 @@ default_hooks = dict(logger=dict(interval=1))
 """
 
 
-def test_conversion(tmp_path, monkeypatch):
-    """On a checkpoint of T's shape: what is written loads strictly and gives the same logits."""
+def test_conversion(tmp_path, monkeypatch, capsys):
+    """On a checkpoint of T's shape: what is written loads strictly and gives the same logits.
+
+    The file has no place for images of another size than mmpretrain's config has, so this is said.
+    """
     torch.manual_seed(0)
     classifier = models.spatialmamba_tiny().eval()
     torch.save({"model": classifier.state_dict()}, tmp_path / "c.pth")
@@ -127,6 +130,7 @@ def test_conversion(tmp_path, monkeypatch):
         convert.main()
 
     converted("m.pth")
+    assert "evaluated with" not in capsys.readouterr().out
     model = build(config("tiny")).eval()
     model.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True)["state_dict"])
     images = torch.randn(1, 3, 96, 128)
@@ -136,3 +140,8 @@ def test_conversion(tmp_path, monkeypatch):
         converted("m.pth")
     with pytest.raises(SystemExit, match=r"m\.safetensors: must end in \.pth"):
         converted("m.safetensors")
+    text = "DATA: {IMG_SIZE: 32, INTERPOLATION: bicubic}\nTEST: {CROP_PCT: 1.0}\nMODEL: {NAME: spatialmamba_tiny}\n"
+    torch.save({"model": classifier.state_dict(), "config": text}, tmp_path / "c.pth")
+    converted("small.pth")
+    said = "evaluated with DATA.IMG_SIZE 32 (224 there), TEST.CROP_PCT 1.0 (0.875 there), which the file does not say"
+    assert said in capsys.readouterr().out

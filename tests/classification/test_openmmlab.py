@@ -32,9 +32,9 @@ from classification.checkpoint import read_checkpoint
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
 from classification.models.openmmlab import MM_SpatialMamba
-from classification.openmmlab import checks, tools
+from classification.openmmlab import checks, hooks, saved_config, tools
 from classification.openmmlab.checkpoint import load_from_local
-from classification.openmmlab.transforms import CheckBits, CheckLabels
+from classification.openmmlab.transforms import CheckBits, CheckLabels, CheckSize
 
 LAYOUT = json.loads((Path(__file__).parents[1] / "data/checkpoint_layout.json").read_text())
 MICRO = VARIANTS["spatialmamba_micro"]
@@ -272,6 +272,11 @@ def test_from_scratch_is_said_aloud(pretrained, log):
     backbone.init_weights()
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
     assert any(r.levelno == logging.WARNING and "from scratch" in r.message for r in log.records)
+    log.clear()
+    backbone = build(pretrained=pretrained)
+    backbone.loaded_later = True
+    backbone.init_weights()
+    assert "from scratch" not in log.text
 
 
 def test_the_file_is_not_needed_to_build():
@@ -749,6 +754,21 @@ def test_data_in_pickles_is_refused_before_it_is_loaded(kind, tmp_path, monkeypa
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("kind", ["CocoMetric", "mmdet.LVISMetric"])
+def test_some_images_are_not_compared_with_the_file_of_all(kind, tmp_path):
+    """All objects of the others would count as missed."""
+    (tmp_path / "a.json").write_text(json.dumps(coco()))
+    dataset = dict(type="CocoDataset", ann_file=str(tmp_path / "a.json"), metainfo=dict(classes=("cat",)), indices=1)
+    metric = dict(type=kind, ann_file=dataset["ann_file"])
+    cfg = Config(dict(model={}, test_dataloader=dict(dataset=dataset), test_evaluator=[metric]))
+    with pytest.raises(
+        UserError, match=r"^test_dataloader\.dataset\.indices has only some images .* leave indices out"
+    ):
+        checks.check_data(cfg, ("test",))
+    cfg.test_evaluator[0].ann_file = None
+    checks.check_data(cfg, ("test",))
+
+
 def test_images_that_pillow_would_clip_are_named(tmp_path):
     """imdecode_backend="pillow" makes 16 bits white; cv2 scales them."""
     path = tmp_path / "deep.png"
@@ -909,7 +929,11 @@ def test_what_is_ignored_is_the_same_everywhere():
     ("trained", "validated", "message"),
     [
         ({}, {}, None),
-        ({}, {"metainfo": {"classes": ("b", "a")}}, "in another order: class 0 is 'a' and 'b'; make"),
+        ({}, {"metainfo": {"classes": ("b", "a")}}, "in another order: 'a' is class 0 and 1; make"),
+        ({}, {"metainfo": {"classes": ("c", "a")}}, "in another order: 'a' is class 0 and 1; make"),
+        ({}, {"metainfo": {"classes": ("b",)}}, "in another order: 'b' is class 1 and 0; make"),
+        ({}, {"metainfo": {"classes": ("a", "c")}}, None),  # as of trackers: no name is at two places
+        ({"model": {"bbox_head": {"type": "GroundingDINOHead"}}}, {"metainfo": {"classes": ("b", "c")}}, None),
         ({"reduce_zero_label": False}, {}, "reduce_zero_label is False in train_dataloader.dataset and True in val"),
     ],
 )
@@ -920,13 +944,138 @@ def test_labels_mean_the_same_in_all_splits(trained, validated, message):
         def __init__(self, reduce_zero_label=True):
             pass
 
+    model = trained.pop("model", {})
     loaders = [dict(dataset=dict(type=Dataset, **given)) for given in (trained, validated)]
-    cfg = Config(dict(model={}, train_dataloader=loaders[0], val_dataloader=loaders[1]))
+    cfg = Config(dict(model=model, train_dataloader=loaders[0], val_dataloader=loaders[1]))
     if message is None:
         checks.check_data(cfg, ("train", "val"))
     else:
         with pytest.raises(UserError, match=re.escape(message)):
             checks.check_data(cfg, ("train", "val"))
+
+
+def trained_so(**changed) -> Config:
+    head = dict(type="RPNHead", anchor_generator=dict(type="AnchorGenerator", strides=(4, 8)), num_convs=1)
+    preprocessor = dict(type="mmdet.DetDataPreprocessor", mean=[123.7, 116, 103], bgr_to_rgb=True, pad_mask=True)
+    norm = dict(type="SyncBN", requires_grad=True)
+    backbone = dict(type="MM_SpatialMamba", drop_path_rate=0.1, pretrained="a.pth")
+    model = dict(data_preprocessor=preprocessor, backbone=backbone, rpn_head=head, neck=dict(norm_cfg=norm))
+    schedules = [dict(type="LinearLR", by_epoch=False, end=5), dict(type="PolyLR", end=12)]
+    steps = [dict(type="LoadImageFromFile"), dict(type="Resize", scale=(128, 96), keep_ratio=True)]
+    cfg = Config(dict(
+        model=model, optim_wrapper=dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=1)), param_scheduler=schedules,
+        train_cfg=dict(max_epochs=12), test_dataloader=dict(dataset=dict(type="CocoDataset", pipeline=steps)),
+    ))  # fmt: skip
+    cfg.merge_from_dict(changed)
+    return cfg
+
+
+HEAD, SIZE = "model.rpn_head.anchor_generator", "test_dataloader.dataset.pipeline"
+
+
+@pytest.mark.parametrize(
+    ("changed", "note", "said"),
+    [
+        ({}, "note_other_config", []),
+        (
+            {"model.backbone.drop_path_rate": 0.3, "model.backbone.pretrained": None, "model.train_cfg": dict(a=1),
+             "model.neck.norm_cfg.type": "BN", "model.data_preprocessor.size": (1, 1), "model.rpn_head.extra": 3},
+            "note_other_config",
+            [],
+        ),
+        (
+            {"model.data_preprocessor.mean": [0, 0, 0], "model.data_preprocessor.std": [1, 1, 1],
+             f"{HEAD}.strides": [8, 16], f"{SIZE}.1.scale": (64, 64)},
+            "note_other_config",
+            ["a.pth: was trained with another config: model.data_preprocessor.mean was [123.7, 116, 103], is [0, 0, 0]"
+             "; model.rpn_head.anchor_generator.strides was [4, 8], is [8, 16]; model.data_preprocessor.std was not set"
+             ", is [1, 1, 1]; test_dataloader.dataset.pipeline.Resize.scale was [128, 96], is [64, 64]"],
+        ),
+        ({f"{HEAD}.n{i}": i for i in range(1, 8)}, "note_other_config", ["n5 was not set, is 5; and 2 more"]),
+        ({f"{HEAD}.strides": [1], "model.data_preprocessor.bgr_to_rgb": False}, "note_other_start",
+         ["normalised otherwise: model.data_preprocessor.bgr_to_rgb was True, is False"]),
+        ({f"{HEAD}.strides": [1], "optim_wrapper.clip_grad.max_norm": 5}, "note_what_goes_on", []),
+        (
+            {"optim_wrapper.optimizer.lr": 1.0, "param_scheduler.1.end": 36, "train_cfg.max_epochs": 36},
+            "note_what_goes_on",
+            ["load_from, without --resume): optim_wrapper.optimizer.lr was 0.001, is 1.0; param_scheduler.1.end was 12"
+             ", is 36", "end where they did, but training does not: train_cfg.max_epochs was 12, is 36"],
+        ),
+        ({"param_scheduler": None}, "note_what_goes_on", ["param_scheduler.0.type was 'LinearLR', is not set"]),
+    ],
+)  # fmt: skip
+def test_what_a_checkpoint_was_trained_with_is_compared(changed, note, said, log):
+    """mmengine compares neither: only the names and shapes of weights."""
+    meta = {"cfg": trained_so().pretty_text}
+    assert saved_config.saved_config(meta).keys() == trained_so().keys()
+    getattr(saved_config, note)(trained_so(**changed), meta, "a.pth")
+    found = [record.message for record in log.records]
+    assert len(found) == len(said), found
+    assert all(expected in one for expected, one in zip(said, found, strict=True)), found
+    tta = dict(type="TestTimeAug", transforms=[[dict(type="Resize", scale=(1, 1))]])
+    cfg = trained_so(test_dataloader=dict(dataset=dict(pipeline=[tta])))
+    cfg.model = dict(module=cfg.model)
+    saved_config.note_other_config(cfg, meta, "a.pth")
+    assert len(log.records) == len(said)
+
+
+DEEP = 10**5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, b"a = 1", 3, "a = f()", "a = __import__('os').mkdir('ran')", "a = f'{1}'", "a = 1 if 1 else 2",
+     "a = " + "-" * DEEP, "a = " + "(" * DEEP, "a = 1" + "+1" * DEEP, "a = a" + ".a" * DEEP, "a = a" + "()" * DEEP,
+     "a = 1" + "[0]" * DEEP, "a = " + "not " * DEEP + "1", "a = " + "lambda: " * DEEP + "1", "a = 1" + ", 1" * 10**6,
+     "a = TTTx'0TTT ((( '0'".replace("T", "'"), "a = dict(1)", "a = dict(**{})", "a =", "a\0= 1", "\ud800 = 1",
+     "a = {[]: 1}"],
+    ids=range(23),
+)  # fmt: skip
+def test_a_saved_config_is_read_as_data(text):
+    """It is Python's text, of whoever made the checkpoint."""
+    assert saved_config.saved_config({"cfg": text}) == {}
+    assert saved_config.saved_config(text) == {}
+
+
+def test_literals_of_a_saved_config_are_what_they_were():
+    text = (
+        "a = dict(b=[1, (2, )], c={'x y': dict(d=-1e-05), 3: 'it\\'s'})\nb = \"'(\"\n_c = None\nd = [\n    -1.5,\n]\n"
+    )
+    expected = dict(a=dict(b=[1, [2]], c={"x y": dict(d=-1e-5), 3: "it's"}), b="'(", _c=None, d=[-1.5])
+    assert saved_config.saved_config({"cfg": text}) == expected
+
+
+def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
+    def found(asked, **given):
+        cfg = Config(dict(given))
+        tools._find_what_to_resume(argparse.Namespace(resume=asked, work_dir=str(tmp_path), config="c.py"), cfg)
+        return cfg.resume, cfg.load_from
+
+    assert found("auto", load_from="a.pth") == (False, "a.pth")
+    assert "nothing to resume yet: training starts from load_from, a.pth" in log.text
+    assert found("auto") == (True, None)
+    assert found("b.pth", load_from="a.pth") == (True, "b.pth")
+    (tmp_path / "epoch_1.pth").touch()
+    (tmp_path / "last_checkpoint").write_text("/elsewhere/epoch_1.pth")
+    latest = str(tmp_path / "epoch_1.pth")
+    assert found("auto", load_from="a.pth") == found(None, resume=True) == (True, latest)
+
+
+def test_a_schedule_that_options_leave_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    for options, end in (
+        ({"train_cfg.max_epochs": 36}, "param_scheduler.1.end=36"),
+        ({"train_cfg.max_epochs": 36, "param_scheduler.1.end": 36}, None),
+        ({"train_cfg.max_epochs": 12}, None),
+        ({"train_cfg.val_interval": 4}, None),
+        ({"train_cfg.max_epochs": 36, "param_scheduler": None}, None),
+    ):
+        tools.merge_options(trained_so(), options)
+        assert [end in message for message in said] == [True] * bool(end)
+        said.clear()
+    tools.merge_options(trained_so(**{"param_scheduler.1.end": 11}), {"train_cfg.max_epochs": 36})  # its own way
+    assert said == []
 
 
 def test_misspelt_options_are_named(monkeypatch):
@@ -1027,11 +1176,99 @@ def test_images_are_normalised_as_those_of_the_pretrained_weights(changed, expec
     monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
     own = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True) | changed
     model = dict(data_preprocessor=own, backbone=dict(type="MM_SpatialMamba", pretrained=""))
-    checks.note_other_normalisation(Config(dict(model=model)))
-    assert said == []  # from scratch
-    model["backbone"]["pretrained"] = "a.pth"
-    checks.note_other_normalisation(Config(dict(model=model)))
-    assert [expected in message for message in said] == [True] * bool(expected)
+    swins = dict(embed_dims=96, init_cfg=dict(type="Pretrained", checkpoint="https://example.org/swin.pth"))
+    for more in ({}, swins):  # from scratch
+        model["backbone"] |= more
+        assert not checks.pretrained_of(model["backbone"])
+        checks.note_other_normalisation(Config(dict(model=model)))
+        assert said == []
+    for more in (dict(pretrained="a.pth"), dict(init_cfg=[dict(type="Pretrained", checkpoint="a.pth")])):
+        model["backbone"] = dict(type="MM_SpatialMamba", **more)
+        assert checks.pretrained_of(model["backbone"]) == "a.pth"
+        checks.note_other_normalisation(Config(dict(model=model)))
+        assert [expected in message for message in said] == [True] * bool(expected)
+        said.clear()
+
+
+def test_images_have_the_size_that_their_annotations_are_for():
+    """mmdet scales boxes by the image's own, whatever the file says."""
+    plain = dict(type="LoadImageFromFile")
+    datasets = dict(type="MultiImageMixDataset", dataset=dict(pipeline=[dict(plain), dict(type="LoadAnnotations")]))
+    datasets["pipeline"] = [dict(type="Mosaic")]
+    augmented = [dict(plain, type="mmdet.LoadImageFromFile"), dict(type="TestTimeAug", transforms=[[dict(plain)]])]
+    loaders = dict(train_dataloader=dict(dataset=datasets), test_dataloader=dict(dataset=dict(pipeline=augmented)))
+    for scope, checked in (("mmseg", []), ("mmdet", ["CheckSize"])):
+        cfg = Config(dict(default_scope=scope, **loaders))
+        for _ in range(2):
+            checks.check_sizes_everywhere(cfg)
+        inner = cfg.train_dataloader.dataset
+        assert [step.type for step in inner.dataset.pipeline] == ["LoadImageFromFile", *checked, "LoadAnnotations"]
+        assert [step.type for step in inner.pipeline] == ["Mosaic"]
+        steps = [step.type for step in cfg.test_dataloader.dataset.pipeline]
+        assert steps == ["mmdet.LoadImageFromFile", *checked, "TestTimeAug"]
+    results = dict(img_path="a.jpg", ori_shape=(48, 64))
+    for noted in ({}, dict(height=0, width=0), dict(height=48, width=64.0), dict(height=None, width=64)):
+        assert CheckSize()(results | noted) == results | noted
+    for noted, advice in (((96, 128), "take the images that"), ((64, 48), "turned by its EXIF")):
+        message = rf"^a\.jpg: has 64x48 pixels, but {noted[1]}x{noted[0]} in its annotation file: .*{advice}"
+        with pytest.raises(UserError, match=message):
+            CheckSize()(results | dict(height=noted[0], width=noted[1]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "split", "message"),
+    [
+        ((0, 255), {}, "train", "hold the labels 0, 255 alone: the second of the two classes is 1, and 255 is ignored"),
+        ((0, 255), {}, "val", "hold the labels 0, 255 alone: the second of the two classes is 1 (val"),
+        ((0,), {}, "train", "hold the labels 0 alone: the second of the two classes is 1 (train"),
+        ((0, 1, 255), dict(reduce_zero_label=True), "train", "the second of the two classes is 2, and 255 is ignored"),
+        ((0, 1, 255), {}, "train", None),
+        ((0, 1, 2), dict(reduce_zero_label=True), "train", None),
+        ((0, 255), dict(metainfo=dict(classes=list("abc"))), "train", None),
+    ],
+)
+def test_masks_of_0_and_255_have_no_foreground(labels, more, split, message, tmp_path, monkeypatch):
+    """255 is ignored, so that a model learns nothing and is always right."""
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
+    for i in range(20):  # a label that is rare is looked for in more maps
+        values = labels if i == 7 else labels[:1]
+        Image.fromarray(np.array([values], np.uint8)).save(tmp_path / f"{i:02}.png")
+    dataset = dict(type=dict, data_root=str(tmp_path), data_prefix=dict(seg_map_path=""), seg_map_suffix=".png")
+    dataset |= dict(metainfo=dict(classes=list("ab")), reduce_zero_label=False) | more
+    cfg = Config({"model": dict(decode_head=dict(type="FCNHead")), f"{split}_dataloader": dict(dataset=dataset)})
+    if message and "ignored" in message:
+        with pytest.raises(UserError, match=re.escape(message)):
+            checks.check_data(cfg, (split,))
+    else:
+        checks.check_data(cfg, (split,))
+    assert [message in one for one in said] == ([True] if message and "ignored" not in message else [])
+
+
+def test_classes_that_no_map_has_are_named():
+    """mIoU is a mean without them."""
+    areas = [[torch.tensor([1.0, 0, 0])] * 4, [torch.tensor([0.0, 0, 0]), torch.tensor([2.0, 3, 0])] * 2]
+    areas = [(one[0], one[1], one[0], one[0]) for one in areas]
+
+    class IoUMetric:
+        dataset_meta = MappingProxyType({"classes": ("sky", "tree", "car")})
+
+        def compute_metrics(self, results):
+            return {"mIoU": 100.0} if results else {}
+
+    metric, said = IoUMetric(), []
+    runner = argparse.Namespace(val_evaluator=argparse.Namespace(metrics=[metric, object()]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "print_log", lambda message, logger, level: said.append(message))
+        for _ in range(2):
+            hooks.NameAbsentClasses().before_val_epoch(runner)
+        assert metric.compute_metrics(areas) == {"mIoU": 100.0}
+        assert metric.compute_metrics([]) == {}
+    assert said == ["classes 'tree', 'car' are in no map; mIoU is the mean of 2 of 3 classes"]
+    assert hooks.absent("ab", np.array([5, 0]), np.array([5, 0])) == (
+        "class 'b' is in no map; mIoU is the mean of 1 of 2 classes"
+    )
+    assert hooks.absent("ab", np.array([5, 1]), np.array([5, 2])) is None
 
 
 def test_maps_of_other_images_and_lossy_ones(tmp_path):

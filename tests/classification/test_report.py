@@ -62,7 +62,9 @@ def test_epochs_that_could_not_read_all_images_are_no_part_of_the_curve(tmp_path
     assert [one[2] for one in found] == ["None", "x"]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report(tmp_path, None)
-    assert "in 1 of 3 epochs, as 2, not all validation images could be read: crosses in" in capsys.readouterr().out
+    assert (
+        "in 1 of 3 epochs, as epoch 1, not all validation images could be read: crosses in" in capsys.readouterr().out
+    )
 
 
 def test_updates_of_other_batches_are_on_the_way(tmp_path):

@@ -1,0 +1,165 @@
+"""The config that a toolchain's checkpoint was trained with, read as data, and what of it is otherwise now.
+
+mmengine writes it into `meta["cfg"]` as Python, and reads the weights alone: whatever else a model is made of may be
+another than the weights know.
+"""
+
+import ast
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+
+from classification.errors import printable
+from classification.models.openmmlab import DO_NOTHING
+from classification.openmmlab.checks import kind_of, resizes
+
+LONGEST, DEEPEST = 2**20, 60  # characters and brackets; of published configs, some 10^5 and 12
+NAMED = 5  # differences
+
+# Of a model, what changes no result or is told by the weights; and what matters to training alone.
+NO_MATTER = {"pretrained", "init_cfg", "train_cfg", "drop_path_rate", "with_cp", "_scope_"}
+NO_MATTER |= {f"model.backbone.{name}" for name in DO_NOTHING}
+ONLY_TRAINING = {"loss_weight", "class_weight", "dropout_ratio", "frozen_stages", "norm_eval", "requires_grad"}
+ONLY_TRAINING |= {"batch_augments", "size", "seg_pad_val"}
+NORMALISING = ("mean", "std", "bgr_to_rgb", "rgb_to_bgr")
+# Where a key that one config lacks counts; elsewhere it may well be the default that the other one names.
+UNSET = re.compile(rf".*\.(data_preprocessor\.({'|'.join(NORMALISING)})|anchor_generator\.\w+)")
+
+
+def saved_config(meta: object) -> dict:
+    """The variables that are literals or `dict(...)` of such; nothing of a text that is anything else."""
+    text = meta.get("cfg") if isinstance(meta, dict) else None
+    if not isinstance(text, str) or not _is_plain(text):
+        return {}
+    found = {}
+    with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        for statement in ast.parse(text).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                with suppress(SyntaxError, TypeError, ValueError):
+                    found[statement.targets[0].id] = _value(statement.value)
+    return found
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is of brackets, strings, numbers and `name=`: Python's parser dies of others that are deep."""
+    if len(text) > LONGEST or "'''" in text or '"""' in text:
+        return False
+    rest = re.sub(r"'(?:[^'\\\n\r]|\\.)*'|\"(?:[^\"\\\n\r]|\\.)*\"", "0", text)
+    rest = re.sub(r"\b\d+(?:\.\d*)?(?:[eE][+-]?\d+)?", "0", rest)
+    rest = re.sub(r"\bdict\(", "(", rest)
+    names = re.sub(r"\b(?:[A-Za-z_]\w*\s*=|True\b|False\b|None\b)", "", rest)
+    if re.search(r"[^\s0,:=()\[\]{}-]", names) or re.search(r"[\w)\]}]\s*[(\[{-]|-\s*-", rest):
+        return False
+    depth = 0
+    for bracket in re.findall(r"[()\[\]{}]", rest):
+        depth += 1 if bracket in "([{" else -1
+        if depth > DEEPEST:
+            return False
+    return True
+
+
+def _value(node: ast.expr) -> object:
+    if isinstance(node, ast.Call):
+        if not (isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args):
+            raise ValueError("a call")
+        return {word.arg: _value(word.value) for word in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key): _value(value) for key, value in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(one) for one in node.elts]
+    return ast.literal_eval(node)
+
+
+def note_other_config(cfg: Config, meta: object, path: str, resumed: bool = False) -> None:
+    """Of what a model is made of beside its weights, and of the images' sizes, say what is otherwise now."""
+    before = saved_config(meta)
+    unused = NO_MATTER | (set() if resumed else ONLY_TRAINING)
+    found = _differences(_model(before), _model(cfg), "model")
+    found = [one for one in found if not unused & {one[0], *one[0].split(".")}]
+    sizes = resizes(before, "test"), resizes(cfg, "test")
+    if all(sizes):
+        found += _differences(*sizes, "test_dataloader.dataset.pipeline", missing=True)
+    _say(f"{path}: was trained with another config", found)
+
+
+def note_other_start(cfg: Config, meta: object, path: str) -> None:
+    """Of weights that training starts from, only how images were normalised: the rest may well be otherwise."""
+    parts = (_model(one).get("data_preprocessor") for one in (saved_config(meta), cfg))
+    found = _differences(*parts, "model.data_preprocessor")
+    found = [one for one in found if one[0].rpartition(".")[2] in NORMALISING]
+    _say(f"{path}: was trained on images that were normalised otherwise", found)
+
+
+def note_what_goes_on(cfg: Config, meta: object, path: str) -> None:
+    """mmengine takes rates and schedules from the checkpoint that it resumes, whatever the config says."""
+    before, found = saved_config(meta), []
+    wrappers = [one.get("optim_wrapper") or {} for one in (before, cfg)]
+    for part in ("optimizer", "paramwise_cfg"):  # what the optimizer's groups are made by; the rest is the config's
+        if wrappers[0]:
+            parts = (one.get(part) or {} for one in wrappers)
+            found += _differences(*parts, f"optim_wrapper.{part}", missing=True)
+    if before.get("param_scheduler"):
+        schedules = (one.get("param_scheduler") or [] for one in (before, cfg))
+        found += _differences(*schedules, "param_scheduler", missing=True)
+    _say(
+        f"{path}: its own rates and schedules go on, whatever the config says (to have the config's, start from these "
+        "weights by load_from, without --resume)",
+        found,
+    )
+    if before.get("param_scheduler"):
+        loops = ({k: v for k, v in (one.get("train_cfg") or {}).items() if "max_" in k} for one in (before, cfg))
+        longer = _differences(*loops, "train_cfg")
+        _say(f"{path}: its schedules go on and end where they did, but training does not", longer)
+
+
+def _model(cfg: dict | Config) -> dict:
+    model = cfg.get("model") or {}
+    model = model.get("module", model)  # with --tta
+    preprocessor = model.get("data_preprocessor") or cfg.get("data_preprocessor")
+    return {**model, "data_preprocessor": preprocessor} if preprocessor else model
+
+
+def _differences(before: object, now: object, key: str, missing: bool = False) -> list[tuple[str, object, object]]:
+    """Keys, with both values; those that one side lacks only where `missing` says so, or they are UNSET."""
+    old, new = (dict(_leaves(one, key)) for one in (before or {}, now or {}))
+    found = []
+    for name in dict.fromkeys([*old, *new]) if old and (new or missing) else ():
+        holder = name.rpartition(".")[0]
+        beside = all(any(one.startswith(f"{holder}.") for one in side) for side in (old, new))
+        counts = missing or (UNSET.fullmatch(name) and beside)
+        values = old.get(name), new.get(name)
+        if (counts or (name in old and name in new)) and values[0] != values[1] and any(values):
+            found.append((name, *values))
+    return found
+
+
+def _leaves(value: object, key: str) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _leaves(one, f"{key}.{name}")
+    elif isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
+        for i, one in enumerate(value):
+            yield from _leaves(one, f"{key}.{i}")
+    elif key.endswith(".type"):
+        yield key, kind_of({"type": value}).replace("SyncBN", "BN")  # which the CPU's path writes
+    else:
+        yield key, _lists(value)
+
+
+def _lists(value: object) -> object:
+    return [_lists(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _say(start: str, found: list[tuple[str, object, object]]) -> None:
+    if found:
+        texts = [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in found[:NAMED]]
+        more = f"; and {len(found) - NAMED} more" if found[NAMED:] else ""
+        print_log(printable(f"{start}: {'; '.join(texts)}{more}"), logger="current", level=logging.WARNING)
+
+
+def _short(value: object) -> str:
+    return "not set" if value is None else f"{value!r:.60}"
