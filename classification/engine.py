@@ -151,7 +151,7 @@ def train_one_epoch(
         images, targets = _prepare(t, images, targets)
         sums.add(_accumulate(t, images, targets, group, sync=last_of_group), len(images))
         reports = (step + 1) % print_freq == 0 or step + 1 == batches
-        unchecked |= reports or on_cpu  # looking at a GPU's findings waits for it
+        unchecked |= reports or on_cpu  # reading a GPU's result stalls it
         if last_of_group:
             norm = _update(t)
             if unchecked:

@@ -275,10 +275,10 @@ def train(config: CfgNode, run: Run, compile_mode: str | None) -> None:
 
 
 def main() -> None:
-    """Do what the command line asks; end on a user's error with its message alone and status 1.
+    """Do what the command line asks. A user's error ends the process with one line and status 1.
 
-    The launcher ends all processes when the first ends. So the first one speaks at once, and the others, which mostly
-    have the same to say, wait to be ended; what only one of them knows is still said.
+    The launcher ends all processes when one ends. So process 0 prints its error at once. The others wait three seconds
+    first: mostly they have the same error, and the launcher ends them before they print it again.
     """
     escape_on_streams()
     try:

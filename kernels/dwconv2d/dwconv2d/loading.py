@@ -98,7 +98,7 @@ def autocast_dtype(activation: Tensor) -> torch.dtype | None:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: only real numbers of at most 32 bits. What else there is, the checks are to see."""
+    """Cast real numbers of at most 32 bits, as autocast does. The checks refuse other dtypes."""
     if tensor.dtype == dtype:  # `to` takes longer to find that out
         return tensor
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
