@@ -102,6 +102,9 @@ def note_what_goes_on(cfg: Config, meta: object, path: str) -> None:
         if wrappers[0]:
             parts = (one.get(part) or {} for one in wrappers)
             found += _differences(*parts, f"optim_wrapper.{part}", missing=True)
+    batches = (one.get("train_dataloader") or {} for one in (before, cfg))  # which rates and schedules are made for
+    batches = ({k: v for k, v in loader.items() if k == "batch_size"} for loader in batches)
+    found += _differences(*batches, "train_dataloader")
     if before.get("param_scheduler"):
         schedules = (one.get("param_scheduler") or [] for one in (before, cfg))
         found += _differences(*schedules, "param_scheduler", missing=True)

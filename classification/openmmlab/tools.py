@@ -6,6 +6,7 @@ import gc
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     init_default_scope(scope)
     try:
         merge_options(cfg, args.cfg_options or {})
+        _note_unused(args)
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
@@ -172,6 +174,24 @@ def merge_options(cfg: Config, options: dict) -> None:
     _note_schedules_left(before, _ends(cfg))
 
 
+# What a tool does not read of a config, by the first part of a key.
+UNUSED = {
+    "train": ("test_cfg", "test_dataloader", "test_evaluator"),
+    "test": (
+        *("optim_wrapper", "param_scheduler", "train_cfg", "train_dataloader"),
+        *("val_cfg", "val_dataloader", "val_evaluator"),
+    ),
+}
+
+
+def _note_unused(args: argparse.Namespace) -> None:
+    """`test_dataloader = val_dataloader` in a config copies it, so that options of the one leave the other."""
+    tool = getattr(args, "tool", None)
+    unused = [key for key in args.cfg_options or {} if key.partition(".")[0] in UNUSED.get(tool, ())]
+    if unused:
+        print_log(f"--cfg-options {', '.join(unused)}: {tool}.py does not use them", level=logging.WARNING)
+
+
 def _ends(cfg: Config) -> tuple[dict[str, object], list[object]]:
     """How long training takes, by its keys, and where the schedules of its rate end."""
     loop, schedules = cfg.get("train_cfg"), cfg.get("param_scheduler")
@@ -188,7 +208,8 @@ def _note_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> N
         if new is not None and new != old and left:
             print_log(
                 f"--cfg-options train_cfg.{key}: training ends at {new}, but param_scheduler.{left[-1]} at {old}, as "
-                f"before; if it is to end with training, add param_scheduler.{left[-1]}.end={new}",
+                f"before; if it is to end with training, add param_scheduler.{left[-1]}.end={new}, and set its "
+                "milestones, T_max or total_iters if it has them",
                 level=logging.WARNING,
             )
 
@@ -392,6 +413,12 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         if resumed:
             note_other_config(cfg, meta, path, resumed)
             note_what_goes_on(cfg, meta, path)
+            if cfg.get("auto_scale_lr", {}).get("enable"):
+                print_log(
+                    f"{path}: its own rates go on: auto_scale_lr, whatever it says, scales none of a resumed run",
+                    logger="current",
+                    level=logging.WARNING,
+                )
         else:
             note_other_start(cfg, meta, path)
         for module in _unwrapped(runner).modules():
@@ -405,11 +432,24 @@ def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
     latest = args.resume
     if args.resume in (None, RESUME_LATEST):
         latest = _latest_checkpoint(_work_dir(args, cfg))
+        if not latest:
+            _check_nothing_is_lost(_work_dir(args, cfg))
         if not latest and cfg.get("load_from"):
             print_log(f"nothing to resume yet: training starts from load_from, {cfg.load_from}", logger="current")
             cfg.resume = False
             return
     cfg.resume, cfg.load_from = True, latest
+
+
+def _check_nothing_is_lost(work_dir: str) -> None:
+    """mmengine finds the latest checkpoint by a file; without that it would start anew, over those that are there."""
+    names = [path.name for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+\.pth", path.name)]
+    if names:
+        newest = max(names, key=lambda name: int(re.search(r"\d+", name).group()))
+        raise UserError(
+            f"{work_dir}: holds {newest}, but no last_checkpoint that says where to go on; name the checkpoint, as "
+            f"--resume {os.path.join(work_dir, newest)}, or another --work-dir"
+        )
 
 
 def _latest_checkpoint(work_dir: str) -> str | None:

@@ -30,6 +30,8 @@ class CheckLabels:
         self.num_classes, self.class_weight, self.ignore_index = num_classes, class_weight, ignore_index
 
     def __call__(self, results: dict) -> dict:
+        if "gt_seg_map" not in results:  # mmseg's inferencer takes LoadAnnotations out of a pipeline
+            return results
         path, labels = results["seg_map_path"], results["gt_seg_map"]
         if labels.ndim != 2:
             raise UserError(
@@ -100,7 +102,9 @@ class CheckBits:
     """
 
     def __call__(self, results: dict) -> dict:
-        path = results["img_path"]
+        path = results.get("img_path")
+        if path is None:  # an inferencer was given an array
+            return results
         try:
             with Image.open(path, formats=image_formats()) as image:
                 mode = image.mode

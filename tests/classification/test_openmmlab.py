@@ -964,7 +964,8 @@ def trained_so(**changed) -> Config:
     steps = [dict(type="LoadImageFromFile"), dict(type="Resize", scale=(128, 96), keep_ratio=True)]
     cfg = Config(dict(
         model=model, optim_wrapper=dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=1)), param_scheduler=schedules,
-        train_cfg=dict(max_epochs=12), test_dataloader=dict(dataset=dict(type="CocoDataset", pipeline=steps)),
+        train_cfg=dict(max_epochs=12), train_dataloader=dict(batch_size=2),
+        test_dataloader=dict(dataset=dict(type="CocoDataset", pipeline=steps)),
     ))  # fmt: skip
     cfg.merge_from_dict(changed)
     return cfg
@@ -1001,6 +1002,7 @@ HEAD, SIZE = "model.rpn_head.anchor_generator", "test_dataloader.dataset.pipelin
             ["load_from, without --resume): optim_wrapper.optimizer.lr was 0.001, is 1.0; param_scheduler.1.end was 12"
              ", is 36", "end where they did, but training does not: train_cfg.max_epochs was 12, is 36"],
         ),
+        ({"train_dataloader.batch_size": 4}, "note_what_goes_on", ["train_dataloader.batch_size was 2, is 4"]),
         ({"param_scheduler": None}, "note_what_goes_on", ["param_scheduler.0.type was 'LinearLR', is not set"]),
     ],
 )  # fmt: skip
@@ -1056,6 +1058,10 @@ def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
     assert found("auto") == (True, None)
     assert found("b.pth", load_from="a.pth") == (True, "b.pth")
     (tmp_path / "epoch_1.pth").touch()
+    (tmp_path / "epoch_10.pth").touch()
+    for more in ({}, {"load_from": "a.pth"}):  # of a run that was copied without it
+        with pytest.raises(UserError, match=r"holds epoch_10\.pth, but no last_checkpoint .* --resume .*epoch_10\.pth"):
+            found("auto", **more)
     (tmp_path / "last_checkpoint").write_text("/elsewhere/epoch_1.pth")
     latest = str(tmp_path / "epoch_1.pth")
     assert found("auto", load_from="a.pth") == found(None, resume=True) == (True, latest)
@@ -1076,6 +1082,18 @@ def test_a_schedule_that_options_leave_is_named(monkeypatch):
         said.clear()
     tools.merge_options(trained_so(**{"param_scheduler.1.end": 11}), {"train_cfg.max_epochs": 36})  # its own way
     assert said == []
+
+
+def test_options_that_a_tool_does_not_use_are_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    options = {"val_evaluator.ann_file": "a.json", "test_dataloader.batch_size": 1, "model.neck": None}
+    for tool in ("train", "test", None):
+        tools._note_unused(argparse.Namespace(tool=tool, cfg_options=options))
+    assert said == [
+        "--cfg-options test_dataloader.batch_size: train.py does not use them",
+        "--cfg-options val_evaluator.ann_file: test.py does not use them",
+    ]
 
 
 def test_misspelt_options_are_named(monkeypatch):
@@ -1218,9 +1236,9 @@ def test_images_have_the_size_that_their_annotations_are_for():
 @pytest.mark.parametrize(
     ("labels", "more", "split", "message"),
     [
-        ((0, 255), {}, "train", "hold the labels 0, 255 alone: the second of the two classes is 1, and 255 is ignored"),
-        ((0, 255), {}, "val", "hold the labels 0, 255 alone: the second of the two classes is 1 (val"),
-        ((0,), {}, "train", "hold the labels 0 alone: the second of the two classes is 1 (train"),
+        ((0, 255), {}, "train", "hold only the labels 0, 255: the second of the two classes is 1, and 255 is ignored"),
+        ((0, 255), {}, "val", "hold only the labels 0, 255: the second of the two classes is 1 (val"),
+        ((0,), {}, "train", "hold only the labels 0: the second of the two classes is 1 (train"),
         ((0, 1, 255), dict(reduce_zero_label=True), "train", "the second of the two classes is 2, and 255 is ignored"),
         ((0, 1, 255), {}, "train", None),
         ((0, 1, 2), dict(reduce_zero_label=True), "train", None),
@@ -1231,7 +1249,7 @@ def test_masks_of_0_and_255_have_no_foreground(labels, more, split, message, tmp
     """255 is ignored, so that a model learns nothing and is always right."""
     said = []
     monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
-    for i in range(20):  # a label that is rare is looked for in more maps
+    for i in range(70):  # a label that is rare is looked for in all maps
         values = labels if i == 7 else labels[:1]
         Image.fromarray(np.array([values], np.uint8)).save(tmp_path / f"{i:02}.png")
     dataset = dict(type=dict, data_root=str(tmp_path), data_prefix=dict(seg_map_path=""), seg_map_suffix=".png")
@@ -1286,6 +1304,8 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
                 CheckLabels(5)(results)
         else:
             assert CheckLabels(5)(results) is results
+    for check, results in ((CheckLabels(5), {"img_path": "a.png"}), (CheckBits(), {"img": labels})):  # of an inferencer
+        assert check(dict(results)) == results
 
 
 def test_maps_of_labels_beyond_a_byte(tmp_path):
