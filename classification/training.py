@@ -164,11 +164,17 @@ class Training:
         if not path:
             return False
 
-        def read() -> tuple[dict, list[str] | None]:
+        def read() -> tuple[dict, bool, list[str] | None]:
             content = read_checkpoint(path)
-            return state_dicts(content, path)["model"], class_names_of(content, path)
+            found = state_dicts(content, path)
+            return found["model"], "model_ema" in found, class_names_of(content, path)
 
-        weights, names = self.run.from_main(read)
+        weights, averaged, names = self.run.from_main(read)
+        if averaged:
+            self.notes.append(
+                f"{path}: training starts from its model, not from its model_ema (python -m classification.convert "
+                "--weights model_ema writes a file of the average alone)"
+            )
         others = names is not None and bool(names_differ(names, self.train_loader.classes))
         if names is not None and not others:
             self._renumber(names, path)

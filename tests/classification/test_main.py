@@ -571,6 +571,7 @@ def test_finetune_starts_from_the_weights_with_a_new_head(few_digits, tmp_path, 
     arguments = ["--data-path", two, "--output", tmp_path, "--tag", "tuned", "--pretrained", weights, "--finetune"]
     printed = run_main(*arguments, "--opts", *QUICK, *frozen)
     assert "a new one has 2 classes" in printed
+    assert "latest.pth: training starts from its model, not from its model_ema" in printed
     before, after = (read_checkpoint(p)["model"] for p in (weights, weights.parents[1] / "tuned/latest.pth"))
     assert after["head.weight"].shape == (2, 128)
     for key, value in before.items():
