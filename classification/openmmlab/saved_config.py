@@ -108,6 +108,10 @@ def note_what_goes_on(cfg: Config, meta: object, path: str) -> None:
     if before.get("param_scheduler"):
         schedules = (one.get("param_scheduler") or [] for one in (before, cfg))
         found += _differences(*schedules, "param_scheduler", missing=True)
+    if (cfg.get("auto_scale_lr") or {}).get("enable"):  # mmengine logs that it scales, and then resumes
+        print_log(
+            f"{path}: its own rates go on, so auto_scale_lr scales nothing", logger="current", level=logging.WARNING
+        )
     _say(
         f"{path}: its own rates and schedules go on, whatever the config says (to have the config's, start from these "
         "weights by load_from, without --resume)",

@@ -413,12 +413,6 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         if resumed:
             note_other_config(cfg, meta, path, resumed)
             note_what_goes_on(cfg, meta, path)
-            if cfg.get("auto_scale_lr", {}).get("enable"):
-                print_log(
-                    f"{path}: its own rates go on: auto_scale_lr, whatever it says, scales none of a resumed run",
-                    logger="current",
-                    level=logging.WARNING,
-                )
         else:
             note_other_start(cfg, meta, path)
         for module in _unwrapped(runner).modules():

@@ -1002,6 +1002,7 @@ HEAD, SIZE = "model.rpn_head.anchor_generator", "test_dataloader.dataset.pipelin
             ["load_from, without --resume): optim_wrapper.optimizer.lr was 0.001, is 1.0; param_scheduler.1.end was 12"
              ", is 36", "end where they did, but training does not: train_cfg.max_epochs was 12, is 36"],
         ),
+        ({"auto_scale_lr": dict(enable=True)}, "note_what_goes_on", ["so auto_scale_lr scales nothing"]),
         ({"train_dataloader.batch_size": 4}, "note_what_goes_on", ["train_dataloader.batch_size was 2, is 4"]),
         ({"param_scheduler": None}, "note_what_goes_on", ["param_scheduler.0.type was 'LinearLR', is not set"]),
     ],
@@ -1071,7 +1072,7 @@ def test_a_schedule_that_options_leave_is_named(monkeypatch):
     said = []
     monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
     for options, end in (
-        ({"train_cfg.max_epochs": 36}, "param_scheduler.1.end=36"),
+        ({"train_cfg.max_epochs": 36}, "param_scheduler.1.end=36, and set its milestones, T_max or total_iters"),
         ({"train_cfg.max_epochs": 36, "param_scheduler.1.end": 36}, None),
         ({"train_cfg.max_epochs": 12}, None),
         ({"train_cfg.val_interval": 4}, None),
