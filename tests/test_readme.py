@@ -42,7 +42,8 @@ MINE, DETECTOR, SEGMENTER, CLASSIFIER = "_base_", "mmdet.apis", "mmseg.apis", "i
 SLURM = "slurm_train.sh"  # tests/classification/test_distributed.py
 GPU = "bfloat16"  # kernels/gpu_check.sh, on a GPU
 TIMM_TESTS = "pip download"  # by hand: they are timm's, which it downloads
-NOT_HERE = (INSTALL, SLURM, GPU, TIMM_TESTS)
+TIMM_TRAIN = "runpy"  # test_scripts_of_timm
+NOT_HERE = (INSTALL, SLURM, GPU, TIMM_TESTS, TIMM_TRAIN)
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
 
@@ -129,7 +130,7 @@ def test_commands_for_imagenet(folder, pages):
     others = (CD_DETECTION, CD_SEGMENTATION, TO_MMPRETRAIN, EXPORT)
     elsewhere = [block for block in blocks if any(mark in block for mark in others) and block not in named]
     blocks = [block for block in blocks if block not in named + elsewhere]
-    assert (len(blocks), len(elsewhere), len(named)) == (9, 10, 8)
+    assert (len(blocks), len(elsewhere), len(named)) == (9, 10, 9)
     for block in blocks:
         if pages == "README" and block not in PAGES[0].read_text():
             continue
@@ -200,6 +201,16 @@ def test_commands_for_ade20k(tmp_path):
         if "dist_test" in block:
             tested += done.stdout
     assert tested.count("mIoU: ") == 2
+
+
+def test_scripts_of_timm(tmp_path):
+    """A script in place of timm's `train.py`, which no package has: it knows the model, and gets the arguments."""
+    (block,) = (block for block in BLOCKS["bash"] if TIMM_TRAIN in block)
+    script = "import sys, timm; print(timm.is_model(sys.argv[sys.argv.index('--model') + 1]))"
+    (tmp_path / "train.py").write_text(script)
+    done = run_command("bash", "-euc", block, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"]
 
 
 def test_commands_for_mmpretrain(tmp_path):

@@ -217,6 +217,18 @@ def test_block_compiles_whole_and_agrees(size):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_one_graph_serves_all_batches_and_sizes():
+    graphs = []
+    block = Block(16).eval()
+    count = lambda graph, _: graphs.append(graph) or graph  # noqa: E731
+    compiled = torch.compile(block, backend=count, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for batch, height, width in ((2, 9, 7), (3, 8, 12), (5, 40, 33), (2, 31, 64), (4, 64, 31), (8, 5, 6)):
+            x = torch.randn(batch, height, width, 16)
+            assert torch.equal(compiled(x), block(x))
+    assert len(graphs) == 1
+
+
 # ----- dtypes
 
 
