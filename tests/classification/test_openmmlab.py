@@ -24,9 +24,10 @@ from PIL import Image
 pytest.importorskip("mmengine", reason="make install-openmmlab")
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import dump, load
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.registry import MODELS
-from mmengine.runner import load_checkpoint
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, load_checkpoint
 
 from classification.checkpoint import read_checkpoint
 from classification.errors import UserError
@@ -1288,6 +1289,102 @@ def test_classes_that_no_map_has_are_named():
         "class 'b' is in no map; mIoU is the mean of 1 of 2 classes"
     )
     assert hooks.absent("ab", np.array([5, 1]), np.array([5, 2])) is None
+
+
+def loop_of(kind: type, **attributes) -> object:
+    loop = kind.__new__(kind)
+    vars(loop).update(attributes)
+    return loop
+
+
+def test_a_loss_that_is_not_finite_ends_training_in_all_processes(monkeypatch):
+    hook, runner = hooks.StopAtInvalidLoss(), argparse.Namespace(iter=6)
+    good = {"loss": torch.tensor(1.5), "decode.acc_seg": torch.tensor(float("nan"))}
+    for outputs in (good, {}, None):
+        hook.after_train_iter(runner, 6, None, outputs)
+    bad = {"loss": torch.tensor(float("nan")), "decode.loss_ce": float("inf"), "aux.loss_ce": torch.tensor(1.0)}
+    with pytest.raises(
+        UserError, match=r"iteration 7: the loss is not finite \(loss is nan, decode\.loss_ce is inf\), so"
+    ):
+        hook.after_train_iter(runner, 6, None, bad)
+    monkeypatch.setattr(hooks, "all_reduce", lambda value, op: value.fill_(1))
+    with pytest.raises(UserError, match=r"is not finite \(in another process\), so"):
+        hook.after_train_iter(runner, 6, None, good)
+
+
+def test_batch_norm_is_averaged_before_it_is_saved_and_validated(monkeypatch):
+    """mmengine averages before validation, after a checkpoint by iteration is saved with the first process' own."""
+    averaged = []
+    monkeypatch.setattr(hooks, "average_batch_norm", averaged.append)
+    monkeypatch.setattr(hooks, "get_world_size", lambda: 2)
+    hook = HOOKS.build(dict(type="AverageBatchNorm"))
+    saves = CheckpointHook(interval=4, by_epoch=False)
+    runner = argparse.Namespace(hooks=[hook, saves], max_iters=10, train_dataloader=range(5))
+
+    def done(kind, **attributes):
+        runner.train_loop = loop_of(kind, **attributes)
+        for i in range(10):
+            runner.iter, runner.model = i, i + 1
+            hook.after_train_iter(runner, i % 5)
+        found = averaged.copy()
+        averaged.clear()
+        return found
+
+    assert done(IterBasedTrainLoop, val_interval=3) == [3, 4, 6, 8, 9, 10]
+    saves.by_epoch = True
+    assert done(EpochBasedTrainLoop, val_interval=1) == [5, 10]
+    monkeypatch.setattr(hooks, "get_world_size", lambda: 1)
+    assert done(IterBasedTrainLoop, val_interval=3) == []
+
+
+@pytest.mark.parametrize(
+    ("meta", "schedules", "loop", "said"),
+    [
+        ({"epoch": 2, "iter": 10, "processes": 1}, [dict(by_epoch=False, end=20)], EpochBasedTrainLoop, []),
+        (
+            {"epoch": 2, "iter": 40, "processes": 4},
+            [dict(by_epoch=False, end=3), dict(by_epoch=False, end=80), dict(by_epoch=True, end=4),
+             dict(by_epoch=False, end=hooks.ENDLESS)],
+            EpochBasedTrainLoop,
+            ["had 4 processes, and has 1; its rates are for 4 processes",
+             "of 2 epochs and 40 iterations, but an epoch has 5 now: images",
+             "Training ends at iteration 50, the schedule of its rate at 80"],
+        ),
+        ({"epoch": 0, "iter": 3}, None, EpochBasedTrainLoop, ["of 0 epochs and 3 iterations", "at iteration 23"]),
+        ({"epoch": 0, "iter": 3, "processes": 1}, None, IterBasedTrainLoop, []),
+        ({"epoch": "a", "iter": None, "processes": []}, 3, EpochBasedTrainLoop, []),
+        (None, None, EpochBasedTrainLoop, []),
+    ],
+)  # fmt: skip
+def test_a_run_that_goes_on_counts_as_before(meta, schedules, loop, said, log):
+    hook = hooks.NoteOtherProcesses()
+    runner = argparse.Namespace(_resume=True, train_loop=loop_of(loop, _max_epochs=4), train_dataloader=range(5))
+    hook.after_load_checkpoint(runner, {"meta": meta, "param_schedulers": schedules})
+    assert all(one in log.text for one in said)
+    assert bool(log.records) == bool(said)
+    log.clear()
+    runner._resume = False
+    hook.after_load_checkpoint(runner, {"meta": meta})
+    assert not log.records
+    saved = {"meta": {}}
+    hook.before_save_checkpoint(runner, saved)
+    assert saved == {"meta": {"processes": 1}}
+
+
+def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    monkeypatch.setattr(tools.torch.distributed, "init_process_group", lambda kind: None)
+    for name, value in {"MASTER_ADDR": "here", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for model, found in ((dict(norm_cfg=dict(type="SyncBN")), 1), (dict(norm_cfg=dict(type="BN")), 0)):
+        said.clear()
+        cfg = Config(dict(model=dict(decode_head=model, neck=[model])))
+        tools._use_cpu(cfg, "pytorch")
+        assert cfg.model.decode_head.norm_cfg.type == cfg.model.neck[0].norm_cfg.type == "BN"
+        assert sum("there is no SyncBN: batch norm is each process's own" in one for one in said) == found
+        tools._use_cpu(Config(dict(model=model)), "none")
+        assert len(said) == 1 + found
 
 
 def test_maps_of_other_images_and_lossy_ones(tmp_path):
