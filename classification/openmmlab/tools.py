@@ -397,7 +397,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     if args.resume or (cfg.get("resume") and not cfg.get("load_from")):
         _find_what_to_resume(args, cfg)
     check_file(cfg.get("load_from"))
-    check_file(pretrained_of(cfg.model.get("backbone") or {}))
+    check_file(pretrained_of(cfg.model))
     check_data(cfg, ("train", "val"))
     check_labels_everywhere(cfg)
     note_class_weights(cfg)

@@ -755,6 +755,37 @@ def test_data_in_pickles_is_refused_before_it_is_loaded(kind, tmp_path, monkeypa
     assert not (tmp_path / "ran").exists()
 
 
+def test_images_of_joined_data_sets_have_their_own_ids(tmp_path):
+    """CocoMetric would compare one's predictions with the other's boxes."""
+
+    def written(name, ids):
+        content = coco()
+        content["images"] = [{**content["images"][0], "id": i} for i in ids]
+        content["annotations"] = [{**content["annotations"][0], "image_id": ids[0]}]
+        (tmp_path / name).write_text(json.dumps(content))
+        return dict(type="CocoDataset", data_root=str(tmp_path), ann_file=name, metainfo=dict(classes=("cat",)))
+
+    parts = {name: written(f"{name}.json", ids) for name, ids in dict(a=[1, 2], b=[3], c=[9, 2], all=[1, 2, 3]).items()}
+
+    def checked(first, second, compared, kind="CocoMetric", **more):
+        dataset = dict(type="ConcatDataset", datasets=[{**parts[one], **more} for one in (first, second)])
+        metric = dict(type=kind, ann_file=compared and str(tmp_path / f"{compared}.json"))
+        evaluator = dict(type="MultiDatasetsEvaluator", metrics=[metric, metric]) if kind is None else metric
+        checks.check_data(
+            Config(dict(model={}, val_dataloader=dict(dataset=dataset), val_evaluator=evaluator)), ("val",)
+        )
+
+    checked("a", "b", "all")
+    checked("a", "b", None)
+    checked("a", "c", "all", kind=None)
+    checked("a", "c", "all", backend_args=dict(backend="petrel"))
+    for pair, compared in ((("a", "c"), "all"), (("a", "c"), None), (("a", "a"), "a")):
+        with pytest.raises(UserError, match=r"^val_dataloader\.dataset joins .*a\.json and .*, which both .* id [12]:"):
+            checked(*pair, compared)
+    with pytest.raises(UserError, match=r"a\.json: has no image of the id 3, which .*b\.json has, so"):
+        checked("a", "b", "a")
+
+
 @pytest.mark.parametrize("kind", ["CocoMetric", "mmdet.LVISMetric"])
 def test_some_images_are_not_compared_with_the_file_of_all(kind, tmp_path):
     """All objects of the others would count as missed."""
@@ -926,6 +957,10 @@ def test_what_is_ignored_is_the_same_everywhere():
         checks.check_data(cfg, ("train", "val", "test"))
 
 
+def maps(folder: str) -> dict:
+    return {"data_prefix": {"seg_map_path": folder}}
+
+
 @pytest.mark.parametrize(
     ("trained", "validated", "message"),
     [
@@ -936,9 +971,20 @@ def test_what_is_ignored_is_the_same_everywhere():
         ({}, {"metainfo": {"classes": ("a", "c")}}, None),  # as of trackers: no name is at two places
         ({"model": {"bbox_head": {"type": "GroundingDINOHead"}}}, {"metainfo": {"classes": ("b", "c")}}, None),
         ({"reduce_zero_label": False}, {}, "reduce_zero_label is False in train_dataloader.dataset and True in val"),
+        (
+            {"reduce_zero_label": False, **maps("a/maps/train")},
+            {"data_root": "a/maps", **maps("val")},
+            "reduce_zero_label is False in train_dataloader.dataset and True in val_dataloader.dataset; make",
+        ),
+        ({**maps("a/maps/train")}, {"reduce_zero_label": False, **maps("b/maps/val")}, None),  # reduced already
+        ({"reduce_zero_label": False}, {"reduce_zero_label": None}, None),
     ],
 )
-def test_labels_mean_the_same_in_all_splits(trained, validated, message):
+def test_labels_mean_the_same_in_all_splits(trained, validated, message, monkeypatch):
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
+    monkeypatch.setattr(checks, "_must_exist", lambda *what: None)
+
     class Dataset:
         METAINFO = MappingProxyType({"classes": ("a", "b")})
 
@@ -950,6 +996,8 @@ def test_labels_mean_the_same_in_all_splits(trained, validated, message):
     cfg = Config(dict(model=model, train_dataloader=loaders[0], val_dataloader=loaders[1]))
     if message is None:
         checks.check_data(cfg, ("train", "val"))
+        found = [text for text in said if "reduce_zero_label is True in train_dataloader.dataset and False in" in text]
+        assert len(said) == len(found) == ("data_prefix" in validated)
     else:
         with pytest.raises(UserError, match=re.escape(message)):
             checks.check_data(cfg, ("train", "val"))
@@ -1199,15 +1247,23 @@ def test_images_are_normalised_as_those_of_the_pretrained_weights(changed, expec
     swins = dict(embed_dims=96, init_cfg=dict(type="Pretrained", checkpoint="https://example.org/swin.pth"))
     for more in ({}, swins):  # from scratch
         model["backbone"] |= more
-        assert not checks.pretrained_of(model["backbone"])
+        assert not checks.pretrained_of(model)
         checks.note_other_normalisation(Config(dict(model=model)))
         assert said == []
     for more in (dict(pretrained="a.pth"), dict(init_cfg=[dict(type="Pretrained", checkpoint="a.pth")])):
         model["backbone"] = dict(type="MM_SpatialMamba", **more)
-        assert checks.pretrained_of(model["backbone"]) == "a.pth"
+        assert checks.pretrained_of(model) == "a.pth"
         checks.note_other_normalisation(Config(dict(model=model)))
         assert [expected in message for message in said] == [True] * bool(expected)
         said.clear()
+    model |= dict(pretrained="b.pth", backbone=dict(type="MM_SpatialMamba"))  # which mmseg hands on
+    assert checks.pretrained_of(model) == "b.pth"
+    checks.note_other_normalisation(Config(dict(model=model)))
+    assert [expected in message for message in said] == [True] * bool(expected)
+    model["backbone"] = dict(type="ResNet")
+    assert checks.pretrained_of(model) == "b.pth"
+    for named in ("open-mmlab://resnet50_v1c", None):  # mmengine downloads it
+        assert checks.pretrained_of({**model, "pretrained": named}) is None
 
 
 def test_images_have_the_size_that_their_annotations_are_for():
