@@ -42,7 +42,7 @@ from classification.openmmlab.checks import (
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import AverageBatchNorm, NameAbsentClasses, NoteOtherProcesses, StopAtInvalidLoss
 from classification.openmmlab.saved_config import note_other_config, note_other_start, note_what_goes_on
-from classification.run import meeting, whole_numbers
+from classification.run import lost_another, meeting, whole_numbers
 
 # Of what is imported for its effect: mmengine reads YAML as data, and no pickles; CheckBits and CheckLabels are known.
 
@@ -122,7 +122,15 @@ def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Name
             torch.distributed.destroy_process_group()
     except UserError as error:
         message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")  # of a worker
-        sys.exit(f"error: {printable(message)}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+        _end(message)
+    except RuntimeError as error:
+        if not (gone := lost_another(error)):
+            raise
+        _end(gone)
+
+
+def _end(message: str) -> None:
+    sys.exit(f"error: {printable(message)}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 # ----- the config

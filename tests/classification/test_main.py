@@ -271,6 +271,31 @@ def test_one_class_is_said_to_say_nothing(few_digits, tmp_path, run_main):
     assert "there is one class, so every prediction is right: accuracy says nothing" in printed
 
 
+GLOO = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:50567: Connection reset by peer"
+)
+
+
+def test_what_another_process_leaves_behind_is_one_line(run_main, monkeypatch):
+    def failing(error: RuntimeError):
+        def work(*_):
+            raise error
+
+        monkeypatch.setattr(main_module, "_main", work)
+        return error
+
+    failing(RuntimeError(GLOO))
+    with pytest.raises(SystemExit) as stop:
+        run_main()
+    line = (
+        "error: another process has ended or does not answer (Read error [127.0.0.1]:50567: Connection reset by peer); "
+    )
+    assert stop.value.code.startswith(line)
+    failing(RuntimeError("of another kind"))
+    with pytest.raises(RuntimeError, match="of another kind"):
+        run_main()
+
+
 def test_a_second_ctrl_c_ends_at_once(few_digits, tmp_path, run_main, monkeypatch, request):
     """The first one saves; a launcher's copy of it, in the same second, changes nothing."""
     received = []

@@ -596,6 +596,24 @@ def test_environments_of_the_tools(launcher, variables, message, tmp_path, monke
         tools._read_config(argparse.Namespace(config=str(tmp_path / "c.py"), launcher=launcher, local_rank=0), "mmdet")
 
 
+def test_what_another_process_leaves_behind_is_one_line(monkeypatch):
+    def work(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(tools, "_read_config", lambda *_: None)
+    error = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [::1]:1: Connection reset by peer"
+    for rank, code in (
+        ("0", r"another process .* \(Read error \[::1\]:1: Connection reset by peer\); what"),
+        ("1", "1"),
+    ):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match=code):
+            tools._run(work, argparse.Namespace(), "mmdet")
+    error = "of another kind"
+    with pytest.raises(RuntimeError, match=error):
+        tools._run(work, argparse.Namespace(), "mmdet")
+
+
 def coco(**changed) -> dict:
     images = [{"id": i, "file_name": "a.png", "categories": [{"id": 7, "name": "outdoor"}]} for i in (1, 2)]
     annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]
