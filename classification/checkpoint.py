@@ -153,6 +153,12 @@ def _check_archive(path: Path) -> bool:
                 raise DamagedCheckpointError(
                     f"{path}: is packed as torch.save does not, or damaged: its directory is not that of what it holds"
                 )
+            if entries and not any(entry.CRC for entry in entries):
+                raise UserError(
+                    f"{path}: was saved without checksums (torch.serialization.set_crc32_options), so it cannot be "
+                    "told whether it is whole; if you trust it, torch.save(torch.load(CKPT, weights_only=True), CKPT) "
+                    "adds them"
+                )
             altered = archive.testzip()
     except Exception as error:  # a damaged directory can send zipfile anywhere
         if isinstance(error, UserError) or _is_momentary(error):

@@ -145,7 +145,7 @@ def trained_with(content: dict, path: str) -> CfgNode:
 FREE = (
     *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "DATA.MAX_UNREADABLE"),
     *("MODEL.NUM_CLASSES", "MODEL.PRETRAINED", "MODEL.RESUME"),  # the head's size is compared
-    *("TRAIN.EPOCHS", "TRAIN.USE_CHECKPOINT", "TRAIN.AUTO_RESUME", "TRAIN.MAX_SKIPPED"),
+    *("TRAIN.USE_CHECKPOINT", "TRAIN.AUTO_RESUME", "TRAIN.MAX_SKIPPED"),
     *("OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "KEEP_LAST", "TENSORBOARD", "PRINT_FREQ"),
 )
 
@@ -405,8 +405,16 @@ def _validate(config: CfgNode) -> None:
             f"TRAIN.WARMUP_EPOCHS must be in [0, TRAIN.EPOCHS), got {config.TRAIN.WARMUP_EPOCHS} "
             f"of {config.TRAIN.EPOCHS} epochs"
         )
+    for key in ("MIN_LR", *(["WARMUP_LR"] if config.TRAIN.WARMUP_EPOCHS else [])):  # all are scaled alike
+        if config.TRAIN[key] > config.TRAIN.BASE_LR:
+            raise UserError(
+                f"TRAIN.{key} is {config.TRAIN[key]}, above TRAIN.BASE_LR, {config.TRAIN.BASE_LR}: the rate would run "
+                "the wrong way; lower it, or raise TRAIN.BASE_LR"
+            )
     if config.TRAIN.MESA.WEIGHT > 0 and not config.TRAIN.EMA.ENABLE:
         raise UserError("MESA distils from the EMA model: set TRAIN.EMA.ENABLE True or TRAIN.MESA.WEIGHT 0")
+    if config.TRAIN.MESA.WEIGHT > 0 and config.TRAIN.MESA.START == 1:
+        raise UserError("with TRAIN.MESA.START 1 MESA would never begin: lower it, or set TRAIN.MESA.WEIGHT 0")
 
 
 def _check_range(key: str, value: object, low: float, high: float) -> None:

@@ -37,7 +37,7 @@ from classification.engine import evaluate
 from classification.errors import UserError, escape_on_streams, printable
 from classification.flops import flops_table
 from classification.guards import NonFiniteError
-from classification.run import Preempted, Run
+from classification.run import Preempted, Run, lost_another
 from classification.training import Training, build_model, log_accuracy
 
 logger = logging.getLogger("spatialmamba")
@@ -295,6 +295,8 @@ def main() -> None:
         message = str(error).rpartition(f"{UserError.__name__}: ")[2].strip()
         sys.exit(f"error: {printable(message)}")
     except RuntimeError as error:
+        if gone := lost_another(error):
+            sys.exit(f"error: {printable(gone)}")
         if "DataLoader worker" not in str(error):
             raise
         cause = str(error).splitlines()[0]

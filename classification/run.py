@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import reprlib
 import signal
 import sys
@@ -38,6 +39,20 @@ def meeting() -> Iterator[None]:
         why = str(error).splitlines()[0]
         hint = "; the port is in use, choose another --master_port" if "EADDRINUSE" in str(error) else ""
         raise UserError(f"the processes do not find each other at {place} ({why}){hint}") from error
+
+
+# What gloo and NCCL say where a process is gone that others wait for.
+_GONE = ("gloo/transport", "remote process exited")
+
+
+def lost_another(error: RuntimeError) -> str:
+    """One line for what is not this process's fault: another one has ended, perhaps for want of memory; else ""."""
+    if not any(text in str(error) for text in _GONE):
+        return ""
+    why = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])[:200]  # without the line of source
+    return (
+        f"another process has ended or does not answer ({why}); what it has said, or its machine's log, has the cause"
+    )
 
 
 class Run:

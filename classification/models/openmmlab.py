@@ -6,7 +6,8 @@ A config names this module to have it registered:
     model = dict(backbone=dict(type="MM_SpatialMamba", dims=64, depths=(2, 4, 8, 4), drop_path_rate=0.2))
 
 Nothing else here imports mmengine for the model. Importing this also has mmengine read checkpoints safely, see
-`classification.openmmlab.checkpoint`, and know the steps that our tools put into the configs they write.
+`classification.openmmlab.checkpoint`, and know the hook of our configs and the steps that our
+tools put into the configs they write.
 """
 
 import logging
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from classification.checkpoint import StateDict, differences, like, state_dicts, variant_of
 from classification.errors import UserError, printable
 from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
-from classification.openmmlab import transforms  # noqa: F401
+from classification.openmmlab import hooks, transforms  # noqa: F401
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 
 BACKBONE = "backbone."  # where a toolchain's model keeps it

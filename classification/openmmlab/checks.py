@@ -64,10 +64,17 @@ def _compare_channels(part: str, config: dict, given: list[int]) -> None:
         )
 
 
-def pretrained_of(backbone: ConfigDict) -> str | None:
-    """The checkpoint that a backbone starts from: `pretrained`, or for MM_SpatialMamba also init_cfg's."""
-    if backbone.get("pretrained") or kind_of(backbone) != "MM_SpatialMamba":
-        return backbone.get("pretrained")
+def pretrained_of(model: ConfigDict) -> str | None:
+    """The file that a model's backbone starts from: its `pretrained`, or the model's, which mmseg hands on to it.
+
+    For MM_SpatialMamba also init_cfg's, and what is an address: others' mmengine downloads.
+    """
+    backbone = model.get("backbone") or {}
+    named = backbone.get("pretrained") or model.get("pretrained")
+    if kind_of(backbone) != "MM_SpatialMamba":
+        return named if isinstance(named, str) and "://" not in named else None
+    if named:
+        return named
     configs = checkpoints_of(backbone.get("init_cfg"), {*backbone} & {*DO_NOTHING})
     return configs[0]["checkpoint"] if configs else None
 
@@ -78,7 +85,7 @@ NORMALISED = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375),
 def note_other_normalisation(cfg: Config) -> None:
     """Pretrained weights see images otherwise than they were trained on, if they are normalised otherwise."""
     backbone = cfg.model.get("backbone") or {}
-    if backbone.get("type") != "MM_SpatialMamba" or not pretrained_of(backbone):
+    if backbone.get("type") != "MM_SpatialMamba" or not pretrained_of(cfg.model):
         return
     given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
     own = {"mean": given.get("mean"), "std": given.get("std"), "bgr_to_rgb": given.get("bgr_to_rgb", False)}
@@ -130,28 +137,39 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
             if isinstance(metric, dict) and metric.get("ann_file"):
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
-            if isinstance(metric, dict) and metric.get("ann_file") and not metric.get("backend_args"):
+            if isinstance(metric, dict) and metric.get("ann_file") and not _is_elsewhere(metric):
                 _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
                 _check_compared(metric, datasets, split)
             if isinstance(metric, dict) and metric.get("ann_file"):
                 _check_all_are_tested(metric, datasets, split)
+            if isinstance(metric, dict) and kind_of(metric) in OF_THE_WHOLE_FILE:
+                _check_image_ids(metric, datasets, split)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
 
 
 def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
     """A label is to mean the same class in every data set: of training, and of the validation that chooses the best."""
-    first: dict[str, tuple[str, object]] = {}
+    first: dict[str, tuple[str, object, str]] = {}
     by_text = any(kind in OTHER_CLASSES for kind in _kinds(cfg.model))
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
             key = f"{split}_dataloader.dataset"
-            found = {"classes": _classes(dataset, key), "reduce_zero_label": _argument(dataset, "reduce_zero_label")}
-            for name, value in found.items():
-                place, before = first.setdefault(name, (key, value))
+            reduces = bool(_argument(dataset, "reduce_zero_label"))  # of mmdet's data sets, None
+            folder = _folder_of_maps(dataset)
+            for name, value in {"classes": _classes(dataset, key), "reduce_zero_label": reduces}.items():
+                place, before, its_folder = first.setdefault(name, (key, value, folder))
                 if name == "reduce_zero_label" and value != before:
-                    raise UserError(f"{name} is {before} in {place} and {value} in {key}; make them equal")
+                    text = f"{name} is {before} in {place} and {value} in {key}"
+                    if folder == its_folder:
+                        raise UserError(f"{text}; make them equal")
+                    # Maps of another source may well be reduced already.
+                    print_log(
+                        f"{text}: in the maps of {its_folder}, label {int(before)} is the first class, and in those of "
+                        f"{folder}, label {int(value)}; make them equal if that is not so",
+                        level=logging.WARNING,
+                    )
                 # Of other classes altogether are trackers, and models that read texts, which may have some in common.
                 if name == "classes" and not by_text and (moved := _elsewhere(before, value)):
                     one, old, new = moved
@@ -159,6 +177,12 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
                         f"{place} and {key} have their classes in another order: {one!r} is class {old} and {new}; "
                         "make them equal, and where annotation files disagree, their categories"
                     )
+
+
+def _folder_of_maps(dataset: ConfigDict) -> str:
+    """What holds the folder of a split's label maps."""
+    maps = (dataset.get("data_prefix") or {}).get("seg_map_path") or ""
+    return os.path.dirname(os.path.realpath(os.path.join(dataset.get("data_root") or "", str(maps))))
 
 
 def _elsewhere(before: list[str], now: list[str]) -> tuple[str, int, int] | None:
@@ -394,7 +418,7 @@ def _check_no_pickles(value: object, key: str) -> None:
 def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
     """CocoMetric numbers labels by its own file's categories: in another order, perfect predictions count as wrong."""
     plain = [dataset for dataset in datasets if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file")]
-    if kind_of(metric) != "CocoMetric" or len(plain) != 1 or plain[0].get("backend_args"):
+    if kind_of(metric) != "CocoMetric" or len(plain) != 1 or _is_elsewhere(plain[0]):
         return
     loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)
     if os.path.realpath(loaded) == os.path.realpath(metric.ann_file):
@@ -422,10 +446,49 @@ def _check_all_are_tested(metric: ConfigDict, datasets: list[ConfigDict], split:
             )
 
 
+def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
+    """CocoMetric knows an image by its id alone: where two data sets have the same one, each is taken for both."""
+    plain = [one for one in datasets if kind_of(one) == "CocoDataset" and one.get("ann_file")]
+    if len(plain) < 2 or any(map(_is_elsewhere, [metric, *plain])):
+        return
+    seen: dict[object, str] = {}
+    for dataset in plain:
+        path = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
+        own = _image_ids(path)
+        if both := sorted(own & seen.keys(), key=str):
+            raise UserError(
+                f"{split}_dataloader.dataset joins {seen[both[0]]} and {path}, which both have an image of the id "
+                f"{both[0]!r}: {kind_of(metric)} would take the one for the other; give each image an id of its own, "
+                "or take mmdet's MultiDatasetsEvaluator with a metric for each data set"
+            )
+        seen.update(dict.fromkeys(own, path))
+    known = _image_ids(metric.ann_file) if metric.get("ann_file") else set()
+    if known and (foreign := sorted(seen.keys() - known, key=str)):
+        raise UserError(
+            f"{metric.ann_file}: has no image of the id {foreign[0]!r}, which {seen[foreign[0]]} has, so their "
+            f"predictions cannot be compared; name a file of all images in {split}_evaluator.ann_file, or take "
+            "mmdet's MultiDatasetsEvaluator with a metric for each data set"
+        )
+
+
+def _image_ids(path: str) -> set:
+    """Of a COCO file that is not too large to read; of what is none, mmdet says so."""
+    with suppress(AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
+        if os.path.getsize(path) <= SMALL:
+            return {image["id"] for image in json.loads(Path(path).read_bytes())["images"]}
+    return set()
+
+
+def _is_elsewhere(config: ConfigDict) -> bool:
+    """Whether a data set or a metric reads its files otherwise than from this disk."""
+    backend = (config.get("backend_args") or {}).get("backend", "local")
+    return backend != "local" or any("://" in str(config.get(key)) for key in ("data_root", "ann_file"))
+
+
 def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     _check_no_pickles(dataset, key)
-    if dataset.get("backend_args"):
-        return  # not on this disk
+    if _is_elsewhere(dataset):
+        return
     root = dataset.get("data_root") or ""
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):

@@ -1,14 +1,119 @@
-"""What is said beside a toolchain's own log."""
+"""What our tools add to a toolchain's training: checks of what it goes on with in silence, and what they say."""
 
 import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
+from mmengine.dist import all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
+from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+
+from classification.errors import UserError
+from classification.sync_bn import average_batch_norm
 
 NAMED = 5  # classes
+
+
+class StopAtInvalidLoss(Hook):
+    """Ends training with the first loss that is NaN or infinite; mmsegmentation would go on to the last iteration.
+
+    After overflows float16's gradients may well be infinite, for the loss is scaled until they are not. A loss is as it
+    is, and what made it NaN is in batch norm's statistics by then. All processes stop together, so that one of them can
+    say why.
+    """
+
+    priority = "HIGH"  # before averages and checkpoints take the weights
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None) -> None:
+        outputs = outputs or {}
+        bad = not _number(outputs.get("loss", 0)).isfinite()  # the sum of all
+        anywhere = torch.tensor(int(bad))
+        all_reduce(anywhere, "max")
+        if anywhere:
+            losses = {name: _number(value) for name, value in outputs.items() if bad and "loss" in name}
+            parts = [f"{name} is {value.item()}" for name, value in losses.items() if not value.isfinite()]
+            raise UserError(
+                f"iteration {runner.iter + 1}: the loss is not finite ({', '.join(parts) or 'in another process'}), so "
+                "nothing more is learnt; go on from an earlier checkpoint with a lower optim_wrapper.optimizer.lr, "
+                "gradients that are clipped (optim_wrapper.clip_grad), or without --amp"
+            )
+
+
+def _number(value: torch.Tensor | float) -> torch.Tensor:
+    return torch.as_tensor(value).detach()
+
+
+@HOOKS.register_module()
+class AverageBatchNorm(Hook):
+    """Gives the batch norms of all processes the mean of their statistics, before each validation and checkpoint.
+
+    mmengine's SyncBuffersHook is too late for checkpoints by iteration, which are then not what is validated, and for
+    the copy that EMAHook has.
+    """
+
+    priority = "HIGH"  # before EMAHook
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None) -> None:
+        if get_world_size() > 1 and self._is_due(runner, batch_idx):
+            average_batch_norm(runner.model)
+
+    def _is_due(self, runner, batch_idx: int) -> bool:
+        saved = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
+        if any(self.every_n_train_iters(runner, hook.interval, hook.save_begin) for hook in saved):
+            return True
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            every = runner.train_loop.val_interval
+            return self.every_n_train_iters(runner, every) or self.is_last_train_iter(runner)
+        return self.end_of_epoch(runner.train_dataloader, batch_idx)
+
+
+class NoteOtherProcesses(Hook):
+    """What a resumed run counts otherwise: mmengine takes over its iterations and epochs, however long these are now.
+
+    Processes are saved in `meta`, for mmengine does not save how many there were.
+    """
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        checkpoint["meta"]["processes"] = get_world_size()
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        meta = checkpoint.get("meta")
+        if not (runner._resume and isinstance(meta, dict)):
+            return
+        before, now = meta.get("processes"), get_world_size()
+        if isinstance(before, int) and before != now:
+            _warn(f"the run that goes on had {before} processes, and has {now}; its rates are for {before} processes")
+        loop, epoch, done = runner.train_loop, meta.get("epoch"), meta.get("iter")
+        if not (isinstance(loop, EpochBasedTrainLoop) and isinstance(epoch, int) and isinstance(done, int)):
+            return
+        length = len(runner.train_dataloader)
+        if done != epoch * length:
+            end = done + (loop.max_epochs - epoch) * length
+            _warn(
+                f"the checkpoint is of {epoch} epochs and {done} iterations, but an epoch has {length} now: images, "
+                "processes or images per batch are others, or it was saved within an epoch, which begins anew. "
+                f"Training ends at iteration {end}{_schedules(checkpoint, done, end)}"
+            )
+
+
+def _schedules(checkpoint: dict, done: int, end: int) -> str:
+    """Where those of the rates that are counted by iteration end, if not with training."""
+    schedules = checkpoint.get("param_schedulers")
+    schedules = [one for one in schedules if isinstance(one, dict)] if isinstance(schedules, list) else []
+    ends = [one.get("end") for one in schedules if not one.get("by_epoch", True)]
+    others = sorted({one for one in ends if isinstance(one, int) and done < one < ENDLESS and one != end})
+    return f", the schedule of its rate at {', '.join(map(str, others))}" if others else ""
+
+
+ENDLESS = int(1e9)  # mmengine's end of a schedule that has none
+
+
+def _warn(message: str) -> None:
+    print_log(message, logger="current", level=logging.WARNING)
 
 
 class NameAbsentClasses(Hook):

@@ -40,9 +40,9 @@ from classification.openmmlab.checks import (
     reduces_zero_label,
 )
 from classification.openmmlab.flops import complexity_table
-from classification.openmmlab.hooks import NameAbsentClasses
+from classification.openmmlab.hooks import AverageBatchNorm, NameAbsentClasses, NoteOtherProcesses, StopAtInvalidLoss
 from classification.openmmlab.saved_config import note_other_config, note_other_start, note_what_goes_on
-from classification.run import meeting, whole_numbers
+from classification.run import lost_another, meeting, whole_numbers
 
 # Of what is imported for its effect: mmengine reads YAML as data, and no pickles; CheckBits and CheckLabels are known.
 
@@ -122,7 +122,15 @@ def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Name
             torch.distributed.destroy_process_group()
     except UserError as error:
         message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")  # of a worker
-        sys.exit(f"error: {printable(message)}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+        _end(message)
+    except RuntimeError as error:
+        if not (gone := lost_another(error)):
+            raise
+        _end(gone)
+
+
+def _end(message: str) -> None:
+    sys.exit(f"error: {printable(message)}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 # ----- the config
@@ -343,8 +351,12 @@ def _check_gpus(launcher: str) -> None:
 
 def _use_cpu(cfg: Config, launcher: str) -> None:
     """mmengine's own set-up of several processes calls CUDA; it leaves alone one that is there already."""
-    _replace_sync_bn(cfg)
-    cfg.pop("sync_bn", None)
+    replaced = _replace_sync_bn(cfg) + bool(cfg.pop("sync_bn", None))
+    if replaced and launcher != "none" and int(os.environ["WORLD_SIZE"]) > 1 and os.environ["RANK"] == "0":
+        print_log(
+            "no GPU, so there is no SyncBN: batch norm is each process's own, and their statistics are averaged",
+            level=logging.WARNING,
+        )
     if launcher == "none":
         return
     if "MASTER_ADDR" not in os.environ:
@@ -363,13 +375,13 @@ def _use_cpu(cfg: Config, launcher: str) -> None:
     }
 
 
-def _replace_sync_bn(value: object) -> None:
-    """PyTorch's synchronised batch norm is for GPUs."""
+def _replace_sync_bn(value: object) -> int:
+    """PyTorch's synchronised batch norm is for GPUs. Returns how often it stood there."""
     items = value.values() if isinstance(value, (dict, Config)) else value if isinstance(value, (list, tuple)) else ()
-    if isinstance(value, dict) and value.get("type") == "SyncBN":
+    found = isinstance(value, dict) and value.get("type") == "SyncBN"
+    if found:
         value["type"] = "BN"
-    for item in items:
-        _replace_sync_bn(item)
+    return found + sum(map(_replace_sync_bn, items))
 
 
 def _build(cfg: Config) -> Runner:
@@ -393,7 +405,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     if args.resume or (cfg.get("resume") and not cfg.get("load_from")):
         _find_what_to_resume(args, cfg)
     check_file(cfg.get("load_from"))
-    check_file(pretrained_of(cfg.model.get("backbone") or {}))
+    check_file(pretrained_of(cfg.model))
     check_data(cfg, ("train", "val"))
     check_labels_everywhere(cfg)
     note_class_weights(cfg)
@@ -404,7 +416,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     runner = _build(cfg)
-    runner.register_hook(NameAbsentClasses())
+    for hook in (NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, NoteOtherProcesses):
+        runner.register_hook(hook())
     if path := cfg.get("load_from"):
         resumed = bool(cfg.get("resume"))
         classes = data_classes(cfg, "train") if resumed else ()

@@ -492,6 +492,14 @@ def test_a_checkpoint_that_was_packed_anew_stays_where_it_is(tmp_path):
         with pytest.raises(UserError, match=rf"latest\.pth: is (no checkpoint but )?{message}"):
             folder.read_last(lambda *_: None)
         assert path.read_bytes() == content
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": {"w": torch.arange(4.0)}}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.raises(UserError, match=r"latest\.pth: was saved without checksums .* adds them"):
+        folder.read_last(lambda *_: None)
+    assert sorted(f.name for f in tmp_path.glob("*.pth*")) == ["epoch_1.pth", "latest.pth"]
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in records.items():
             archive.writestr(name, content)

@@ -271,6 +271,31 @@ def test_one_class_is_said_to_say_nothing(few_digits, tmp_path, run_main):
     assert "there is one class, so every prediction is right: accuracy says nothing" in printed
 
 
+GLOO = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:50567: Connection reset by peer"
+)
+
+
+def test_what_another_process_leaves_behind_is_one_line(run_main, monkeypatch):
+    def failing(error: RuntimeError):
+        def work(*_):
+            raise error
+
+        monkeypatch.setattr(main_module, "_main", work)
+        return error
+
+    failing(RuntimeError(GLOO))
+    with pytest.raises(SystemExit) as stop:
+        run_main()
+    line = (
+        "error: another process has ended or does not answer (Read error [127.0.0.1]:50567: Connection reset by peer); "
+    )
+    assert stop.value.code.startswith(line)
+    failing(RuntimeError("of another kind"))
+    with pytest.raises(RuntimeError, match="of another kind"):
+        run_main()
+
+
 def test_a_second_ctrl_c_ends_at_once(few_digits, tmp_path, run_main, monkeypatch, request):
     """The first one saves; a launcher's copy of it, in the same second, changes nothing."""
     received = []
@@ -395,7 +420,7 @@ def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_pat
 
 
 def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
-    """Key by key, where it changes numbers; not more epochs, other paths and the like."""
+    """Key by key, where it changes numbers, as another number of epochs does by the schedule; not other paths."""
     arguments = ["--data-path", few_digits, "--output", tmp_path]
     run_main(*arguments, "--opts", *QUICK, "TRAIN.EPOCHS", "1")
     path = tmp_path / name_of(".") / "latest.pth"
@@ -404,13 +429,14 @@ def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
     content["validation_images"] = 34
     content["config"] = content["config"].replace("  SYNC_BN: false\n", "")  # of an earlier version
     save_checkpoint(content, tmp_path / "earlier.pth")
-    free = [*QUICK, "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "1", "KEEP_LAST", "2", "PRINT_FREQ", "1"]
-    changed = ["AUG.MIXUP", "0.5", "TRAIN.SYNC_BN", "True", "TRAIN.OPTIMIZER.EPS", "1e-6"]
+    free = [*QUICK, "TRAIN.EPOCHS", "1", "DATA.NUM_WORKERS", "1", "KEEP_LAST", "2", "PRINT_FREQ", "1"]
+    changed = ["TRAIN.EPOCHS", "2", "AUG.MIXUP", "0.5", "TRAIN.SYNC_BN", "True", "TRAIN.OPTIMIZER.EPS", "1e-6"]
     printed = run_main(*arguments, "--tag", "a", "--resume", path, "--opts", *free)
     assert "another config" not in printed
     printed = run_main(*arguments, "--tag", "b", "--resume", tmp_path / "earlier.pth", "--opts", *free, *changed)
     line = (
-        "earlier.pth: training goes on with another config: TRAIN.OPTIMIZER.EPS 1e-08 -> 1e-06, AUG.MIXUP 0.2 -> 0.5, "
+        "earlier.pth: training goes on with another config: TRAIN.EPOCHS 1 -> 2, TRAIN.OPTIMIZER.EPS 1e-08 -> 1e-06, "
+        "AUG.MIXUP 0.2 -> 0.5, "
     )
     assert printed.count(f"{line}processes 4 -> 1, images 41 -> 40, validation_images 34 -> 33\n") == 1
     content["config"] = "TRAIN: {EPOCHS: many}"

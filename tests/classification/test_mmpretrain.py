@@ -59,8 +59,8 @@ def test_effective_config(size):
     assert (warmup.start_factor, warmup.end, cosine.eta_min) == (1e-3, 20, 1e-5)  # of 1e-3: from 1e-6, as ours
     assert (warmup.begin, warmup.convert_to_iter_based) == (0, True)
     assert (cosine.begin, cosine.end, cosine.convert_to_iter_based) == (20, 300, True)
-    (ema,) = cfg.custom_hooks
-    assert (ema.type, ema.momentum) == ("EMAHook", 1e-4)
+    statistics, ema = cfg.custom_hooks
+    assert (statistics.type, ema.type, ema.momentum) == ("AverageBatchNorm", "EMAHook", 1e-4)
     train = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
     assert train["RandAugment"].magnitude_level == 9
     assert train["RandAugment"].magnitude_std == 0.5

@@ -24,9 +24,10 @@ from PIL import Image
 pytest.importorskip("mmengine", reason="make install-openmmlab")
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import dump, load
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.registry import MODELS
-from mmengine.runner import load_checkpoint
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, load_checkpoint
 
 from classification.checkpoint import read_checkpoint
 from classification.errors import UserError
@@ -595,6 +596,24 @@ def test_environments_of_the_tools(launcher, variables, message, tmp_path, monke
         tools._read_config(argparse.Namespace(config=str(tmp_path / "c.py"), launcher=launcher, local_rank=0), "mmdet")
 
 
+def test_what_another_process_leaves_behind_is_one_line(monkeypatch):
+    def work(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(tools, "_read_config", lambda *_: None)
+    error = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [::1]:1: Connection reset by peer"
+    for rank, code in (
+        ("0", r"another process .* \(Read error \[::1\]:1: Connection reset by peer\); what"),
+        ("1", "1"),
+    ):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match=code):
+            tools._run(work, argparse.Namespace(), "mmdet")
+    error = "of another kind"
+    with pytest.raises(RuntimeError, match=error):
+        tools._run(work, argparse.Namespace(), "mmdet")
+
+
 def coco(**changed) -> dict:
     images = [{"id": i, "file_name": "a.png", "categories": [{"id": 7, "name": "outdoor"}]} for i in (1, 2)]
     annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]
@@ -752,6 +771,37 @@ def test_data_in_pickles_is_refused_before_it_is_loaded(kind, tmp_path, monkeypa
         with pytest.raises(UserError, match=r"a pickle loaded, which can run code"):
             load(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_images_of_joined_data_sets_have_their_own_ids(tmp_path):
+    """CocoMetric would compare one's predictions with the other's boxes."""
+
+    def written(name, ids):
+        content = coco()
+        content["images"] = [{**content["images"][0], "id": i} for i in ids]
+        content["annotations"] = [{**content["annotations"][0], "image_id": ids[0]}]
+        (tmp_path / name).write_text(json.dumps(content))
+        return dict(type="CocoDataset", data_root=str(tmp_path), ann_file=name, metainfo=dict(classes=("cat",)))
+
+    parts = {name: written(f"{name}.json", ids) for name, ids in dict(a=[1, 2], b=[3], c=[9, 2], all=[1, 2, 3]).items()}
+
+    def checked(first, second, compared, kind="CocoMetric", **more):
+        dataset = dict(type="ConcatDataset", datasets=[{**parts[one], **more} for one in (first, second)])
+        metric = dict(type=kind, ann_file=compared and str(tmp_path / f"{compared}.json"))
+        evaluator = dict(type="MultiDatasetsEvaluator", metrics=[metric, metric]) if kind is None else metric
+        checks.check_data(
+            Config(dict(model={}, val_dataloader=dict(dataset=dataset), val_evaluator=evaluator)), ("val",)
+        )
+
+    checked("a", "b", "all")
+    checked("a", "b", None)
+    checked("a", "c", "all", kind=None)
+    checked("a", "c", "all", backend_args=dict(backend="petrel"))
+    for pair, compared in ((("a", "c"), "all"), (("a", "c"), None), (("a", "a"), "a")):
+        with pytest.raises(UserError, match=r"^val_dataloader\.dataset joins .*a\.json and .*, which both .* id [12]:"):
+            checked(*pair, compared)
+    with pytest.raises(UserError, match=r"a\.json: has no image of the id 3, which .*b\.json has, so"):
+        checked("a", "b", "a")
 
 
 @pytest.mark.parametrize("kind", ["CocoMetric", "mmdet.LVISMetric"])
@@ -925,6 +975,10 @@ def test_what_is_ignored_is_the_same_everywhere():
         checks.check_data(cfg, ("train", "val", "test"))
 
 
+def maps(folder: str) -> dict:
+    return {"data_prefix": {"seg_map_path": folder}}
+
+
 @pytest.mark.parametrize(
     ("trained", "validated", "message"),
     [
@@ -935,9 +989,20 @@ def test_what_is_ignored_is_the_same_everywhere():
         ({}, {"metainfo": {"classes": ("a", "c")}}, None),  # as of trackers: no name is at two places
         ({"model": {"bbox_head": {"type": "GroundingDINOHead"}}}, {"metainfo": {"classes": ("b", "c")}}, None),
         ({"reduce_zero_label": False}, {}, "reduce_zero_label is False in train_dataloader.dataset and True in val"),
+        (
+            {"reduce_zero_label": False, **maps("a/maps/train")},
+            {"data_root": "a/maps", **maps("val")},
+            "reduce_zero_label is False in train_dataloader.dataset and True in val_dataloader.dataset; make",
+        ),
+        ({**maps("a/maps/train")}, {"reduce_zero_label": False, **maps("b/maps/val")}, None),  # reduced already
+        ({"reduce_zero_label": False}, {"reduce_zero_label": None}, None),
     ],
 )
-def test_labels_mean_the_same_in_all_splits(trained, validated, message):
+def test_labels_mean_the_same_in_all_splits(trained, validated, message, monkeypatch):
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
+    monkeypatch.setattr(checks, "_must_exist", lambda *what: None)
+
     class Dataset:
         METAINFO = MappingProxyType({"classes": ("a", "b")})
 
@@ -949,6 +1014,8 @@ def test_labels_mean_the_same_in_all_splits(trained, validated, message):
     cfg = Config(dict(model=model, train_dataloader=loaders[0], val_dataloader=loaders[1]))
     if message is None:
         checks.check_data(cfg, ("train", "val"))
+        found = [text for text in said if "reduce_zero_label is True in train_dataloader.dataset and False in" in text]
+        assert len(said) == len(found) == ("data_prefix" in validated)
     else:
         with pytest.raises(UserError, match=re.escape(message)):
             checks.check_data(cfg, ("train", "val"))
@@ -1198,15 +1265,23 @@ def test_images_are_normalised_as_those_of_the_pretrained_weights(changed, expec
     swins = dict(embed_dims=96, init_cfg=dict(type="Pretrained", checkpoint="https://example.org/swin.pth"))
     for more in ({}, swins):  # from scratch
         model["backbone"] |= more
-        assert not checks.pretrained_of(model["backbone"])
+        assert not checks.pretrained_of(model)
         checks.note_other_normalisation(Config(dict(model=model)))
         assert said == []
     for more in (dict(pretrained="a.pth"), dict(init_cfg=[dict(type="Pretrained", checkpoint="a.pth")])):
         model["backbone"] = dict(type="MM_SpatialMamba", **more)
-        assert checks.pretrained_of(model["backbone"]) == "a.pth"
+        assert checks.pretrained_of(model) == "a.pth"
         checks.note_other_normalisation(Config(dict(model=model)))
         assert [expected in message for message in said] == [True] * bool(expected)
         said.clear()
+    model |= dict(pretrained="b.pth", backbone=dict(type="MM_SpatialMamba"))  # which mmseg hands on
+    assert checks.pretrained_of(model) == "b.pth"
+    checks.note_other_normalisation(Config(dict(model=model)))
+    assert [expected in message for message in said] == [True] * bool(expected)
+    model["backbone"] = dict(type="ResNet")
+    assert checks.pretrained_of(model) == "b.pth"
+    for named in ("open-mmlab://resnet50_v1c", None):  # mmengine downloads it
+        assert checks.pretrained_of({**model, "pretrained": named}) is None
 
 
 def test_images_have_the_size_that_their_annotations_are_for():
@@ -1288,6 +1363,102 @@ def test_classes_that_no_map_has_are_named():
         "class 'b' is in no map; mIoU is the mean of 1 of 2 classes"
     )
     assert hooks.absent("ab", np.array([5, 1]), np.array([5, 2])) is None
+
+
+def loop_of(kind: type, **attributes) -> object:
+    loop = kind.__new__(kind)
+    vars(loop).update(attributes)
+    return loop
+
+
+def test_a_loss_that_is_not_finite_ends_training_in_all_processes(monkeypatch):
+    hook, runner = hooks.StopAtInvalidLoss(), argparse.Namespace(iter=6)
+    good = {"loss": torch.tensor(1.5), "decode.acc_seg": torch.tensor(float("nan"))}
+    for outputs in (good, {}, None):
+        hook.after_train_iter(runner, 6, None, outputs)
+    bad = {"loss": torch.tensor(float("nan")), "decode.loss_ce": float("inf"), "aux.loss_ce": torch.tensor(1.0)}
+    with pytest.raises(
+        UserError, match=r"iteration 7: the loss is not finite \(loss is nan, decode\.loss_ce is inf\), so"
+    ):
+        hook.after_train_iter(runner, 6, None, bad)
+    monkeypatch.setattr(hooks, "all_reduce", lambda value, op: value.fill_(1))
+    with pytest.raises(UserError, match=r"is not finite \(in another process\), so"):
+        hook.after_train_iter(runner, 6, None, good)
+
+
+def test_batch_norm_is_averaged_before_it_is_saved_and_validated(monkeypatch):
+    """mmengine averages before validation, after a checkpoint by iteration is saved with the first process' own."""
+    averaged = []
+    monkeypatch.setattr(hooks, "average_batch_norm", averaged.append)
+    monkeypatch.setattr(hooks, "get_world_size", lambda: 2)
+    hook = HOOKS.build(dict(type="AverageBatchNorm"))
+    saves = CheckpointHook(interval=4, by_epoch=False)
+    runner = argparse.Namespace(hooks=[hook, saves], max_iters=10, train_dataloader=range(5))
+
+    def done(kind, **attributes):
+        runner.train_loop = loop_of(kind, **attributes)
+        for i in range(10):
+            runner.iter, runner.model = i, i + 1
+            hook.after_train_iter(runner, i % 5)
+        found = averaged.copy()
+        averaged.clear()
+        return found
+
+    assert done(IterBasedTrainLoop, val_interval=3) == [3, 4, 6, 8, 9, 10]
+    saves.by_epoch = True
+    assert done(EpochBasedTrainLoop, val_interval=1) == [5, 10]
+    monkeypatch.setattr(hooks, "get_world_size", lambda: 1)
+    assert done(IterBasedTrainLoop, val_interval=3) == []
+
+
+@pytest.mark.parametrize(
+    ("meta", "schedules", "loop", "said"),
+    [
+        ({"epoch": 2, "iter": 10, "processes": 1}, [dict(by_epoch=False, end=20)], EpochBasedTrainLoop, []),
+        (
+            {"epoch": 2, "iter": 40, "processes": 4},
+            [dict(by_epoch=False, end=3), dict(by_epoch=False, end=80), dict(by_epoch=True, end=4),
+             dict(by_epoch=False, end=hooks.ENDLESS)],
+            EpochBasedTrainLoop,
+            ["had 4 processes, and has 1; its rates are for 4 processes",
+             "of 2 epochs and 40 iterations, but an epoch has 5 now: images",
+             "Training ends at iteration 50, the schedule of its rate at 80"],
+        ),
+        ({"epoch": 0, "iter": 3}, None, EpochBasedTrainLoop, ["of 0 epochs and 3 iterations", "at iteration 23"]),
+        ({"epoch": 0, "iter": 3, "processes": 1}, None, IterBasedTrainLoop, []),
+        ({"epoch": "a", "iter": None, "processes": []}, 3, EpochBasedTrainLoop, []),
+        (None, None, EpochBasedTrainLoop, []),
+    ],
+)  # fmt: skip
+def test_a_run_that_goes_on_counts_as_before(meta, schedules, loop, said, log):
+    hook = hooks.NoteOtherProcesses()
+    runner = argparse.Namespace(_resume=True, train_loop=loop_of(loop, _max_epochs=4), train_dataloader=range(5))
+    hook.after_load_checkpoint(runner, {"meta": meta, "param_schedulers": schedules})
+    assert all(one in log.text for one in said)
+    assert bool(log.records) == bool(said)
+    log.clear()
+    runner._resume = False
+    hook.after_load_checkpoint(runner, {"meta": meta})
+    assert not log.records
+    saved = {"meta": {}}
+    hook.before_save_checkpoint(runner, saved)
+    assert saved == {"meta": {"processes": 1}}
+
+
+def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    monkeypatch.setattr(tools.torch.distributed, "init_process_group", lambda kind: None)
+    for name, value in {"MASTER_ADDR": "here", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for model, found in ((dict(norm_cfg=dict(type="SyncBN")), 1), (dict(norm_cfg=dict(type="BN")), 0)):
+        said.clear()
+        cfg = Config(dict(model=dict(decode_head=model, neck=[model])))
+        tools._use_cpu(cfg, "pytorch")
+        assert cfg.model.decode_head.norm_cfg.type == cfg.model.neck[0].norm_cfg.type == "BN"
+        assert sum("there is no SyncBN: batch norm is each process's own" in one for one in said) == found
+        tools._use_cpu(Config(dict(model=model)), "none")
+        assert len(said) == 1 + found
 
 
 def test_maps_of_other_images_and_lossy_ones(tmp_path):

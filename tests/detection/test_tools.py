@@ -206,6 +206,13 @@ def test_valid_configs_pass(scenes, tmp_path):
     there = dict(backend="petrel", _delete_=True)
     elsewhere = {"val_evaluator.ann_file": "s3/val.json", "val_evaluator.backend_args": there}
     checked(scenes, **elsewhere)
+    here = {"val_evaluator.ann_file": "s3/val.json", "val_evaluator.backend_args": {**there, "backend": "local"}}
+    with pytest.raises(UserError, match=r"s3/val\.json: no such annotation file"):
+        checked(scenes, **here)
+    key = "train_dataloader.dataset"
+    with pytest.raises(UserError, match=r"no\.json: no such annotation file"):
+        checked(scenes, **{f"{key}.ann_file": "no.json", f"{key}.backend_args": here["val_evaluator.backend_args"]})
+    checked(scenes, **{f"{key}.ann_file": "s3://no.json", f"{key}.data_root": ""})
     plain = dict(type="CocoDataset", data_root=f"{scenes}/", ann_file="annotations/instances_train.json")
     plain |= dict(data_prefix=dict(img="train/"), metainfo=dict(classes=tuple("0123456789")), _delete_=True)
     repeated = dict(type="RepeatDataset", times=2, dataset=plain, _delete_=True)

@@ -56,6 +56,7 @@ def test_training_testing_and_resuming(scenes, tmp_path):
     done = run_command(*command, cwd=tmp_path, PORT=port, **note_threads(tmp_path / "threads"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"Iter\(train\) *\[6/6\]", done.stdout)
+    assert "so there is no SyncBN" in done.stdout
     assert [len(threads) for threads in threads_left(tmp_path / "threads")] == [1, 1]
     (tmp_path / "run/iter_6.pth").unlink()
     (tmp_path / "run/last_checkpoint").write_text(str(tmp_path / "run/iter_3.pth"))
@@ -63,6 +64,7 @@ def test_training_testing_and_resuming(scenes, tmp_path):
     done = run_command(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.findall(r"Iter\(train\) *\[(\d)/6\]", done.stdout) == ["4", "5", "6"]
+    assert "had 2 processes, and has 1" in done.stdout
 
     command = [
         "python",
@@ -141,6 +143,13 @@ def message(monkeypatch, main, *arguments) -> str:
 def test_wrong_data_root(monkeypatch):
     said = message(monkeypatch, tools.train, MICRO, *options(Path("/nowhere")))
     assert "/nowhere/images/training: no such folder (train_dataloader.dataset.data_prefix.img_path)" in said
+
+
+def test_a_loss_that_is_nan_ends_training(monkeypatch, scenes, tmp_path):
+    arguments = ["--work-dir", tmp_path, *options(scenes, "optim_wrapper.optimizer.lr=1e38")]
+    said = message(monkeypatch, tools.train, MICRO, *arguments)
+    assert re.match(r"error: iteration [23]: the loss is not finite \(loss is (nan|inf), decode\.loss_ce is", said)
+    assert not list(tmp_path.glob("*.pth"))
 
 
 @pytest.mark.parametrize(

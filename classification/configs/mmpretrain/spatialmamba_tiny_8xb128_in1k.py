@@ -1,7 +1,7 @@
 # ImageNet-1K with mmpretrain, 8 GPUs with 128 images each: the recipe of configs/spatialmamba as far as it goes there.
 # Crops, RandAugment, erasing, mixup, cutmix, label smoothing and AdamW are those of its Swin-T config.
-# What it has not: MESA, the loss from the EMA model's softmax. Batch norm is each GPU's own: sync_bn="torch" has it
-# synchronised, as main.py does. Mixed precision is its --amp.
+# What it has not: MESA, the loss from the EMA model's softmax. Mixed precision is its --amp. Batch norm is each GPU's
+# own, and its statistics are averaged before validation, as by main.py; sync_bn="torch" has it synchronised.
 _base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
 
 custom_imports = dict(imports=["classification.models.openmmlab"], allow_failed_imports=False)
@@ -28,4 +28,4 @@ param_scheduler = [
     # By iteration, where the base has it by epoch. Its end is that of train_cfg.max_epochs: change both.
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, begin=20, end=300, convert_to_iter_based=True),
 ]
-custom_hooks = [dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
+custom_hooks = [dict(type="AverageBatchNorm"), dict(type="EMAHook", momentum=1e-4, priority="ABOVE_NORMAL")]
