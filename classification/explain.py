@@ -2,6 +2,7 @@
 
     python -m classification.explain output/spatialmamba_micro/digits/best.pth image.png --out figures
     python -m classification.explain spatialmamba_tiny *.jpg --out figures --figures states erf --size own
+    python -m classification.explain output/spatialmamba_micro/digits/best.pth --serve
 
 writes one PNG and one .npz of the arrays for each of `FIGURES`. The first argument is a checkpoint, or the name of a
 size, which is then drawn as it is initialised. The functions take any images and leave the model as it was: they add
@@ -102,6 +103,12 @@ def _index(value: int, count: int, kind: str, owner: str) -> int:
     if not -count <= value < count:
         raise UserError(f"no {kind} {value}: {owner} has {kind}s 0 to {count - 1}")
     return value % count
+
+
+def last_stage(images: Tensor, stages: int, least: int) -> int:
+    """The last whose map of these images has at least so many rows and columns, large enough to look at; else 0."""
+    smallest = min(images.shape[2:])
+    return max((i for i in range(stages) if math.ceil(smallest / 2 ** (i + 2)) >= least), default=0)
 
 
 def _position(position: tuple[int, int] | None, size: Sequence[int], of: str) -> tuple[int, int]:
@@ -686,6 +693,7 @@ def draw_receptive_fields(
 
 BATCH = 8
 LARGEST_SIZE = 4096
+LARGEST_PORT = 65535
 
 
 class Loaded(NamedTuple):
@@ -732,9 +740,7 @@ class Run:
         """The one asked for; else the last whose map has at least this many rows and columns; else the first."""
         if self.args.stage is not None:
             return _index(self.args.stage, len(self.model.layers), "stage", "the model")
-        smallest = min(self.images.shape[2:])
-        stages = [i for i in range(len(self.model.layers)) if math.ceil(smallest / 2 ** (i + 2)) >= least]
-        return stages[-1] if stages else 0
+        return last_stage(self.images, len(self.model.layers), least)
 
     def block(self, stage: int) -> int:
         return _index(self.args.block, len(self.model.layers[stage].blocks), "block", f"stage {stage}")
@@ -937,6 +943,12 @@ def _size(text: str) -> int | str:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"must be a number up to {LARGEST_PORT}, got {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the command line; its arguments are what `explain` takes."""
     found = argparse.ArgumentParser(
@@ -944,7 +956,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("source", metavar="CHECKPOINT|MODEL", help=f"a checkpoint, or one of {', '.join(VARIANTS)}")
     found.add_argument("images", nargs="*", metavar="IMAGE", help="image files, a row in each figure")
-    found.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
+    found.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures")
+    found.add_argument("--serve", action="store_true", help="in place of --out: a local page to drop images on")
+    found.add_argument("--port", type=_port, help="of the page; 0 for any that is free")
     found.add_argument("--figures", nargs="+", choices=tuple(FIGURES), help="by default all that can be made")
     found.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
     found.add_argument(
@@ -962,11 +976,34 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from classification import explain_page  # which imports this module
+
+    explain_page.check_gradio()
+    loaded = load(args.source, args.weights)
+    title = f"{loaded.size}, {Path(args.source).name if loaded.trained else 'at initialisation'}"
+    explain_page.serve(
+        explain_page.Viewer(loaded, args.size), title, explain_page.PORT if args.port is None else args.port
+    )
+
+
+def _parse_args() -> argparse.Namespace:
+    found = parser()
+    args = found.parse_args()
+    if args.serve and (args.images or args.out):
+        found.error("--serve takes no images and no --out: images are dropped on the page")
+    if not args.serve and not args.out:
+        found.error("--out DIR is needed, for the figures; or --serve, for the page")
+    if not args.serve and args.port is not None:
+        found.error("--port goes with --serve")
+    return args
+
+
 def main() -> None:
-    args = parser().parse_args()
+    args = _parse_args()
     escape_on_streams()
     try:
-        explain(args)
+        (_serve if args.serve else explain)(args)
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
 
