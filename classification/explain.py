@@ -101,7 +101,8 @@ def block_at(model: nn.Module, stage: int, block: int) -> Block:
 
 def _index(value: int, count: int, kind: str, owner: str) -> int:
     if not -count <= value < count:
-        raise UserError(f"no {kind} {value}: {owner} has {kind}s 0 to {count - 1}")
+        plural = f"{kind}es" if kind.endswith("s") else f"{kind}s"
+        raise UserError(f"no {kind} {value}: {owner} has {plural} 0 to {count - 1}")
     return value % count
 
 
@@ -263,7 +264,7 @@ def fixed_ssm(
     ssm = block_at(model, stage, block).self_attention
     ((_, x, _),) = _observe(model, images, [ssm.state_fusion], stage % len(backbone_of(model).layers))
     channels = [channels] if isinstance(channels, int) else range(x.shape[1]) if channels is None else channels
-    channels = [_index(c, x.shape[1], "channel", "the block's state space model") for c in channels]
+    channels = [_index(c, x.shape[1], "channel", "the block") for c in channels]
     with undisturbed(ssm):
         return FixedSSM(ssm, x, channels)
 
@@ -489,7 +490,7 @@ def draw_states(
     columns = {"x, input": found.x, "h, after the scan": found.h, "h', after the fusion": found.fused, "y": found.y}
     planes = {label: value.detach().cpu().double().numpy() for label, value in columns.items()}
     count = found.x.shape[1]
-    channels = [_index(c, count, "channel", "the block's state space model") for c in channels]
+    channels = [_index(c, count, "channel", "the block") for c in channels]
     rows = [(i, c) for i in range(len(pictures)) for c in (channels or [None])]
     by_components = colour == "pca" and not channels
     panels = Panels(len(rows), 1 + len(planes), title, pictures[0].shape, bars=not by_components)
@@ -525,7 +526,7 @@ def _principal_components(values: np.ndarray) -> tuple[np.ndarray, float]:
     """
     height, width = values.shape[-2:]
     tokens = np.moveaxis(values.reshape(len(values), -1, height, width), 1, -1)  # (B, H, W, D N)
-    flat = tokens.reshape(-1, tokens.shape[-1])
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(0)
     variances, vectors = np.linalg.eigh(flat.T @ flat)
     vectors = vectors[:, ::-1][:, :3]
