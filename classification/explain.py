@@ -493,7 +493,7 @@ def draw_states(
     channels = [_index(c, count, "channel", "the block") for c in channels]
     rows = [(i, c) for i in range(len(pictures)) for c in (channels or [None])]
     by_components = colour == "pca" and not channels
-    panels = Panels(len(rows), 1 + len(planes), title, pictures[0].shape, bars=not by_components)
+    panels = Panels(len(rows), 1 + len(planes), title, pictures[0].shape, not by_components, 0.4 * by_components)
     for ax, (i, _) in zip(panels.axes[:, 0], rows, strict=True):
         ax.imshow(pictures[i])
     of_rows = [names[i] if names else f"image {i}" for i, _ in rows]

@@ -13,7 +13,6 @@ import signal
 import socket
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,7 +83,8 @@ class Viewer:
         self.blocks = [len(layer.blocks) for layer in self.model.layers]
         self.no_activation = no_class_activation(self.model)
         self._transform = image_transform(loaded.config, size)
-        self._names = _told_apart(loaded.classes or [f"class {i}" for i in range(self.model.num_classes)])
+        names = loaded.classes or [f"class {i}" for i in range(self.model.num_classes)]
+        self._names = [printable(name) for name in names]
         self._lock = threading.Lock()  # hooks and gradients are the model's: requests wait for each other
 
     def look(self, path: str, blocks: Sequence[int], colour: str = "mean") -> Seen:
@@ -139,12 +139,6 @@ class Viewer:
             title = f"stage {stage}, block {block}: {height}x{width} positions, {channels} channels"
             drawings.append(_pixels(draw_states([picture_of(image[0])], found, title, [""], colour)))
         return drawings
-
-
-def _told_apart(names: Sequence[str]) -> list[str]:
-    """Names that two classes share, as ImageNet's crane, have their numbers."""
-    counts = Counter(names)
-    return [printable(name if counts[name] == 1 else f"{name} ({i})") for i, name in enumerate(names)]
 
 
 def _pixels(figure: Figure) -> Pixels:
@@ -251,7 +245,9 @@ def _listening(port: int) -> socket.socket:
     try:
         return socket.create_server((HOST, port))
     except OSError as error:
-        raise UserError(f"--port {port}: cannot be opened on {HOST} ({error.strerror}); name another") from error
+        raise UserError(
+            f"--port {port}: cannot be opened on {HOST} ({os.strerror(error.errno)}); name another"
+        ) from error
 
 
 def _server(page: "Blocks") -> object:
