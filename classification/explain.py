@@ -482,7 +482,7 @@ def draw_states(
         names: of the images.
         colour: "mean" over channels and states, one colour scale for each column; or "pca": the first three principal
             components of all tokens of a column as red, green and blue.
-        channels: these in place of the mean, a row for each.
+        channels: these in place of the mean, a row and a colour scale for each.
 
     Raises:
         UserError: no such channel.
@@ -493,7 +493,9 @@ def draw_states(
     channels = [_index(c, count, "channel", "the block") for c in channels]
     rows = [(i, c) for i in range(len(pictures)) for c in (channels or [None])]
     by_components = colour == "pca" and not channels
-    panels = Panels(len(rows), 1 + len(planes), title, pictures[0].shape, not by_components, 0.4 * by_components)
+    bars = colour == "mean" and not channels
+    below = 0.2 * len(rows) if channels else 0.4 * by_components
+    panels = Panels(len(rows), 1 + len(planes), title, pictures[0].shape, bars, below)
     for ax, (i, _) in zip(panels.axes[:, 0], rows, strict=True):
         ax.imshow(pictures[i])
     of_rows = [names[i] if names else f"image {i}" for i, _ in rows]
@@ -508,9 +510,13 @@ def draw_states(
             below[-1].set_xlabel(f"3 components:\n{explained:.0%} of the variance", fontsize=8)
             continue
         maps = [_without_states(values[i] if c is None else values[i, c : c + 1]) for i, c in rows]
-        scale = Normalize(min(m.min() for m in maps), max(m.max() for m in maps))
+        scale = Normalize(min(m.min() for m in maps), max(m.max() for m in maps)) if bars else None
         drawn = [ax.imshow(m, norm=scale, cmap="viridis") for ax, m in zip(below, maps, strict=True)]
-        panels.bar(drawn[0], column, column, "value" if channels else "mean over channels")
+        if bars:
+            panels.bar(drawn[0], column, column, "mean over channels")
+            continue
+        for ax, m in zip(below, maps, strict=True):  # channels differ in size too much for one scale
+            ax.set_xlabel(f"{m.min():.2g} to {m.max():.2g}", fontsize=7)
     return panels.figure
 
 
@@ -667,7 +673,7 @@ def _outline(ax: Axes, cell: tuple[int, int], height: float = 1, width: float = 
 
 
 def draw_receptive_fields(
-    fields: dict[str, np.ndarray], centres: dict[str, tuple[float, float]] | None = None, title: str = ""
+    fields: dict[str, np.ndarray], centre: tuple[float, float] | None = None, title: str = ""
 ) -> Figure:
     """Scores of some models side by side, and below each the share of pixels that hold `SHARES` of their sum.
 
@@ -675,7 +681,7 @@ def draw_receptive_fields(
 
     Args:
         fields: scores (H, W) by the model's name.
-        centres: (row, column) in pixels of the position that they are of, by the same names; marked by a cross.
+        centre: (row, column) in pixels of the position that they are of, marked by a cross.
         title: above all.
     """
     panels = Panels(1, len(fields), title, next(iter(fields.values())).shape, below=0.4)
@@ -684,8 +690,8 @@ def draw_receptive_fields(
         ax.set_title(_text(name), fontsize=8)
         held = [f"{share:.0%} in {area_holding(torch.from_numpy(scores), share):.1%} of pixels" for share in SHARES]
         ax.set_xlabel("\n".join(held), fontsize=8)
-        if centres:
-            ax.plot(*reversed(centres[name]), "+", color="cyan", markersize=7)
+        if centre is not None:
+            ax.plot(*reversed(centre), "+", color="cyan", markersize=7)
     panels.bar(drawn, 0, len(fields) - 1, "share of the largest gradient magnitude")
     return panels.figure
 
@@ -766,27 +772,36 @@ def _states(run: Run) -> Drawn:
 def _erf(run: Run) -> Drawn:
     stage = run.stage(least=4)
     stride = 2 ** (stage + 2)
+    size = [math.ceil(side / stride) for side in run.images.shape[2:]]
+    position = _position(run.args.position, size, f"the map of stage {stage}")
+    fields = {}
+    for name, model in _compared(run):
+        index = stage if isinstance(model, SpatialMamba) else _map_of_stride(model, stride, name)
+        batches = run.batches(name.replace("\n", ", "))
+        try:
+            fields[name] = sum(effective_receptive_field(model, batch, position, index) for batch in batches).numpy()
+        except UserError as error:  # a peer that rounds sizes down has a smaller map
+            raise UserError(f"{_one_line(name)}: {error}") from error
+    title = f"Effective receptive fields of a position at stride {stride}: sums over {_count(run.images)}"
+    centre = tuple(stride * (p + 0.5) - 0.5 for p in position)
+    return draw_receptive_fields(fields, centre, title), {
+        _one_line(name).replace(" ", "_"): scores for name, scores in fields.items()
+    }
+
+
+def _compared(run: Run) -> Iterator[tuple[str, nn.Module]]:
+    """The model, before training too if it is trained, and those beside it, one at a time."""
     with torch.random.fork_rng(devices=[]):
-        fresh = _initialised(lambda: SpatialMamba(num_classes=0, **VARIANTS[run.size]))
-        models = {f"{run.size}\nat initialisation": fresh}
         if run.loaded.trained:
-            models[f"{run.size}\ntrained"] = run.model
+            yield f"{run.size}\nat initialisation", load(run.size).model
+        yield f"{run.size}\n{run.weights}", run.model
         for peer in run.args.beside:
             name, _, weights = peer.partition("=")
-            models[f"{name}\n{'trained' if weights else 'at initialisation'}"] = _peer(name, weights, run.images)
-    fields, centres = {}, {}
-    for name, model in models.items():
-        index = stage if isinstance(model, SpatialMamba) else _map_of_stride(model, stride, name)
-        of_batches = (
-            effective_receptive_field(model, batch, run.args.position, index)
-            for batch in run.batches(name.replace("\n", ", "))
-        )
-        fields[name] = sum(of_batches).numpy()
-        size = [math.ceil(side / stride) for side in run.images.shape[2:]]
-        centres[name] = tuple(stride * (p + 0.5) - 0.5 for p in _position(run.args.position, size, "the map"))
-    title = f"Effective receptive fields of a position at stride {stride}: sums over {_count(run.images)}"
-    arrays = {name.replace("\n", " ").replace(" ", "_"): scores for name, scores in fields.items()}
-    return draw_receptive_fields(fields, centres, title), arrays
+            yield f"{name}\n{'trained' if weights else 'at initialisation'}", _peer(name, weights, run.images)
+
+
+def _one_line(name: str) -> str:
+    return name.replace("\n", " ")
 
 
 def _initialised(build: Callable[[], nn.Module]) -> nn.Module:
@@ -816,8 +831,7 @@ def _peer(name: str, weights: str, images: Tensor) -> nn.Module:
 def _map_of_stride(model: nn.Module, stride: int, name: str) -> int:
     strides = [entry["reduction"] for entry in getattr(model, "feature_info", [])]
     if stride not in strides:
-        one_line = name.replace("\n", " ")
-        raise UserError(f"--beside {one_line}: has no map of stride {stride}, only of {strides}")
+        raise UserError(f"--beside {_one_line(name)}: has no map of stride {stride}, only of {strides}")
     return len(strides) - 1 - strides[::-1].index(stride)
 
 
@@ -845,7 +859,7 @@ def _cam(run: Run) -> Drawn:
     names = run.loaded.classes
     labels = [f"{names[c] if names else f'class {c}'}: {p[c]:.0%}" for c, p in zip(classes, probabilities, strict=True)]
     figure = draw_activation(
-        run.pictures, maps, labels, f"Grad-CAM of {run.size}, {run.weights}\nstage {stage}", run.names
+        run.pictures, maps, labels, f"Grad-CAM of {run.size}, {run.weights}: stage {stage}", run.names
     )
     return figure, {"maps": maps, "classes": classes, "probabilities": probabilities}
 
