@@ -494,8 +494,8 @@ def draw_states(
     rows = [(i, c) for i in range(len(pictures)) for c in (channels or [None])]
     by_components = colour == "pca" and not channels
     bars = colour == "mean" and not channels
-    below = 0.2 * len(rows) if channels else 0.4 * by_components
-    panels = Panels(len(rows), 1 + len(planes), title, pictures[0].shape, bars, below)
+    room = 0.2 * len(rows) if channels else 0.4 * by_components
+    panels = Panels(len(rows), 1 + len(planes), title, pictures[0].shape, bars, below=room)
     for ax, (i, _) in zip(panels.axes[:, 0], rows, strict=True):
         ax.imshow(pictures[i])
     of_rows = [names[i] if names else f"image {i}" for i, _ in rows]
