@@ -994,7 +994,6 @@ def parser() -> argparse.ArgumentParser:
 def _serve(args: argparse.Namespace) -> None:
     from classification import explain_page  # which imports this module
 
-    explain_page.check_gradio()
     loaded = load(args.source, args.weights)
     title = f"{loaded.size}, {Path(args.source).name if loaded.trained else 'at initialisation'}"
     explain_page.serve(

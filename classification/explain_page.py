@@ -14,7 +14,6 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -150,13 +149,17 @@ def _pixels(figure: Figure) -> Pixels:
 # ----- the page
 
 
-def check_gradio() -> None:
-    """
+def _import_gradio() -> None:
+    """Import it. Its reports of use, and those of what it brings, are turned off: that counts when it is imported.
+
     Raises:
-        UserError: gradio is not installed.
+        UserError: it, or what it needs, cannot be imported.
     """
-    if find_spec("gradio") is None:
-        raise UserError(f"--serve: needs the package gradio, which is not installed: {INSTALL}")
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--serve: needs the package gradio, which cannot be imported ({error}): {INSTALL}") from error
 
 
 def build(viewer: Viewer, title: str) -> "Blocks":
@@ -229,9 +232,7 @@ def serve(viewer: Viewer, title: str, port: int = PORT) -> None:
     Raises:
         UserError: gradio is missing, or the port is in use.
     """
-    check_gradio()
-    # Read when gradio and what it brings are imported: no use is reported, and no version looked up.
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    _import_gradio()
     with _listening(port) as listener, tempfile.TemporaryDirectory(prefix="explain-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # of the images that are dropped: they go when the page does
         server = _server(build(viewer, title))
