@@ -791,13 +791,12 @@ def _erf(run: Run) -> Drawn:
 
 def _compared(run: Run) -> Iterator[tuple[str, nn.Module]]:
     """The model, before training too if it is trained, and those beside it, one at a time."""
-    with torch.random.fork_rng(devices=[]):
-        if run.loaded.trained:
-            yield f"{run.size}\nat initialisation", load(run.size).model
-        yield f"{run.size}\n{run.weights}", run.model
-        for peer in run.args.beside:
-            name, _, weights = peer.partition("=")
-            yield f"{name}\n{'trained' if weights else 'at initialisation'}", _peer(name, weights, run.images)
+    if run.loaded.trained:
+        yield f"{run.size}\nat initialisation", load(run.size).model
+    yield f"{run.size}\n{run.weights}", run.model
+    for peer in run.args.beside:
+        name, _, weights = peer.partition("=")
+        yield f"{name}\n{'trained' if weights else 'at initialisation'}", _peer(name, weights, run.images)
 
 
 def _one_line(name: str) -> str:
@@ -805,8 +804,10 @@ def _one_line(name: str) -> str:
 
 
 def _initialised(build: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return build()
+    """What `build` makes, always with the same random numbers; those of the process stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
 
 
 def _peer(name: str, weights: str, images: Tensor) -> nn.Module:
@@ -878,9 +879,8 @@ def load(source: str, weights: str = "model") -> Loaded:
         UserError: neither; or what `read_model` raises.
     """
     if source in VARIANTS:
-        with torch.random.fork_rng(devices=[]):
-            model = _initialised(lambda: SpatialMamba(**VARIANTS[source]))
-        return Loaded(model.eval(), source, None, default_config(), False)
+        model = _initialised(lambda: SpatialMamba(**VARIANTS[source])).eval()
+        return Loaded(model, source, None, default_config(), False)
     if not is_file(source):
         raise UserError(f"{source}: no such checkpoint, nor one of the models {', '.join(VARIANTS)}")
     model, classes, config = read_model(source, weights)
