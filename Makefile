@@ -1,4 +1,4 @@
-# make demo             train spatialmamba_micro on handwritten digits, evaluate the checkpoint in a second process, draw both
+# make demo             train spatialmamba_micro on handwritten digits, evaluate the checkpoint in a second process, draw both and what it sees
 # make demo-detection   train and test Mask R-CNN with that backbone on scenes of handwritten digits, draw what it finds
 # make demo-segmentation   the same with UPerNet, single-scale and multi-scale
 # make test             run the tests
@@ -16,6 +16,7 @@ DEMO_OPTIONS ?=
 DEMO_TEST_OPTIONS ?=
 
 DIGITS ?= data/digits
+EXPLAINED := 0/0078.png 3/0045.png 8/0028.png
 OUTPUT ?= output
 RUN := $(OUTPUT)/spatialmamba_micro/digits
 SCENES ?= data/digits_scenes
@@ -43,8 +44,9 @@ $(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.tom
 install-openmmlab: $(OPENMMLAB)
 
 # mmengine imports yapf, which writes a file to ~/.cache at first: of processes that start together, one could read half.
-$(OPENMMLAB): $(INSTALLED) requirements-openmmlab.txt $(wildcard classification/openmmlab/mmcv_ext/*)
+$(OPENMMLAB): $(INSTALLED) requirements-openmmlab.txt requirements-explain.txt $(wildcard classification/openmmlab/mmcv_ext/*)
 	$(BIN)/python -m pip install -r requirements-openmmlab.txt
+	$(BIN)/python -m pip install --no-deps -r requirements-explain.txt
 	$(BIN)/python -c "import yapf"
 	touch $@
 
@@ -55,6 +57,7 @@ demo: $(INSTALLED)
 	$(BIN)/python classification/main.py --cfg classification/configs/spatialmamba/spatialmamba_micro_digits.yaml \
 		--data-path $(DIGITS) --output $(OUTPUT) --tag digits --pretrained $(RUN)/best.pth
 	$(BIN)/python -m classification.report $(RUN) --data-path $(DIGITS)
+	$(BIN)/python -m classification.explain $(RUN)/best.pth $(addprefix $(DIGITS)/val/,$(EXPLAINED)) --out $(RUN)
 
 # The tools take `python` from the PATH, as in an environment that is active.
 demo-detection demo-segmentation: export PATH := $(BIN):$(PATH)

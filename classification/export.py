@@ -27,6 +27,7 @@ import selective_scan
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+from yacs.config import CfgNode
 
 from classification.checkpoint import (
     CLASSES,
@@ -71,8 +72,8 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), st
         return program.run_decompositions({**selective_scan.decompositions(), **dwconv2d.decompositions()})
 
 
-def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, list[str] | None, int]:
-    """The classifier that a checkpoint is of, the names of its classes if it has them, and the size of its images.
+def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, list[str] | None, CfgNode]:
+    """The classifier that a checkpoint is of, the names of its classes if it has them, and how it was evaluated.
 
     Raises:
         UserError: it cannot be read, does not hold these weights, or is of none of `VARIANTS`.
@@ -87,7 +88,7 @@ def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, 
         raise UserError(f"{path}: is of none of the sizes {', '.join(VARIANTS)}")
     model = SpatialMamba(num_classes=num_classes(state) or 0, **VARIANTS[name])
     load_weights(model, state, path)
-    return model.eval(), class_names_of(content, path), trained_with(content, str(path)).DATA.IMG_SIZE
+    return model.eval(), class_names_of(content, path), trained_with(content, str(path))
 
 
 def write_onnx(program: ExportedProgram, target: Path, metadata: dict[str, str] | None = None) -> None:
@@ -147,8 +148,8 @@ def export_checkpoint(
     missing = [name for name in NEEDED_FOR_ONNX if target.suffix == ONNX and find_spec(name) is None]
     if missing:
         raise UserError(f"{ONNX} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    model, names, trained = read_model(source, weights)
-    size = trained if size is None else size
+    model, names, config = read_model(source, weights)
+    size = config.DATA.IMG_SIZE if size is None else size
     program = export(model, size, dynamic)
     shapes = [(1, model.in_chans, size, size)]
     if dynamic:

@@ -36,6 +36,7 @@ from classification.models import VARIANTS, SpatialMamba
 
 WEIGHTS = {"model": "model", "model_ema": "EMA"}  # what epochs are validated with, and its label
 GRID_ROWS, GRID_COLUMNS = 6, 10
+LONGEST_TITLE = 15  # letters, that fit above an image of the grid
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -137,14 +138,24 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]
     figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(10, 7), layout="constrained")
     for cell in axes.flat:
         cell.axis("off")
+    size = 10 if max(map(len, names)) < 8 else 8
     for cell, index, guess, (_, target) in zip(axes.flat, indices, predicted, samples, strict=False):
         cell.imshow(read_image(dataset.samples[index][0]))
         truth = escaped(dataset.classes[target])
         right = names[guess] == truth
-        title = printable(truth if right else f"{names[guess]}, is {truth}").replace("$", r"\$")
-        cell.set_title(title, color="black" if right else "red", fontsize=10)
+        title = printable(_title(truth) if right else _title(names[guess], truth)).replace("$", r"\$")
+        cell.set_title(title, color="black" if right else "red", fontsize=size)
     figure.suptitle(f"Predictions on {count} validation images, evenly spaced over the classes")
     return figure
+
+
+def _title(name: str, truth: str | None = None) -> str:
+    """What an image is taken for and, if that is wrong, what it is: on two lines where one would be too long."""
+    whole = name if truth is None else f"{name}, is {truth}"
+    lines = [whole] if truth is None or len(whole) <= LONGEST_TITLE else [name, f"is {truth}"]
+    return "\n".join(
+        line if len(line) <= LONGEST_TITLE else f"{line[: LONGEST_TITLE - 1].rstrip(' _-,')}…" for line in lines
+    )
 
 
 def _read(dataset: ImageFolder, index: int) -> tuple[Tensor, int] | None:

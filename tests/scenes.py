@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from classification.data import digits_scenes
@@ -29,3 +30,11 @@ def write_coco(root: Path, classes: Sequence[str], train: int = 4, val: int = 2)
         path.with_name(f"instances_{split}2017.json").write_text(json.dumps(content))
         path.unlink()
     return root
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """As drawings are to have it: (H, W, 3) as (3 H, 3 W, 3)."""
+    import cv2  # OpenMMLab's
+
+    height, width = image.shape[:2]
+    return cv2.resize(image, (3 * width, 3 * height), interpolation=cv2.INTER_CUBIC)

@@ -34,16 +34,18 @@ MAKE_OPENMMLAB = "make install-openmmlab\n"  # before this run, by `make test`
 MAKE_DEMO_SEGMENTATION = "make demo-segmentation\n"  # test_demo_segmentation
 MAKE = (MAKE_TEST, MAKE_DEMO, MAKE_DEMO_DETECTION, MAKE_DEMO_SEGMENTATION, MAKE_OPENMMLAB)
 CD_DETECTION, CD_SEGMENTATION = "cd detection\n", "cd segmentation\n"
-TO_MMPRETRAIN, EXPORT = "--to mmpretrain", "classification.export"
+TO_MMPRETRAIN, EXPORT, EXPLAIN = "--to mmpretrain", "classification.export", "classification.explain"
 DETECTION_CONFIGS = ROOT / "detection/configs/spatialmamba"
 # What each block of Python holds, and no other.
 EXAMPLE, BACKBONE, ONNX = "import timm", "import classification.models.openmmlab", "onnxruntime"
+EXPLAINED = "mixing_matrix"
 MINE, DETECTOR, SEGMENTER, CLASSIFIER = "_base_", "mmdet.apis", "mmseg.apis", "import ImageClassificationInferencer"
 SLURM = "slurm_train.sh"  # tests/classification/test_distributed.py
 GPU = "bfloat16"  # kernels/gpu_check.sh, on a GPU
 TIMM_TESTS = "pip download"  # by hand: they are timm's, which it downloads
 TIMM_TRAIN = "runpy"  # test_scripts_of_timm
-NOT_HERE = (INSTALL, SLURM, GPU, TIMM_TESTS, TIMM_TRAIN)
+SERVE = "--serve"  # tests/classification/test_explain_page.py
+NOT_HERE = (INSTALL, SLURM, GPU, TIMM_TESTS, TIMM_TRAIN, SERVE)
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
 
@@ -127,10 +129,10 @@ def test_commands_for_imagenet(folder, pages):
     """In the README's order, then docs': what is trained first is evaluated and fine-tuned after."""
     blocks = [block for block in BLOCKS["bash"] if block not in MAKE]
     named = [block for block in blocks if any(mark in block for mark in NOT_HERE)]
-    others = (CD_DETECTION, CD_SEGMENTATION, TO_MMPRETRAIN, EXPORT)
+    others = (CD_DETECTION, CD_SEGMENTATION, TO_MMPRETRAIN, EXPORT, EXPLAIN)
     elsewhere = [block for block in blocks if any(mark in block for mark in others) and block not in named]
     blocks = [block for block in blocks if block not in named + elsewhere]
-    assert (len(blocks), len(elsewhere), len(named)) == (9, 10, 9)
+    assert (len(blocks), len(elsewhere), len(named)) == (9, 12, 10)
     for block in blocks:
         if pages == "README" and block not in PAGES[0].read_text():
             continue
@@ -245,8 +247,30 @@ def test_commands_for_export(tmp_path):
     assert scope["logits"].shape == (1, 1000)
 
 
+@pytest.mark.long
+def test_commands_for_explain(tmp_path):
+    """Of the smallest model."""
+    torch.save({"model": spatialmamba_micro().state_dict()}, tmp_path / "checkpoint.pth")
+    Image.effect_noise((300, 260), 60).save(tmp_path / "image.png")
+    for block in (block for block in BLOCKS["bash"] if EXPLAIN in block and SERVE not in block):
+        script = block.replace("/path/to/", f"{tmp_path}/").replace("spatialmamba_tiny", "spatialmamba_micro")
+        done = run_command("bash", "-euc", script, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    assert all((tmp_path / f"figures/{name}.png").exists() for name in ("states", "erf", "matrix"))
+
+
+def test_python_example_of_explain():
+    scope = {}
+    exec(compile(python_block(EXPLAINED), "README.md", "exec"), scope)
+    assert scope["h"].shape == scope["fused"].shape == (1, 128, 1, 24, 40)
+    assert scope["matrix"].shape == (1, 2, 240, 240)
+    assert scope["row"].shape == (1, 128, 24, 40)
+    assert scope["scores"].shape == (96, 160)
+    assert 0 < scope["share"] < 0.5
+
+
 def test_python_example():
-    assert len(BLOCKS["python"]) == 7  # of which python_block finds each by its mark
+    assert len(BLOCKS["python"]) == 8  # of which python_block finds each by its mark
     scope = {}
     exec(compile(python_block(EXAMPLE), "README.md", "exec"), scope)
     assert scope["logits"].shape == (1, 1000)
@@ -321,6 +345,7 @@ def test_demo(options, tmp_path):
     assert done.stdout.count(f"  {again['top1']:.3f} %") == 2
     assert (run / "learning_curve.png").exists()
     assert (run / "predictions.png").exists()
+    assert all((run / f"{name}.{kind}").exists() for name in ("states", "erf", "matrix") for kind in ("png", "npz"))
 
 
 FEW = "dataloader.dataset.indices=4"  # images of the validation split

@@ -216,14 +216,17 @@ class StructureAwareSSM(nn.Module):
 
     def ssm(self, x: Tensor) -> Tensor:
         """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W)."""
-        height, width = x.shape[2:]
+        dt, B, C = self.select(x)
+        return self.state_fusion(self.transition(x, dt, B), C, self.Ds, x)  # y = sum_n C_n h'_n + D x
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input-dependent Delta (B, D, H, W), before its bias and softplus, B and C (B, N, H, W) from each token."""
         n = self.d_state
-
-        # Input-dependent Delta, B and C from each token.
         dt, B, C = self.project(x, self.x_proj_weight).split([self.dt_rank, n, n], dim=1)
-        dt = self.project(dt, self.dt_projs_weight)
+        return self.project(dt, self.dt_projs_weight), B, C
 
-        # State transition: h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32.
+    def transition(self, x: Tensor, dt: Tensor, B: Tensor) -> Tensor:
+        """h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32: (B, D, N, H, W)."""
         state_dtype = _at_least_float32(x)
         h = selective_scan_state(
             x.flatten(2),
@@ -233,10 +236,8 @@ class StructureAwareSSM(nn.Module):
             delta_bias=self.dt_projs_bias.to(state_dtype),
             delta_softplus=True,
         )
-
-        # Structure-aware state fusion and observation: y = sum_n C_n h'_n + D x.
-        h = h.unflatten(3, (height, width))
-        return self.state_fusion(h, C, self.Ds, x)
+        height, width = x.shape[2:]
+        return h.unflatten(3, (height, width))
 
 
 class Mlp(nn.Module):

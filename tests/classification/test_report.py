@@ -4,13 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
+from PIL import Image
 from running import QUICK, ROOT, run_command
 
+from classification.config import default_config
+from classification.data.build import eval_transform
+from classification.data.images import ImageFolder
 from classification.errors import UserError
 from classification.metrics import read_lines
 from classification.models import spatialmamba_micro
-from classification.report import draw_learning_curve, read_metrics, report
+from classification.report import draw_learning_curve, draw_predictions, read_metrics, report
 
 
 def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
@@ -40,6 +45,23 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
         picture = imread(run / name)
         assert min(picture.shape[:2]) > 300
         assert np.std(picture[..., :3]) > 0.05  # not blank
+
+
+def test_long_names_of_classes_do_not_meet(tmp_path):
+    """Each is above its own image, right or wrong."""
+    names = ["American_black_bear", "W" * 40, *(f"garden spider, {i}" for i in range(8))]
+    for name in names:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "val" / name / f"{i}.png")
+    dataset = ImageFolder(str(tmp_path), "val", eval_transform(default_config()))
+    figure = draw_predictions(lambda images: torch.eye(10)[torch.arange(len(images)) % 10], dataset, dataset.classes)
+    figure.canvas.draw()
+    titles = [cell.title for cell in figure.axes]
+    assert {title.get_color() for title in titles} == {"black", "red"}
+    edges = [title.get_window_extent() for title in titles if "W" not in title.get_text()]
+    assert len(edges) > 40
+    assert not any(a.overlaps(b) for i, a in enumerate(edges) for b in edges[:i])
 
 
 def test_repeated_epoch_counts_as_last_written(tmp_path):

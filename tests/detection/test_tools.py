@@ -8,19 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from running import ROOT, free_port, note_threads, run_command, threads_left
-from scenes import write_coco, write_few_scenes
+from scenes import enlarged, write_coco, write_few_scenes
 
 pytest.importorskip("mmdet", reason="make install-openmmlab")
 import mmdet.evaluation
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
+from mmengine.structures import InstanceData
 
+from classification.data.digits_scenes import scenes as scenes_of
 from classification.errors import UserError
 from classification.openmmlab import tools
 from classification.openmmlab.checks import check_channels, check_data, data_classes
@@ -97,7 +105,9 @@ def test_two_processes(scenes, tmp_path):
     done = run_command(*command, cwd=tmp_path, PORT=port, **note_threads(tmp_path / "threads_of_test"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert [len(threads) for threads in threads_left(tmp_path / "threads_of_test")] == [1, 1]
-    assert len(list((tmp_path / "test").glob("*/drawn/*.png"))) == 2  # mmengine draws the first process's share
+    drawn = list((tmp_path / "test").glob("*/drawn/*.png"))
+    assert len(drawn) == 2  # mmengine draws the first process's share
+    assert {Image.open(path).size for path in drawn} == {(768, 384)}  # annotations left, predictions right
     with (tmp_path / "found.pkl").open("rb") as file:
         assert len(pickle.load(file)) == 4  # our own, just written
 
@@ -156,6 +166,57 @@ def test_a_published_checkpoint_is_tested(tmp_path):
     done = run_command(*command, "--cfg-options", f"data_root={root}", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "coco/segm_mAP_50" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def draw(tmp_path_factory) -> Callable[[np.ndarray, InstanceData], np.ndarray]:
+    """What the demo's visualizer makes of an image and predictions."""
+    init_default_scope("mmdet")
+    visualizer = VISUALIZERS.build({**Config.fromfile(MICRO).visualizer, "name": "detections"})
+    visualizer.dataset_meta = dict(classes=tuple("0123456789"))
+    path = tmp_path_factory.mktemp("drawn") / "drawn.png"
+
+    def drawn(image: np.ndarray, found: InstanceData) -> np.ndarray:
+        visualizer.add_datasample("", image, DetDataSample(pred_instances=found), draw_gt=False, out_file=str(path))
+        return np.asarray(Image.open(path))
+
+    return drawn
+
+
+def test_labels_hide_no_digit(draw):
+    """Each scene is drawn with what there is as predictions: pixels of digits are the image's, labels lie elsewhere."""
+    for image, digits in islice(scenes_of("val"), 6):
+        masks = np.stack([digit.opacity > 0.5 for digit in digits])
+        boxes = torch.tensor([digit.box() for digit in digits])
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([digit.label for digit in digits])
+        found = InstanceData(bboxes=boxes, labels=labels, scores=torch.full((len(digits),), 0.87), masks=masks)
+        drawn = draw(image, found[:0])
+        plain = enlarged(image)
+        np.testing.assert_array_equal(drawn, plain)  # nothing found, nothing drawn
+
+        drawn = draw(image, found)
+        assert drawn.shape == (384, 384, 3)
+        changed = (drawn != plain).any(-1)
+        for box, mask in zip(boxes.numpy() * 3, masks, strict=True):
+            inner = cv2.erode(np.kron(mask, np.ones((3, 3))), np.ones((9, 9))) > 0  # without outline and frame
+            left, top, right, bottom = box.astype(int)
+            inner[: top + 4], inner[bottom - 4 :], inner[:, : left + 4], inner[:, right - 4 :] = (False,) * 4
+            for other in boxes.numpy() * 3:  # whose frame may cross it
+                x, y = np.mgrid[:384, :384][::-1]
+                far = np.maximum.reduce([other[0] - x, x - other[2], other[1] - y, y - other[3]])
+                inner &= np.abs(far) > 4
+            assert inner.sum() > 100
+            assert not (changed & inner).any()
+        assert changed.mean() > 0.02  # what is drawn is beside them
+
+
+def test_large_images_and_published_configs_are_drawn_as_before(draw):
+    image = np.zeros((427, 640, 3), np.uint8)
+    box = torch.tensor([[100.0, 100, 300, 200]])
+    found = InstanceData(bboxes=box, labels=torch.tensor([7]), scores=torch.tensor([0.9]))
+    assert draw(image, found).shape == (427, 640, 3)
+    assert Config.fromfile(TINY).visualizer.type == "DetLocalVisualizer"
 
 
 def test_get_flops():

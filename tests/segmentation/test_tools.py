@@ -4,21 +4,27 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from running import ROOT, free_port, note_threads, run_command, threads_left
-from scenes import write_few_scenes
+from scenes import enlarged, write_few_scenes
 
 pytest.importorskip("mmseg", reason="make install-openmmlab")
 import mmseg
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 
+from classification.data.digits_scenes import scenes as scenes_of
 from classification.errors import UserError
 from classification.openmmlab import tools
 from classification.openmmlab.checks import check_channels, check_data, check_labels_everywhere, data_classes, kind_of
@@ -79,10 +85,60 @@ def test_training_testing_and_resuming(scenes, tmp_path):
     done = run_command(*command, *arguments, *options(scenes), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"mIoU: [\d.]+", done.stdout)
-    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
+    drawn = list((tmp_path / "drawn").rglob("*.png"))
+    assert len(drawn) == 4
+    assert {Image.open(path).size for path in drawn} == {(768, 384)}  # annotations left, predictions right
     maps = list((tmp_path / "maps").glob("*.png"))
     assert len(maps) == 4
     assert max(np.asarray(Image.open(path)).max() for path in maps) <= 10
+
+
+@pytest.fixture(scope="module")
+def demo() -> Config:
+    return Config.fromfile(MICRO)
+
+
+@pytest.fixture(scope="module")
+def draw(demo, tmp_path_factory) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """What the demo's visualizer makes of an image and predicted labels."""
+    init_default_scope("mmseg")
+    visualizer = VISUALIZERS.build({**demo.visualizer, "name": "maps"})
+    visualizer.dataset_meta = dict(demo.val_dataloader.dataset.metainfo)
+    path = tmp_path_factory.mktemp("drawn") / "drawn.png"
+
+    def drawn(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        sample = SegDataSample(pred_sem_seg=PixelData(data=torch.from_numpy(labels)[None]))
+        visualizer.add_datasample("", image, sample, out_file=str(path))
+        return np.asarray(Image.open(path))
+
+    return drawn
+
+
+def test_names_hide_no_digit(draw, demo):
+    """Each scene is drawn with what there is as predictions: a digit's pixels are mixed with its colour, no more."""
+    alpha, palette = demo.visualizer.alpha, np.array(demo.palette)
+    for image, digits in islice(scenes_of("val"), 6):
+        labels, plain = np.zeros((128, 128), np.int64), enlarged(image)
+        np.testing.assert_array_equal(draw(image, labels), plain)  # the background as it is, and no name
+        for digit in digits:
+            labels[digit.opacity > 0.5] = 1 + digit.label
+        drawn = draw(image, labels)
+        assert drawn.shape == (384, 384, 3)
+        large = np.kron(labels, np.ones((3, 3), np.int64))
+        outlined = cv2.dilate((cv2.Laplacian(large.astype(float), -1) != 0).astype(float), np.ones((7, 7))) > 0
+        inner = (large > 0) & ~outlined
+        assert inner.sum() > 100 * len(digits)
+        expected = (1 - alpha) * plain[inner] + alpha * palette[large[inner]]
+        assert np.abs(drawn[inner] - expected).max() <= 1
+        elsewhere = (drawn != plain).any(-1) & (large == 0) & ~outlined
+        assert elsewhere.sum() > 80 * len(digits)  # the names, which stand there
+
+
+def test_large_images_and_published_configs_are_drawn_as_before(draw):
+    labels = np.zeros((512, 683), np.int64)
+    labels[100:200, 100:300] = 4
+    assert draw(np.zeros((512, 683, 3), np.uint8), labels).shape == (512, 683, 3)
+    assert Config.fromfile(TINY).visualizer.type == "SegLocalVisualizer"
 
 
 def test_under_mmsegs_own_tools(scenes, tmp_path):

@@ -84,4 +84,8 @@ default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=1),
     visualization=dict(score_thr=0.5),
 )
+custom_imports = dict(imports=["classification.models.openmmlab", "classification.openmmlab.drawing_mmdet"])
+palette = [(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48)]
+palette += [(145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212)]
+visualizer = dict(type="EnlargedDetVisualizer", bbox_color=palette)
 randomness = dict(seed=0)

@@ -1,0 +1,60 @@
+"""mmdet's drawings of small images, for a person to read."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from mmdet.registry import VISUALIZERS
+from mmdet.visualization import DetLocalVisualizer
+from mmdet.visualization.palette import get_palette
+from mmengine.structures import InstanceData
+
+from classification.openmmlab.drawing import LabelsBeside, enlarge, times
+
+
+@VISUALIZERS.register_module()
+class EnlargedDetVisualizer(LabelsBeside, DetLocalVisualizer):
+    """mmdet's visualizer, but small images are enlarged and nothing lies on an object.
+
+    An instance has its box, its mask's outline, and its name and score beside the box. `alpha`, `line_width` and the
+    colours of text and masks are not used; panoptic and semantic maps are drawn as by mmdet.
+    """
+
+    def _draw_instances(
+        self,
+        image: np.ndarray,
+        instances: InstanceData,
+        classes: Sequence[str] | None,
+        palette: Sequence[tuple[int, int, int]] | None,
+    ) -> np.ndarray:
+        """The drawing, bytes (factor H, factor W, 3), of an image (H, W, 3)."""
+        factor = times(*image.shape[:2])
+        image = enlarge(image, factor)
+        self.set_image(image)
+        boxes = _array(instances.bboxes) * factor if "bboxes" in instances else np.zeros((0, 4))
+        masks = instances.masks if "masks" in instances else np.zeros((len(boxes), 0, 0))
+        masks = _array(masks.to_ndarray() if hasattr(masks, "to_ndarray") else masks).astype(bool)
+        labels = instances.labels.tolist() if len(boxes) else []
+        chosen = palette if self.bbox_color is None else self.bbox_color
+        colors = get_palette(chosen, max(labels, default=0) + 1)
+        taken = np.zeros(image.shape[:2])
+        for box, mask in zip(boxes, masks, strict=True):
+            left, top, right, bottom = np.maximum(box.round().astype(int), 0)
+            taken[top:bottom, left:right] += 1
+            if mask.size:  # what is drawn on a digit hides more than what is drawn beside it in its box
+                taken += 10 * np.kron(mask, np.ones((factor, factor), bool))
+        for box, mask, label in zip(boxes, masks, labels, strict=True):
+            self.frame(box, colors[label])
+            if mask.size:
+                self.outline(mask, factor, colors[label])
+        for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+            text = classes[label] if classes is not None else f"class {label}"
+            text = instances.label_names[i] if "label_names" in instances else text
+            text += f": {float(instances.scores[i]):.0%}" if "scores" in instances else ""
+            self.label(text, box, colors[label], taken)
+        return self.get_image()
+
+
+def _array(values: torch.Tensor | np.ndarray) -> np.ndarray:
+    values = getattr(values, "tensor", values)  # boxes of a class of mmdet's
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -1,0 +1,57 @@
+"""mmseg's drawings of small images, for a person to read."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from mmengine.structures import PixelData
+from mmseg.registry import VISUALIZERS
+from mmseg.visualization import SegLocalVisualizer
+
+from classification.openmmlab.drawing import LabelsBeside, enlarge, times
+
+SMALLEST = 1 / 1000  # of the image, a region with a name: the names of specks would hide what is beside them
+
+
+@VISUALIZERS.register_module()
+class EnlargedSegVisualizer(LabelsBeside, SegLocalVisualizer):
+    """mmseg's visualizer, but small images are enlarged, and each region is outlined, its name beside it.
+
+    Args:
+        name: of this visualizer, which mmengine asks for.
+        background: the label that stays as it is, without a name. With None, each region has a colour and a name.
+        alpha: of the colours over the image.
+        **settings: as mmseg's.
+    """
+
+    def __init__(self, name: str = "visualizer", background: int | None = 0, alpha: float = 0.3, **settings):
+        super().__init__(name, alpha=alpha, **settings)
+        self.background = background
+
+    def _draw_sem_seg(
+        self,
+        image: np.ndarray,
+        sem_seg: PixelData,
+        classes: Sequence[str],
+        palette: Sequence[Sequence[int]],
+        with_labels: bool = True,
+    ) -> np.ndarray:
+        """The drawing, bytes (factor H, factor W, 3), of an image (H, W, 3)."""
+        labels = np.asarray(sem_seg.cpu().data)[0]
+        factor = times(*image.shape[:2])
+        colors = np.array(palette, np.uint8)
+        shown = [label for label in np.unique(labels) if label < len(classes) and label != self.background]
+        large = np.kron(labels, np.ones((factor, factor), labels.dtype))
+        drawn = enlarge(image, factor)
+        coloured = np.isin(large, shown)
+        drawn[coloured] = (1 - self.alpha) * drawn[coloured] + self.alpha * colors[large[coloured]]
+        self.set_image(drawn)
+        taken, regions = coloured.astype(float), []
+        for label in shown:
+            self.outline(labels == label, factor, colors[label])
+            _, _, found, _ = cv2.connectedComponentsWithStats((labels == label).astype(np.uint8), connectivity=8)
+            regions += [(label, *region) for region in found[1:] if region[cv2.CC_STAT_AREA] >= SMALLEST * labels.size]
+        for label, left, top, width, height, _ in regions if with_labels else ():
+            box = np.array([left, top, left + width, top + height]) * factor
+            self.label(classes[label], box, colors[label], taken)
+        return self.get_image()
