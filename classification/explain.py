@@ -842,7 +842,7 @@ def _matrix(run: Run) -> Drawn:
         without.append(fixed.row(query, fusion=False))
         fused.append(fixed.row(query))
     arrays = {"query": np.array(query), "scan": torch.cat(without).numpy(), "fused": torch.cat(fused).numpy()}
-    which = f"of channels {', '.join(map(str, channels))}" if channels else "of all channels"
+    which = f"channels {', '.join(map(str, channels))}" if channels else "all channels"
     title = f"What position {query[0]}, {query[1]} takes from the others: {run.size}, {run.weights}"
     title += f"\nstage {stage}, block {block}, {which}"
     return draw_mixing(run.pictures, arrays["scan"], arrays["fused"], query, title, run.names), arrays
