@@ -265,7 +265,7 @@ def fixed_ssm(
     ((_, x, _),) = _observe(model, images, [ssm.state_fusion], stage % len(backbone_of(model).layers))
     channels = [channels] if isinstance(channels, int) else range(x.shape[1]) if channels is None else channels
     channels = [_index(c, x.shape[1], "channel", "the block") for c in channels]
-    with undisturbed(ssm):
+    with undisturbed(ssm):  # whose gradients would be copied
         return FixedSSM(ssm, x, channels)
 
 
@@ -821,11 +821,13 @@ def _peer(name: str, weights: str, images: Tensor) -> nn.Module:
         raise UserError(f"--beside: timm has no model {name!r}" + (f"; it has {', '.join(close)}" if close else ""))
     if weights and not is_file(weights):
         raise UserError(f"{weights}: no such file of weights for {name}")
-    fixed = {"img_size": tuple(images.shape[2:])} if name.startswith("swin") else {}
+    arguments = {"img_size": tuple(images.shape[2:])} if name.startswith("swin") else {}
+    if weights:  # not checkpoint_path, by which timm reads no names but its own, and tables of one size alone
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
     try:
-        return _initialised(lambda: timm.create_model(name, checkpoint_path=weights, **fixed))
+        return _initialised(lambda: timm.create_model(name, **arguments))
     except Exception as error:  # timm's models and PyTorch's reading of files raise what they like
-        first = str(error).strip().partition("\n")[0]
+        first = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"--beside {name}: cannot be made for these images and weights ({first})") from error
 
 
@@ -847,7 +849,7 @@ def _matrix(run: Run) -> Drawn:
         without.append(fixed.row(query, fusion=False))
         fused.append(fixed.row(query))
     arrays = {"query": np.array(query), "scan": torch.cat(without).numpy(), "fused": torch.cat(fused).numpy()}
-    which = f"channel(s) {', '.join(map(str, channels))}" if channels else "all channels"
+    which = f"channels {', '.join(map(str, channels))}" if channels else "all channels"
     title = f"What position {query[0]}, {query[1]} takes from the others: {run.size}, {run.weights}"
     title += f"\nstage {stage}, block {block}, {which}"
     return draw_mixing(run.pictures, arrays["scan"], arrays["fused"], query, title, run.names), arrays

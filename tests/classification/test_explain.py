@@ -442,12 +442,16 @@ def test_options_of_the_command(explain, pictures, tmp_path, monkeypatch):
     tall = imread(tmp_path / "states.png")
     explain(*common, "--figures", "states", "--colour", "pca", "--stage", -1)
     assert imread(tmp_path / "states.png").shape[0] < tall.shape[0]  # a row for each image, not for each channel
-    explain(*common, "--figures", "erf", "--position", 1, 2, "--beside")
+    peer = timm.create_model("convnext_atto")
+    torch.save(peer.state_dict(), tmp_path / "peer.pth")
+    explain(*common, "--figures", "erf", "--position", 1, 2, "--beside", f"convnext_atto={tmp_path / 'peer.pth'}")
     stored = np.load(tmp_path / "erf.npz")
-    assert set(stored) == {"images", "spatialmamba_micro_at_initialisation"}
+    assert set(stored) == {"images", "spatialmamba_micro_at_initialisation", "convnext_atto_trained"}
     images = torch.from_numpy(stored["images"])
     expected = effective_receptive_field(model, images, (1, 2), 2)  # of 4x6, the last that is not smaller
     np.testing.assert_allclose(stored["spatialmamba_micro_at_initialisation"], expected, rtol=1e-5, atol=1e-12)
+    expected = effective_receptive_field(peer, images, (1, 2), 2)
+    np.testing.assert_allclose(stored["convnext_atto_trained"], expected, rtol=1e-5, atol=1e-12)
 
 
 def test_principal_components_do_not_depend_on_the_order_of_images():
