@@ -28,7 +28,9 @@ for name in ("classification", "dwconv2d", "selective_scan", "timm"):
     sys.modules[name] = None
 import torch
 run = torch.export.load(sys.argv[1]).module()
-torch.save([run(images) for images in torch.load(sys.argv[2], weights_only=True)], sys.argv[3])
+with torch.inference_mode():  # its activations for gradients would take tens of GiB at 1024x1024
+    results = [run(images) for images in torch.load(sys.argv[2], weights_only=True)]
+torch.save(results, sys.argv[3])
 """
 
 
