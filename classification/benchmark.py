@@ -3,6 +3,7 @@
     python -m classification.benchmark                     inference, batches of 1 and 8, on the GPU if there is one
     python -m classification.benchmark --train             a training step with and without this repository's kernels
     python -m classification.benchmark --train --peers     a training step of each backbone
+    python -m classification.benchmark --sizes 224 1024    inference of one image of each size, time a pixel and memory
     python -m classification.benchmark --profile           the kernels of one batch on a GPU, the longest first
     python -m classification.benchmark --runtime openvino  inference of exported models, or by onnxruntime, on a CPU
 
@@ -153,6 +154,29 @@ def _openvino(path: Path, threads: int) -> Callable[[Tensor], object]:
 RUNTIMES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 
 
+def infer(args: argparse.Namespace) -> dict[str, float]:
+    """Median time of inference, and the process's peak memory."""
+    if args.device == "cpu":
+        keep_freed_memory()  # for peers too, who gain as much
+    model, images = build(args.model, args).eval(), random_images(args.batch[0], args)
+    with torch.inference_mode(), autocast(args):
+        times = [seconds_of(lambda: model(images), args.device) for _ in range(args.rounds + 1)]
+    return {"milliseconds": 1e3 * statistics.median(times[1:]), "peak": peak_memory(args.device)}
+
+
+def compare_sizes(args: argparse.Namespace) -> None:
+    """A process for each model and size, so that each has a peak of its own."""
+    print("| pixels of a side | model | ns a pixel | peak memory, MiB | time of the first to its |")
+    print("|---|---|---|---|---|")
+    for size in args.sizes:
+        first = None
+        for name in (args.model, *args.beside):
+            found = in_a_process("--model", name, "--size", str(size))
+            pixel = 1e6 * found["milliseconds"] / args.batch[0] / size**2
+            first = first or pixel
+            print(f"| {size} | {name} | {pixel:.0f} | {found['peak'] / MIB:.0f} | {first / pixel:.2f} |", flush=True)
+
+
 # ----- training
 
 
@@ -196,14 +220,20 @@ def train(args: argparse.Namespace) -> dict[str, float | list[float]]:
         keep_freed_memory()  # as main.py does
     step, losses = training_step(args)
     times = [seconds_of(step, args.device) for _ in range(STEPS + 1)]
-    on_gpu = args.device == "cuda"
-    unit = 1 if sys.platform == "darwin" else 1024  # of what getrusage says
-    peak = torch.cuda.max_memory_allocated() if on_gpu else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     losses = [loss.item() for loss in losses[: STEPS + 1]]
-    return {"losses": losses, "milliseconds": 1e3 * statistics.median(times[1:]), "peak": peak}
+    milliseconds = 1e3 * statistics.median(times[1:])
+    return {"losses": losses, "milliseconds": milliseconds, "peak": peak_memory(args.device)}
 
 
-def train_in_a_process(*arguments: str) -> dict[str, float | list[float]]:
+def peak_memory(device: str) -> int:
+    """Bytes: of PyTorch on a GPU, of the process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of what getrusage says
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def in_a_process(*arguments: str) -> dict[str, float | list[float]]:
     command = [sys.executable, "-m", "classification.benchmark", *sys.argv[1:], "--one", *arguments]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
@@ -216,7 +246,7 @@ def compare_training(args: argparse.Namespace) -> None:
     print("|---|---|---|---|")
     milliseconds = []
     for name, arguments in runs.items():
-        found = train_in_a_process(*arguments)
+        found = in_a_process(*arguments)
         milliseconds.append(found["milliseconds"])
         losses = " ".join(f"{loss:.6f}" for loss in found["losses"])
         print(f"| {name} | {losses} | {found['milliseconds']:.0f} | {found['peak'] / MIB:.0f} |", flush=True)
@@ -269,6 +299,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=40, help="of --profile, at most")
     parser.add_argument("--batch", type=int, nargs="+", help="images at once; 1 and 8, with --train 8")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="PIXELS", help="inference at each, batch 1")
     parser.add_argument("--rounds", type=int, default=10, help="of inference, after one that is not counted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
     parser.add_argument("--cast", action="store_true", help="model and images in --dtype, without autocast")
@@ -283,13 +314,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # of one training process
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.batch = args.batch or ([8] if args.train or args.profile else [1] if args.runtime else [1, 8])
+    args.batch = args.batch or ([8] if args.train or args.profile else [1] if args.runtime or args.sizes else [1, 8])
     if (args.train or args.profile) and len(args.batch) > 1:
         parser.error("--train and --profile take one --batch")
     if args.profile and args.device != "cuda":
         parser.error("--profile needs a GPU")
     if args.runtime and (args.train or args.profile or args.batch != [1] or args.device != "cpu"):
         parser.error("--runtime times inference of one image on --device cpu")
+    if args.sizes and (args.train or args.profile or args.runtime or len(args.batch) > 1):
+        parser.error("--sizes times inference, with one --batch")
     if args.peers and not args.train:
         parser.error("--peers goes with --train; inference is always timed beside the other backbones")
     return args
@@ -303,18 +336,21 @@ def main() -> None:
     if args.plain:
         use_plain_pytorch(args.device)
     if args.one:
-        print(json.dumps(train(args)))
+        print(json.dumps(train(args) if args.train else infer(args)))
         return
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     how = [args.dtype, "without autocast" if args.cast else "", f"compiled ({args.compile})" if args.compile else ""]
     how += ["NHWC" if args.channels_last else "", f"by {args.runtime}" if args.runtime else ""]
-    print(f"{where}, torch {torch.__version__}, {args.size}x{args.size} pixels, {', '.join(filter(None, how))}\n")
+    how = ["" if args.sizes else f"{args.size}x{args.size} pixels", *how]
+    print(f"{where}, torch {torch.__version__}, {', '.join(filter(None, how))}\n")
     if args.profile:
         profile(args)
     elif args.train:
         compare_training(args)
     elif args.runtime:
         time_runtime(args)
+    elif args.sizes:
+        compare_sizes(args)
     else:
         time_inference(args)
 

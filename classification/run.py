@@ -20,7 +20,6 @@ from torch import nn
 from yacs.config import CfgNode
 
 from classification.errors import UserError, printable
-from classification.memory import keep_freed_memory
 from classification.models import optimise_for_cpu
 
 logger = logging.getLogger("spatialmamba")
@@ -70,8 +69,6 @@ class Run:
         self.device = torch.device(info["device"])
         # What is agreed on goes over the network, beside what the device is at.
         self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
         self.is_main = self.rank == 0
         amp = {"float16": torch.float16, "bfloat16": torch.bfloat16, "off": None}[config.TRAIN.AMP]

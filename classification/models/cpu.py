@@ -2,7 +2,8 @@
 
     model = optimise_for_cpu(spatialmamba_tiny())
 
-Linear layers and 1x1 convolutions go to oneDNN (`linear.py`), depthwise 3x3 convolutions to this repository's kernel.
+Linear layers and 1x1 convolutions go to oneDNN (`linear.py`), depthwise 3x3 convolutions to this repository's kernel;
+and the C library keeps what memory PyTorch frees (`classification/memory.py`).
 """
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from dwconv2d import dilated_dwconv2d
 from torch import Tensor, nn
 
+from classification.memory import keep_freed_memory
 from classification.models.linear import by_onednn, dilation, linear
 from classification.models.spatialmamba import StructureAwareSSM, to_planes, to_tokens
 
@@ -61,8 +63,10 @@ def optimise_for_cpu(model: nn.Module) -> nn.Module:
 
     Parameters, names, hooks and modes stay, and so do values, to rounding. It works in training and evaluation, on a
     whole detector too. Only modules that are exactly PyTorch's or `StructureAwareSSM` are changed: adapters and
-    quantised layers are left alone. On other devices the modules do what they did before.
+    quantised layers are left alone. On other devices the modules do what they did before. The process keeps freed
+    memory from then on, see `keep_freed_memory`.
     """
+    keep_freed_memory()
     for module in model.modules():
         if (swapped := _class_for(module)) is not None:
             module.__class__ = swapped
