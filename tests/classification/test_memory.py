@@ -12,16 +12,17 @@ FAULTS = """
 import json, resource, torch
 from classification.memory import keep_freed_memory, release_freed_memory
 
-def faults():  # pages that the system maps while 80 MiB are written, which glibc alone would map anew each time
+def faults():  # pages that the system maps while 40 MiB are written, which glibc alone would map anew each time
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(80 * 2**20, dtype=torch.uint8).fill_(1)
+    torch.empty(40 * 2**20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1])
 
 found = {"alone": [faults() for _ in range(3)][-1], "set": keep_freed_memory()}
-found |= {"kept": [faults() for _ in range(3)][-1], "before": resident()}
+# memalign leaves a small chunk behind each tensor, so that the next finds no room, until glibc has kept seven of them.
+found |= {"kept": [faults() for _ in range(12)][-1], "before": resident()}
 found |= {"released": release_freed_memory(), "after": resident(), "again": faults()}
 print(json.dumps(found))
 """
@@ -34,11 +35,11 @@ def test_freed_memory_is_kept_at_every_size(off):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["set"] == (off == "0")
-    assert found["alone"] > 30  # of huge pages; more of others
+    assert found["alone"] > 15  # of huge pages; more of others
     if off == "1":
         assert found["kept"] == pytest.approx(found["alone"], rel=0.5)
         return
     assert found["kept"] < found["alone"] / 10
     assert found["released"]
-    assert found["before"] - found["after"] > 70 * 2**20 / 2**12
+    assert found["before"] - found["after"] > 35 * 2**20 / 2**12
     assert found["again"] > found["alone"] / 2
