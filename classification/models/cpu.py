@@ -2,8 +2,8 @@
 
     model = optimise_for_cpu(spatialmamba_tiny())
 
-Linear layers and 1x1 convolutions go to oneDNN (`linear.py`), depthwise 3x3 convolutions to this repository's kernel;
-and the C library keeps what memory PyTorch frees (`classification/memory.py`).
+The faster of MKL and oneDNN multiplies in linear layers and 1x1 convolutions (`linear.py`). This repository's kernel
+runs depthwise 3x3 convolutions. The C library keeps the memory that PyTorch frees (`classification/memory.py`).
 """
 
 import torch
@@ -12,7 +12,7 @@ from dwconv2d import dilated_dwconv2d
 from torch import Tensor, nn
 
 from classification.memory import keep_freed_memory
-from classification.models.linear import by_onednn, dilation, linear
+from classification.models.linear import MKL_LEADS, dilation, is_product, linear
 from classification.models.spatialmamba import StructureAwareSSM, to_planes, to_tokens
 
 
@@ -24,16 +24,16 @@ class CpuLinear(nn.Linear):
 
 
 class CpuPointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution, by oneDNN wherever `linear` is; planes (B, C, H, W) keep their layout."""
+    """A 1x1 convolution by the library that `linear` takes; planes (B, C, H, W) keep their layout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.in_channels or not by_onednn(x, self.weight, self.bias):
+        if x.dim() != 4 or x.shape[1] != self.in_channels or not is_product(x, self.weight, self.bias):
             return super().forward(x)
-        if not torch.compiler.is_dynamo_compiling():
+        if not MKL_LEADS and not torch.compiler.is_dynamo_compiling():
             return F.conv2d(x, self.weight, self.bias, dilation=dilation())
         if not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return to_planes(linear(to_tokens(x), self.weight.flatten(1), self.bias))
 
 
 class CpuDepthwiseConv2d(nn.Conv2d):

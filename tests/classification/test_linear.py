@@ -1,4 +1,4 @@
-"""Linear layers and 1x1 convolutions by oneDNN against PyTorch's own, whichever way they take."""
+"""Linear layers and 1x1 convolutions by oneDNN or MKL against PyTorch's own, whichever way they take."""
 
 import copy
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
+from classification.models import cpu, optimise_for_cpu, spatialmamba_micro, undo_optimise_for_cpu
 from classification.models import linear as module
-from classification.models import optimise_for_cpu, spatialmamba_micro, undo_optimise_for_cpu
 from classification.models.cpu import CpuDepthwiseConv2d, CpuLinear, CpuPointwiseConv2d
 from classification.models.linear import FEW_NUMBERS, FEW_TOKENS, linear
 
@@ -24,6 +24,18 @@ needs_onednn = pytest.mark.skipif(not module.ONEDNN, reason="PyTorch is built wi
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def mkl_leads(monkeypatch) -> Callable[[bool], None]:
+    """Sets who multiplies: oneDNN in these tests, on Intel's processors too, unless a test says MKL."""
+
+    def choose(mkl: bool) -> None:
+        for part in (module, cpu):
+            monkeypatch.setattr(part, "MKL_LEADS", mkl)
+
+    choose(False)
+    return choose
 
 
 @pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
@@ -84,17 +96,18 @@ def test_linear_is_linear(shape, out, dtype, bias, threads):
     agree(evaluate(linear, leaves), leaves)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "mkl"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size", [(0, 6, 5, 3), (2, 6, 5, 3), (1, 6, 71, 73), (3, 6, 39, 31), (6, 6, 701)], ids=str)
-def test_pointwise_convolution_is_one(size, layout, bias, compiled, threads):
+def test_pointwise_convolution_is_one(size, layout, bias, how, threads, mkl_leads):
     """Values, gradients and layout, batched or not."""
+    mkl_leads(how == "mkl")
     if len(size) == 3 and layout != torch.contiguous_format:
         pytest.skip("only batches have that layout")
     conv, plain = pointwise(6, 9, bias), nn.Conv2d(6, 9, 1, bias=bias)
     plain.load_state_dict(conv.state_dict())
-    if compiled:
+    if how == "compiled":
         torch.compiler.reset()
         conv = torch.compile(conv, fullgraph=True, backend="aot_eager")
     x, results = torch.randn(size).contiguous(memory_format=layout), []
@@ -115,6 +128,21 @@ def test_onednn_convolves(threads):
     x, weight, conv = torch.randn(MANY, 16), torch.randn(32, 16), pointwise(16, 32)
     for call in (lambda: linear(x, weight), lambda: conv(torch.randn(2, 16, 40, 20))):
         assert "aten::mkldnn_convolution" in operators(call)
+
+
+def test_mkl_multiplies_on_intels(mkl_leads, tmp_path, monkeypatch):
+    """Tokens alone: planes of another layout would have to be copied."""
+    mkl_leads(True)
+    x, weight, conv, planes = torch.randn(MANY, 16), torch.randn(32, 16), pointwise(16, 32), torch.randn(2, 16, 40, 20)
+    for call in (lambda: linear(x, weight), lambda: conv(planes.contiguous(memory_format=torch.channels_last))):
+        called = operators(call)
+        assert "aten::mkldnn_convolution" not in called
+        assert {"aten::mm", "aten::addmm"} & called
+    assert "aten::mm" not in operators(lambda: conv(planes))
+    for text, intel in (("vendor_id\t: GenuineIntel\n", True), ("vendor_id\t: AuthenticAMD\n", False)):
+        (tmp_path / "cpuinfo").write_text(text)
+        monkeypatch.setattr(module, "CPUINFO", tmp_path / "cpuinfo")
+        assert module._on_intel() == intel
 
 
 # ----- modules that are swapped
