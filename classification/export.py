@@ -44,7 +44,9 @@ from classification.models import VARIANTS, SpatialMamba
 
 ONNX, PT2 = ".onnx", ".pt2"
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
-SMALLEST, LARGEST, MOST = 33, 8192, 1024  # pixels of a side, and images of a batch; below 33 the last map is one token
+LARGEST, MOST = 8192, 1024  # pixels of a side, images of a batch
+SMALLEST = 33  # pixels of a side that may be chosen: below, the last map is one token, another graph
+EXAMPLE = 64  # pixels, to trace what a checkpoint of smaller images does with any size
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -53,15 +55,17 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), st
 
     Args:
         model: any form of it; left in evaluation mode.
-        size: height and width of the images.
+        size: height and width of the images, 1 to `LARGEST`; `SMALLEST` to `LARGEST` if "size" is dynamic.
         dynamic: of "batch" and "size", what a user may choose: 1 to `MOST` images, `SMALLEST` to `LARGEST` pixels.
         strict: as of `torch.export.export`.
 
     Raises:
         UserError: images that are too small or too large.
     """
-    if not SMALLEST <= size <= LARGEST:
-        raise UserError(f"--size is {size}, but must be {SMALLEST} to {LARGEST}")
+    smallest = SMALLEST if "size" in dynamic else 1
+    if not smallest <= size <= LARGEST:
+        other = " with --dynamic size" if "size" in dynamic else ""
+        raise UserError(f"--size is {size}, but must be {smallest} to {LARGEST}{other}")
     dimensions = {0: Dim("batch", max=MOST)} if "batch" in dynamic else {}
     if "size" in dynamic:
         dimensions |= {2: Dim("height", min=SMALLEST, max=LARGEST), 3: Dim("width", min=SMALLEST, max=LARGEST)}
@@ -149,7 +153,8 @@ def export_checkpoint(
     if missing:
         raise UserError(f"{ONNX} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     model, names, config = read_model(source, weights)
-    size = config.DATA.IMG_SIZE if size is None else size
+    if size is None:
+        size = max(config.DATA.IMG_SIZE, EXAMPLE) if "size" in dynamic else config.DATA.IMG_SIZE
     program = export(model, size, dynamic)
     shapes = [(1, model.in_chans, size, size)]
     if dynamic:

@@ -47,7 +47,7 @@ def test_any_batch_and_size_where_our_packages_are_missing(tmp_path):
 
 def test_a_checkpoint_of_a_fixed_size(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    config = "DATA: {IMG_SIZE: 40}"  # which is its size then
+    config = "DATA: {IMG_SIZE: 32}"  # which is its size then, as the demo's: the last map is one token
     content = {"model": spatialmamba_micro(num_classes=10).state_dict(), "config": config}
     save_checkpoint(content, tmp_path / "micro.pth")
     arguments = ["export", str(tmp_path / "micro.pth"), str(tmp_path / "micro.pt2")]
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_a_fixed_size(tmp_path, monkeypatch, capsys):
     exporting.main()
     assert "differ from the model's by" in capsys.readouterr().out
     run = torch.export.load(tmp_path / "micro.pt2").module()
-    images = torch.randn(1, 3, 40, 40)
+    images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(run(images), read_model(tmp_path / "micro.pth")[0](images), rtol=1e-5, atol=1e-5)
     with pytest.raises(SystemExit, match=r"micro\.pt2: exists; remove it"):
         exporting.main()
@@ -66,8 +66,10 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     save_checkpoint({"model": spatialmamba_micro(num_classes=10).state_dict()}, path)
     with pytest.raises(UserError, match=r"model\.pt: must end in \.onnx or \.pt2"):
         export_checkpoint(path, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=f"--size is 32, but must be {SMALLEST} to"):
-        export_checkpoint(path, tmp_path / "model.pt2", size=32)
+    with pytest.raises(UserError, match=f"--size is 32, but must be {SMALLEST} to 8192 with --dynamic size"):
+        export_checkpoint(path, tmp_path / "model.pt2", size=32, dynamic=["size"])
+    with pytest.raises(UserError, match="--size is 0, but must be 1 to 8192"):
+        export_checkpoint(path, tmp_path / "model.pt2", size=0)
     with pytest.raises(UserError, match="holds no model_ema, only model"):
         export_checkpoint(path, tmp_path / "model.pt2", weights="model_ema")
     save_checkpoint({"model": small_model().state_dict()}, tmp_path / "other.pth")
