@@ -383,7 +383,8 @@ def area_holding(scores: Tensor, share: float) -> float:
     """The smallest share of pixels that holds at least this share of all scores' sum.
 
     Pixels are taken from the largest on, wherever they are. RepLKNet (arXiv 2203.06717) takes the smallest
-    square around the centre, which is the same or more; but what a raster scan sees has its centre elsewhere.
+    square around the centre, which is the same or more; but a field has its centre elsewhere where strided convolutions
+    are not centred on the position's pixels, or where a scan reaches further back than ahead.
 
     Args:
         scores: not negative, of any shape.
@@ -673,7 +674,7 @@ def _outline(ax: Axes, cell: tuple[int, int], height: float = 1, width: float = 
 
 
 def draw_receptive_fields(
-    fields: dict[str, np.ndarray], centre: tuple[float, float] | None = None, title: str = ""
+    fields: dict[str, np.ndarray], position: tuple[int, int] | None = None, stride: int = 1, title: str = ""
 ) -> Figure:
     """Scores of some models side by side, and below each the share of pixels that hold `SHARES` of their sum.
 
@@ -681,7 +682,8 @@ def draw_receptive_fields(
 
     Args:
         fields: scores (H, W) by the model's name.
-        centre: (row, column) in pixels of the position that they are of, marked by a cross.
+        position: (row, column) in the map of the position that they are of, whose pixels are outlined.
+        stride: of the map, in pixels.
         title: above all.
     """
     panels = Panels(1, len(fields), title, next(iter(fields.values())).shape, below=0.4)
@@ -690,8 +692,8 @@ def draw_receptive_fields(
         ax.set_title(_text(name), fontsize=8)
         held = [f"{share:.0%} in {area_holding(torch.from_numpy(scores), share):.1%} of pixels" for share in SHARES]
         ax.set_xlabel("\n".join(held), fontsize=8)
-        if centre is not None:
-            ax.plot(*reversed(centre), "+", color="cyan", markersize=7)
+        if position is not None:
+            _outline(ax, position, stride, stride)
     panels.bar(drawn, 0, len(fields) - 1, "share of the largest gradient magnitude")
     return panels.figure
 
@@ -783,8 +785,7 @@ def _erf(run: Run) -> Drawn:
         except UserError as error:  # a peer that rounds sizes down has a smaller map
             raise UserError(f"{_one_line(name)}: {error}") from error
     title = f"Effective receptive fields of a position at stride {stride}: sums over {_count(run.images)}"
-    centre = tuple(stride * (p + 0.5) - 0.5 for p in position)
-    return draw_receptive_fields(fields, centre, title), {
+    return draw_receptive_fields(fields, position, stride, title), {
         _one_line(name).replace(" ", "_"): scores for name, scores in fields.items()
     }
 
