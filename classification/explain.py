@@ -14,6 +14,7 @@ import contextlib
 import copy
 import difflib
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from torchvision import transforms
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from classification.checkpoint import variant_of
+from classification.checkpoint import variant_of, write_atomically
 from classification.config import default_config
 from classification.data.build import eval_transform
 from classification.data.images import read_image
@@ -52,6 +53,11 @@ SHARES = (0.2, 0.5, 0.99)  # of a receptive field's sum, as RepLKNet's tables ha
 
 
 # ----- the model, left as it was
+
+
+def with_gradients(function: Callable) -> Callable:
+    """The function with gradients inside it, also where the caller is in inference mode."""
+    return torch.inference_mode(False)(torch.enable_grad()(function))
 
 
 @contextlib.contextmanager
@@ -237,12 +243,12 @@ class FixedSSM:
             )
         return found
 
+    @with_gradients
     def row(self, query: tuple[int, int], fusion: bool = True) -> Tensor:
         """M's row of one position for each image, as a map (B, K, H, W): the gradient of y there, one adjoint pass."""
-        with torch.enable_grad():
-            x = torch.zeros_like(self.dt, requires_grad=True)
-            y = self(x, fusion)
-            return torch.autograd.grad(y[..., query[0], query[1]].sum(), x)[0]
+        x = torch.zeros_like(self.dt, requires_grad=True)
+        y = self(x, fusion)
+        return torch.autograd.grad(y[..., query[0], query[1]].sum(), x)[0]
 
     def _apply(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, fusion: bool) -> Tensor:
         h = self.ssm.transition(x, dt, B)
@@ -256,6 +262,7 @@ def _keep(module: nn.Module, names: Sequence[str], channels: Sequence[int]) -> N
         setattr(module, name, nn.Parameter(getattr(module, name)[channels], requires_grad=False))
 
 
+@torch.inference_mode(False)  # whose tensors `FixedSSM.row` could not use
 @torch.no_grad()
 def fixed_ssm(
     model: nn.Module, images: Tensor, stage: int, block: int, channels: Sequence[int] | int | None = None
@@ -336,6 +343,7 @@ def mixing_row(
 # ----- effective receptive field
 
 
+@with_gradients
 def effective_receptive_field(
     model: nn.Module, images: Tensor, position: tuple[int, int] | None = None, stage: int | None = None
 ) -> Tensor:
@@ -358,8 +366,8 @@ def effective_receptive_field(
     Raises:
         UserError: no such stage or position.
     """
-    images = images.detach().requires_grad_()
-    with undisturbed(model), torch.enable_grad():
+    images = images.detach().clone().requires_grad_()  # a copy, for those made in inference mode
+    with undisturbed(model):
         found = _feature_map(model, images, stage)
         y, x = _position(position, found.shape[2:], "the map")
         (gradient,) = torch.autograd.grad(found[:, :, y, x].sum(), images)
@@ -406,6 +414,7 @@ def area_holding(scores: Tensor, share: float) -> float:
 # ----- class activation
 
 
+@with_gradients
 def class_activation(
     model: nn.Module, images: Tensor, classes: Sequence[int] | None = None, stage: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -428,16 +437,19 @@ def class_activation(
     if reason := no_class_activation(model):
         raise UserError(f"no class activation: {reason}")
     from pytorch_grad_cam import GradCAM  # optional
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     count = backbone_of(model).num_classes
     chosen = None if classes is None else [_index(c, count, "class", "the model") for c in classes]
     layer = block_at(model, stage, -1)
-    images = images.detach().requires_grad_()  # so that a frozen model has gradients too
-    with undisturbed(model), torch.enable_grad(), GradCAM(model, [layer], reshape_transform=to_planes) as cam:
-        maps = cam(images, None if chosen is None else [ClassifierOutputTarget(c) for c in chosen])
-        probabilities = cam.outputs.detach().softmax(1)
-    found = probabilities.argmax(1) if chosen is None else torch.tensor(chosen, device=probabilities.device)
+    images = images.detach().clone().requires_grad_()  # so that a frozen model has gradients too
+    # NumPy, into which the package puts maps and logits, has no 16 bits of bfloat16; so targets are chosen here, too.
+    targets = [lambda logits: logits[logits.argmax()]] * len(images)
+    if chosen is not None:
+        targets = [lambda logits, c=c: logits[c] for c in chosen]
+    with undisturbed(model), GradCAM(model, [layer], reshape_transform=lambda t: to_planes(t).float()) as cam:
+        maps = cam(images, targets)
+        probabilities = cam.outputs.detach().float().softmax(1)
+    found = cam.outputs.argmax(1) if chosen is None else torch.tensor(chosen, device=probabilities.device)
     return torch.from_numpy(maps), found, probabilities
 
 
@@ -778,12 +790,20 @@ def _erf(run: Run) -> Drawn:
     position = _position(run.args.position, size, f"the map of stage {stage}")
     fields = {}
     for name, model in _compared(run):
+        if name in fields:
+            raise UserError(f"--beside: {_one_line(name)} is there twice; name it once")
         index = stage if isinstance(model, SpatialMamba) else _map_of_stride(model, stride, name)
         batches = run.batches(name.replace("\n", ", "))
         try:
             fields[name] = sum(effective_receptive_field(model, batch, position, index) for batch in batches).numpy()
         except UserError as error:  # a peer that rounds sizes down has a smaller map
             raise UserError(f"{_one_line(name)}: {error}") from error
+        except (RuntimeError, ValueError, AssertionError) as error:  # what timm's models say to sizes they do not take
+            if model is run.model:
+                raise
+            height, width = run.images.shape[2:]
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"--beside {_one_line(name)}: cannot take images of {height}x{width} ({reason})") from error
     title = f"Effective receptive fields of a position at stride {stride}: sums over {_count(run.images)}"
     return draw_receptive_fields(fields, position, stride, title), {
         _one_line(name).replace(" ", "_"): scores for name, scores in fields.items()
@@ -943,13 +963,10 @@ def explain(args: argparse.Namespace) -> None:
 
 def _write(folder: Path, name: str, figure: Figure, arrays: dict[str, np.ndarray]) -> None:
     for path, write in (
-        (folder / f"{name}.png", figure.savefig),
-        (folder / f"{name}.npz", lambda path: np.savez_compressed(path, **arrays)),
+        (folder / f"{name}.png", lambda file: figure.savefig(file, format="png")),
+        (folder / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays)),
     ):
-        try:
-            write(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error})") from error
+        write_atomically(path, write)
         print(printable(f"wrote {path}"))
 
 
@@ -1021,6 +1038,8 @@ def main() -> None:
     escape_on_streams()
     try:
         (_serve if args.serve else explain)(args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
 

@@ -228,6 +228,28 @@ def test_states_in_other_forms_of_the_model():
         states(nn.Linear(2, 2), images)
 
 
+def test_in_inference_mode():
+    """As a server calls them, with images of its own."""
+    model, images = spatialmamba_micro(num_classes=3).eval(), torch.randn(1, 3, 40, 40)
+    functions = [
+        lambda x: states(model, x, 0).fused,
+        lambda x: mixing_matrix(model, x, 1, 0, 0),
+        lambda x: mixing_row(model, x, 0, 0),
+        lambda x: effective_receptive_field(model, x),
+    ]
+    if not explaining.no_class_activation(model):
+        functions.append(lambda x: class_activation(model, x, stage=0)[0])
+    for function in functions:
+        expected = function(images)
+        with torch.inference_mode():
+            assert torch.equal(function(images.clone()), expected)
+            assert torch.equal(function(images), expected)
+            assert torch.is_inference_mode_enabled()
+        with torch.no_grad():
+            assert torch.equal(function(images), expected)
+            assert not torch.is_grad_enabled()
+
+
 def test_memory_returns():
     model, images = spatialmamba_micro().eval(), torch.randn(1, 3, 64, 64)
     found = states(model, images, 0)
@@ -397,6 +419,11 @@ def test_class_activation_is_grad_cams():
     by_hand = F.interpolate(by_hand[:, None], (64, 96), mode="bilinear")[:, 0]
     by_hand = by_hand - by_hand.amin((1, 2), keepdim=True)
     torch.testing.assert_close(maps, by_hand / by_hand.amax((1, 2), keepdim=True), rtol=0, atol=1e-3)
+    half = spatialmamba_micro(num_classes=3).bfloat16()
+    maps, classes, probabilities = class_activation(half, images.bfloat16(), stage=0)
+    assert (maps.dtype, probabilities.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(classes, probabilities.argmax(1))
+    assert maps.isfinite().all()
     with pytest.raises(UserError, match="no class 5: the model has classes 0 to 4"):
         class_activation(model, images, [0, 5])
     model.reset_classifier(0)
@@ -506,6 +533,23 @@ def test_principal_components_do_not_depend_on_the_order_of_images():
     assert len(figure.axes) == 2 * 5
 
 
+def test_figures_are_written_whole_or_not_at_all(explain, checkpoint, pictures, tmp_path, monkeypatch):
+    explain(checkpoint, *pictures, "--out", tmp_path, "--figures", "matrix")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        explain(checkpoint, *pictures, "--out", tmp_path, "--figures", "matrix")
+    assert ended.value.code == 130
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert after["matrix.npz"] == before["matrix.npz"]
+
+
 def test_command_as_a_user_runs_it(checkpoint, pictures, tmp_path):
     arguments = ["--out", tmp_path / "figures", "--figures", "states", "matrix"]
     done = run_command("python", "-m", "classification.explain", checkpoint, *pictures, *arguments, cwd=ROOT)
@@ -526,6 +570,13 @@ BAD = {  # further images, options, and the message
         "convnext_atto at initialisation: no position 3 0: the map has rows 0 to 2",
     ),
     "peer": ([], [*ERF, "--beside", "convnext_tyni"], "timm has no model 'convnext_tyni'; it has convnext_tiny"),
+    "peer that takes no such size": (
+        [], [*ERF, "--size", "3", "--beside", "convnext_atto"],
+        r"--beside convnext_atto at initialisation: cannot take images of 3x3 \(",
+    ),
+    "peer twice": (
+        [], [*ERF, "--beside", "convnext_atto", "convnext_atto"], "convnext_atto at initialisation is there twice"
+    ),
     "peer's weights": ([], [*ERF, "--beside", "convnext_atto=no.pth"], r"no\.pth: no such file of weights"),
     "other weights": ([], [*ERF, "--beside", "convnext_atto={checkpoint}"], "--beside convnext_atto: cannot be made"),
     "peer of other strides": (
