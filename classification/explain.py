@@ -113,7 +113,7 @@ def _index(value: int, count: int, kind: str, owner: str) -> int:
 
 
 def last_stage(images: Tensor, stages: int, least: int) -> int:
-    """The last whose map of these images has at least so many rows and columns, large enough to look at; else 0."""
+    """Number of the last stage whose map of these images has at least `least` rows and columns; 0 if none has."""
     smallest = min(images.shape[2:])
     return max((i for i in range(stages) if math.ceil(smallest / 2 ** (i + 2)) >= least), default=0)
 
@@ -168,7 +168,7 @@ def states(model: nn.Module, images: Tensor, stage: int = -1, block: int = -1) -
 
 @torch.no_grad()
 def states_at(model: nn.Module, images: Tensor, places: Sequence[tuple[int, int]]) -> list[States]:
-    """As `states`, of several (stage, block) by one forward pass."""
+    """`states` of several (stage, block), by a single forward pass."""
     fusions = [block_at(model, *place).self_attention.state_fusion for place in places]
     observed = _observe(model, images, fusions, max(stage % len(backbone_of(model).layers) for stage, _ in places))
     with undisturbed(model):
@@ -267,7 +267,7 @@ def _keep(module: nn.Module, names: Sequence[str], channels: Sequence[int]) -> N
 def fixed_ssm(
     model: nn.Module, images: Tensor, stage: int, block: int, channels: Sequence[int] | int | None = None
 ) -> FixedSSM:
-    """What `mixing_matrix` and `mixing_row` read, of one forward pass up to the block's stage."""
+    """A block's `FixedSSM` for these images, from one forward pass up to its stage. Arguments as `mixing_matrix`'s."""
     ssm = block_at(model, stage, block).self_attention
     ((_, x, _),) = _observe(model, images, [ssm.state_fusion], stage % len(backbone_of(model).layers))
     channels = [channels] if isinstance(channels, int) else range(x.shape[1]) if channels is None else channels
@@ -364,7 +364,7 @@ def effective_receptive_field(
         Scores (H, W) of the images' size, float64, not negative.
 
     Raises:
-        UserError: no such stage or position.
+        UserError: no such stage or position, or the model returns no map.
     """
     images = images.detach().clone().requires_grad_()  # a copy, for those made in inference mode
     with undisturbed(model):
@@ -380,6 +380,8 @@ def _feature_map(model: nn.Module, images: Tensor, stage: int | None) -> Tensor:
         maps = model(images)
         maps = list(maps) if isinstance(maps, list | tuple) else [maps]
         found = maps[-1 if stage is None else _index(stage, len(maps), "stage", "the model")]
+        if not isinstance(found, Tensor) or found.dim() != 4:
+            raise UserError(f"{type(model).__name__} returns no map; pass its backbone, as `backbone_of` finds it")
         return to_planes(found) if getattr(model, "output_fmt", "NCHW") == "NHWC" else found
     stages = len(model.layers if isinstance(model, SpatialMamba) else model.feature_info)
     index = stages - 1 if stage is None else _index(stage, stages, "stage", "the model")
@@ -446,7 +448,9 @@ def class_activation(
     targets = [lambda logits: logits[logits.argmax()]] * len(images)
     if chosen is not None:
         targets = [lambda logits, c=c: logits[c] for c in chosen]
-    with undisturbed(model), GradCAM(model, [layer], reshape_transform=lambda t: to_planes(t).float()) as cam:
+    with undisturbed(model), contextlib.ExitStack() as hooks:
+        cam = GradCAM(model, [layer], reshape_transform=lambda t: to_planes(t).float())
+        hooks.callback(cam.activations_and_grads.release)  # as its own `with` does, which hides an IndexError
         maps = cam(images, targets)
         probabilities = cam.outputs.detach().float().softmax(1)
     found = cam.outputs.argmax(1) if chosen is None else torch.tensor(chosen, device=probabilities.device)
@@ -591,7 +595,7 @@ def draw_activation(
 class Panels:
     """A figure of panels without ticks, each as wide as `CELL` and as high as an image of this shape.
 
-    A last row, of `bars`, is for colour bars: taken from the panels above them, they would leave these in disorder.
+    With `bars`, colour bars have a last row of their own: space taken from single panels would put them out of line.
     """
 
     rows: int
@@ -635,7 +639,7 @@ class Panels:
 
 
 def _text(text: str) -> str:
-    """As it stands: a dollar would begin a formula, and what is no letter may have no glyph."""
+    """Text that is drawn as it stands: a dollar would begin a formula, and a control character may have no glyph."""
     return printable(text).replace("$", r"\$")
 
 

@@ -302,6 +302,8 @@ def test_receptive_field_of_a_known_kernel(output_fmt):
     assert single.nonzero().tolist() == [[17, 2]]
     assert single[17, 2].item() == pytest.approx(3 * model.near.weight.sum(0).abs().sum().item())
     assert area_holding(single, 1.0) == 1 / (18 * 12)
+    with pytest.raises(UserError, match="Sequential returns no map; pass its backbone"):
+        effective_receptive_field(nn.Sequential(model.near, nn.Flatten()), images)
     with pytest.raises(UserError, match="no stage 2: the model has stages 0 to 1"):
         effective_receptive_field(model, images, stage=2)
     with pytest.raises(UserError, match="no position 9 0: the map has rows 0 to 8 and columns 0 to 5"):
@@ -419,6 +421,15 @@ def test_class_activation_is_grad_cams():
     by_hand = F.interpolate(by_hand[:, None], (64, 96), mode="bilinear")[:, 0]
     by_hand = by_hand - by_hand.amin((1, 2), keepdim=True)
     torch.testing.assert_close(maps, by_hand / by_hand.amax((1, 2), keepdim=True), rtol=0, atol=1e-3)
+
+    def fail(module, inputs):
+        raise IndexError("on the way")
+
+    handle = model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(IndexError, match="on the way"):
+        class_activation(model, images)
+    handle.remove()
+    assert not any(module._forward_hooks for module in model.modules())
     half = spatialmamba_micro(num_classes=3).bfloat16()
     maps, classes, probabilities = class_activation(half, images.bfloat16(), stage=0)
     assert (maps.dtype, probabilities.dtype) == (torch.float32, torch.float32)
