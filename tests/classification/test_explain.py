@@ -23,7 +23,10 @@ from classification.errors import UserError
 from classification.explain import (
     area_holding,
     class_activation,
+    command,
+    compute,
     draw_states,
+    drawing,
     effective_receptive_field,
     mixing_matrix,
     mixing_row,
@@ -39,6 +42,7 @@ from classification.models import (
     spatialmamba_micro,
     spatialmamba_tiny,
 )
+from classification.models.spatialmamba import StateFusion
 
 SIZES = [(36, 36), (45, 70), (61, 33)]  # maps of 9x9, 12x18 and 16x9, then 5x5, 6x9 and 8x5
 
@@ -56,7 +60,7 @@ def small_model(d_state: int = 1, classes: int = 5, **arguments) -> SpatialMamba
 def fuse_nothing(model: SpatialMamba) -> None:
     """Give each fusion the kernel of one tap, in the middle."""
     for module in model.modules():
-        if isinstance(module, explaining.StateFusion):
+        if isinstance(module, StateFusion):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
             module.kernel_3.data[:, :, 1, 1] = 1
@@ -145,7 +149,7 @@ def test_matrix_is_the_formulas_and_its_taps_stand_where_they_must(d_state):
 def test_a_row_is_the_matrixs(monkeypatch):
     """Of a float32 model, with kernels for the CPU too, in chunks of columns that do not divide their number."""
     model, images = spatialmamba_micro(num_classes=3).train(), torch.randn(2, 3, 72, 100)
-    monkeypatch.setattr(explaining, "COLUMNS_AT_ONCE", 5 * 2 * 18 * 25)
+    monkeypatch.setattr(compute, "COLUMNS_AT_ONCE", 5 * 2 * 18 * 25)
     for swapped in (model, optimise_for_cpu(model)):
         for fusion in (True, False):
             matrix = mixing_matrix(swapped, images, 0, 0, [30, 2], fusion)
@@ -504,7 +508,7 @@ def test_command(explain, checkpoint, pictures, tmp_path):
 
 def test_options_of_the_command(explain, pictures, tmp_path, monkeypatch):
     """Of a size at its initialisation: images of their own size, chosen places, channels and colours."""
-    monkeypatch.setattr(explaining, "BATCH", 1)  # so that parts are put together
+    monkeypatch.setattr(command, "BATCH", 1)  # so that parts are put together
     files = []
     for i, picture in enumerate(pictures):
         files.append(tmp_path / f"wide {i} $x$.png")
@@ -534,8 +538,8 @@ def test_options_of_the_command(explain, pictures, tmp_path, monkeypatch):
 
 def test_principal_components_do_not_depend_on_the_order_of_images():
     found = states(spatialmamba_micro().eval(), torch.randn(2, 3, 64, 64), 1)
-    maps, explained = explaining._principal_components(found.h.numpy())
-    swapped, again = explaining._principal_components(found.h.numpy()[::-1])
+    maps, explained = drawing._principal_components(found.h.numpy())
+    swapped, again = drawing._principal_components(found.h.numpy()[::-1])
     np.testing.assert_allclose(maps, swapped[::-1], atol=1e-6)
     assert maps.shape == (2, 8, 8, 3)
     assert 0.2 < explained <= 1
