@@ -40,7 +40,7 @@ from classification.checkpoint import (
 )
 from classification.config import trained_with
 from classification.errors import UserError, escape_on_streams, printable
-from classification.models import VARIANTS, SpatialMamba
+from classification.models import VARIANTS, SpatialMamba, undo_optimise_for_cpu
 
 ONNX, PT2 = ".onnx", ".pt2"
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -54,7 +54,7 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), st
     """`torch.export` of the model in evaluation mode, decomposed into standard operators.
 
     Args:
-        model: any form of it; left in evaluation mode.
+        model: any form of it, after `optimise_for_cpu` too; left in evaluation mode.
         size: height and width of the images, 1 to `LARGEST`; `SMALLEST` to `LARGEST` if "size" is dynamic.
         dynamic: of "batch" and "size", what a user may choose: 1 to `MOST` images, `SMALLEST` to `LARGEST` pixels.
         strict: as of `torch.export.export`.
@@ -71,9 +71,22 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), st
         dimensions |= {2: Dim("height", min=SMALLEST, max=LARGEST), 3: Dim("width", min=SMALLEST, max=LARGEST)}
     # Sizes that differ, for equal ones would be taken for one; but what is fixed is as asked for.
     shape = (2 if "batch" in dynamic else 1, model.in_chans, size, size + 32 * ("size" in dynamic))
-    with torch.no_grad():  # the derivative of each scan would be traced as well
+    # Without the derivative of each scan, which would be traced as well.
+    with torch.no_grad(), _plain_layers(model):
         program = torch.export.export(model.eval(), (torch.zeros(shape),), dynamic_shapes=(dimensions,), strict=strict)
         return program.run_decompositions({**selective_scan.decompositions(), **dwconv2d.decompositions()})
+
+
+@contextlib.contextmanager
+def _plain_layers(model: torch.nn.Module) -> Iterator[None]:
+    """PyTorch's own layers, and those of `optimise_for_cpu` again after: these choose by size, so a graph would too."""
+    classes = [(module, type(module)) for module in model.modules()]
+    undo_optimise_for_cpu(model)
+    try:
+        yield
+    finally:
+        for module, its_class in classes:
+            module.__class__ = its_class
 
 
 def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, list[str] | None, CfgNode]:
@@ -149,6 +162,8 @@ def export_checkpoint(
         raise UserError(f"{target}: must end in {ONNX} or {PT2}")
     if os.path.lexists(target):
         raise UserError(f"{target}: exists; remove it or name another file")
+    if not target.parent.is_dir():  # asked before the minutes of an export
+        raise UserError(f"{target}: cannot be written, for {target.parent} is no folder")
     missing = [name for name in NEEDED_FOR_ONNX if target.suffix == ONNX and find_spec(name) is None]
     if missing:
         raise UserError(f"{ONNX} needs {', '.join(missing)}: pip install {' '.join(missing)}")

@@ -350,13 +350,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from classification import explain_page  # which imports this package
+    from classification.explain import page  # which imports this module
 
     loaded = load(args.source, args.weights)
     title = f"{loaded.size}, {Path(args.source).name if loaded.trained else 'at initialisation'}"
-    explain_page.serve(
-        explain_page.Viewer(loaded, args.size), title, explain_page.PORT if args.port is None else args.port
-    )
+    page.serve(page.Viewer(loaded, args.size), title, page.PORT if args.port is None else args.port)
 
 
 def _parse_args() -> argparse.Namespace:

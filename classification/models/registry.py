@@ -36,7 +36,7 @@ PRETRAINED_CFG = dict(
 default_cfgs = generate_default_cfgs(dict.fromkeys(VARIANTS, PRETRAINED_CFG))
 
 
-def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Module:
+def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch.nn.Module:
     """
     Args:
         name: of the size.
@@ -47,6 +47,7 @@ def _create(name: str, pretrained: bool | str = False, **kwargs) -> torch.nn.Mod
         FileNotFoundError: no such file.
         ValueError: `pretrained=True` without weights.
     """
+    pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if pretrained is True and _is_ours(kwargs.get("pretrained_cfg")):
         overlay = _given(kwargs.pop("pretrained_cfg")) | overlay
@@ -162,24 +163,24 @@ def _names_weights(cfg: object) -> bool:
 
 
 @register_model
-def spatialmamba_micro(pretrained: bool | str = False, **kwargs) -> SpatialMamba:
+def spatialmamba_micro(pretrained: bool | str | Path = False, **kwargs) -> SpatialMamba:
     """For tests and demos: dims 16, depths (1, 1, 2, 1)."""
     return _create("spatialmamba_micro", pretrained, **kwargs)
 
 
 @register_model
-def spatialmamba_tiny(pretrained: bool | str = False, **kwargs) -> SpatialMamba:
+def spatialmamba_tiny(pretrained: bool | str | Path = False, **kwargs) -> SpatialMamba:
     """Spatial-Mamba-T, 27 M parameters."""
     return _create("spatialmamba_tiny", pretrained, **kwargs)
 
 
 @register_model
-def spatialmamba_small(pretrained: bool | str = False, **kwargs) -> SpatialMamba:
+def spatialmamba_small(pretrained: bool | str | Path = False, **kwargs) -> SpatialMamba:
     """Spatial-Mamba-S, 43 M parameters."""
     return _create("spatialmamba_small", pretrained, **kwargs)
 
 
 @register_model
-def spatialmamba_base(pretrained: bool | str = False, **kwargs) -> SpatialMamba:
+def spatialmamba_base(pretrained: bool | str | Path = False, **kwargs) -> SpatialMamba:
     """Spatial-Mamba-B, 96 M parameters."""
     return _create("spatialmamba_base", pretrained, **kwargs)

@@ -122,7 +122,8 @@ class Stem(nn.Module):
         self.conv3 = nn.Sequential(ConvLayer(mid, 4 * dim, 3, stride=2), ConvLayer(4 * dim, dim, 1, act=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # as tokens are, to the end
+        # Channels-last, as tokens are, to the end; in words that torch.func.vmap knows.
+        x = self.conv1(to_planes(to_tokens(x).contiguous()))
         x = x + self.conv2(x)
         return to_tokens(self.conv3(x))
 
@@ -362,7 +363,8 @@ class SpatialMamba(nn.Module):
         self.num_features = self.head_hidden_size = dims[-1]
         self.output_fmt = "NHWC"  # of forward_features
         self.feature_info = [
-            dict(num_chs=dim, reduction=2 ** (i + 2), module=f"layers.{i}") for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=2 ** (i + 2), module=f"layers.{i}.blocks.{depth - 1}")
+            for i, (dim, depth) in enumerate(zip(dims, depths, strict=True))
         ]
         self.patch_embed = Stem(in_chans, dims[0])
         self.layers = self._make_stages(d_state, expand, mlp_ratio, drop_path_rate)
@@ -599,7 +601,9 @@ def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int
     if indices is None:
         indices = range(stages)
     elif isinstance(indices, int):
-        indices = range(stages - indices, stages) if 1 <= indices <= stages else [stages]
+        if not 1 <= indices <= stages:
+            raise ValueError(f"a number of last stages must lie in [1, {stages}], got {indices}")
+        indices = range(stages - indices, stages)
     if not indices or any(not -stages <= i < stages for i in indices):
         raise ValueError(f"stage indices must lie in [{-stages}, {stages - 1}], got {indices}")
     return sorted({i % stages for i in indices})

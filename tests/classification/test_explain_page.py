@@ -19,12 +19,13 @@ import pytest
 import torch
 from running import ROOT
 
-from classification import explain, explain_page
+from classification import explain
 from classification.checkpoint import save_checkpoint
 from classification.data.images import read_image
 from classification.errors import UserError
 from classification.explain import image_transform, load
-from classification.explain_page import Viewer, serve
+from classification.explain import page as page_module
+from classification.explain.page import Viewer, serve
 from classification.models import spatialmamba_micro
 
 LAST = (0, 0, 1, 0)  # blocks of the four stages
@@ -84,7 +85,7 @@ def test_what_is_shown(checkpoint, image):
 
 
 def test_without_what_is_optional(checkpoint, image, monkeypatch):
-    monkeypatch.setattr(explain_page, "no_class_activation", lambda model: "a package is missing")
+    monkeypatch.setattr(page_module, "no_class_activation", lambda model: "a package is missing")
     seen = Viewer(load(str(checkpoint)), size=32).look(image, LAST[:1])
     assert seen.activation is None
     assert len(seen.classes) == 5
@@ -248,7 +249,7 @@ def test_the_port_is_free_again_when_gradio_cannot_be_used(monkeypatch):
     def fails(viewer, title):
         raise ImportError("gradio is broken")
 
-    monkeypatch.setattr(explain_page, "build", fails)
+    monkeypatch.setattr(page_module, "build", fails)
     with pytest.raises(ImportError):
         serve(None, "", port)
     socket.create_server(("127.0.0.1", port)).close()

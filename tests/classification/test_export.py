@@ -14,7 +14,7 @@ from classification import export as exporting
 from classification.checkpoint import save_checkpoint
 from classification.errors import UserError
 from classification.export import SMALLEST, difference, export, export_checkpoint, read_model, write
-from classification.models import SpatialMamba, spatialmamba_micro
+from classification.models import SpatialMamba, optimise_for_cpu, spatialmamba_micro
 
 SHAPES = [(1, 2, 33, 33), (3, 2, 40, 95), (2, 2, 129, 64)]
 
@@ -45,6 +45,17 @@ def test_any_batch_and_size_where_our_packages_are_missing(tmp_path):
     assert difference(model, write(program, tmp_path / "model.onnx"), SHAPES) < 1e-5
 
 
+def test_after_optimise_for_cpu():
+    """Its layers choose by size; the program must not, and the model keeps them."""
+    model = optimise_for_cpu(small_model())
+    classes = [type(module) for module in model.modules()]
+    run = export(model, size=100, dynamic=("batch", "size")).module()
+    assert [type(module) for module in model.modules()] == classes
+    for shape in SHAPES:
+        images = torch.randn(shape)
+        torch.testing.assert_close(run(images), model(images), rtol=1e-5, atol=1e-5)
+
+
 def test_a_checkpoint_of_a_fixed_size(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     config = "DATA: {IMG_SIZE: 32}"  # which is its size then, as the demo's: the last map is one token
@@ -66,6 +77,8 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     save_checkpoint({"model": spatialmamba_micro(num_classes=10).state_dict()}, path)
     with pytest.raises(UserError, match=r"model\.pt: must end in \.onnx or \.pt2"):
         export_checkpoint(path, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt2: cannot be written, for .*nowhere is no folder"):
+        export_checkpoint(path, tmp_path / "nowhere" / "model.pt2")
     with pytest.raises(UserError, match=f"--size is 32, but must be {SMALLEST} to 8192 with --dynamic size"):
         export_checkpoint(path, tmp_path / "model.pt2", size=32, dynamic=["size"])
     with pytest.raises(UserError, match="--size is 0, but must be 1 to 8192"):

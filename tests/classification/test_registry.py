@@ -56,6 +56,18 @@ def test_features():
     assert all(p.grad is not None for p in model.parameters())  # nothing is kept that no map needs
     with pytest.raises(ValueError, match="stage indices must lie in"):
         seeded(features_only=True, out_indices=(7,))
+    with pytest.raises(ValueError, match=r"a number of last stages must lie in \[1, 4\], got -1"):
+        seeded(features_only=True, out_indices=-1)
+
+
+@pytest.mark.parametrize("by", ["hook", "fx"])
+def test_features_by_module_names(by):
+    """timm's other two ways to the maps: `feature_info` names modules before downsampling."""
+    model = seeded(features_only=True, feature_cls=by)
+    expected = seeded().forward_intermediates(IMAGES, intermediates_only=True, output_fmt="NHWC")
+    for found, one, channels in zip(model(IMAGES), expected, model.feature_info.channels(), strict=True):
+        torch.testing.assert_close(found, one)
+        assert found.shape[-1] == channels
 
 
 def test_pooling_and_head():
@@ -89,7 +101,8 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", None))
     overlays = [{"file": path}, {"hf_hub_id": "me/it"}, {"state_dict": model.state_dict()}]
     named = [{"pretrained": True, "pretrained_cfg_overlay": overlay} for overlay in overlays]
-    named += [{"pretrained": "hf-hub:me/it"}, {"pretrained": True, "pretrained_cfg": {"file": path}}]
+    named += [{"pretrained": "hf-hub:me/it"}, {"pretrained": tmp_path / "micro.pth"}]
+    named += [{"pretrained": True, "pretrained_cfg": {"file": path}}]
     for arguments in named:
         found = timm.create_model("spatialmamba_micro", num_classes=7, **arguments).eval()
         torch.testing.assert_close(found(IMAGES), expected)  # its head too
@@ -152,6 +165,12 @@ def test_traced_and_hooked():
         module.register_full_backward_hook(lambda *_: seen.append(1))
     model(IMAGES).sum().backward()
     assert len(seen) >= sum(1 for _ in model.modules()) - 10  # but for what is not called, as lists of blocks are
+
+
+def test_vmap_over_images():
+    model = seeded(num_classes=5)
+    found = torch.func.vmap(lambda image: model(image[None])[0])(IMAGES)
+    torch.testing.assert_close(found, model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 def test_flop_counters_agree():
