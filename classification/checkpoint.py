@@ -746,15 +746,15 @@ def _hint(state: StateDict) -> str:
     return f"; it is a {name}, pass that model's --cfg" if name else ""
 
 
-def variant_of(state: StateDict) -> str | None:
-    """Which of `VARIANTS` a classifier's or a backbone's weights are."""
+def variant_of(state: StateDict, in_chans: int = 3) -> str | None:
+    """Which of `VARIANTS` a classifier's or a backbone's weights are, for images of `in_chans` channels."""
 
     def trunk(names: StateDict) -> StateDict:
         return {k: v for k, v in names.items() if k.startswith(("patch_embed.", "layers."))}
 
     for name, sizes in VARIANTS.items():
         with torch.device("meta"):
-            candidate = SpatialMamba(num_classes=0, **sizes)
+            candidate = SpatialMamba(in_chans, num_classes=0, **sizes)
         if not differences(trunk(candidate.state_dict()), trunk(state)):
             return name
     return None

@@ -48,6 +48,7 @@ LARGEST, MOST = 8192, 1024  # pixels of a side, images of a batch
 SMALLEST = 33  # pixels of a side that may be chosen: below, the last map is one token, another graph
 EXAMPLE = 64  # pixels, to trace what a checkpoint of smaller images does with any size
 TOLERANCE = 1e-4  # of the largest logit
+STEM = "patch_embed.conv1.conv.weight"  # whose second size is the images' channels
 
 
 def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), strict: bool = False) -> ExportedProgram:
@@ -100,10 +101,12 @@ def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, 
     if weights not in found:
         raise UserError(f"{path}: holds no {weights}, only {', '.join(found)}")
     state = found[weights]
-    name = variant_of(state)
+    stem = state.get(STEM)
+    in_chans = max(1, stem.shape[1]) if stem is not None and stem.dim() == 4 else 3
+    name = variant_of(state, in_chans)
     if name is None:
         raise UserError(f"{path}: is of none of the sizes {', '.join(VARIANTS)}")
-    model = SpatialMamba(num_classes=num_classes(state) or 0, **VARIANTS[name])
+    model = SpatialMamba(in_chans, num_classes=num_classes(state) or 0, **VARIANTS[name])
     load_weights(model, state, path)
     return model.eval(), class_names_of(content, path), trained_with(content, str(path))
 

@@ -243,6 +243,8 @@ def load(source: str, weights: str = "model") -> Loaded:
     if not is_file(source):
         raise UserError(f"{source}: no such checkpoint, nor one of the models {', '.join(VARIANTS)}")
     model, classes, config = read_model(source, weights)
+    if model.in_chans != 3:
+        raise UserError(f"{source}: takes images of {model.in_chans} channels; figures are drawn from those of 3")
     return Loaded(model, variant_of(model.state_dict()), classes, config, True)
 
 

@@ -13,8 +13,9 @@ from classification import benchmark
 from classification import export as exporting
 from classification.checkpoint import save_checkpoint
 from classification.errors import UserError
+from classification.explain import load
 from classification.export import SMALLEST, difference, export, export_checkpoint, read_model, write
-from classification.models import SpatialMamba, optimise_for_cpu, spatialmamba_micro
+from classification.models import VARIANTS, SpatialMamba, optimise_for_cpu, spatialmamba_micro
 
 SHAPES = [(1, 2, 33, 33), (3, 2, 40, 95), (2, 2, 129, 64)]
 
@@ -70,6 +71,16 @@ def test_a_checkpoint_of_a_fixed_size(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(run(images), read_model(tmp_path / "micro.pth")[0](images), rtol=1e-5, atol=1e-5)
     with pytest.raises(SystemExit, match=r"micro\.pt2: exists; remove it"):
         exporting.main()
+
+
+def test_a_checkpoint_of_other_channels(tmp_path):
+    torch.manual_seed(0)
+    save_checkpoint(
+        {"model": SpatialMamba(1, 10, **VARIANTS["spatialmamba_micro"]).state_dict()}, tmp_path / "grey.pth"
+    )
+    assert export_checkpoint(tmp_path / "grey.pth", tmp_path / "grey.pt2", size=33) < 1e-5
+    with pytest.raises(UserError, match=r"grey\.pth: takes images of 1 channels; figures"):
+        load(str(tmp_path / "grey.pth"))
 
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
