@@ -36,7 +36,7 @@ from classification.models import VARIANTS, SpatialMamba, optimise_for_cpu, spat
 SPATIAL_MAMBA = "spatialmamba_tiny"
 OTHERS = ("convnext_tiny", "swin_tiny_patch4_window7_224", "mambaout_tiny")
 UNOPTIMISED = " without optimise_for_cpu"
-STEPS = 4  # timed ones, after one that is not
+STEPS = 4
 GPU_SECONDS = 0.25
 MIB = 2**20
 
@@ -198,6 +198,8 @@ def training_step(args: argparse.Namespace) -> tuple[Callable[[], None], list[fl
     """A step of AdamW on random images and labels, and the list to which each call adds its loss."""
     torch.manual_seed(0)
     model = build(args.model, args).train()
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()  # timm's models have it too
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not args.plain)  # fused as in optim.py
     images = random_images(args.batch[0], args)
     labels = torch.randint(1000, (args.batch[0],), device=args.device)
@@ -219,8 +221,8 @@ def train(args: argparse.Namespace) -> dict[str, float | list[float]]:
     if args.device == "cpu" and not args.plain:
         keep_freed_memory()  # as main.py does
     step, losses = training_step(args)
-    times = [seconds_of(step, args.device) for _ in range(STEPS + 1)]
-    losses = [loss.item() for loss in losses[: STEPS + 1]]
+    times = [seconds_of(step, args.device) for _ in range(args.steps + 1)]
+    losses = [loss.item() for loss in losses[: args.steps + 1]]
     milliseconds = 1e3 * statistics.median(times[1:])
     return {"losses": losses, "milliseconds": milliseconds, "peak": peak_memory(args.device)}
 
@@ -251,7 +253,7 @@ def compare_training(args: argparse.Namespace) -> None:
         losses = " ".join(f"{loss:.6f}" for loss in found["losses"])
         print(f"| {name} | {losses} | {found['milliseconds']:.0f} | {found['peak'] / MIB:.0f} |", flush=True)
     if args.peers:
-        rates = (f"{name} {1e3 * args.batch[0] / ms:.0f}" for name, ms in zip(runs, milliseconds, strict=True))
+        rates = (f"{name} {1e3 * args.batch[0] / ms:.3g}" for name, ms in zip(runs, milliseconds, strict=True))
         print(f"\nimages per second: {', '.join(rates)}")
     else:
         print(f"\n{milliseconds[1] / milliseconds[0]:.2f} times as fast as plain PyTorch")
@@ -300,6 +302,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", help="images at once; 1 and 8, with --train 8")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="PIXELS", help="inference at each, batch 1")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of --train, after one that is not counted")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="of --train: each block is computed twice")
     parser.add_argument("--rounds", type=int, default=10, help="of inference, after one that is not counted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
     parser.add_argument("--cast", action="store_true", help="model and images in --dtype, without autocast")
@@ -323,6 +327,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--runtime times inference of one image on --device cpu")
     if args.sizes and (args.train or args.profile or args.runtime or len(args.batch) > 1):
         parser.error("--sizes times inference, with one --batch")
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
+    if args.grad_checkpointing and not args.train:
+        parser.error("--grad-checkpointing goes with --train")
     if args.peers and not args.train:
         parser.error("--peers goes with --train; inference is always timed beside the other backbones")
     return args
