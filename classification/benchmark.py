@@ -253,7 +253,7 @@ def compare_training(args: argparse.Namespace) -> None:
         losses = " ".join(f"{loss:.6f}" for loss in found["losses"])
         print(f"| {name} | {losses} | {found['milliseconds']:.0f} | {found['peak'] / MIB:.0f} |", flush=True)
     if args.peers:
-        rates = (f"{name} {1e3 * args.batch[0] / ms:.3g}" for name, ms in zip(runs, milliseconds, strict=True))
+        rates = (f"{name} {1e3 * args.batch[0] / ms:.4g}" for name, ms in zip(runs, milliseconds, strict=True))
         print(f"\nimages per second: {', '.join(rates)}")
     else:
         print(f"\n{milliseconds[1] / milliseconds[0]:.2f} times as fast as plain PyTorch")
