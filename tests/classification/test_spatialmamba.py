@@ -229,6 +229,26 @@ def test_one_graph_serves_all_batches_and_sizes():
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("optimise", [False, True], ids=["plain", "optimised"])
+def test_gradients_of_each_image_by_torch_func(optimise):
+    torch.manual_seed(0)
+    model = randomised(spatialmamba_micro(num_classes=3)).eval()
+    if optimise:
+        optimise_for_cpu(model)
+    parameters = dict(model.named_parameters())
+    images, labels = torch.randn(3, 3, 40, 33), torch.tensor([0, 2, 1])
+
+    def loss(parameters, image, label):
+        logits = torch.func.functional_call(model, parameters, (image[None],))
+        return torch.nn.functional.cross_entropy(logits, label[None])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, images, labels)
+    for i, (one, label) in enumerate(zip(images, labels, strict=True)):
+        expected = torch.autograd.grad(loss(parameters, one, label), list(parameters.values()))
+        for a, b in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5 * b.abs().max().item() + 1e-7)
+
+
 # ----- dtypes
 
 

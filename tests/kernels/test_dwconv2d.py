@@ -603,6 +603,20 @@ def test_second_derivative_is_refused(name):
 
 
 @each_operator
+def test_transforms_of_torch_func(name):
+    """Gradients of each sample at once are those of one after the other."""
+    samples = [make_inputs(name) for _ in range(3)]
+    stacked = [torch.stack(tensors) for tensors in zip(*(inputs.values() for inputs in samples), strict=True)]
+    places = tuple(range(len(stacked)))
+    found = torch.func.vmap(torch.func.grad(lambda *t: OPERATORS[name](*t).square().sum(), places))(*stacked)
+    for i, inputs in enumerate(samples):
+        leaves = [t.requires_grad_() for t in inputs.values()]
+        expected = torch.autograd.grad(OPERATORS[name](*leaves).square().sum(), leaves)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+@each_operator
 def test_forward_mode_is_refused(name):
     inputs = make_inputs(name)
     first, *others = inputs.values()

@@ -433,6 +433,21 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
+def test_transforms_of_torch_func():
+    """Gradients of each sample at once are those of one after the other."""
+    samples = [list(make_inputs().values()) for _ in range(3)]
+    stacked = [torch.stack(tensors) for tensors in zip(*samples, strict=True)]
+    loss = lambda *t: selective_scan_state(*t, delta_softplus=True).square().sum()  # noqa: E731
+    found = torch.func.vmap(torch.func.grad(loss, tuple(range(5))))(*stacked)
+    for i, inputs in enumerate(samples):
+        expected = torch.autograd.grad(loss(*[t.requires_grad_() for t in inputs]), inputs)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a[i], b)
+    twice = torch.func.grad(lambda u: torch.func.grad(loss)(u, *samples[0][1:]).sum())
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        twice(samples[0][0])
+
+
 def test_forward_mode_is_refused():
     inputs = make_inputs()
     u = inputs.pop("u")

@@ -215,6 +215,22 @@ def test_gradcheck(name):
 
 
 @each_operator
+def test_gradient_by_torch_func(name):
+    operator, arguments = example(name)
+    public = {"silu": depthwise_silu, "gate": norm_gate}.get(name, depthwise_residual_norm)
+    names = [n for n, t in arguments.items() if torch.is_tensor(t) and n != "scale"]
+    leaves = [arguments[n].clone().requires_grad_() for n in names]
+
+    def loss(call, tensors):
+        found = call(**{**arguments, **dict(zip(names, tensors, strict=True))})
+        return sum(t.square().sum() for t in ((found,) if torch.is_tensor(found) else found))
+
+    found = torch.func.grad(lambda tensors: loss(public, tensors))([arguments[n] for n in names])
+    for a, b in zip(found, torch.autograd.grad(loss(operator, leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@each_operator
 def test_autocast(backend, name):
     """Activations are cast, parameters are not; a caller's own cast to 16 bits gives the same."""
     device = "cuda" if torch.get_default_device().type == "cuda" else "cpu"

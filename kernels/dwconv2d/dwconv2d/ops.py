@@ -90,8 +90,8 @@ def _conv_setup(ctx, inputs, output):
 
 
 def _conv_backward(ctx, grad):
-    backward = torch.ops.dwconv2d.dilated_dwconv2d_backward
-    grad_x, grad_weight, grad_bias = backward(grad, *ctx.saved_tensors, ctx.dilation, ctx.padding_mode)
+    inputs = (*ctx.saved_tensors, ctx.dilation, ctx.padding_mode)
+    grad_x, grad_weight, grad_bias = loading.call("dilated_dwconv2d_backward", grad, *inputs)
     return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
 
 
@@ -100,11 +100,11 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _fusion_backward(ctx, grad):
-    return torch.ops.dwconv2d.state_fusion_backward(grad, *ctx.saved_tensors)
+    return loading.call("state_fusion_backward", grad, *ctx.saved_tensors)
 
 
 def _output_backward(ctx, grad):
-    return torch.ops.dwconv2d.state_fusion_output_backward(grad, *ctx.saved_tensors)
+    return loading.call("state_fusion_output_backward", grad, *ctx.saved_tensors)
 
 
 loading.register_autograd("dilated_dwconv2d", _conv_backward, _conv_setup)
@@ -144,7 +144,7 @@ def dilated_dwconv2d(
     if (half := loading.autocast_dtype(x)) is not None:
         x, weight = loading.cast(x, half), loading.cast(weight, half)
         bias = None if bias is None else loading.cast(bias, half)
-    return torch.ops.dwconv2d.dilated_dwconv2d(x, weight, bias, dilation, padding_mode)
+    return loading.call("dilated_dwconv2d", x, weight, bias, dilation, padding_mode)
 
 
 def state_fusion(h: Tensor, weight3: Tensor, weight3_d3: Tensor, weight3_d5: Tensor, alpha: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def state_fusion(h: Tensor, weight3: Tensor, weight3_d3: Tensor, weight3_d5: Ten
     loading.check_tensors(**inputs)
     if loading.autocast_dtype(h) is not None:
         inputs = {name: loading.cast(t, torch.float32) for name, t in inputs.items()}
-    return torch.ops.dwconv2d.state_fusion(**inputs)
+    return loading.call("state_fusion", *inputs.values())
 
 
 def state_fusion_output(
@@ -207,7 +207,8 @@ def state_fusion_output(
     if (half := loading.autocast_dtype(x)) is not None:
         states = {name: loading.cast(t, torch.float32) for name, t in states.items()}
         C, x = loading.cast(C, half), loading.cast(x, half)
-    return torch.ops.dwconv2d.state_fusion_output(**states, C=C, x=x)
+    *weights, D = states.values()
+    return loading.call("state_fusion_output", *weights, C, D, x)
 
 
 class DilatedDWConv2d(nn.Module):

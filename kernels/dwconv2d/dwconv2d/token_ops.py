@@ -59,7 +59,7 @@ def _silu_setup(ctx, inputs, output):
 
 
 def _silu_backward(ctx, grad):
-    return torch.ops.dwconv2d.depthwise_silu_backward(grad, *ctx.saved_tensors)
+    return loading.call("depthwise_silu_backward", grad, *ctx.saved_tensors)
 
 
 def _norm_setup(ctx, inputs, output):
@@ -70,8 +70,8 @@ def _norm_setup(ctx, inputs, output):
 
 def _norm_backward(ctx, grad_r, grad_n):
     r, x, weight, norm_weight, update, scale = ctx.saved_tensors
-    backward = torch.ops.dwconv2d.depthwise_residual_norm_backward
-    grad_s, *parameters, grad_update = backward(grad_r, grad_n, r, x, weight, norm_weight, ctx.eps, update, scale)
+    inputs = (grad_r, grad_n, r, x, weight, norm_weight, ctx.eps, update, scale)
+    grad_s, *parameters, grad_update = loading.call("depthwise_residual_norm_backward", *inputs)
     parameters = [grad.to(dtype) for grad, dtype in zip(parameters, ctx.dtypes, strict=True)]
     if update is None:
         grad_update = None
@@ -106,7 +106,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     loading.check_tensors(x=x, weight=weight, bias=bias)
     if (half := loading.autocast_dtype(x)) is not None:
         x = loading.cast(x, half)
-    return torch.ops.dwconv2d.depthwise_silu(x, weight, bias)
+    return loading.call("depthwise_silu", x, weight, bias)
 
 
 def depthwise_residual_norm(
@@ -148,4 +148,4 @@ def depthwise_residual_norm(
         update = None if update is None else loading.cast(update, half)
     if scale is not None:
         scale = scale.detach()
-    return torch.ops.dwconv2d.depthwise_residual_norm(x, *parameters.values(), eps, update, scale)
+    return loading.call("depthwise_residual_norm", x, *parameters.values(), eps, update, scale)

@@ -38,7 +38,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return *torch.ops.selective_scan.norm_gate_backward(grad, *ctx.saved_tensors, ctx.eps), None
+    return *loading.call("norm_gate_backward", grad, *ctx.saved_tensors, ctx.eps), None
 
 
 loading.register_autograd("norm_gate", _backward, _setup_context)
@@ -70,4 +70,4 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
     loading.check_tensors(y=y, z=z, weight=weight, bias=bias)
     if (half := loading.autocast_dtype(y)) is not None:
         y, z = loading.cast(y, half), loading.cast(z, half)
-    return torch.ops.selective_scan.norm_gate(y, z, weight, bias, eps)
+    return loading.call("norm_gate", y, z, weight, bias, eps)

@@ -186,11 +186,25 @@ def register(plain: Callable, triton_module: str = "triton_kernels", compiled: b
         torch.library.impl(operator, "cuda", _triton(kernels))
 
 
+FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}  # by operator, for transforms of torch.func
+
+
+def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
+    """An operator; under a transform of torch.func, as `grad` and `vmap` are, its `FUNCTIONS`.
+
+    Neither gradients in C++ nor those of `torch.library.register_autograd` may be taken under these transforms.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return getattr(getattr(torch.ops, PACKAGE), name)(*inputs)
+    return FUNCTIONS[name].apply(*inputs)
+
+
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Make `backward` the gradient of an operator, as `torch.library.register_autograd` does.
 
     The compiled library goes before it: it has the gradients of the operators that the model calls, in C++.
     """
+    FUNCTIONS[name] = _function(name, backward, setup_context)
     operator = f"{PACKAGE}::{name}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "Autograd"):
         torch.library.register_autograd(operator, backward, setup_context=setup_context)
@@ -205,4 +219,17 @@ def refuse_second_derivatives(*names: str) -> None:
         )
 
     for name in names:
+        FUNCTIONS[f"{name}_backward"] = _function(f"{name}_backward", refuse, lambda ctx, inputs, output: None)
         torch.library.register_autograd(f"{PACKAGE}::{name}_backward", refuse)
+
+
+def _function(name: str, backward: Callable, setup_context: Callable) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs):
+            return getattr(getattr(torch.ops, PACKAGE), name)(*inputs)
+
+    Function.backward, Function.setup_context = staticmethod(backward), staticmethod(setup_context)
+    return Function

@@ -44,7 +44,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     inputs = ctx.saved_tensors  # once: under gradient checkpointing a second reading is an error
-    grads = torch.ops.selective_scan.selective_scan_state_backward(grad, *inputs, ctx.delta_softplus)
+    grads = loading.call("selective_scan_state_backward", grad, *inputs, ctx.delta_softplus)
     return (*grads[:4], None if inputs[-1] is None else grads[4], None)
 
 
@@ -87,4 +87,4 @@ def selective_scan_state(
         u, delta, B = (loading.cast(t, half) for t in (u, delta, B))
         A = loading.cast(A, torch.float32)
         delta_bias = None if delta_bias is None else loading.cast(delta_bias, torch.float32)
-    return torch.ops.selective_scan.selective_scan_state(u, delta, A, B, delta_bias, delta_softplus)
+    return loading.call("selective_scan_state", u, delta, A, B, delta_bias, delta_softplus)
