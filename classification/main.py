@@ -277,8 +277,8 @@ def train(config: CfgNode, run: Run, compile_mode: str | None) -> None:
 def main() -> None:
     """Do what the command line asks. A user's error ends the process with one line and status 1.
 
-    The launcher ends all processes when one ends. So process 0 prints its error at once. The others wait three seconds
-    first: mostly they have the same error, and the launcher ends them before they print it again.
+    The launcher ends all processes when one ends. So process 0 prints its error at once. The others wait first: mostly
+    they have the same error, and the launcher ends them before they print it again.
     """
     escape_on_streams()
     try:
@@ -290,7 +290,7 @@ def main() -> None:
         status = 128 + request.signal  # as a shell says it; not 0, for the run is not done
     except (UserError, NonFiniteError) as error:
         if int(os.environ.get("RANK", 0)):
-            time.sleep(3)
+            time.sleep(10)  # on a busy machine process 0 takes seconds to end
         # A data loader's worker wraps the message in its traceback.
         message = str(error).rpartition(f"{UserError.__name__}: ")[2].strip()
         sys.exit(f"error: {printable(message)}")

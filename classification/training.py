@@ -31,7 +31,7 @@ from classification.checkpoint import (
     state_dicts,
 )
 from classification.compiling import compile_in_place
-from classification.config import changes, settings
+from classification.config import changes, saved_config, settings
 from classification.data import (
     UnreadableImages,
     build_eval_loader,
@@ -318,6 +318,28 @@ class Training:
             changed.append(f"--compile {content.get(COMPILED) or 'off'} -> {self.compile_mode or 'off'}")
         if changed:
             self.notes.append(f"{path}: training goes on with another config: {', '.join(changed)}")
+        self._note_other_start(content, path)
+
+    def _note_other_start(self, content: dict, path: Path) -> None:
+        """Weights that are named but not read, for the run has begun, unless the run was given them before too."""
+        flag, given = self._start()
+        if not given or path.resolve() == given.resolve() or not isinstance(content.get("config"), str):
+            return
+        try:
+            model = saved_config(content["config"], f"{path}: its config", ("MODEL.PRETRAINED", "MODEL.RESUME")).MODEL
+        except UserError:
+            return  # which `changes` has said
+        if given.resolve() not in (Path(one).resolve() for one in (model.PRETRAINED, model.RESUME) if one):
+            self.notes.append(
+                f"{flag} {given} is not read: {self.run.folder} holds a run, which goes on; pass another --tag to "
+                "start from these weights"
+            )
+
+    def _start(self) -> tuple[str, Path | None]:
+        """The flag that names weights to start from, and their file."""
+        model = self.config.MODEL
+        flag, path = ("--pretrained", model.PRETRAINED) if model.PRETRAINED else ("--resume", model.RESUME)
+        return flag, Path(path) if path else None
 
     def _own_statistics(self) -> list[StateDict]:
         """Running statistics of model and EMA in this process, which differ from the others' within an epoch."""
@@ -555,9 +577,8 @@ class Training:
         for message in filter(None, [*messages, one if self.model.num_classes == 1 else ""]):
             logger.log(logging.WARNING if run.is_main else logging.DEBUG, "%s", message)
         if self.resumed_from:
-            flag = "--pretrained" if config.MODEL.PRETRAINED else "--resume"
-            done = config.MODEL.PRETRAINED or config.MODEL.RESUME not in ("", str(self.resumed_from))
-            ignored = f"; {flag} has done its part already" if done else ""
+            flag, given = self._start()
+            ignored = f"; {flag} is not read, for the run goes on" if given not in (None, self.resumed_from) else ""
             place = f"epoch {self.state.epoch + 1}, step {self.progress.step}"
             logger.info("resuming from %s, %s%s", self.resumed_from, place, ignored)
         elif config.MODEL.PRETRAINED:

@@ -403,11 +403,17 @@ def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_pat
     assert f"resuming from {first}, epoch 1, step 0\n" in run_main(*resume, "TRAIN.EPOCHS", "2")
     printed = run_main(*resume, "TRAIN.EPOCHS", "3")
     more = tmp_path / "spatialmamba_micro/more"
-    assert f"resuming from {more / 'latest.pth'}, epoch 2, step 0; --resume has done its part already" in printed
+    assert f"resuming from {more / 'latest.pth'}, epoch 2, step 0; --resume is not read, for the run goes on" in printed
+    assert "is not read: " not in printed  # this is the run that began from it
     groups = read_checkpoint(more / "latest.pth")["optimizer"]["param_groups"]
     assert {g["weight_decay"] for g in groups} == {0.0, 0.5}  # the config's
     events = EventAccumulator(str(more / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("val/model/top1")] == [10, 15]
+
+    for flags in (["--pretrained", more / "latest.pth", "--finetune"], ["--resume", tmp_path / "nowhere.pth"]):
+        printed = run_main(*arguments, *flags, "--opts", *QUICK, "TRAIN.EPOCHS", "1")
+        expected = f"{flags[0]} {flags[1]} is not read: {first.parent} holds a run, which goes on; pass another --tag"
+        assert expected in printed
 
     back = [*arguments, "--tag", "more", "--resume", more / "epoch_2.pth", "--opts", *QUICK, "TRAIN.EPOCHS", "3"]
     assert f"resuming from {more / 'epoch_2.pth'}, epoch 2, step 0" in run_main(*back)

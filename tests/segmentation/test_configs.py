@@ -85,7 +85,7 @@ def test_effective_config(size):
     assert train["CheckLabels"].num_classes == 150
     assert train["LoadAnnotations"].reduce_zero_label
     assert test["LoadAnnotations"].reduce_zero_label
-    assert [hook.type for hook in cfg.custom_hooks] == ["SyncBuffersHook"]
+    assert [hook.type for hook in cfg.custom_hooks] == ["AverageBatchNorm"]
     assert cfg.val_evaluator.iou_metrics == ["mIoU"]
     assert not re.search("swin|window_size=7|http", cfg.pretty_text, re.IGNORECASE)
 

@@ -51,5 +51,5 @@ tta_pipeline = [
     ),
 ]
 
-# Each GPU has its own batch norm statistics in the backbone: their mean is what is validated.
-custom_hooks = [dict(type="SyncBuffersHook")]
+# Each GPU has its own batch norm statistics in the backbone: their mean is what is validated, and saved.
+custom_hooks = [dict(type="AverageBatchNorm")]
