@@ -271,7 +271,12 @@ def _stop(command, folder, number, starts, resumed="") -> str:
 
 
 @pytest.mark.parametrize(
-    ("processes", "kills", "epochs", "most"), [(2, 3, 4, 40), pytest.param(3, 4, 4, None, marks=pytest.mark.long)]
+    ("processes", "kills", "epochs", "most"),
+    [
+        (1, 3, 4, 20),  # several that are stopped and go on: the test above
+        pytest.param(2, 3, 4, 40, marks=pytest.mark.long),
+        pytest.param(3, 4, 4, None, marks=pytest.mark.long),
+    ],
 )
 def test_a_run_that_is_killed_again_and_again(processes, kills, epochs, most, tmp_path, capsys):
     """tests/kill_and_resume.py, shortened."""
