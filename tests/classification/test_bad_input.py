@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import MICRO, QUICK, run_command
 
-from classification.config import LEAST, OFF_OR_MORE, default_config, load_config
+from classification.config import LEAST, OFF_OR_MORE, default_config, load_config, settings_without_effect
 from classification.data import build_mixup
 from classification.data.build import _train_transform
 from classification.errors import UserError
@@ -59,6 +59,26 @@ def saved(tmp_path, content, name="weights.pth"):
 
 def test_no_data_path(refuse):
     assert "--data-path DIR" in refuse()
+
+
+@pytest.mark.parametrize(
+    ("opts", "without_effect"),
+    [
+        (["AUG.COLOR_JITTER", "0.3", "AUG.AUTO_AUGMENT", "rand-m9"], ["AUG.COLOR_JITTER"]),
+        (["AUG.COLOR_JITTER", "0.3", "AUG.AUTO_AUGMENT", ""], []),
+        (["AUG.REPROB", "0.0", "AUG.REMODE", "const", "AUG.RECOUNT", "2"], ["AUG.REMODE", "AUG.RECOUNT"]),
+        (["AUG.REPROB", "0.1", "AUG.REMODE", "const", "AUG.RECOUNT", "2"], []),
+        (["AUG.CUTMIX", "0.0", "AUG.MIXUP", "0.8", "AUG.MIXUP_SWITCH_PROB", "0.1"], ["AUG.MIXUP_SWITCH_PROB"]),
+        (["AUG.CUTMIX", "0.0", "AUG.MIXUP", "0.0", "AUG.MIXUP_MODE", "elem"], ["AUG.MIXUP_MODE"]),
+        (["TRAIN.EMA.ENABLE", "False", "TRAIN.EMA.DECAY", "0.9", "TRAIN.MESA.WEIGHT", "0.0"], ["TRAIN.EMA.DECAY"]),
+        (["TRAIN.MESA.WEIGHT", "0.0", "TRAIN.MESA.START", "0.5"], ["TRAIN.MESA.START"]),
+    ],
+    ids=" ".join,
+)
+def test_settings_without_effect(opts, without_effect):
+    tiny = MICRO.with_name("spatialmamba_tiny.yaml")
+    found = settings_without_effect(load_config(str(tiny), {}, opts))
+    assert [message.split()[0] for message in found] == without_effect
 
 
 @pytest.mark.parametrize("missing", ["", "train", "val"])

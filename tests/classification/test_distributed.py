@@ -240,6 +240,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(few_digits, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "stopped" / RUN
     saved = _stop(command("stopped"), folder, signal.SIGTERM, 0)
+    content = read_checkpoint(folder / "latest.pth")
+    for i, name in enumerate(("model", "model_ema")):
+        first, second = (statistics[i] for statistics in content["batch_norm"])
+        for key, of_first in first.items():  # what is evaluated is neither's own
+            torch.testing.assert_close(content[name][key], (of_first + second[key]) / 2)
+        assert any(not torch.equal(content[name][key], of_first) for key, of_first in first.items())
     saved = _stop(command("stopped"), folder, signal.SIGUSR1, 1, saved)
     done = run_command(*command("stopped"))
     assert done.returncode == 0, done.stderr
