@@ -221,6 +221,7 @@ def test_yaml_says_what_stands_there(tmp_path):
 ENVIRONMENTS = {
     "no rank": (dict(WORLD_SIZE="2"), "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"),
     "no number": (dict(LOCAL_RANK="abc"), "LOCAL_RANK is 'abc', not a whole number"),
+    "no number as RANK": (dict(RANK="abc", WORLD_SIZE="2"), "RANK is 'abc', not a whole number"),
     "negative": (dict(RANK="-1"), "RANK is '-1', not a whole number"),
     "empty": (dict(WORLD_SIZE=""), "WORLD_SIZE is '', not a whole number"),
     "beyond": (
@@ -254,7 +255,7 @@ def test_environments_that_name_no_place(kind, refuse, few_digits, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     waits = []
-    monkeypatch.setattr("classification.main.time.sleep", waits.append)
+    monkeypatch.setattr("classification.errors.time.sleep", waits.append)
     assert message in refuse("--data-path", few_digits, "--batch-size", 8)
     assert waits == ([10] if variables.get("RANK", "0") != "0" else [])  # for process 0 to say it
 

@@ -468,7 +468,7 @@ def test_mixed_precision_without_a_gpu(monkeypatch, scenes, tmp_path):
     ],
 )
 def test_more_gpus_than_there_are(monkeypatch, scenes, launcher, environment):
-    """Said by the first process of each machine; the others end without a word, and none goes on."""
+    """The first process of each machine says so at once, the others if nobody has ended them by then."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -479,9 +479,11 @@ def test_more_gpus_than_there_are(monkeypatch, scenes, launcher, environment):
     assert said == "error: 8 GPUs were asked for, but there are 2 here; ask for 2"
     local_rank = next(name for name in environment if name.endswith(("LOCAL_RANK", "LOCALID")))
     monkeypatch.setenv(local_rank, "1")
+    waits = []
+    monkeypatch.setattr("classification.errors.time.sleep", waits.append)
     with pytest.raises(SystemExit) as ended:
         tools.train("mmdet")
-    assert ended.value.code == 1
+    assert (ended.value.code, waits) == (said, [10])
 
 
 @pytest.mark.parametrize(("launcher", "name"), [("pytorch", "RANK"), ("slurm", "SLURM_PROCID"), ("mpi", "OMPI")])
