@@ -55,13 +55,14 @@ def _is_plain(module: nn.Module) -> bool:
     own = module.__dict__
     if type(module) not in FUSIBLE or "forward" in own or any(map(own.get, HOOKS)):
         return False
-    if type(module) is DropPath:
+    if type(module) not in PARAMETRISED:
         return True
     weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
     return weight is not None and bias is not None and bias.dim() == 1
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What a module's dictionary has of hooks, and of `Module.compile`.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
 # Those of all modules, as torch.nn.modules.module.register_module_forward_hook and its like add them.
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -71,8 +72,13 @@ GLOBAL_HOOKS = (
 )
 
 
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU of a linear layer of tokens (B, H, W, C), which has no gradient: cuBLAS applies it to what it stores."""
+    flat = torch._addmm_activation(_cast(bias, x), x.flatten(0, 2), _cast(weight, x).t())
+    return flat.unflatten(0, x.shape[:3])
+
+
 POOLINGS = ("avg", "max", "avgmax", "")
-FUSIBLE = (nn.Conv2d, nn.LayerNorm, DropPath)
 
 
 def depthwise_conv(channels: int) -> nn.Conv2d:
@@ -100,15 +106,20 @@ class ConvLayer(nn.Module):
         self.act = nn.ReLU() if act else nn.Identity()  # not in place, which full backward hooks do not allow
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self._convolve(x)))
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        """On a GPU a 1x1 convolution with a bias is one product of tokens: cuDNN adds the bias in a pass of its own."""
         conv = self.conv
         # An adapter in its place may have no kernel size: it is not fusible.
         if fusible(x, conv) and conv.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
-            return to_planes(F.linear(to_tokens(x), conv.weight.flatten(1), conv.bias))
-        return conv(x)
+            # On a GPU this is one product of tokens: cuDNN adds the bias in a pass of its own.
+            tokens, weight = to_tokens(x), conv.weight.flatten(1)
+            if not torch.is_grad_enabled() and self._has_relu_alone(x):
+                return to_planes(linear_relu(tokens, weight, conv.bias))
+            x = to_planes(F.linear(tokens, weight, conv.bias))
+        else:
+            x = conv(x)
+        return self.act(self.norm(x))
+
+    def _has_relu_alone(self, x: Tensor) -> bool:
+        return type(self.act) is nn.ReLU and type(self.norm) is nn.Identity and fusible(x, self.norm, self.act)
 
 
 class Stem(nn.Module):
@@ -268,15 +279,28 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not fusible(x, self.cpe1, self.ln_1, self.cpe2, self.ln_2, self.drop_path):
-            x = x + to_tokens(self.cpe1(to_planes(x)))
-            x = x + self.drop_path(self.self_attention(self.ln_1(x)))
-            x = x + to_tokens(self.cpe2(to_planes(x)))
-            return x + self.drop_path(self.mlp(self.ln_2(x)))
-        x, normed = self._position_and_norm(x, self.cpe1, self.ln_1)
+        if self.fusible(x):
+            return self.add(*self.without_last_addition(x))
+        x = x + to_tokens(self.cpe1(to_planes(x)))
+        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+        x = x + to_tokens(self.cpe2(to_planes(x)))
+        return x + self.drop_path(self.mlp(self.ln_2(x)))
+
+    def fusible(self, x: Tensor) -> bool:
+        return fusible(x, self.cpe1, self.ln_1, self.cpe2, self.ln_2, self.drop_path)
+
+    def without_last_addition(
+        self, x: Tensor, update: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The block of x + scale update, as three tensors of which `add` makes one; where the block is fusible."""
+        x, normed = self._position_and_norm(x, self.cpe1, self.ln_1, update, scale)
         update = self.self_attention(normed)
         x, normed = self._position_and_norm(x, self.cpe2, self.ln_2, update, self._scale(update))
-        update, scale = self.mlp(normed), self._scale(update)
+        update = self.mlp(normed)
+        return x, update, self._scale(update)
+
+    @staticmethod
+    def add(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
         return x + update if scale is None else torch.addcmul(x, update, scale[:, None, None, None])
 
     @staticmethod
@@ -303,15 +327,26 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def blocks_out(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
-            else:
+        elif fusible(x, *self.blocks) and all(block.fusible(x) for block in self.blocks):
+            # The last addition of a block is left to the operator that the next block begins with.
+            parts = self.blocks[0].without_last_addition(x)
+            for block in self.blocks[1:]:
+                parts = block.without_last_addition(*parts)
+            x = Block.add(*parts)
+        else:
+            for block in self.blocks:
                 x = block(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(self.blocks_out(x))
+
+
+PARAMETRISED = (nn.Conv2d, nn.LayerNorm)
+FUSIBLE = (*PARAMETRISED, nn.Identity, nn.ReLU, DropPath, Block)
 
 
 class SpatialMamba(nn.Module):

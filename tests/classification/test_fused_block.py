@@ -1,11 +1,13 @@
 """The block on a GPU joins modules into operators: it must give what the modules give, and give way to them."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from classification.models import spatialmamba
-from classification.models.spatialmamba import Block, SpatialMamba
+from classification.models.spatialmamba import Block, Downsample, SpatialMamba, Stage
 
 
 @pytest.fixture
@@ -26,31 +28,44 @@ def randomise(module):
     return module
 
 
-def results(module, x, weight):
+def results(module, x):
+    """Without gradients and with them: the value, and all gradients of a weighted sum of it."""
     torch.manual_seed(2)  # stochastic depth draws
+    with torch.no_grad():
+        alone = module(x)
+    torch.manual_seed(2)
     x = x.clone().requires_grad_()
     y = module(x)
-    grads = torch.autograd.grad((y * weight).sum(), [x, *module.parameters()])
+    assert torch.equal(alone, y)
+    grads = torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *module.parameters()])
     return [y, *grads]
 
 
+def stage(blocks, d_state=1, drop_path=0.0):
+    return randomise(Stage([Block(6, d_state, drop_path=drop_path) for _ in range(blocks)], Downsample(6)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("d_state", [1, 3])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_equals_the_modules(fused, train, d_state):
-    block = randomise(Block(6, d_state, drop_path=0.5)).double().train(train)
-    x, weight = (torch.randn(4, 7, 5, 6, dtype=torch.float64) for _ in range(2))
-    fused(False)
-    expected = results(block, x, weight)
-    fused(True)
-    names = ["value", "input", *(name for name, _ in block.named_parameters())]
-    for name, a, b in zip(names, results(block, x, weight), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+def test_equals_the_modules(fused, train, d_state, checkpointing):
+    """A stage, whose blocks leave their last addition to the next, and a block alone."""
+    whole = stage(3, d_state, drop_path=0.5).double().train(train)
+    whole.grad_checkpointing = checkpointing
+    x = torch.randn(4, 7, 5, 6, dtype=torch.float64)
+    for module in (whole, whole.blocks[0]):
+        fused(False)
+        expected = results(module, x)
+        fused(True)
+        names = ["value", "input", *(name for name, _ in module.named_parameters())]
+        for name, a, b in zip(names, results(module, x), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_model_compiles_whole_and_trains(fused):
     """In one graph, forward and backward, with the gradients of eager."""
     fused(True)
-    model = randomise(SpatialMamba(dims=[8, 16], depths=[1, 1], num_classes=3, drop_path_rate=0.0)).train()
+    model = randomise(SpatialMamba(dims=[8, 16], depths=[2, 1], num_classes=3, drop_path_rate=0.0)).train()
     images = torch.randn(2, 3, 33, 47)
 
     def gradients(call):
@@ -77,7 +92,13 @@ class Adapter(nn.Module):
         return 2 * self.inner(x)
 
 
-MODULES = ["cpe1", "ln_1", "cpe2", "ln_2", "drop_path", "self_attention.conv2d", "self_attention.out_norm"]
+MODULES = [
+    "blocks.0",
+    "blocks.1",
+    *("blocks.1." + n for n in ("cpe1", "ln_1", "cpe2", "ln_2", "drop_path")),
+    *("blocks.1.self_attention." + n for n in ("conv2d", "out_norm")),
+    *("downsample.conv.0." + n for n in ("conv", "norm", "act")),
+]
 WAYS = ["adapter", "forward", "hook", "pre-hook", "backward hook", "hook of all modules"]
 
 
@@ -85,8 +106,8 @@ WAYS = ["adapter", "forward", "hook", "pre-hook", "backward hook", "hook of all 
 @pytest.mark.parametrize("how", WAYS)
 def test_gives_way_to_the_modules(fused, name, how):
     """Whatever an operator would pass over is called."""
-    block = randomise(Block(6, drop_path=0.1)).eval()
-    module = block.get_submodule(name)
+    whole = stage(2, drop_path=0.1).eval()
+    module = whole.get_submodule(name)
     calls, hooks = [], []
 
     def forward(*args):
@@ -100,7 +121,7 @@ def test_gives_way_to_the_modules(fused, name, how):
         return None
 
     if how == "adapter":
-        block.set_submodule(name, Adapter(module))
+        whole.set_submodule(name, Adapter(module))
     elif how == "forward":
         module.forward = forward
     elif how == "hook":
@@ -111,18 +132,39 @@ def test_gives_way_to_the_modules(fused, name, how):
         hooks.append(module.register_full_backward_hook(lambda m, grads_in, grads_out: calls.append(name)))
     else:
         hooks.append(torch.nn.modules.module.register_module_forward_hook(hook))
-    x, weight = torch.randn(1, 5, 4, 6), torch.randn(1, 5, 4, 6)
+    x = torch.randn(1, 5, 4, 6).requires_grad_()
     found = []
-    for wanted in (False, True):
+    for wanted, gradients in itertools.product((False, True), (True, False)):
         fused(wanted)
         calls.clear()
-        y = block(x.requires_grad_())
-        (y * weight).sum().backward()
-        assert how == "adapter" or set(calls) == {name}
+        with torch.set_grad_enabled(gradients):
+            y = whole(x)
+        if gradients:
+            y.square().sum().backward()
+        assert set(calls) == {name} or how == "adapter" or (how == "backward hook" and not gradients)
         found.append(y)
     for handle in hooks:
         handle.remove()
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    for y in found[1:]:
+        torch.testing.assert_close(y, found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_gives_way_to_a_compiled_block(fused):
+    """As compilation by region does: `block.compile()`."""
+    whole, calls = stage(2).eval(), []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    whole.blocks[1].compile(backend=backend)
+    x = torch.randn(1, 5, 4, 6)
+    expected = whole(x)
+    calls.clear()
+    torch._dynamo.reset()
+    fused(True)
+    torch.testing.assert_close(whole(x), expected, rtol=1e-4, atol=1e-4)
+    assert calls
 
 
 def without_parameters(block, name):

@@ -151,6 +151,20 @@ def test_norm(backend, check, size, dtype, update):
     compare_norm(check, inputs, scale)
 
 
+@pytest.mark.parametrize("rows", [(1, 1), (255, 257), (600, 256)])
+@pytest.mark.skipif(GPU, reason="runs in Triton's interpreter")
+def test_sums_of_partial_sums(rows):
+    """Of more rows than a program takes at once."""
+    from dwconv2d import token_triton
+
+    sums, norm_sums = torch.randn(rows[0], 10, 11), torch.randn(rows[1], 2, 11)
+    weight, bias = sums.double().sum(0).split([9, 1])
+    expected = [weight.t(), bias[0], *norm_sums.double().sum(0)]
+    for given in (None, norm_sums):
+        for a, b in zip(token_triton._sum(sums, given), expected, strict=False):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+
+
 # ----- as PyTorch's operators
 
 

@@ -23,7 +23,7 @@ def test_kernels_compile(case):
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "kernel |" in line][1:]
     kernels = {row[0] for row in rows}
     assert kernels == {
-        "silu_kernel", "residual_norm_kernel", "norm_backward_kernel", "convolution_backward_kernel",
+        "silu_kernel", "residual_norm_kernel", "norm_backward_kernel", "convolution_backward_kernel", "sums_kernel",
         "forward_kernel", "backward_kernel",
     }  # fmt: skip
     if case == "sm_90":

@@ -6,8 +6,8 @@ cache. What is planes, (B, D, H, W), is stored and loaded with lanes along posit
 through shared memory.
 
 A gradient that a second kernel convolves again travels in float32 (float64 for float64): rounded to 16 bits in between,
-results would not be within 1.2 roundings of the exact ones. Sums over positions are partial sums, added by PyTorch in a
-fixed order: no atomics, so results repeat to the bit.
+results would not be within 1.2 roundings of the exact ones. Sums over positions are partial sums, added by a kernel in
+a fixed order: no atomics, so results repeat to the bit.
 """
 
 import functools
@@ -383,6 +383,56 @@ def _convolution_backward_kernel(
     tl.store(sums_ptrs + 9 * channels, tl.sum(sum_bias, axis=0)[None, :], mask=d_valid)
 
 
+# ----- sums of the partial sums
+
+
+@triton.jit
+def _sum_rows(ptr, rows, stride, d, d_valid, DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    total = tl.zeros((BLOCK_ROWS, d.shape[0]), DTYPE)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        ptrs = ptr + row.to(tl.int64) * stride + d[None, :]
+        total += tl.load(ptrs, mask=(row < rows) & d_valid[None, :], other=0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["rows", "norm_rows"])
+def _sums_kernel(
+    sums_ptr,
+    norm_sums_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    rows,
+    norm_rows,
+    channels,
+    DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sums over the rows of (rows, 10, channels), nine taps of the weight and the bias, and of the norm's
+    (norm_rows, 2, channels), weight and bias. A program has one of the ten or twelve, for BLOCK_D channels.
+    """
+    d_tiles = tl.cdiv(channels, BLOCK_D)
+    d = (tl.program_id(0) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
+    which = tl.program_id(0) // d_tiles
+    d_valid = d < channels
+    if which < 10:
+        total = _sum_rows(sums_ptr + which * channels, rows, 10 * channels, d, d_valid, DTYPE, BLOCK_ROWS)
+        if which < 9:
+            tl.store(weight_ptr + d * 9 + which, total, mask=d_valid)
+        else:
+            tl.store(bias_ptr + d, total, mask=d_valid)
+    elif norm_sums_ptr is not None:
+        ptr = norm_sums_ptr + (which - 10) * channels
+        total = _sum_rows(ptr, norm_rows, 2 * channels, d, d_valid, DTYPE, BLOCK_ROWS)
+        if which == 10:
+            tl.store(norm_weight_ptr + d, total, mask=d_valid)
+        else:
+            tl.store(norm_bias_ptr + d, total, mask=d_valid)
+
+
 # ----- launches
 
 
@@ -449,6 +499,10 @@ def convolution_tiling(channels: int) -> Tiling:
     return dict(BLOCK_P=256 // block_d, BLOCK_D=block_d, num_warps=2)
 
 
+# Many rows at once, of 32 bytes each: a program has all rows, one after another.
+SUMS_TILING: Tiling = dict(BLOCK_ROWS=256, BLOCK_D=8, num_warps=4)
+
+
 def tiles_of_a_program(positions: int, block_p: int, d_tiles: int) -> int:
     """As many as leave some thousand programs, so that few partial sums are stored."""
     tiles = 32
@@ -500,8 +554,29 @@ def depthwise_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tenso
     reference.check_grad("grad", grad, (x.shape[0], x.shape[3], *x.shape[1:3]), x)
     grad_s = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
     _silu(x, weight, bias, None, grad, grad_s)
-    grad_x, grad_weight, grad_bias, _ = _convolution_backward(grad_s, x, weight, residual=False)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    grad_x, sums, _ = _convolution_backward(grad_s, x, weight, residual=False)
+    grad_weight, grad_bias = _sum(sums)
+    return grad_x, grad_weight.view(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _sum(sums: Tensor, norm_sums: Tensor | None = None) -> list[Tensor]:
+    """Gradients of weight, (channels, 9), and bias, and of the norm's, from partial sums (rows, 10 or 2, channels).
+
+    One launch writes all: PyTorch would take three for the first two, and two for the others.
+    """
+    channels = sums.shape[2]
+    grads = [sums.new_empty(channels, 9), *(sums.new_empty(channels) for _ in range(1 if norm_sums is None else 3))]
+    if len(sums) == 0:
+        return [grad.zero_() for grad in grads]
+    launch(
+        _sums_kernel,
+        (10 if norm_sums is None else 12) * _ceil_div(channels, SUMS_TILING["BLOCK_D"]),
+        *(sums, norm_sums, *grads, *((None, None) if norm_sums is None else ())),
+        *(len(sums), 0 if norm_sums is None else len(norm_sums), channels),
+        DTYPE=_TRITON_DTYPES[sums.dtype],
+        **SUMS_TILING,
+    )
+    return grads
 
 
 def _convolution_backward(
@@ -511,8 +586,10 @@ def _convolution_backward(
     residual: bool,
     update: Tensor | None = None,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of s, contiguous, of weight and bias, these in `grad`'s dtype, and with a scale of the update."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of s, contiguous, partial sums of weight's and bias's, in `grad`'s dtype, and with a scale the
+    update's gradient.
+    """
     _, height, width, channels = x.shape
     positions = _positions(x)
     tiling = convolution_tiling(channels)
@@ -532,11 +609,7 @@ def _convolution_backward(
         DTYPE=_computed(x),
         **tiling,
     )
-    total = sums.sum(0)
-    grad_weight = total[:9].t().contiguous().view(weight.shape)
-    # Cloned: results must not share memory, and torch.compile takes for granted that they begin at 16 bytes. A sum of
-    # its own would take longer.
-    return grad_s.to(x.dtype), grad_weight, total[9].clone(), grad_update.to(x.dtype)
+    return grad_s.to(x.dtype), sums, grad_update.to(x.dtype)
 
 
 def depthwise_residual_norm(
@@ -596,18 +669,18 @@ def depthwise_residual_norm_backward(
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], 1)
     programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
     grad = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
-    sums = grad.new_empty(programs, 2, channels)
+    norm_sums = grad.new_empty(programs, 2, channels)
     grad_r, grad_n = grad_r.reshape(positions, channels), grad_n.reshape(positions, channels)
     launch(
         _norm_backward_kernel,
         programs,
-        *(grad_r, grad_n, r.contiguous(), norm_weight.contiguous(), grad, sums),
+        *(grad_r, grad_n, r.contiguous(), norm_weight.contiguous(), grad, norm_sums),
         *(positions, channels, *grad_r.stride(), *grad_n.stride()),
         EPS=eps,
         TILES=tiles,
         DTYPE=_computed(x),
         **tiling,
     )
-    grad_norm_weight, grad_norm_bias = sums.sum(0)
-    grad_s, grad_weight, grad_bias, grad_update = _convolution_backward(grad, x, weight, True, update, scale)
-    return grad_s, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias.clone(), grad_update
+    grad_s, sums, grad_update = _convolution_backward(grad, x, weight, True, update, scale)
+    grad_weight, *others = _sum(sums, norm_sums)
+    return grad_s, grad_weight.view(weight.shape), *others, grad_update
