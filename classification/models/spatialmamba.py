@@ -240,13 +240,16 @@ class StructureAwareSSM(nn.Module):
     def transition(self, x: Tensor, dt: Tensor, B: Tensor) -> Tensor:
         """h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32: (B, D, N, H, W)."""
         state_dtype = _at_least_float32(x)
+        A_logs = self.A_logs.to(state_dtype)
+        fused = has_fused_kernels(x)  # then the scan computes A, which takes PyTorch two kernels, and two for gradients
         h = selective_scan_state(
             x.flatten(2),
             dt.flatten(2),
-            -torch.exp(self.A_logs.to(state_dtype)),
+            A_logs if fused else -torch.exp(A_logs),
             B.flatten(2),
             delta_bias=self.dt_projs_bias.to(state_dtype),
             delta_softplus=True,
+            A_is_log=fused,
         )
         height, width = x.shape[2:]
         return h.unflatten(3, (height, width))
@@ -311,10 +314,12 @@ class Block(nn.Module):
         return depthwise_residual_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, update, scale)
 
     def _scale(self, update: Tensor) -> Tensor | None:
-        """What stochastic depth multiplies each image's update by, drawn as it draws it; None where it does nothing."""
-        if not self.drop_path.training or self.drop_path.drop_prob == 0.0:
+        """What DropPath would multiply each image's update by, drawn as it draws; None where it does nothing."""
+        drop, keep = self.drop_path, 1 - self.drop_path.drop_prob
+        if not drop.training or keep == 1:
             return None
-        return self.drop_path(update.new_ones(len(update)))
+        scale = update.new_empty(len(update)).bernoulli_(keep)
+        return scale.div_(keep) if keep > 0 and drop.scale_by_keep else scale
 
 
 class Stage(nn.Module):

@@ -27,8 +27,9 @@ def test_scan(length, known, states, groups, dtype, monkeypatch):
     for softplus in (True, False):
         if not softplus:
             inputs = (u, delta.abs(), *inputs[2:4], None)
-        found = selective_scan.decompositions()[SCAN](*inputs, softplus)
-        expected = SCAN(*inputs, softplus)
+        is_log = groups is None  # then rates of exp(-30) to 1
+        found = selective_scan.decompositions()[SCAN](*inputs, softplus, is_log)
+        expected = SCAN(*inputs, softplus, is_log)
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
         scale = expected.abs().max().item()
         tolerance = 1e-13 if dtype == torch.float64 else 3e-6

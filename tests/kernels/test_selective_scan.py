@@ -65,8 +65,10 @@ def make_inputs(
     return inputs | (dict(delta_bias=torch.rand(channels, dtype=state)) if bias else {})
 
 
-def exact_scan(u, delta, A, B, delta_bias=None, delta_softplus=False):
+def exact_scan(u, delta, A, B, delta_bias=None, delta_softplus=False, A_is_log=False):
     """The recurrence as it is written, one token after the other."""
+    if A_is_log:
+        A = -torch.exp(A)
     if delta_bias is not None:
         delta = delta + delta_bias[:, None]
     if delta_softplus:
@@ -112,9 +114,12 @@ def test_sizes_of_channels_last(compare, size, interpreted):
 @pytest.mark.parametrize("groups", [None, 1, 3, 6])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("softplus", [True, False], ids=["softplus", "no_softplus"])
-def test_options(compare, groups, bias, softplus):
+@pytest.mark.parametrize("is_log", [True, False], ids=["A_is_log", "A"])
+def test_options(compare, groups, bias, softplus, is_log):
     inputs = make_inputs(length=33, groups=groups, bias=bias, softplus=softplus)
-    compare(selective_scan_state, exact_scan, inputs, delta_softplus=softplus)
+    if is_log:  # rates from 0.1 to 5
+        inputs["A"] = torch.empty_like(inputs["A"]).uniform_(-2.3, 1.6)
+    compare(selective_scan_state, exact_scan, inputs, delta_softplus=softplus, A_is_log=is_log)
 
 
 def test_defaults_are_no_bias_and_no_softplus(check):
@@ -223,8 +228,11 @@ def random_inputs(seed: int, largest: int, layouts: dict) -> tuple[dict[str, tor
         inputs["delta"] *= 10 ** rng.uniform(-4 if slow else -1, 1)
         inputs["u"] /= inputs["delta"].clamp(1)
     inputs["A"] *= 10 ** rng.uniform(-2 if slow else 0, 1)
+    is_log = rng.random() < 0.3
+    if is_log:
+        inputs["A"] = (-inputs["A"]).clamp(1e-6).log()
     views = {name: rng.choice(list(layouts.values()))(t) if t.numel() else t for name, t in inputs.items()}
-    return views, dict(delta_softplus=softplus)
+    return views, dict(delta_softplus=softplus, A_is_log=is_log)
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -307,7 +315,7 @@ def test_views(check, evaluate, layout):
 def test_gradcheck(groups, length, softplus, interpreted):
     inputs = make_inputs(1, 2 if interpreted else 4, 2, length, groups, softplus=softplus, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in inputs.values()]
-    assert torch.autograd.gradcheck(selective_scan_state, (*leaves, softplus))
+    assert torch.autograd.gradcheck(selective_scan_state, (*leaves, softplus, groups is None))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"], indirect=True)
@@ -317,8 +325,9 @@ def test_gradcheck(groups, length, softplus, interpreted):
 def test_opcheck(layout, groups, dtype):
     inputs = {name: layout(t) for name, t in make_inputs(groups=groups, dtype=dtype).items()}
     grad = layout(make_grad(inputs))
-    opcheck(BACKWARD, (grad, *inputs.values(), True))
-    opcheck(FORWARD, tuple(t.requires_grad_() for t in inputs.values()), dict(delta_softplus=True))
+    options = dict(delta_softplus=True, A_is_log=groups is None)
+    opcheck(BACKWARD, (grad, *inputs.values()), options)
+    opcheck(FORWARD, tuple(t.requires_grad_() for t in inputs.values()), options)
 
 
 @pytest.mark.long_in_interpreter

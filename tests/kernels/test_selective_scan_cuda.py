@@ -39,8 +39,8 @@ def library(tmp_path_factory):
 def scan(library):
     """The operator with the emulated kernels, differentiable; `order` is that of blocks and threads."""
 
-    def run(u, delta, A, B, delta_bias=None, delta_softplus=False, order="ascending", passes=0):
-        options = int(delta_softplus), passes, ORDERS[order]
+    def run(u, delta, A, B, delta_bias=None, delta_softplus=False, A_is_log=False, order="ascending", passes=0):
+        options = int(delta_softplus), passes, int(A_is_log), ORDERS[order]
         return EmulatedScan.apply(u, delta, A, B, delta_bias, library, options)
 
     return run
@@ -65,7 +65,7 @@ class EmulatedScan(torch.autograd.Function):
 
 def call(function, inputs, options, outputs):
     """The outputs, allocated full of NaN between margins that must stay as they are."""
-    softplus, passes, order = options
+    *numbers, order = options
     buffers = [torch.full((math.prod(shape) + 2 * MARGIN,), -77, dtype=dtype) for shape, dtype in outputs]
     for buffer in buffers:
         buffer[MARGIN:-MARGIN] = torch.nan
@@ -73,7 +73,7 @@ def call(function, inputs, options, outputs):
     pointers = (ctypes.c_void_p * 6)(*[None if t is None else t.data_ptr() for t in inputs])
     addresses = (ctypes.c_void_p * len(results))(*[t.data_ptr() for t in results])
     target = addresses if len(results) > 1 else ctypes.c_void_p(addresses[0])
-    sizes, strides = describe(inputs, softplus, passes)
+    sizes, strides = describe(inputs, *numbers)
     error = function(DTYPE_CODES[inputs[0].dtype], order, sizes, pointers, strides, target)
     assert error is None, error.decode()
     for buffer in buffers:
@@ -82,14 +82,14 @@ def call(function, inputs, options, outputs):
     return results
 
 
-def describe(inputs, softplus=0, passes=0):
+def describe(inputs, softplus=0, passes=0, A_is_log=0):
     """Sizes, and the strides of every input by batch, channel, state and token, as C arrays."""
     u, _, A, B, *_ = inputs
     groups = B.shape[1] if B.dim() == 4 else 1
-    sizes = [*u.shape[:2], A.shape[1], u.shape[2], groups, softplus, passes]
+    sizes = [*u.shape[:2], A.shape[1], u.shape[2], groups, softplus, passes, A_is_log]
     dims = ["bct", "bct", "cs", "bcst" if B.dim() == 4 else "bst", "c", "bcst"]
     strides = [stride for t, d in zip(inputs, dims, strict=True) for stride in strides_of(t, d)]
-    return (ctypes.c_int64 * 7)(*sizes), (ctypes.c_int64 * 24)(*strides)
+    return (ctypes.c_int64 * 8)(*sizes), (ctypes.c_int64 * 24)(*strides)
 
 
 def strides_of(tensor, dims):
@@ -109,12 +109,12 @@ class ReferenceScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grads = reference.selective_scan_state_backward(grad, *ctx.inputs)
-        return (*grads[:4], None if ctx.inputs[4] is None else grads[4], None)
+        return (*grads[:4], None if ctx.inputs[4] is None else grads[4], None, None)
 
 
-def exact_scan(u, delta, A, B, delta_bias=None, delta_softplus=False):
+def exact_scan(u, delta, A, B, delta_bias=None, delta_softplus=False, A_is_log=False):
     """The specification, whose own tests compare it with the recurrence token by token."""
-    return ReferenceScan.apply(u, delta, A, B, delta_bias, delta_softplus)
+    return ReferenceScan.apply(u, delta, A, B, delta_bias, delta_softplus, A_is_log)
 
 
 def make_inputs(batch, channels, states, length, groups=None, bias=True, softplus=True, dtype=torch.float32):
@@ -185,9 +185,12 @@ def test_plan_wastes_no_lane_on_the_models_sizes(library):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("softplus", [True, False], ids=["softplus", "no_softplus"])
 @pytest.mark.parametrize(("states", "length"), [(1, 196), (1, 49), (2, 33)])
-def test_options(compare, scan, groups, bias, softplus, states, length):
+@pytest.mark.parametrize("is_log", [True, False], ids=["A_is_log", "A"])
+def test_options(compare, scan, groups, bias, softplus, states, length, is_log):
     inputs = make_inputs(2, 24, states, length, groups, bias, softplus)
-    compare(scan, exact_scan, inputs, delta_softplus=softplus)
+    if is_log:  # rates from 0.1 to 5
+        inputs["A"] = torch.empty_like(inputs["A"]).uniform_(-2.3, 1.6)
+    compare(scan, exact_scan, inputs, delta_softplus=softplus, A_is_log=is_log)
 
 
 @pytest.mark.parametrize(("states", "length"), [(1, 196), (1, 3200), (2, 63)])

@@ -8,32 +8,33 @@ using namespace gradients;
 
 class Scan : public Function<Scan> {
   using OptionalTensor = std::optional<Tensor>;
-  using Forward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool);
+  using Forward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool);
   using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool);
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, bool, bool);
 
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                        const OptionalTensor& delta_bias, bool delta_softplus) {
+                        const OptionalTensor& delta_bias, bool delta_softplus, bool A_is_log) {
     static const auto op = operator_named<Forward>("selective_scan::selective_scan_state");
     ctx->save_for_backward({u, delta, A, B, or_undefined(delta_bias)});
     ctx->saved_data["delta_softplus"] = delta_softplus;
-    return below_autograd(op, u, delta, A, B, delta_bias, delta_softplus);
+    ctx->saved_data["A_is_log"] = A_is_log;
+    return below_autograd(op, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = operator_named<Backward>("selective_scan::selective_scan_state_backward");
     const auto saved = ctx->get_saved_variables();
     const auto bias = if_defined(saved[4]);
-    const bool softplus = ctx->saved_data["delta_softplus"].toBool();
+    const bool softplus = ctx->saved_data["delta_softplus"].toBool(), is_log = ctx->saved_data["A_is_log"].toBool();
     const auto [u, delta, A, B, grad_bias] =
-        backward_by(op, grads[0], saved[0], saved[1], saved[2], saved[3], bias, softplus);
-    return {u, delta, A, B, bias ? grad_bias : Tensor(), Tensor()};
+        backward_by(op, grads[0], saved[0], saved[1], saved[2], saved[3], bias, softplus, is_log);
+    return {u, delta, A, B, bias ? grad_bias : Tensor(), Tensor(), Tensor()};
   }
 
   static Tensor run(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                    const OptionalTensor& delta_bias, bool delta_softplus) {
-    return apply(u, delta, A, B, delta_bias, delta_softplus);
+                    const OptionalTensor& delta_bias, bool delta_softplus, bool A_is_log) {
+    return apply(u, delta, A, B, delta_bias, delta_softplus, A_is_log);
   }
 };
 

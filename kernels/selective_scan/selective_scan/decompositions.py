@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_scan.reference import check_inputs, state_dtype, widen
+from selective_scan.reference import check_inputs, rates, state_dtype, widen
 
 CHUNK = 32  # tokens of a chunk, where their number is not known
 
@@ -30,7 +30,13 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
 
 
 def _selective_scan_state(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = False
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    A_is_log: bool = False,
 ) -> Tensor:
     check_inputs(u, delta, A, B, delta_bias)
     dtype = state_dtype(u)
@@ -41,7 +47,7 @@ def _selective_scan_state(
         # Softplus as it is written: runtimes have no fast kernel for the function itself.
         dt = dt.clamp(min=0) + torch.log1p(torch.exp(-dt.abs()))
     drive = (dt * u.to(dtype)).unsqueeze(2) * widen(B, u.shape[1]).to(dtype)
-    return _scan(dt.unsqueeze(2) * A.unsqueeze(-1), drive)
+    return _scan(dt.unsqueeze(2) * rates(A, A_is_log).unsqueeze(-1), drive)
 
 
 def _scan(log_decay: Tensor, drive: Tensor) -> Tensor:

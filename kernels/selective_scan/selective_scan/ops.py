@@ -10,7 +10,8 @@ from selective_scan import loading, reference
 
 FORWARD = "selective_scan::selective_scan_state"
 BACKWARD = "selective_scan::selective_scan_state_backward"
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias=None, bool delta_softplus=False"
+_OPTIONS = "Tensor? delta_bias=None, bool delta_softplus=False, bool A_is_log=False"
+_INPUTS = f"Tensor u, Tensor delta, Tensor A, Tensor B, {_OPTIONS}"
 
 torch.library.define(FORWARD, f"({_INPUTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define(
@@ -23,14 +24,14 @@ for plain in (reference.selective_scan_state, reference.selective_scan_state_bac
 
 
 @torch.library.register_fake(FORWARD)
-def _forward_fake(u, delta, A, B, delta_bias=None, delta_softplus=False):
+def _forward_fake(u, delta, A, B, delta_bias=None, delta_softplus=False, A_is_log=False):
     reference.check_inputs(u, delta, A, B, delta_bias)
     batch, channels, length = u.shape
     return u.new_empty((batch, channels, A.shape[1], length), dtype=reference.state_dtype(u))
 
 
 @torch.library.register_fake(BACKWARD)
-def _backward_fake(grad, u, delta, A, B, delta_bias=None, delta_softplus=False):
+def _backward_fake(grad, u, delta, A, B, delta_bias=None, delta_softplus=False, A_is_log=False):
     reference.check_inputs(u, delta, A, B, delta_bias)
     reference.check_grad(grad, u, A)
     activations = torch.empty_like(u), torch.empty_like(delta)
@@ -38,14 +39,14 @@ def _backward_fake(grad, u, delta, A, B, delta_bias=None, delta_softplus=False):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus = inputs
+    *tensors, ctx.delta_softplus, ctx.A_is_log = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
     inputs = ctx.saved_tensors  # once: under gradient checkpointing a second reading is an error
-    grads = loading.call("selective_scan_state_backward", grad, *inputs, ctx.delta_softplus)
-    return (*grads[:4], None if inputs[-1] is None else grads[4], None)
+    grads = loading.call("selective_scan_state_backward", grad, *inputs, ctx.delta_softplus, ctx.A_is_log)
+    return (*grads[:4], None if inputs[-1] is None else grads[4], None, None)
 
 
 loading.register_autograd("selective_scan_state", _backward, _setup_context)
@@ -53,7 +54,13 @@ loading.refuse_second_derivatives("selective_scan_state")
 
 
 def selective_scan_state(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = False
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    A_is_log: bool = False,
 ) -> Tensor:
     """States of a diagonal selective state space model, scanned along the last dimension.
 
@@ -69,6 +76,7 @@ def selective_scan_state(
             consecutive channels; u's dtype.
         delta_bias: added to delta, (D,), A's dtype.
         delta_softplus: apply softplus to the biased delta.
+        A_is_log: A holds log(-A), as these models' parameter does: the decay rates are -exp(A).
 
     Returns:
         h, (B, D, N, L), contiguous, float32 (float64 if u is), whatever the inputs' 16-bit type. Gradients have
@@ -87,4 +95,4 @@ def selective_scan_state(
         u, delta, B = (loading.cast(t, half) for t in (u, delta, B))
         A = loading.cast(A, torch.float32)
         delta_bias = None if delta_bias is None else loading.cast(delta_bias, torch.float32)
-    return loading.call("selective_scan_state", u, delta, A, B, delta_bias, delta_softplus)
+    return loading.call("selective_scan_state", u, delta, A, B, delta_bias, delta_softplus, A_is_log)

@@ -57,12 +57,18 @@ def state_dtype(u: Tensor) -> torch.dtype:
 
 
 def selective_scan_state(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = False
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    A_is_log: bool = False,
 ) -> Tensor:
     """`selective_scan.selective_scan_state` without its gradient."""
     check_inputs(u, delta, A, B, delta_bias)
     step_size, _ = _step_size(delta, delta_bias, delta_softplus)
-    return _scan(*_discretise(u, step_size, A, B))
+    return _scan(*_discretise(u, step_size, rates(A, A_is_log), B))
 
 
 def selective_scan_state_backward(
@@ -73,6 +79,7 @@ def selective_scan_state_backward(
     B: Tensor,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    A_is_log: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `selective_scan_state` for u, delta, A, B and delta_bias, from `grad` of the states (B, D, N, L).
 
@@ -82,6 +89,7 @@ def selective_scan_state_backward(
     """
     check_inputs(u, delta, A, B, delta_bias)
     check_grad(grad, u, A)
+    A = rates(A, A_is_log)
     step_size, d_softplus = _step_size(delta, delta_bias, delta_softplus)
     loss, drive = _discretise(u, step_size, A, B)
 
@@ -98,7 +106,7 @@ def selective_scan_state_backward(
     lam_carried = lam * carried
     grad_u = lam_B * step_size
     grad_delta = (lam_B * wide_u.squeeze(2) + (lam_carried * A.unsqueeze(-1)).sum(2)) * d_softplus
-    grad_A = (lam_carried * wide_dt).sum((0, 3))
+    grad_A = (lam_carried * wide_dt).sum((0, 3)) * (A if A_is_log else 1)
     grad_B = _sum_groups(lam * (wide_dt * wide_u), B)
     grad_bias = grad_delta.sum((0, 2))
     grad_u, grad_delta = laid_out_as(u, grad_u), laid_out_as(delta, grad_delta)
@@ -109,6 +117,11 @@ def laid_out_as(activation: Tensor, grad: Tensor) -> Tensor:
     """A gradient in its activation's dtype and memory format."""
     out = torch.empty_like(activation)
     return grad if grad.dtype == out.dtype and grad.stride() == out.stride() else out.copy_(grad)
+
+
+def rates(A: Tensor, is_log: bool) -> Tensor:
+    """The decay rates, negative; their derivative with respect to a logarithm is themselves."""
+    return -torch.exp(A) if is_log else A
 
 
 def _step_size(delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:

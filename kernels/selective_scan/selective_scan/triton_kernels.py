@@ -152,6 +152,15 @@ def _load_bias(bias_ptr, d, valid, dtype: tl.constexpr):
 
 
 @triton.jit
+def _load_rate(A_ptr, d, n, valid, N: tl.constexpr, IS_LOG: tl.constexpr):
+    """A of each channel, from its logarithm -exp(A)."""
+    A = tl.load(A_ptr + d * N + n, mask=valid, other=0)
+    if IS_LOG:
+        A = -_exp(A)
+    return A
+
+
+@triton.jit
 def _load_step_size(delta_ptrs, t, stride_t, bias, valid, dtype: tl.constexpr, SOFTPLUS: tl.constexpr):
     """Delta after bias and softplus, zero where not valid, and its derivative."""
     s = _load(delta_ptrs, t, stride_t, valid, dtype) + bias[None, :]
@@ -188,6 +197,7 @@ def _forward_kernel(
     B_stride_l,
     N: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    A_IS_LOG: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -209,7 +219,7 @@ def _forward_kernel(
         u = _load(u_ptrs, t, u_stride_l, valid, dtype)
         dt, _slope = _load_step_size(delta_ptrs, t, delta_stride_l, bias, valid, dtype, SOFTPLUS)
         for n in range(N):
-            A = tl.load(A_ptr + d * N + n, mask=d_valid, other=0)
+            A = _load_rate(A_ptr, d, n, d_valid, N, A_IS_LOG)
             B_ptrs = B_group_ptr + tl.cast(n, tl.int64) * B_stride_n + t * B_stride_l
             B = tl.load(B_ptrs, mask=t < L, other=0).to(dtype)
             # Beyond the end dt is 0, so that the last row holds the state after the last valid step.
@@ -254,6 +264,7 @@ def _backward_kernel(
     grad_stride_l,
     N: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    A_IS_LOG: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -285,7 +296,8 @@ def _backward_kernel(
         lam_A_carried = tl.zeros((BLOCK_L, BLOCK_D), dtype)
         for n in range(N):
             wide_n = tl.cast(n, tl.int64)
-            A = tl.load(A_ptr + d * N + n, mask=d_valid, other=0)[None, :]
+            rate = _load_rate(A_ptr, d, n, d_valid, N, A_IS_LOG)
+            A = rate[None, :]
             B_ptrs = B_group_ptr + wide_n * B_stride_n + t * B_stride_l
             B = tl.load(B_ptrs, mask=t >= 0, other=0).to(dtype)[:, None]
             grad = _load(grad_ptrs + wide_n * grad_stride_n, t, grad_stride_l, valid, dtype)
@@ -300,7 +312,10 @@ def _backward_kernel(
             lam_carried = lam * (decay * h_previous)
             lam_B += lam * B
             lam_A_carried += lam_carried * A
-            grad_A = _with_row(grad_A, n, _row(grad_A, n) + tl.sum(lam_carried * dt, axis=0))
+            to_A = tl.sum(lam_carried * dt, axis=0)
+            if A_IS_LOG:
+                to_A *= rate
+            grad_A = _with_row(grad_A, n, _row(grad_A, n) + to_A)
             tl.store(grad_B_ptr + (grad_B_row + n) * L + t, tl.sum(lam * (dt * u), axis=1), mask=t >= 0)
 
         grad_s = (lam_B * u + lam_A_carried) * slope
@@ -317,6 +332,11 @@ def _backward_kernel(
 # ----- launches
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # u, delta, A, B, delta_bias
+
+
+class _Options(NamedTuple):
+    softplus: bool
+    A_is_log: bool
 
 
 class _Tiling(NamedTuple):
@@ -348,7 +368,7 @@ def _launch(
     tiling: _Tiling,
     inputs: _Inputs,
     others: tuple[Tensor, ...],
-    softplus: bool,
+    options: _Options,
     strides: tuple[int, ...] = (),
 ) -> None:
     """Run `kernel` on the operator's inputs, then on `others`; `strides` are those of the first of these."""
@@ -363,7 +383,8 @@ def _launch(
             *(u.shape[2], tiling.group_channels, tiling.group_tiles, tiling.groups),
             *(*u.stride(), *delta.stride(), *grouped.stride(), *strides),
             N=states,
-            SOFTPLUS=softplus,
+            SOFTPLUS=options.softplus,
+            A_IS_LOG=options.A_is_log,
             BLOCK_D=tiling.block_d,
             BLOCK_N=max(triton.next_power_of_2(states), 2),  # Triton 3.0 crashes on a sum over one row
             BLOCK_L=tiling.block_l,
@@ -371,20 +392,26 @@ def _launch(
         )
 
 
-def _states(inputs: _Inputs, softplus: bool, tiling: _Tiling) -> Tensor:
+def _states(inputs: _Inputs, options: _Options, tiling: _Tiling) -> Tensor:
     u, _, A, _, _ = inputs
     batch, channels, length = u.shape
     h = A.new_empty(batch, channels, A.shape[1], length)
-    _launch(_forward_kernel, tiling, inputs, (h,), softplus)
+    _launch(_forward_kernel, tiling, inputs, (h,), options)
     return h
 
 
 def selective_scan_state(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None = None, delta_softplus: bool = False
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    A_is_log: bool = False,
 ) -> Tensor:
     """`selective_scan.selective_scan_state` without its gradient."""
     reference.check_inputs(u, delta, A, B, delta_bias)
-    return _states((u, delta, A, B, delta_bias), delta_softplus, _tiling(u, B))
+    return _states((u, delta, A, B, delta_bias), _Options(delta_softplus, A_is_log), _tiling(u, B))
 
 
 def selective_scan_state_backward(
@@ -395,12 +422,13 @@ def selective_scan_state_backward(
     B: Tensor,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    A_is_log: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `selective_scan_state` for u, delta, A, B and delta_bias, from `grad` of the states (B, D, N, L)."""
     reference.check_inputs(u, delta, A, B, delta_bias)
     reference.check_grad(grad, u, A)
-    inputs, tiling = (u, delta, A, B, delta_bias), _tiling(u, B)
-    h = _states(inputs, delta_softplus, tiling)
+    inputs, options, tiling = (u, delta, A, B, delta_bias), _Options(delta_softplus, A_is_log), _tiling(u, B)
+    h = _states(inputs, options, tiling)
     batch, channels, states, length = h.shape
     # On a CPU this is Triton's interpreter, which cuts numbers to bfloat16 instead of rounding: leave it to PyTorch.
     activation = u.dtype if u.is_cuda else A.dtype
@@ -410,7 +438,7 @@ def selective_scan_state_backward(
     partial_B = (batch, tiling.groups, tiling.group_tiles, states, length)
     grad_B = h.new_empty(partial_B, dtype=activation if tiling.group_tiles == 1 else A.dtype)
     others = (grad, h, grad_u, grad_delta, grad_A, grad_B, grad_bias)
-    _launch(_backward_kernel, tiling, inputs, others, delta_softplus, grad.stride())
+    _launch(_backward_kernel, tiling, inputs, others, options, grad.stride())
 
     if tiling.group_tiles > 1:
         grad_B = grad_B.sum(2)

@@ -42,7 +42,7 @@ View view(const void* const* pointers, const int64_t* strides, int i) {
 Params make_params(const int64_t* sizes, const void* const* inputs, const int64_t* strides) {
   Params p;
   p.batch = sizes[0], p.channels = int(sizes[1]), p.states = int(sizes[2]), p.length = int(sizes[3]);
-  p.groups = int(sizes[4]), p.softplus = sizes[5];
+  p.groups = int(sizes[4]), p.softplus = sizes[5], p.A_is_log = sizes[7];
   View* const views[] = {&p.u, &p.delta, &p.A, &p.B, &p.bias, &p.grad};
   for (int i = 0; i < 6; ++i) *views[i] = view(inputs, strides, i);
   return p;
@@ -53,7 +53,7 @@ Params make_params(const int64_t* sizes, const void* const* inputs, const int64_
 
 using namespace selective_scan;
 
-// sizes: batch, channels, states, length, groups, softplus, passes (0: the plan's). inputs and strides: u, delta, A, B,
+// sizes: batch, channels, states, length, groups, softplus, passes (0: the plan's), A_is_log. inputs and strides: u, delta, A, B,
 // bias, grad, by batch, channel, state and token. Returns an error's message or null.
 extern "C" const char* emulated_forward(
     int dtype, int order, const int64_t* sizes, const void* const* inputs, const int64_t* strides, void* h) {

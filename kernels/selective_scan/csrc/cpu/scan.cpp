@@ -32,10 +32,10 @@ DType dtype(const Tensor& t) {
 }
 
 Problem problem(const Sizes& sizes, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                const Bias& bias, bool softplus) {
+                const Bias& bias, bool softplus, bool A_is_log) {
   Problem p{};
   p.batch = sizes.batch, p.channels = sizes.channels, p.states = sizes.states, p.length = sizes.length;
-  p.groups = sizes.groups, p.softplus = softplus;
+  p.groups = sizes.groups, p.softplus = softplus, p.A_is_log = A_is_log;
   p.u = u.const_data_ptr(), p.delta = delta.const_data_ptr(), p.A = A.const_data_ptr(), p.B = B.const_data_ptr();
   for (int i = 0; i < 3; ++i) p.u_strides[i] = u.stride(i), p.delta_strides[i] = delta.stride(i);
   for (int i = 0; i < 2; ++i) p.A_strides[i] = A.stride(i);
@@ -48,10 +48,10 @@ Problem problem(const Sizes& sizes, const Tensor& u, const Tensor& delta, const 
 int64_t tasks(const Kernel& kernel, const Problem& p) { return p.batch * p.groups * p.blocks(kernel.lanes); }
 
 Tensor forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Bias& delta_bias,
-               bool delta_softplus) {
+               bool delta_softplus, bool A_is_log) {
   const Sizes sizes = check_inputs(u, delta, A, B, delta_bias);
   const Tensor h = at::empty({sizes.batch, sizes.channels, sizes.states, sizes.length}, A.options());
-  Problem p = problem(sizes, u, delta, A, B, delta_bias, delta_softplus);
+  Problem p = problem(sizes, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
   p.h = h.mutable_data_ptr();
   const Kernel& kernel = kernels().forward[dtype(u)];
   host::run(kernel, p, tasks(kernel, p));
@@ -59,11 +59,11 @@ Tensor forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tens
 }
 
 Gradients backward(const Tensor& grad, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                   const Bias& delta_bias, bool delta_softplus) {
+                   const Bias& delta_bias, bool delta_softplus, bool A_is_log) {
   const Sizes sizes = check_inputs(u, delta, A, B, delta_bias);
   check_grad(grad, u, sizes);
   const Kernel& kernel = kernels().backward[dtype(u)];
-  Problem p = problem(sizes, u, delta, A, B, delta_bias, delta_softplus);
+  Problem p = problem(sizes, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
   p.grad = grad.const_data_ptr();
   for (int i = 0; i < 4; ++i) p.grad_strides[i] = grad.stride(i);
 

@@ -13,7 +13,7 @@ enum DType { kFloat32, kFloat64, kFloat16, kBFloat16, kDTypes };
 // Pointers and strides, in elements. What a pass does not use stays null.
 struct Problem {
   int64_t batch, channels, states, length, groups;
-  bool softplus;
+  bool softplus, A_is_log;  // with the latter the rates are -exp(A)
   const void *u, *delta, *A, *B, *bias, *grad;
   int64_t u_strides[3], delta_strides[3], A_strides[2], B_strides[4], bias_stride, grad_strides[4];
 

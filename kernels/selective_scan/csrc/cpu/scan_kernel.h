@@ -81,8 +81,10 @@ struct Task {
     channels = left < W ? left : W;
     A = scratch.take<S>(p.states);
     bias = scratch.take<S>(1);
-    for (int64_t n = 0; n < p.states; ++n)
+    for (int64_t n = 0; n < p.states; ++n) {
       for (int j = 0; j < W; ++j) A[n * W + j] = j < channels ? A_at(channel + j, n) : S(0);
+      if (p.A_is_log) store(A + n * W, -exp(load(A + n * W)));
+    }
     for (int j = 0; j < W; ++j)
       bias[j] = j < channels && p.bias ? ((const S*)p.bias)[(channel + j) * p.bias_stride] : S(0);
   }
@@ -272,7 +274,8 @@ void backward(const Problem& p, int64_t index, void* memory) {
   for (int j = 0; j < task.channels; ++j) {
     const int64_t row = task.batch * p.channels + task.channel + j;
     p.grad_bias[row] = grad_bias[j];
-    for (int64_t n = 0; n < p.states; ++n) p.grad_A[row * p.states + n] = grad_A[n * W + j];
+    for (int64_t n = 0; n < p.states; ++n)
+      p.grad_A[row * p.states + n] = grad_A[n * W + j] * (p.A_is_log ? task.A[n * W + j] : S(1));
   }
 }
 

@@ -34,7 +34,7 @@ struct Plan {
 struct Params {
   int64_t batch = 0;
   int channels = 0, states = 0, length = 0, groups = 0;
-  bool softplus = false;
+  bool softplus = false, A_is_log = false;  // with the latter the rates are -exp(A)
   View u, delta, A, B, bias, grad;  // bias.data is null without a bias, grad.data in the forward pass
   // Forward: the states (B, D, N, L), or null if only `boundaries` are wanted.
   void* h = nullptr;

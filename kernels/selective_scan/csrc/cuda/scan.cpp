@@ -47,7 +47,7 @@ Tensor with_adjacent_tokens(const Tensor& B, const Sizes& sizes) {
 }
 
 Params params_of(const Sizes& sizes, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                 const std::optional<Tensor>& bias, bool softplus) {
+                 const std::optional<Tensor>& bias, bool softplus, bool A_is_log) {
   // Far beyond what fits, but for the margin that the arithmetic of chunks needs.
   constexpr int64_t kMost = INT32_MAX / 2;
   TORCH_CHECK_VALUE(sizes.length <= kMost && sizes.channels <= kMost && sizes.states <= kMost && sizes.batch <= kMost,
@@ -59,6 +59,7 @@ Params params_of(const Sizes& sizes, const Tensor& u, const Tensor& delta, const
   p.length = int(sizes.length);
   p.groups = int(sizes.groups);
   p.softplus = softplus;
+  p.A_is_log = A_is_log;
   p.u = view_of(u, 0, 1, -1, 2);
   p.delta = view_of(delta, 0, 1, -1, 2);
   p.A = view_of(A, -1, 0, 1, -1);
@@ -78,14 +79,14 @@ Tensor empty_states(const Tensor& like, std::initializer_list<int64_t> sizes) {
 }
 
 Tensor forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-               const std::optional<Tensor>& bias, bool softplus) {
+               const std::optional<Tensor>& bias, bool softplus, bool A_is_log) {
   const Sizes sizes = check_inputs(u, delta, A, B, bias);
   const c10::cuda::CUDAGuard guard(u.device());
   const Tensor h = empty_states(u, {sizes.batch, sizes.channels, sizes.states, sizes.length});
   if (sizes.batch == 0) return h;
 
   const Tensor tokens_of_B = with_adjacent_tokens(B, sizes);
-  Params p = params_of(sizes, u, delta, A, tokens_of_B, bias, softplus);
+  Params p = params_of(sizes, u, delta, A, tokens_of_B, bias, softplus, A_is_log);
   p.h = h.mutable_data_ptr();
   const Dtype dtype = dtype_of(u);
   make_plan(p, dtype, /*backward=*/false);
@@ -95,7 +96,7 @@ Tensor forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-    const std::optional<Tensor>& bias, bool softplus) {
+    const std::optional<Tensor>& bias, bool softplus, bool A_is_log) {
   const Sizes sizes = check_inputs(u, delta, A, B, bias);
   check_grad(grad, u, sizes);
   const c10::cuda::CUDAGuard guard(u.device());
@@ -105,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (sizes.batch == 0) return {at::empty_like(u), at::empty_like(delta), grad_A.zero_(), grad_B, grad_bias.zero_()};
 
   const Tensor tokens_of_B = with_adjacent_tokens(B, sizes);
-  Params p = params_of(sizes, u, delta, A, tokens_of_B, bias, softplus);
+  Params p = params_of(sizes, u, delta, A, tokens_of_B, bias, softplus, A_is_log);
   p.grad = view_of(grad, 0, 1, 2, 3);
   p.grad_u = grad_u.mutable_data_ptr();
   p.grad_delta = grad_delta.mutable_data_ptr();

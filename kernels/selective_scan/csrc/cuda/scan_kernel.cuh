@@ -117,6 +117,13 @@ __device__ __forceinline__ const T* at(const View& view, int64_t batch, int64_t 
          token * view.token;
 }
 
+// A of a channel and state, which is negative.
+template <typename State>
+__device__ __forceinline__ State rate_of(const Params& p, int channel, int state) {
+  const State A = *at<State>(p.A, 0, channel, state, 0);
+  return p.A_is_log ? -exp(A) : A;
+}
+
 // ----- shared memory
 
 // Byte offsets of the arrays. `states` is what a tile of the output or of its gradient takes.
@@ -488,7 +495,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFl
       for (int i = 0; i < kItems; ++i) drive[i] *= dt[i];
     }
 
-    const State rate = *at<State>(p.A, 0, channel, n, 0) * State(kLog2e);
+    const State rate = rate_of<State>(p, channel, n) * State(kLog2e);
     const int64_t row = (int64_t(block.batch) * p.channels + channel) * states + n;
     State entering = 0;
     if (mine && place.chunk > 0) {
@@ -662,7 +669,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
           step_sizes(dt, bias, p.softplus, mine ? tokens - me.place * kItems : 0);
         }
 
-        const State A = *at<State>(p.A, 0, channel, n, 0);
+        const State A = rate_of<State>(p, channel, n);
         State* const boundary = static_cast<State*>(p.boundaries) + (row * states + n) * p.plan.chunks + c;
         const State entering_h = mine && c > 0 ? boundary[0] : State(0);
         const State entering_mu = mine && !first_visit ? boundary[1] : State(0);
@@ -719,7 +726,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
           }
         }
         if (mine && me.place == 0 && c > 0) boundary[0] = mu;
-        parts_A[me.index] = term_A;
+        parts_A[me.index] = p.A_is_log ? term_A * A : term_A;
 
         if constexpr (!kOneState) {
           write_items(grad_tile + first_item, grad_B);
