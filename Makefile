@@ -59,18 +59,19 @@ demo: $(INSTALLED)
 	$(BIN)/python -m classification.report $(RUN) --data-path $(DIGITS)
 	$(BIN)/python -m classification.explain $(RUN)/best.pth $(addprefix $(DIGITS)/val/,$(EXPLAINED)) --out $(RUN)
 
-# The tools take `python` from the PATH, as in an environment that is active.
+# The tools take `python` from the PATH, as in an environment that is active. With --resume a second `make` goes on with
+# the run that is there, as main.py does, and tests it.
 demo-detection demo-segmentation: export PATH := $(BIN):$(PATH)
 demo-detection: $(OPENMMLAB)
 	python -m classification.data.digits_scenes $(SCENES)
-	bash detection/tools/dist_train.sh $(DETECTION) 2 --work-dir $(DETECTION_RUN) \
+	bash detection/tools/dist_train.sh $(DETECTION) 2 --work-dir $(DETECTION_RUN) --resume \
 		--cfg-options data_root=$(SCENES)/ $(DEMO_OPTIONS)
 	bash detection/tools/dist_test.sh $(DETECTION) $$(cat $(DETECTION_RUN)/last_checkpoint) 1 --work-dir $(DETECTION_RUN)/test \
 		--show-dir $(abspath $(DETECTION_RUN))/predictions --cfg-options data_root=$(SCENES)/ $(DEMO_TEST_OPTIONS)
 
 demo-segmentation: $(OPENMMLAB)
 	python -m classification.data.digits_scenes $(SCENES_ADE20K) --layout ade20k
-	bash segmentation/tools/dist_train.sh $(SEGMENTATION) 2 --work-dir $(SEGMENTATION_RUN) \
+	bash segmentation/tools/dist_train.sh $(SEGMENTATION) 2 --work-dir $(SEGMENTATION_RUN) --resume \
 		--cfg-options data_root=$(SCENES_ADE20K)/ $(DEMO_OPTIONS)
 	bash segmentation/tools/dist_test.sh $(SEGMENTATION) $$(cat $(SEGMENTATION_RUN)/last_checkpoint) 1 \
 		--work-dir $(SEGMENTATION_RUN)/test --show-dir $(SEGMENTATION_RUN)/predictions --cfg-options data_root=$(SCENES_ADE20K)/ \

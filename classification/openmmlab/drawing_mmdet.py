@@ -36,7 +36,7 @@ class EnlargedDetVisualizer(LabelsBeside, DetLocalVisualizer):
         masks = _array(masks.to_ndarray() if hasattr(masks, "to_ndarray") else masks).astype(bool)
         labels = instances.labels.tolist() if len(boxes) else []
         chosen = palette if self.bbox_color is None else self.bbox_color
-        colors = get_palette(chosen, max(labels, default=0) + 1)
+        colors = _colors(chosen, max(labels, default=0) + 1)
         taken = np.zeros(image.shape[:2])
         for box, mask in zip(boxes, masks, strict=True):
             left, top, right, bottom = np.maximum(box.round().astype(int), 0)
@@ -53,6 +53,16 @@ class EnlargedDetVisualizer(LabelsBeside, DetLocalVisualizer):
             text += f": {float(instances.scores[i]):.0%}" if "scores" in instances else ""
             self.label(text, box, colors[label], taken)
         return self.get_image()
+
+
+def _colors(palette: str | tuple | list | None, count: int) -> list[tuple[int, int, int]]:
+    """Return the colours of the first `count` labels. Labels beyond the end of a list get mmdet's fixed random ones.
+
+    A config's list is made for its own data set. For one with more classes, mmdet stops with an AssertionError.
+    """
+    if isinstance(palette, list):
+        return palette + get_palette("random", count)[len(palette) :]
+    return get_palette(palette, count)
 
 
 def _array(values: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -399,6 +399,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume or (cfg.get("resume") and not cfg.get("load_from")):
         _find_what_to_resume(args, cfg)
+    elif not cfg.get("resume"):
+        _check_nothing_is_overwritten(_work_dir(args, cfg))
     check_file(cfg.get("load_from"))
     check_file(pretrained_of(cfg.model))
     check_data(cfg, ("train", "val"))
@@ -445,13 +447,26 @@ def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
 
 def _check_nothing_is_lost(work_dir: str) -> None:
     """mmengine finds the latest checkpoint by a file; without that it would start anew, over those that are there."""
-    names = [path.name for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+\.pth", path.name)]
-    if names:
-        newest = max(names, key=lambda name: int(re.search(r"\d+", name).group()))
+    if newest := _newest_checkpoint(work_dir):
         raise UserError(
             f"{work_dir}: holds {newest}, but no last_checkpoint that says where to go on; name the checkpoint, as "
             f"--resume {os.path.join(work_dir, newest)}, or another --work-dir"
         )
+
+
+def _check_nothing_is_overwritten(work_dir: str) -> None:
+    """mmengine starts anew in a folder that holds a run, and overwrites its checkpoints one after another."""
+    if newest := _newest_checkpoint(work_dir):
+        raise UserError(
+            f"{work_dir}: holds {newest} of an earlier run, which this one would overwrite; go on with that run by "
+            "--resume, or name another --work-dir"
+        )
+
+
+def _newest_checkpoint(work_dir: str) -> str | None:
+    """The name of the checkpoint with the highest number, of epochs or of iterations."""
+    names = [path.name for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+\.pth", path.name)]
+    return max(names, key=lambda name: int(re.search(r"\d+", name).group()), default=None)
 
 
 def _latest_checkpoint(work_dir: str) -> str | None:

@@ -72,8 +72,8 @@ def here(monkeypatch, capsys) -> Callable[..., str]:
 # ----- what works
 
 
-def test_interrupted_training_resumes(scenes, tmp_path, here):
-    """Killed somewhere after its first epoch, in a folder that is then moved."""
+def test_interrupted_training_resumes(scenes, tmp_path, here, monkeypatch):
+    """Killed somewhere after its first epoch, in a folder that is then moved; done, it is not overwritten."""
     folder = tmp_path / "before"
     command = [sys.executable, *map(str, train(folder, scenes, "train_cfg.max_epochs=3")[1:])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -99,6 +99,14 @@ def test_interrupted_training_resumes(scenes, tmp_path, here):
     loss = last["message_hub"]["log_scalars"]["train/loss"]
     assert len(loss.data[0]) == 12  # of both runs
     assert last["optimizer"]["state"][0]["step"] == 12
+
+    written = (folder / "epoch_3.pth").stat().st_mtime_ns
+    said = message(monkeypatch, tools.train, *train(folder, scenes, "train_cfg.max_epochs=3")[2:])
+    assert f"{folder}: holds epoch_3.pth of an earlier run" in said
+    assert "--resume, or name another --work-dir" in said
+    said = here(tools.train, *train(folder, scenes, "train_cfg.max_epochs=3")[2:], "--resume")  # as the demo does
+    assert "Epoch(train)" not in said
+    assert (folder / "epoch_3.pth").stat().st_mtime_ns == written
 
 
 def test_two_processes(scenes, tmp_path):
@@ -204,6 +212,27 @@ def draw(tmp_path_factory) -> Callable[[np.ndarray, InstanceData], np.ndarray]:
         return np.asarray(Image.open(path))
 
     return drawn
+
+
+def test_more_classes_than_colours():
+    """The demo's config has ten colours: further classes get others, and the ten keep theirs."""
+    init_default_scope("mmdet")
+    visualizer = VISUALIZERS.build({**Config.fromfile(MICRO).visualizer, "name": "more"})
+    visualizer.dataset_meta = dict(classes=tuple(map(str, range(13))))
+
+    def edge(label: int) -> tuple[int, ...]:
+        """The colour of the upper edge of a box, on black."""
+        found = InstanceData(bboxes=torch.tensor([[20.0, 20, 100, 100]]), labels=torch.tensor([label]))
+        found.scores = torch.ones(1)
+        drawn = visualizer._draw_instances(
+            np.zeros((128, 128, 3), np.uint8), found, visualizer.dataset_meta["classes"], None
+        )
+        return tuple(drawn[60, 300])
+
+    colors = [edge(label) for label in (0, 3, 9, 10, 11, 12)]
+    assert len(set(colors)) == len(colors)
+    for label, color in zip((0, 3, 9), colors, strict=False):
+        np.testing.assert_allclose(color, 0.8 * np.array(visualizer.bbox_color[label]), atol=2)
 
 
 def test_labels_hide_no_digit(draw):
@@ -454,6 +483,20 @@ def test_fine_tuning_for_other_classes(scenes, tmp_path, here):
 def test_mixed_precision_without_a_gpu(monkeypatch, scenes, tmp_path):
     said = message(monkeypatch, tools.train, MICRO, "--amp", "--work-dir", tmp_path / "w", *options(scenes))
     assert "--amp) needs a GPU" in said
+
+
+def test_an_optimizer_wrapper_without_a_type(monkeypatch, scenes, tmp_path):
+    """It is mmengine's OptimWrapper by default; the tool looks at the type before the runner is built."""
+
+    def built(cfg: Config) -> None:
+        raise UserError(f"built with {dict(cfg.optim_wrapper.optimizer)}")
+
+    monkeypatch.setattr(tools, "_build", built)
+    own = "optim_wrapper = dict(_delete_=True, optimizer=dict(type='SGD', lr=0.1))"
+    config = tmp_path / "own.py"
+    config.write_text(f"_base_ = '{MICRO}'\n{own}\n")
+    said = message(monkeypatch, tools.train, config, "--work-dir", tmp_path / "w", *options(scenes))
+    assert said == "error: built with {'type': 'SGD', 'lr': 0.1}"
 
 
 @pytest.mark.parametrize(
