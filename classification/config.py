@@ -274,7 +274,8 @@ AUTHORS_KEYS = {
     "DATA.ZIP_MODE": "leave it out; the data is an image folder",
     "DATA.CACHE_MODE": "leave it out; images are read as they are needed",
     "AUG.CUTMIX_MINMAX": "leave it out; set AUG.CUTMIX",
-    "TEST.CROP": "set TEST.CROP_PCT: 0.875 crops the centre, 1.0 does not",
+    "TEST.CROP": "set TEST.CROP_PCT: 0.875 is their True. Their False squeezes each image to a square, which is not "
+    "done here: 1.0 keeps the whole short side, and cuts the long one to a square",
     "TEST.SEQUENTIAL": "leave it out; every validation image counts once, in order",
     "TEST.SHUFFLE": "leave it out; every validation image counts once, in order",
     "AMP_ENABLE": "set TRAIN.AMP to float16, bfloat16 or off",

@@ -354,6 +354,7 @@ def test_names_that_the_console_lacks(few_digits, tmp_path):
         (["--opts", "TRAIN.MESA", "1.0"], "is of the authors' repository: set TRAIN.MESA.WEIGHT"),
         (["--opts", "MODEL.SPATIALMAMBA.EMBED_DIM", "64"], "authors' repository: the sizes follow from MODEL.NAME"),
         (["--opts", "AMP_ENABLE", "True"], "authors' repository: set TRAIN.AMP to float16, bfloat16 or off"),
+        (["--opts", "TEST.CROP", "False"], "keeps the whole short side, and cuts the long one to a square"),
         (["--model_ema", "True"], "--model_ema is of the authors' repository: set --opts TRAIN.EMA.ENABLE"),
         (["--model_ema_decay=0.9"], "--model_ema_decay is of the authors' repository: set --opts TRAIN.EMA.DECAY"),
         (["--zip"], "--zip is of the authors' repository: leave it out; the data is an image folder"),
