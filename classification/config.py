@@ -4,7 +4,7 @@ import ast
 import difflib
 import functools
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -415,6 +415,30 @@ def _validate(config: CfgNode) -> None:
         raise UserError("MESA distils from the EMA model: set TRAIN.EMA.ENABLE True or TRAIN.MESA.WEIGHT 0")
     if config.TRAIN.MESA.WEIGHT > 0 and config.TRAIN.MESA.START == 1:
         raise UserError("with TRAIN.MESA.START 1 MESA would never begin: lower it, or set TRAIN.MESA.WEIGHT 0")
+
+
+# Keys that nothing reads while another key has a certain value: the reason, and when it holds.
+WITHOUT_EFFECT: dict[str, tuple[str, Callable[[CfgNode], bool]]] = {
+    "AUG.COLOR_JITTER": ("AUG.AUTO_AUGMENT is set", lambda c: bool(c.AUG.AUTO_AUGMENT)),
+    "AUG.REMODE": ("AUG.REPROB is 0", lambda c: c.AUG.REPROB == 0),
+    "AUG.RECOUNT": ("AUG.REPROB is 0", lambda c: c.AUG.REPROB == 0),
+    "AUG.MIXUP_PROB": ("AUG.MIXUP and AUG.CUTMIX are 0", lambda c: c.AUG.MIXUP == c.AUG.CUTMIX == 0),
+    "AUG.MIXUP_MODE": ("AUG.MIXUP and AUG.CUTMIX are 0", lambda c: c.AUG.MIXUP == c.AUG.CUTMIX == 0),
+    "AUG.MIXUP_SWITCH_PROB": ("AUG.MIXUP or AUG.CUTMIX is 0", lambda c: 0 in (c.AUG.MIXUP, c.AUG.CUTMIX)),
+    "TRAIN.EMA.DECAY": ("TRAIN.EMA.ENABLE is False", lambda c: not c.TRAIN.EMA.ENABLE),
+    "TRAIN.MESA.START": ("TRAIN.MESA.WEIGHT is 0", lambda c: c.TRAIN.MESA.WEIGHT == 0),
+    "TRAIN.WARMUP_LR": ("TRAIN.WARMUP_EPOCHS is 0", lambda c: c.TRAIN.WARMUP_EPOCHS == 0),
+}
+
+
+def settings_without_effect(config: CfgNode) -> list[str]:
+    """One message for each key that differs from its default although another key switches it off."""
+    values, defaults = dict(_flatten(config)), dict(_flatten(default_config()))
+    return [
+        f"{key} {values[key]} has no effect, because {reason}"
+        for key, (reason, holds) in WITHOUT_EFFECT.items()
+        if values[key] != defaults[key] and holds(config)
+    ]
 
 
 def _check_range(key: str, value: object, low: float, high: float) -> None:

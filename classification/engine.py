@@ -244,7 +244,16 @@ def _report(
         "epoch %d step %d/%d loss %s lr %.3e grad norm %s, %.1f images/s, %.0f MiB",
         epoch, step, batches, _digits(loss, 4), lr, _digits(norm.item(), 3), rate, memory,
     )  # fmt: skip
-    t.on_report({"epoch": epoch, "step": step, "update": update, **measured, "skipped": int(t.guard.counts[1])})
+    t.on_report(
+        {
+            "epoch": epoch,
+            "step": step,
+            "steps": batches,
+            "update": update,
+            **measured,
+            "skipped": int(t.guard.counts[1]),
+        }
+    )
     if isinstance(bar, tqdm):
         bar.set_postfix(loss=_digits(loss, 4), lr=f"{lr:.2e}")
 

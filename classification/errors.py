@@ -4,8 +4,10 @@ import io
 import os
 import stat
 import sys
+import time
 import unicodedata
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -15,6 +17,20 @@ class UserError(ValueError):
 def printable(text: str) -> str:
     """Text as a terminal may show it: what is not printable is escaped, so that a name cannot steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def end_with(message: str, rank: str = "RANK") -> NoReturn:
+    """End the process with one line and status 1.
+
+    A launcher ends all processes when one ends. So the first process prints its error at once. The others wait first:
+    mostly they have the same error, and the launcher ends them before they print it again.
+
+    Args:
+        rank: the environment variable that numbers the processes, of all machines or of each.
+    """
+    if os.environ.get(rank, "0") != "0":
+        time.sleep(10)  # on a busy machine the first process takes seconds to end
+    sys.exit(f"error: {printable(message)}")
 
 
 def normalisation_hint(names: Iterable[str], others: Iterable[str]) -> str:

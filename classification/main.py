@@ -12,7 +12,6 @@ import gc
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import time
@@ -34,7 +33,7 @@ from classification.compiling import MODES, WITH_CUDA_GRAPHS, compile_in_place
 from classification.config import load_config, seen_otherwise, settings
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
-from classification.errors import UserError, escape_on_streams, printable
+from classification.errors import UserError, end_with, escape_on_streams, printable
 from classification.flops import flops_table
 from classification.guards import NonFiniteError
 from classification.run import Preempted, Run, lost_another
@@ -275,11 +274,7 @@ def train(config: CfgNode, run: Run, compile_mode: str | None) -> None:
 
 
 def main() -> None:
-    """Do what the command line asks. A user's error ends the process with one line and status 1.
-
-    The launcher ends all processes when one ends. So process 0 prints its error at once. The others wait first: mostly
-    they have the same error, and the launcher ends them before they print it again.
-    """
+    """Do what the command line asks. A user's error ends the process with one line and status 1."""
     escape_on_streams()
     try:
         _main(parse_args())
@@ -289,11 +284,8 @@ def main() -> None:
     except Preempted as request:
         status = 128 + request.signal  # as a shell says it; not 0, for the run is not done
     except (UserError, NonFiniteError) as error:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(10)  # on a busy machine process 0 takes seconds to end
         # A data loader's worker wraps the message in its traceback.
-        message = str(error).rpartition(f"{UserError.__name__}: ")[2].strip()
-        sys.exit(f"error: {printable(message)}")
+        end_with(str(error).rpartition(f"{UserError.__name__}: ")[2].strip())
     except RuntimeError as error:
         if gone := lost_another(error):
             sys.exit(f"error: {printable(gone)}")

@@ -85,7 +85,7 @@ def draw_learning_curve(metrics: list[dict]) -> Figure:
     epochs = [m["epoch"] + 1 for m in metrics]
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     loss.plot(epochs, [m["loss"] for m in metrics])
-    loss.set(xlabel="epoch", ylabel="training loss (mixup, MESA included)")
+    loss.set(xlabel="epochs trained", ylabel="training loss (mixup, MESA included)")
     for number, (key, label) in enumerate(WEIGHTS.items()):
         color = f"C{number}"
         whole = [m for m in metrics if key in m and not m[key].get("unreadable")]
@@ -96,7 +96,7 @@ def draw_learning_curve(metrics: list[dict]) -> Figure:
         ):
             if found:
                 accuracy.plot([m["epoch"] + 1 for m in found], [m[key]["top1"] for m in found], color=color, **how)
-    accuracy.set(xlabel="epoch", ylabel="validation top-1 (%)")
+    accuracy.set(xlabel="epochs trained", ylabel="validation top-1 (%)")
     accuracy.legend(loc="lower right")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
@@ -111,14 +111,15 @@ def draw_training_curves(steps: list[dict]) -> Figure:
         "grad_norm": "norm of the gradients",
         "images_per_second": "images/s of the first process",
     }
-    longest: dict[int, int] = {}  # steps of each epoch; its last one is always reported
+    lengths: dict[int, int] = {}  # steps of each epoch
     for s in steps:
-        longest[s["epoch"]] = max(s["step"], longest.get(s["epoch"], 1))
+        # Before "steps" was written: the last step of a finished epoch is always reported.
+        lengths[s["epoch"]] = s.get("steps") or max(s["step"], lengths.get(s["epoch"], 1))
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for cell, (key, label) in zip(axes.flat, names.items(), strict=True):
-        points = [(s["epoch"] + s["step"] / longest[s["epoch"]], s[key]) for s in steps if key in s]
+        points = [(s["epoch"] + s["step"] / lengths[s["epoch"]], s[key]) for s in steps if key in s]
         cell.plot(*zip(*points, strict=True)) if points else cell.plot([], [])
-        cell.set(xlabel="epoch", ylabel=label)
+        cell.set(xlabel="epochs trained", ylabel=label)
         cell.grid(alpha=0.3)
     return figure
 

@@ -1,5 +1,7 @@
 """Batch norm among processes: over the batches of all, where PyTorch has none; or each its own, then averaged."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -54,3 +56,11 @@ def average_batch_norm(model: nn.Module) -> None:
         total = buffer.double()
         dist.all_reduce(total)
         buffer.copy_(total / dist.get_world_size())
+
+
+def mean_statistics(of_each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the running statistics of several processes, by name, as `average_batch_norm` gives it."""
+    return {
+        name: (sum(statistics[name].double() for statistics in of_each) / len(of_each)).to(first.dtype)
+        for name, first in of_each[0].items()
+    }

@@ -31,7 +31,7 @@ from classification.checkpoint import (
     state_dicts,
 )
 from classification.compiling import compile_in_place
-from classification.config import changes, saved_config, settings
+from classification.config import changes, saved_config, settings, settings_without_effect
 from classification.data import (
     UnreadableImages,
     build_eval_loader,
@@ -47,7 +47,7 @@ from classification.metrics import MetricsLog
 from classification.models import VARIANTS, SpatialMamba
 from classification.optim import build_optimizer, build_scheduler, load_moments
 from classification.run import Preempted, Preemption, Run
-from classification.sync_bn import average_batch_norm, running_statistics, synchronise_batch_norm
+from classification.sync_bn import average_batch_norm, mean_statistics, running_statistics, synchronise_batch_norm
 
 logger = logging.getLogger("spatialmamba")
 
@@ -132,7 +132,7 @@ class Training:
             }
         )
         self.checkpoints = CheckpointFolder(run.folder, config.KEEP_LAST)
-        self.notes: list[str] = []  # for the log, which is not open yet
+        self.notes = settings_without_effect(config)  # for the log, which is not open yet
         resumed = run.from_main(self._read_checkpoint)
         if resumed:
             self._match_classes(*resumed)
@@ -553,7 +553,10 @@ class Training:
         if self.ema:
             content["model_ema"] = self.ema.module.state_dict()
         if statistics:
-            content["batch_norm"] = statistics  # of each process
+            content["batch_norm"] = statistics  # of each process, which goes on with its own
+            # Whoever evaluates the file, or resumes it with other processes, gets their mean.
+            for name, of_each in zip(("model", "model_ema"), zip(*statistics, strict=True), strict=False):
+                content[name].update(mean_statistics(of_each))
         return content
 
     def lock(self) -> None:

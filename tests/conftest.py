@@ -7,6 +7,7 @@ import torch
 
 # Compiled graphs on disk do not know that an operator's fake kernel has changed since.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = "0"
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # or each process starts Python to try each of the CPU's instruction sets
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # read when Triton is first imported, so it cannot wait for the tests that use it

@@ -29,6 +29,10 @@ def running_on(backend: str, package: str) -> Iterator[None]:
             assert state.startswith("available"), f"{package}: {backend} kernels are {state}; make install"
             yield
             return
+        if interpreted(backend):
+            from interpreter import quicken
+
+            quicken()
         library = torch.library.Library(package, "IMPL")
         for name, kernels in loading.OPERATORS.items():
             kernel = kernels.in_triton() if backend == "triton" else kernels.plain

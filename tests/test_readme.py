@@ -330,7 +330,7 @@ def whole_or(options: str, marks: Sequence[pytest.MarkDecorator] = ()) -> pytest
     return pytest.mark.parametrize("options", [pytest.param(options, id="less", marks=marks), whole])
 
 
-@whole_or("TRAIN.EPOCHS 7 TRAIN.WARMUP_EPOCHS 1")
+@whole_or("TRAIN.EPOCHS 4 TRAIN.WARMUP_EPOCHS 1 TRAIN.BASE_LR 3e-2 AUG.MIXUP 0.0 AUG.SCALE [0.8,1.0]")
 def test_demo(options, tmp_path):
     """`make demo` from the data on; but for `options`, only where it writes is changed."""
     assert MAKE_DEMO in BLOCKS["bash"]

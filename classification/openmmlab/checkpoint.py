@@ -109,9 +109,21 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     path = Path(filename).expanduser()
     content = read_checkpoint(path, map_location or "cpu", STAND_INS, others=lambda name: _Inert)
     content = plain(content, path, lambda value: value.array if isinstance(value, _Array) else value)
+    if "param_schedulers" in content:
+        content["param_schedulers"] = _without_functions(content["param_schedulers"])
     if isinstance(content.get("state_dict"), dict):
         check_weights(content["state_dict"], path, counts="", tied=True)  # mmengine would pass over what is none
     return content
+
+
+def _without_functions(state: object) -> object:
+    """The state of schedules without the functions that some hold, as OneCycleLR: they keep those of the config."""
+    if isinstance(state, list):
+        return [_without_functions(value) for value in state]
+    if not isinstance(state, dict):
+        return state
+    inert = [key for key, value in state.items() if value is _Inert or isinstance(value, _Inert)]
+    return {key: _without_functions(value) for key, value in state.items() if key not in inert}
 
 
 # ----- by address: mmengine has torch.hub unpickle whatever it gets

@@ -7,7 +7,6 @@ import inspect
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from mmengine.registry import METRICS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
 
-from classification.errors import UserError, is_file, printable
+from classification.errors import UserError, end_with, is_file
 from classification.models import optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
 from classification.openmmlab import pickle_files, transforms, yaml_files  # noqa: F401
@@ -113,7 +112,7 @@ def get_flops(scope: str, size: tuple[int, int]) -> None:
 
 
 def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Namespace, scope: str) -> None:
-    """Do it; what goes wrong by the user's hand is said once on each machine."""
+    """Do it. A user's error ends the process with one line and status 1."""
     try:
         work(args, _read_config(args, scope))
         gc.collect()  # DistributedDataParallel: gloo's threads live as long, and one in Python at the end is an abort
@@ -122,15 +121,11 @@ def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Name
             torch.distributed.destroy_process_group()
     except UserError as error:
         message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")  # of a worker
-        _end(message)
+        end_with(message, "LOCAL_RANK")
     except RuntimeError as error:
         if not (gone := lost_another(error)):
             raise
-        _end(gone)
-
-
-def _end(message: str) -> None:
-    sys.exit(f"error: {printable(message)}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+        end_with(gone, "LOCAL_RANK")
 
 
 # ----- the config
@@ -413,7 +408,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     check_bits_everywhere(cfg)
     check_sizes_everywhere(cfg)
     _prepare(cfg, args)
-    if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
+    if cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     runner = _build(cfg)
     for hook in (NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, NoteOtherProcesses):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import MICRO, QUICK, run_command
 
-from classification.config import LEAST, OFF_OR_MORE, default_config, load_config
+from classification.config import LEAST, OFF_OR_MORE, default_config, load_config, settings_without_effect
 from classification.data import build_mixup
 from classification.data.build import _train_transform
 from classification.errors import UserError
@@ -59,6 +59,26 @@ def saved(tmp_path, content, name="weights.pth"):
 
 def test_no_data_path(refuse):
     assert "--data-path DIR" in refuse()
+
+
+@pytest.mark.parametrize(
+    ("opts", "without_effect"),
+    [
+        (["AUG.COLOR_JITTER", "0.3", "AUG.AUTO_AUGMENT", "rand-m9"], ["AUG.COLOR_JITTER"]),
+        (["AUG.COLOR_JITTER", "0.3", "AUG.AUTO_AUGMENT", ""], []),
+        (["AUG.REPROB", "0.0", "AUG.REMODE", "const", "AUG.RECOUNT", "2"], ["AUG.REMODE", "AUG.RECOUNT"]),
+        (["AUG.REPROB", "0.1", "AUG.REMODE", "const", "AUG.RECOUNT", "2"], []),
+        (["AUG.CUTMIX", "0.0", "AUG.MIXUP", "0.8", "AUG.MIXUP_SWITCH_PROB", "0.1"], ["AUG.MIXUP_SWITCH_PROB"]),
+        (["AUG.CUTMIX", "0.0", "AUG.MIXUP", "0.0", "AUG.MIXUP_MODE", "elem"], ["AUG.MIXUP_MODE"]),
+        (["TRAIN.EMA.ENABLE", "False", "TRAIN.EMA.DECAY", "0.9", "TRAIN.MESA.WEIGHT", "0.0"], ["TRAIN.EMA.DECAY"]),
+        (["TRAIN.MESA.WEIGHT", "0.0", "TRAIN.MESA.START", "0.5"], ["TRAIN.MESA.START"]),
+    ],
+    ids=" ".join,
+)
+def test_settings_without_effect(opts, without_effect):
+    tiny = MICRO.with_name("spatialmamba_tiny.yaml")
+    found = settings_without_effect(load_config(str(tiny), {}, opts))
+    assert [message.split()[0] for message in found] == without_effect
 
 
 @pytest.mark.parametrize("missing", ["", "train", "val"])
@@ -201,6 +221,7 @@ def test_yaml_says_what_stands_there(tmp_path):
 ENVIRONMENTS = {
     "no rank": (dict(WORLD_SIZE="2"), "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT is not set"),
     "no number": (dict(LOCAL_RANK="abc"), "LOCAL_RANK is 'abc', not a whole number"),
+    "no number as RANK": (dict(RANK="abc", WORLD_SIZE="2"), "RANK is 'abc', not a whole number"),
     "negative": (dict(RANK="-1"), "RANK is '-1', not a whole number"),
     "empty": (dict(WORLD_SIZE=""), "WORLD_SIZE is '', not a whole number"),
     "beyond": (
@@ -233,7 +254,10 @@ def test_environments_that_name_no_place(kind, refuse, few_digits, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    waits = []
+    monkeypatch.setattr("classification.errors.time.sleep", waits.append)
     assert message in refuse("--data-path", few_digits, "--batch-size", 8)
+    assert waits == ([10] if variables.get("RANK", "0") != "0" else [])  # for process 0 to say it
 
 
 def test_the_port_of_others_is_not_looked_at_by_a_single_process(few_digits, tmp_path, run_main, monkeypatch):

@@ -240,6 +240,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(few_digits, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "stopped" / RUN
     saved = _stop(command("stopped"), folder, signal.SIGTERM, 0)
+    content = read_checkpoint(folder / "latest.pth")
+    for i, name in enumerate(("model", "model_ema")):
+        first, second = (statistics[i] for statistics in content["batch_norm"])
+        for key, of_first in first.items():  # what is evaluated is neither's own
+            torch.testing.assert_close(content[name][key], (of_first + second[key]) / 2)
+        assert any(not torch.equal(content[name][key], of_first) for key, of_first in first.items())
     saved = _stop(command("stopped"), folder, signal.SIGUSR1, 1, saved)
     done = run_command(*command("stopped"))
     assert done.returncode == 0, done.stderr
@@ -271,7 +277,12 @@ def _stop(command, folder, number, starts, resumed="") -> str:
 
 
 @pytest.mark.parametrize(
-    ("processes", "kills", "epochs", "most"), [(2, 3, 4, 40), pytest.param(3, 4, 4, None, marks=pytest.mark.long)]
+    ("processes", "kills", "epochs", "most"),
+    [
+        (1, 3, 4, 20),  # several that are stopped and go on: the test above
+        pytest.param(2, 3, 4, 40, marks=pytest.mark.long),
+        pytest.param(3, 4, 4, None, marks=pytest.mark.long),
+    ],
 )
 def test_a_run_that_is_killed_again_and_again(processes, kills, epochs, most, tmp_path, capsys):
     """tests/kill_and_resume.py, shortened."""

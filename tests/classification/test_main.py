@@ -178,8 +178,9 @@ def name_of(root: str) -> str:
 
 
 def test_the_last_checkpoints_are_kept_under_their_names(few_digits, tmp_path, run_main):
-    opts = [*QUICK, "TRAIN.EPOCHS", "4", "SAVE_STEPS", "3", "KEEP_LAST", "2"]
-    run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *opts)
+    opts = [*QUICK, "TRAIN.EPOCHS", "4", "SAVE_STEPS", "3", "KEEP_LAST", "2", "TRAIN.WARMUP_LR", "1e-6"]
+    printed = run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *opts)
+    assert "TRAIN.WARMUP_LR 1e-06 has no effect, because TRAIN.WARMUP_EPOCHS is 0" in printed
     run = tmp_path / name_of(".")
     # 20 updates: within epochs at 3, 6, 9, 12, 18 and after each epoch at 5, 10, 15, 20, where 15 is both.
     assert sorted(f.name for f in run.glob("epoch_*.pth")) == ["epoch_3_step_3.pth", "epoch_4.pth"]

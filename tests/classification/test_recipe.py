@@ -13,7 +13,7 @@ from running import MICRO, free_port, run_command
 from classification.checkpoint import read_checkpoint
 from classification.metrics import read_lines
 
-BATCH, ACCUMULATION, EPOCHS, SEED = 16, 2, 6, 7  # MESA from epoch 1: 0.25 * 6 is 1.5
+BATCH, ACCUMULATION, EPOCHS, SEED = 4, 2, 6, 7  # MESA from epoch 1: 0.25 * 6 is 1.5
 PER_EPOCH = 7  # batches: three updates of two, and one of the batch left over
 DOUBLE = """
 import torch
@@ -130,7 +130,7 @@ def test_main_is_the_recipe_written_by_hand(digits, tmp_path):
     (tmp_path / "loop.py").write_text(LOOP)
     (tmp_path / "double.py").write_text(DOUBLE)
     data = tmp_path / "data"
-    for split, count in (("train", 23), ("val", 1)):  # 230 images: 115 a process, 7 batches and 3 images left over
+    for split, count in (("train", 6), ("val", 1)):  # 60 images: 30 a process, 7 batches and 2 images left over
         for label in range(10):
             (data / split / str(label)).mkdir(parents=True)
             files = sorted((digits / "train" / str(label)).iterdir())

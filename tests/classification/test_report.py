@@ -15,7 +15,7 @@ from classification.data.images import ImageFolder
 from classification.errors import UserError
 from classification.metrics import read_lines
 from classification.models import spatialmamba_micro
-from classification.report import draw_learning_curve, draw_predictions, read_metrics, report
+from classification.report import draw_learning_curve, draw_predictions, draw_training_curves, read_metrics, report
 
 
 def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
@@ -45,6 +45,15 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
         picture = imread(run / name)
         assert min(picture.shape[:2]) > 300
         assert np.std(picture[..., :3]) > 0.05  # not blank
+
+
+def test_an_unfinished_epoch_is_drawn_as_far_as_it_is():
+    """The last line of earlier versions does not say how many steps its epoch has."""
+    steps = [{"epoch": e, "step": step, "loss": loss} for e, step, loss in ((0, 4, 3.0), (0, 8, 2.0), (1, 2, 1.0))]
+    for lines, last in (([{**line, "steps": 8} for line in steps], 1.25), (steps, 2.0)):
+        curve = draw_training_curves(lines).axes[0].lines[0]
+        assert curve.get_xdata().tolist() == [0.5, 1.0, last]
+        assert curve.get_ydata().tolist() == [3.0, 2.0, 1.0]
 
 
 def test_long_names_of_classes_do_not_meet(tmp_path):

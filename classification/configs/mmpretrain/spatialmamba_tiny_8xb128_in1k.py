@@ -1,7 +1,8 @@
 # ImageNet-1K with mmpretrain, 8 GPUs with 128 images each: the recipe of configs/spatialmamba as far as it goes there.
 # Crops, RandAugment, erasing, mixup, cutmix, label smoothing and AdamW are those of its Swin-T config.
 # What it has not: MESA, the loss from the EMA model's softmax. Mixed precision is its --amp. Batch norm is each GPU's
-# own, and its statistics are averaged before validation, as by main.py; sync_bn="torch" has it synchronised.
+# own, and its statistics are averaged before validation, as by main.py; sync_bn="torch" has it synchronised. The EMA
+# model has the model's latest statistics; main.py averages them over time, as it averages the weights.
 _base_ = "mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py"
 
 custom_imports = dict(imports=["classification.models.openmmlab"], allow_failed_imports=False)

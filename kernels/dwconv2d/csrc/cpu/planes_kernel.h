@@ -12,8 +12,6 @@ namespace {
 
 using namespace simd;
 
-#define NOINLINE __attribute__((noinline))
-
 constexpr int kPixels = VECTOR_BYTES == 64 ? 14 : 8;  // accumulators of a convolution, of 32 or 16 registers
 constexpr int kTapsAtOnce = 8;  // and of a weight's gradient
 constexpr int64_t kColumns = 16;  // as many at once as leave all rows that taps reach in the first-level cache

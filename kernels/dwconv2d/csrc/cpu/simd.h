@@ -18,6 +18,7 @@ namespace simd {
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 // ----- element types
 
@@ -210,6 +211,8 @@ INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
 }
 
 // ----- tiles: tokens of up to kLanes channels, the channels of a token side by side
+//
+// A call takes a whole tile, so it is not inlined: its callers would compile for twice as long and be twice as large.
 
 // The first of the next W tokens to transpose: the last ones overlap those before rather than being fewer. -1 at the end.
 INLINE int64_t next_square(int64_t t, int64_t tokens, int W) {
@@ -219,7 +222,7 @@ INLINE int64_t next_square(int64_t t, int64_t tokens, int W) {
 
 // Channels that do not exist become zero.
 template <class T, class S>
-INLINE void load_tile(S* tile, const T* p, int64_t stride_d, int64_t stride_l, int channels, int64_t tokens) {
+NOINLINE void load_tile(S* tile, const T* p, int64_t stride_d, int64_t stride_l, int channels, int64_t tokens) {
   constexpr int W = kLanes<S>;
   if (channels == W && stride_d == 1) {
     for (int64_t t = 0; t < tokens; ++t)
@@ -241,7 +244,7 @@ INLINE void load_tile(S* tile, const T* p, int64_t stride_d, int64_t stride_l, i
 }
 
 template <class T, class S>
-INLINE void store_tile(T* p, const S* tile, int64_t stride_d, int64_t stride_l, int channels, int64_t tokens) {
+NOINLINE void store_tile(T* p, const S* tile, int64_t stride_d, int64_t stride_l, int channels, int64_t tokens) {
   constexpr int W = kLanes<S>;
   if (channels == W && stride_d == 1) {
     for (int64_t t = 0; t < tokens; ++t)
@@ -264,7 +267,7 @@ INLINE void store_tile(T* p, const S* tile, int64_t stride_d, int64_t stride_l, 
 
 // The sum of the lanes for each token, always in the order of the channels.
 template <class S>
-INLINE void sum_lanes(S* sums, const S* tile, int64_t tokens) {
+NOINLINE void sum_lanes(S* sums, const S* tile, int64_t tokens) {
   constexpr int W = kLanes<S>;
   int64_t t = 0;
   for (; t + W <= tokens; t += W) {
