@@ -108,7 +108,7 @@ class ConvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         # An adapter in its place may have no kernel size: it is not fusible.
-        if fusible(x, conv) and conv.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
+        if fusible(x, conv) and conv.kernel_size == (1, 1) and to_tokens(x).is_contiguous():
             # On a GPU this is one product of tokens: cuDNN adds the bias in a pass of its own.
             tokens, weight = to_tokens(x), conv.weight.flatten(1)
             if not torch.is_grad_enabled() and self._has_relu_alone(x):

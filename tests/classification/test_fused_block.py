@@ -75,10 +75,23 @@ def test_model_compiles_whole_and_trains(fused):
         return logits, [p.grad.clone() for p in model.parameters()]
 
     logits, expected = gradients(model)
-    compiled, actual = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled, actual = gradients(whole)
     torch.testing.assert_close(compiled, logits, rtol=1e-4, atol=1e-4)
     for a, b in zip(actual, expected, strict=True):  # a bias before batch norm gets rounding errors alone
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item() + 1e-4)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_over_images(fused):
+    fused(True)
+    model = randomise(SpatialMamba(dims=[8, 16], depths=[2, 1], num_classes=3)).eval()
+    images = torch.randn(2, 3, 33, 47)
+    with torch.no_grad():
+        found = torch.func.vmap(lambda image: model(image[None])[0])(images)
+        torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-4)
 
 
 class Adapter(nn.Module):

@@ -52,18 +52,17 @@ void run(const Params& p, Pass pass, Order order) {
 }
 
 template <typename State, typename Output>
-void sum_as(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner, Order order) {
-  emulation::launch(ceil_div<int64_t>(outer * inner, kWarp), kSumThreads, kSumThreads * sizeof(State), order, [&] {
-    sum_terms(static_cast<const State*>(terms), static_cast<Output*>(to), outer, count, inner);
-  });
+void add_up_as(const Sums& sums, Order order) {
+  emulation::launch(sums.blocks(), kSumThreads, kSumThreads * sizeof(State), order,
+                    [&] { sum_terms<State, Output>(sums); });
 }
 
-void sum(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner, Dtype dtype, Order order) {
+void add_up(const Sums& sums, Dtype dtype, Order order) {
   switch (dtype) {
-    case Dtype::kDouble: return sum_as<double, double>(terms, to, outer, count, inner, order);
-    case Dtype::kFloat: return sum_as<float, float>(terms, to, outer, count, inner, order);
-    case Dtype::kHalf: return sum_as<float, Half>(terms, to, outer, count, inner, order);
-    default: return sum_as<float, BFloat16>(terms, to, outer, count, inner, order);
+    case Dtype::kDouble: return add_up_as<double, double>(sums, order);
+    case Dtype::kFloat: return add_up_as<float, float>(sums, order);
+    case Dtype::kHalf: return add_up_as<float, Half>(sums, order);
+    default: return add_up_as<float, BFloat16>(sums, order);
   }
 }
 
@@ -153,12 +152,13 @@ extern "C" const char* emulated_backward(
     p.terms_C = terms_C.data();
     run(p, Pass::kGradients, turn);
 
-    const Dtype weights = conv ? p.dtype : state;
-    sum(p.terms_taps, conv ? outputs[2] : grad_taps.data(), 1, slices, taps, weights, turn);
-    if (p.terms_other) sum(p.terms_other, outputs[6], 1, slices, p.channels, weights, turn);
+    Sums sums;
+    sums.first = {p.terms_taps, conv ? outputs[2] : grad_taps.data(), 1, slices, taps, !conv};
+    if (p.terms_other) sums.second = {p.terms_other, outputs[6], 1, slices, p.channels, !conv};
     if (p.has_output()) {
-      sum(p.terms_C, outputs[7], p.batch, p.plan.channel_blocks, p.states * p.pixels(), p.dtype, turn);
+      sums.third = {p.terms_C, outputs[7], p.batch, p.plan.channel_blocks, p.states * p.pixels(), false};
     }
+    add_up(sums, p.dtype, turn);
     if (!conv && state == Dtype::kDouble) distribute<double>(p, grad_taps.data(), outputs + 2, turn);
     if (!conv && state == Dtype::kFloat) distribute<float>(p, grad_taps.data(), outputs + 2, turn);
     for (const Guarded* memory : {&terms_taps, &terms_other, &terms_C, &grad_taps}) memory->check();

@@ -23,10 +23,9 @@ void backward(const Params& p, emulation::Order order) {
 }
 
 template <typename State, typename Output>
-void sum(void* terms, void* to, int64_t outer, int64_t count, int64_t inner, emulation::Order order) {
-  emulation::launch(ceil_div<int64_t>(outer * inner, kWarp), kSumThreads, kSumThreads * sizeof(State), order, [&] {
-    sum_terms(static_cast<const State*>(terms), static_cast<Output*>(to), outer, count, inner);
-  });
+void add_up(const Sums& sums, emulation::Order order) {
+  emulation::launch(sums.blocks(), kSumThreads, kSumThreads * sizeof(State), order,
+                    [&] { sum_terms<State, Output>(sums); });
 }
 
 // Passes enough to matter take more rows than a host has time for.
@@ -90,10 +89,11 @@ extern "C" const char* emulated_backward(
       p.terms_B = terms_B.data();
       if (p.plan.chunks > 1) forward<I>(boundary_pass(p), turn);
       backward<I>(p, turn);
-      sum<State, State>(p.terms_A, outputs[2], 1, p.batch, int64_t(p.channels) * p.states, turn);
       const int64_t images = p.batch * p.groups, tokens = int64_t(p.states) * p.length;
-      sum<State, Input>(p.terms_B, outputs[3], images, p.plan.row_blocks, tokens, turn);
-      sum<State, State>(p.terms_bias, outputs[4], 1, p.batch, p.channels, turn);
+      const Sums sums{{p.terms_A, outputs[2], 1, p.batch, int64_t(p.channels) * p.states, true},
+                      {p.terms_bias, outputs[4], 1, p.batch, p.channels, true},
+                      {p.terms_B, outputs[3], images, p.plan.row_blocks, tokens, false}};
+      add_up<State, Input>(sums, turn);
       for (const Guarded* memory : {&boundaries, &terms_A, &terms_bias, &terms_B}) memory->check();
     });
   });

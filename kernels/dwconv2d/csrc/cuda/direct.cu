@@ -34,13 +34,12 @@ cudaError_t launch_direct(const Params& p, Pass pass, cudaStream_t stream) {
   });
 }
 
-cudaError_t launch_sum(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner, Dtype dtype,
-                       cudaStream_t stream) {
+cudaError_t launch_sums(const Sums& sums, Dtype dtype, cudaStream_t stream) {
   switch (dtype) {
-    case Dtype::kDouble: return launch_sum_of<double, double>(terms, to, outer, count, inner, stream);
-    case Dtype::kFloat: return launch_sum_of<float, float>(terms, to, outer, count, inner, stream);
-    case Dtype::kHalf: return launch_sum_of<float, Half>(terms, to, outer, count, inner, stream);
-    default: return launch_sum_of<float, BFloat16>(terms, to, outer, count, inner, stream);
+    case Dtype::kDouble: return launch_sums_of<double, double>(sums, stream);
+    case Dtype::kFloat: return launch_sums_of<float, float>(sums, stream);
+    case Dtype::kHalf: return launch_sums_of<float, Half>(sums, stream);
+    default: return launch_sums_of<float, BFloat16>(sums, stream);
   }
 }
 

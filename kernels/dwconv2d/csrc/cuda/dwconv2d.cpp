@@ -134,9 +134,8 @@ void forward(Call& call, const Planes& result) {
   call.run(Pass::kForward);
 }
 
-void sum(const Tensor& terms, const Tensor& to, int64_t outer, int64_t count, int64_t inner, Dtype dtype) {
-  C10_CUDA_CHECK(launch_sum(terms.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, dtype,
-                            c10::cuda::getCurrentCUDAStream()));
+Sum sum(const Tensor& terms, const Tensor& to, int64_t outer, int64_t count, int64_t inner, bool of_states) {
+  return {terms.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, of_states};
 }
 
 // The gradients of every operator: for the input and x, then sums: for the taps (D, taps), and where these are defined
@@ -166,10 +165,14 @@ void backward(Call& call, const Planes& grad_input, const Planes& grad_x, const 
   }
   call.run(Pass::kGradients);
 
-  const Dtype weights = p.operation == Operation::kConv ? p.dtype : state;
-  sum(terms_taps, grad_taps, 1, slices, taps, weights);
-  if (grad_other.defined()) sum(terms_other, grad_other, 1, slices, p.channels, weights);
-  if (grad_C.defined()) sum(terms_C, grad_C, p.batch, p.plan.channel_blocks, p.states * p.pixels(), p.dtype);
+  const bool of_states = p.operation != Operation::kConv;  // so are the fusion's parameters
+  Sums sums;
+  sums.first = sum(terms_taps, grad_taps, 1, slices, taps, of_states);
+  if (grad_other.defined()) sums.second = sum(terms_other, grad_other, 1, slices, p.channels, of_states);
+  if (grad_C.defined()) {
+    sums.third = sum(terms_C, grad_C, p.batch, p.plan.channel_blocks, p.states * p.pixels(), false);
+  }
+  C10_CUDA_CHECK(launch_sums(sums, p.dtype, c10::cuda::getCurrentCUDAStream()));
 }
 
 // The gradients for the fusion's three kernels and alpha.

@@ -22,13 +22,9 @@ cudaError_t launch(Kernel* kernel, int64_t blocks, int threads, size_t shared, c
   return cudaGetLastError();
 }
 
-// to[o, i] = sum over t of terms[o, t, i].
 template <typename State, typename Output>
-cudaError_t launch_sum_of(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner,
-                          cudaStream_t stream) {
-  return launch(sum_terms<State, Output>, ceil_div<int64_t>(outer * inner, kWarp), kSumThreads,
-                kSumThreads * sizeof(State), stream, static_cast<const State*>(terms), static_cast<Output*>(to), outer,
-                count, inner);
+cudaError_t launch_sums_of(const Sums& sums, cudaStream_t stream) {
+  return launch(sum_terms<State, Output>, sums.blocks(), kSumThreads, kSumThreads * sizeof(State), stream, sums);
 }
 
 }  // namespace gpu

@@ -27,9 +27,8 @@ inline cudaError_t launch_pass(const Params& p, Pass pass, cudaStream_t stream) 
   }
 }
 
-// to[o, i] = sum over t of terms[o, t, i]; `terms` in the states' dtype of `dtype`, `to` in `dtype`.
-cudaError_t launch_sum(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner, Dtype dtype,
-                       cudaStream_t stream);
+// Results in `dtype` where they are not of states.
+cudaError_t launch_sums(const Sums& sums, Dtype dtype, cudaStream_t stream);
 
 // From gradients of the 25 taps (D, 25) those of the three kernels and of alpha, in the states' dtype.
 cudaError_t launch_distribute_taps(const Params& p, const void* taps, void* const (&kernels)[3], void* alpha,

@@ -65,23 +65,37 @@ __device__ __forceinline__ T* shared_at(size_t offset) {
 
 constexpr int kSumThreads = 224;
 
-// to[o, i] = sum over t of terms[o, t, i], in an order that depends on the sizes alone.
+// Each in an order that depends on its sizes alone.
 template <typename State, typename Output>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_terms(const State* terms, Output* to, int64_t outer, int64_t count, int64_t inner) {
+__global__ void __launch_bounds__(kSumThreads) sum_terms(Sums sums) {
   constexpr int kSlices = kSumThreads / kWarp;
-  State* const sums = shared_at<State>(0);
-  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
-  const int64_t output = int64_t(blockIdx.x) * kWarp + lane, o = output / inner, i = output - o * inner;
-  State sum = 0;
-  if (o < outer) {
-    for (int64_t t = slice; t < count; t += kSlices) sum += terms[(o * count + t) * inner + i];
+  int64_t block = blockIdx.x;
+  Sum sum = sums.first;
+  if (block >= sum.blocks()) {
+    block -= sum.blocks();
+    sum = sums.second;
+    if (block >= sum.blocks()) {
+      block -= sum.blocks();
+      sum = sums.third;
+    }
   }
-  sums[threadIdx.x] = sum;
+  const State* const terms = static_cast<const State*>(sum.terms);
+  State* const parts = shared_at<State>(0);
+  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
+  const int64_t output = block * kWarp + lane, o = output / sum.inner, i = output - o * sum.inner;
+  State total = 0;
+  if (o < sum.outer) {
+    for (int64_t t = slice; t < sum.count; t += kSlices) total += terms[(o * sum.count + t) * sum.inner + i];
+  }
+  parts[threadIdx.x] = total;
   __syncthreads();
-  if (slice == 0 && o < outer) {
-    for (int k = 1; k < kSlices; ++k) sum += sums[k * kWarp + lane];
-    narrow(sum, to[output]);
+  if (slice == 0 && o < sum.outer) {
+    for (int k = 1; k < kSlices; ++k) total += parts[k * kWarp + lane];
+    if (sum.of_states) {
+      static_cast<State*>(sum.to)[output] = total;
+    } else {
+      narrow(total, static_cast<Output*>(sum.to)[output]);
+    }
   }
 }
 

@@ -128,13 +128,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   C10_CUDA_CHECK(launch_backward(p, dtype, stream));
 
-  const Dtype state = dtype == Dtype::kDouble ? Dtype::kDouble : Dtype::kFloat;
-  const auto sum = [&](const Tensor& terms, const Tensor& to, int64_t outer, int64_t count, int64_t inner, Dtype type) {
-    C10_CUDA_CHECK(launch_sum(terms.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, type, stream));
+  const auto sum = [](const Tensor& terms, const Tensor& to, int64_t outer, int64_t count, int64_t inner, bool state) {
+    return Sum{terms.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, state};
   };
-  sum(terms_A, grad_A, 1, sizes.batch, sizes.channels * sizes.states, state);
-  sum(terms_bias, grad_bias, 1, sizes.batch, sizes.channels, state);
-  sum(terms_B, grad_B, sizes.batch * sizes.groups, p.plan.row_blocks, sizes.states * sizes.length, dtype);
+  const Sums sums{sum(terms_A, grad_A, 1, sizes.batch, sizes.channels * sizes.states, true),
+                  sum(terms_bias, grad_bias, 1, sizes.batch, sizes.channels, true),
+                  sum(terms_B, grad_B, sizes.batch * sizes.groups, p.plan.row_blocks, sizes.states * sizes.length, false)};
+  C10_CUDA_CHECK(launch_sums(sums, dtype, stream));
   return {laid_out_as(u, grad_u), laid_out_as(delta, grad_delta), grad_A, grad_B, grad_bias};
 }
 

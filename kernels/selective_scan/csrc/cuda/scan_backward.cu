@@ -12,12 +12,11 @@ cudaError_t launch_backward(const Params& p, Dtype dtype, cudaStream_t stream) {
   });
 }
 
-cudaError_t launch_sum(const void* terms, void* to, int64_t outer, int64_t count, int64_t inner, Dtype dtype,
-                       cudaStream_t stream) {
+cudaError_t launch_sums(const Sums& sums, Dtype dtype, cudaStream_t stream) {
   return with_instance(Plan(), dtype, [&](auto instance) {
     using Output = typename decltype(instance)::Input;
     using State = typename decltype(instance)::State;
-    return launch_sum_of<State, Output>(terms, to, outer, count, inner, stream);
+    return launch_sums_of<State, Output>(sums, stream);
   });
 }
 

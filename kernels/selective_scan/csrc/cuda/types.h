@@ -16,6 +16,23 @@ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// to[o, i] = sum over t of terms[o, t, i], with terms in the states' dtype, and `to` too if `of_states`.
+struct Sum {
+  const void* terms = nullptr;
+  void* to = nullptr;
+  int64_t outer = 0, count = 0, inner = 0;
+  bool of_states = false;
+
+  constexpr int64_t blocks() const { return ceil_div<int64_t>(outer * inner, kWarp); }
+};
+
+// What one launch adds up.
+struct Sums {
+  Sum first, second, third;
+
+  constexpr int64_t blocks() const { return first.blocks() + second.blocks() + third.blocks(); }
+};
+
 // Division by a number known on the host: n / by = n * factor >> shift for 0 <= n < 2^31 (Granlund and Montgomery,
 // Division by invariant integers using multiplication, 1994).
 struct Divisor {
