@@ -558,8 +558,9 @@ def test_scalars_of_steps_and_epochs(few_digits, tmp_path, run_main):
         *((0, 2, 2), (0, 4, 4), (0, 5, 5)),
         *((1, 2, 7), (1, 4, 9), (1, 5, 10)),
     ]
+    assert {s["steps"] for s in steps} == {5}
     assert set(steps[0]) == {
-        *("epoch", "step", "update", "loss", "lr", "grad_norm", "images_per_second", "memory_mib", "skipped")
+        *("epoch", "step", "steps", "update", "loss", "lr", "grad_norm", "images_per_second", "memory_mib", "skipped")
     }
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     tags = {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "train/memory_mib"}
