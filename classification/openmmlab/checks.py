@@ -1,4 +1,4 @@
-"""What a config, its data and its checkpoints must satisfy, looked at early, so that a mistake is one clear line."""
+"""Early checks of a config, its data and its checkpoints, so that a mistake gives one clear line."""
 
 import inspect
 import json
@@ -28,13 +28,13 @@ from classification.models.openmmlab import BACKBONE, DO_NOTHING, checkpoints_of
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 from classification.openmmlab.pickle_files import PICKLES
 
-# Heads whose num_classes is not the data set's: mmseg's of borders, and of texts without that for the background;
-# mmdet's that compare with texts, of whatever classes.
+# Heads whose num_classes differs from the data set's: mmseg's head of borders, mmseg's head of texts (without the
+# background's text), and mmdet's heads that compare with the texts of any classes.
 OTHER_CLASSES = ("STDCHead", "SideAdapterCLIPHead", "ATSSVLFusionHead", "GroundingDINOHead")
 
 
 def check_channels(model: ConfigDict) -> None:
-    """Raise a UserError if what follows the backbone expects other channels than it gives."""
+    """Raise a UserError if the neck or a head expects other numbers of channels than the backbone gives."""
     backbone = model.get("backbone")
     if not backbone or backbone.type != "MM_SpatialMamba":
         return
@@ -65,9 +65,10 @@ def _compare_channels(part: str, config: dict, given: list[int]) -> None:
 
 
 def pretrained_of(model: ConfigDict) -> str | None:
-    """The file that a model's backbone starts from: its `pretrained`, or the model's, which mmseg hands on to it.
+    """Return the file that a model's backbone starts from: `pretrained` of the backbone, or else of the model.
 
-    For MM_SpatialMamba also init_cfg's, and what is an address: others' mmengine downloads.
+    mmseg hands the model's `pretrained` on to the backbone. For MM_SpatialMamba, the file may also be that of init_cfg,
+    or an address. For other backbones, mmengine downloads addresses.
     """
     backbone = model.get("backbone") or {}
     named = backbone.get("pretrained") or model.get("pretrained")
@@ -79,11 +80,11 @@ def pretrained_of(model: ConfigDict) -> str | None:
     return configs[0]["checkpoint"] if configs else None
 
 
-NORMALISED = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "bgr_to_rgb": True}  # as ImageNet is
+NORMALISED = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "bgr_to_rgb": True}  # as for ImageNet
 
 
 def note_other_normalisation(cfg: Config) -> None:
-    """Pretrained weights see images otherwise than they were trained on, if they are normalised otherwise."""
+    """Warn if the config normalises images differently from the images that the pretrained weights were trained on."""
     backbone = cfg.model.get("backbone") or {}
     if backbone.get("type") != "MM_SpatialMamba" or not pretrained_of(cfg.model):
         return
@@ -103,15 +104,15 @@ def note_other_normalisation(cfg: Config) -> None:
 def _near(value: object, expected: Sequence[float]) -> bool:
     try:
         return np.allclose(np.asarray(value, float), expected, rtol=0.01)
-    except (TypeError, ValueError):  # another number of channels, or none
+    except (TypeError, ValueError):  # a different number of channels, or no numbers
         return False
 
 
 def check_operators(model: nn.Module) -> None:
-    """Raise a UserError if a layer takes a compiled operator that mmcv-lite does not have."""
+    """Raise a UserError if a layer needs a compiled operator that mmcv-lite does not have."""
     advice = getattr(sys.modules.get("mmcv._ext"), "INSTALL_FULL", None)
     if advice is None:
-        return  # full mmcv, or none of its operators imported
+        return  # full mmcv is installed, or no operator of mmcv is imported
     for name, module in model.named_modules():
         source = type(module).__module__
         if source.startswith("mmcv.ops.") and hasattr(sys.modules[source], "ext_module"):
@@ -123,7 +124,7 @@ def check_operators(model: nn.Module) -> None:
 
 # ----- data
 
-CHUNK = 2**24  # bytes that a list of categories has room in
+CHUNK = 2**24  # bytes; a list of categories fits into them
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
@@ -149,14 +150,17 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
 
 
 def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
-    """A label is to mean the same class in every data set: of training, and of the validation that chooses the best."""
+    """Raise a UserError if a label means different classes in two data sets, and warn if it may.
+
+    The data sets of training and of the validation that chooses the best checkpoint must agree.
+    """
     first: dict[str, tuple[str, object, str]] = {}
     by_text = any(kind in OTHER_CLASSES for kind in _kinds(cfg.model))
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
             key = f"{split}_dataloader.dataset"
-            reduces = bool(_argument(dataset, "reduce_zero_label"))  # of mmdet's data sets, None
+            reduces = bool(_argument(dataset, "reduce_zero_label"))  # None for mmdet's data sets
             folder = _folder_of_maps(dataset)
             for name, value in {"classes": _classes(dataset, key), "reduce_zero_label": reduces}.items():
                 place, before, its_folder = first.setdefault(name, (key, value, folder))
@@ -164,13 +168,14 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
                     text = f"{name} is {before} in {place} and {value} in {key}"
                     if folder == its_folder:
                         raise UserError(f"{text}; make them equal")
-                    # Maps of another source may well be reduced already.
+                    # Maps from another source may already be reduced.
                     print_log(
                         f"{text}: in the maps of {its_folder}, label {int(before)} is the first class, and in those of "
                         f"{folder}, label {int(value)}; make them equal if that is not so",
                         level=logging.WARNING,
                     )
-                # Of other classes altogether are trackers, and models that read texts, which may have some in common.
+                # Trackers have data sets without a common class. So do models that read texts, but theirs may also
+                # have some classes in common.
                 if name == "classes" and not by_text and (moved := _elsewhere(before, value)):
                     one, old, new = moved
                     raise UserError(
@@ -180,20 +185,20 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
 
 
 def _folder_of_maps(dataset: ConfigDict) -> str:
-    """What holds the folder of a split's label maps."""
+    """Return the parent of the folder of a data set's label maps."""
     maps = (dataset.get("data_prefix") or {}).get("seg_map_path") or ""
     return os.path.dirname(os.path.realpath(os.path.join(dataset.get("data_root") or "", str(maps))))
 
 
 def _elsewhere(before: list[str], now: list[str]) -> tuple[str, int, int] | None:
-    """The first name that both have at another place, and its places."""
+    """Return the first name that the two lists hold at different places, with both places."""
     places = {one: i for i, one in enumerate(now)}
     moved = ((one, i, places[one]) for i, one in enumerate(before) if one in places)
     return next((one for one in moved if one[1] != one[2]), None)
 
 
 def _kinds(value: object) -> Iterator[str]:
-    """The classes of all parts of a config."""
+    """Yield the class names of all parts of a config."""
     for one in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
         yield from _kinds(one)
     if isinstance(value, dict):
@@ -201,9 +206,9 @@ def _kinds(value: object) -> Iterator[str]:
 
 
 def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
-    """Of mmseg's parts each has an ignore_index of its own: with another, ignored pixels are learnt or count as errors.
+    """Raise a UserError if parts of mmseg have different values of ignore_index.
 
-    Where a part does not say, its default of 255 stands.
+    Each part has its own ignore_index, 255 by default. If two differ, ignored pixels are learnt or count as errors.
     """
     model = cfg.model.get("module", cfg.model)  # with --tta
     head = _predicting_head(model)
@@ -220,7 +225,7 @@ def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
 
 
 def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """Keys and values of what mmseg ignores or pads with beside its predicting head's."""
+    """Yield the keys and values of all labels that mmseg ignores or pads with, except the predicting head's."""
     for split in splits:
         evaluator = cfg.get(f"{split}_evaluator")
         metrics = evaluator if isinstance(evaluator, list) else [evaluator]
@@ -234,13 +239,13 @@ def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) ->
                 key = f"{split}_dataloader.dataset.pipeline.{kind_of(step)}"
                 if kind_of(step) == "CheckLabels":
                     yield f"{key}.ignore_index", step.get("ignore_index", 255)
-                elif kind_of(step) == "Pad":  # mmcv's; a number there is the image's alone
+                elif kind_of(step) == "Pad":  # of mmcv; a plain number in pad_val is for the image only
                     value = step.get("pad_val")
                     yield f"{key}.pad_val.seg", (value.get("seg", 255) if isinstance(value, dict) else 255)
                 elif kind_of(step) in ("RandomRotate", "RandomMosaic"):
                     yield f"{key}.seg_pad_val", step.get("seg_pad_val", 255)
                 elif kind_of(step) == "GenerateEdge" or (
-                    kind_of(step) == "RandomCrop" and step.get("cat_max_ratio", 1) < 1  # or it counts no labels
+                    kind_of(step) == "RandomCrop" and step.get("cat_max_ratio", 1) < 1  # only then it counts labels
                 ):
                     yield f"{key}.ignore_index", step.get("ignore_index", 255)
     if "train" in splits:
@@ -255,7 +260,7 @@ def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) ->
                     yield f"{place}.{name}", loss.get(name, 255)
 
 
-# Losses of mmseg's that a head does not tell what it ignores, and what they call it.
+# mmseg's losses that do not get ignore_index from their head, and the name of their own argument for it.
 IGNORING_LOSSES = {
     "HuasdorffDisstanceLoss": "ignore_index",
     "OhemCrossEntropy": "ignore_label",
@@ -264,7 +269,7 @@ IGNORING_LOSSES = {
 
 
 def _each(key: str, value: object) -> Iterator[tuple[str, ConfigDict]]:
-    """The config of a part, or those of a list of them, with the key of each."""
+    """Yield the key and config of a part, or of each part in a list."""
     if isinstance(value, list | tuple):
         yield from ((f"{key}[{i}]", one) for i, one in enumerate(value) if isinstance(one, dict))
     elif isinstance(value, dict):
@@ -272,7 +277,7 @@ def _each(key: str, value: object) -> Iterator[tuple[str, ConfigDict]]:
 
 
 def _segmentation_heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
-    """mmseg's, with their keys. K-Net's head is made of others: the first one knows what is ignored."""
+    """Yield mmseg's heads with their keys. K-Net's head contains several heads, and the first one has ignore_index."""
     for part in ("decode_head", "auxiliary_head"):
         for key, head in _each(f"model.{part}", model.get(part)):
             inner = head.get("kernel_generate_head")
@@ -280,7 +285,7 @@ def _segmentation_heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
 
 
 def note_class_weights(cfg: Config) -> None:
-    """Have CheckLabels know of a loss with weights of classes."""
+    """Tell CheckLabels if a loss has class weights."""
     losses = [loss for _, head in _segmentation_heads(cfg.model) for _, loss in _each("", head.get("loss_decode"))]
     weighted = any(loss.get("class_weight") for loss in losses)
     for dataset in _datasets(cfg.train_dataloader.dataset) if weighted else ():
@@ -290,13 +295,13 @@ def note_class_weights(cfg: Config) -> None:
 
 
 def check_labels_everywhere(cfg: Config) -> None:
-    """Put CheckLabels after each LoadAnnotations of mmseg's: labels of more than 8 bits wrap there."""
+    """Put CheckLabels after each LoadAnnotations of mmseg, which wraps labels of more than 8 bits."""
     if cfg.get("default_scope") != "mmseg":
         return
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
-            # A data set that does not know its classes has as many as the head.
+            # If the data set does not know its classes, take the head's number.
             head = _predicting_head(cfg.model)
             number = len(_classes(dataset, f"{split}_dataloader.dataset")) or head.get("num_classes", 0)
             if number and dataset.get("pipeline"):
@@ -306,20 +311,20 @@ def check_labels_everywhere(cfg: Config) -> None:
 
 
 def _predicting_head(model: ConfigDict) -> dict:
-    """mmseg's decode head; of several the last one."""
+    """Return mmseg's decode head, or the last of several."""
     head = model.get("module", model).get("decode_head") or {}  # with --tta
     head = head[-1] if isinstance(head, list) else head
-    return head.get("kernel_generate_head") or head  # K-Net's, of which the whole takes what is ignored
+    return head.get("kernel_generate_head") or head  # all of K-Net takes ignore_index from this head
 
 
 def kind_of(config: ConfigDict) -> str:
-    """The class that a config names, also by its scope, as in "mmdet.CocoDataset", or by itself."""
+    """Return the name of a config's class, without a scope as in "mmdet.CocoDataset". `type` may also be the class."""
     kind = config.get("type")
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
 
 
 def _steps(pipeline: Sequence) -> Iterator[ConfigDict]:
-    """All steps of a pipeline, those within RandomChoice, RandomApply and TestTimeAug too."""
+    """Yield all steps of a pipeline, including those within RandomChoice, RandomApply and TestTimeAug."""
     for step in pipeline:
         if isinstance(step, list | tuple):
             yield from _steps(step)
@@ -330,7 +335,7 @@ def _steps(pipeline: Sequence) -> Iterator[ConfigDict]:
 
 
 def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:
-    """Put `check` after, or else before, each step that is wanted, where it does not stand already."""
+    """Put `check` after (or else before) each wanted step, unless it is already there."""
     for i in reversed(range(len(pipeline))):
         step = pipeline[i]
         inner = step.get("transforms")
@@ -338,11 +343,11 @@ def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigD
             beside = i + 1 if after else i - 1
             if not (0 <= beside < len(pipeline) and kind_of(pipeline[beside]) == kind_of(check)):
                 pipeline.insert(i + after, check)
-        elif inner and kind_of(step) == "TestTimeAug":  # lists of alternatives for one place each
+        elif inner and kind_of(step) == "TestTimeAug":  # each item lists the alternatives for one place
             at = next((k for k, one in enumerate(inner) if any(map(wanted, _steps(one)))), None)
             if at is not None and [check] not in inner:
                 inner.insert(at + after, [check])
-        elif inner and kind_of(step) == "RandomChoice":  # of steps, or of pipelines
+        elif inner and kind_of(step) == "RandomChoice":  # its items are steps or pipelines
             step.transforms = [list(one) if isinstance(one, list | tuple) else [one] for one in inner]
             for one in step.transforms:
                 _insert(one, wanted, check, after)
@@ -352,7 +357,7 @@ def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigD
 
 
 def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """Those that read files, out of wrappers such as RepeatDataset and ConcatDataset."""
+    """Yield the data sets that read files, without wrappers such as RepeatDataset and ConcatDataset."""
     inner = dataset.get("dataset", dataset.get("datasets"))
     if inner is None:
         yield dataset
@@ -361,7 +366,7 @@ def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
 
 
 def resizes(cfg: Config | dict, split: str) -> dict[str, object]:
-    """What the images of a split's first data set are resized to, by step; nothing of test-time augmentation."""
+    """Return the resizing settings of a split's first data set, by step; {} with test-time augmentation."""
     loader = cfg.get(f"{split}_dataloader") or {}
     dataset = next(_datasets(loader.get("dataset") or {}), {})
     steps = [step for step in _steps(dataset.get("pipeline") or ()) if isinstance(step, dict)]
@@ -377,7 +382,7 @@ def resizes(cfg: Config | dict, split: str) -> dict[str, object]:
 
 
 def check_bits_everywhere(cfg: Config) -> None:
-    """Put CheckBits before each image that Pillow decodes: mmcv has it clip what has more than 8 bits."""
+    """Put CheckBits before each step that decodes with Pillow: there, mmcv clips images of more than 8 bits."""
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
@@ -385,7 +390,7 @@ def check_bits_everywhere(cfg: Config) -> None:
 
 
 def check_sizes_everywhere(cfg: Config) -> None:
-    """Put CheckSize after each image of mmdet's that is read: its annotation file may be of images of other sizes."""
+    """Put CheckSize after each LoadImageFromFile of mmdet: the annotation file may have other image sizes."""
     if cfg.get("default_scope") != "mmdet":
         return
     for split in ("train", "val", "test"):
@@ -401,7 +406,7 @@ def _decodes_by_pillow(step: ConfigDict) -> bool:
 
 
 def _check_no_pickles(value: object, key: str) -> None:
-    """Of a dataset's config: mmengine, mmseg and NumPy unpickle what is named so."""
+    """Raise a UserError if a data set's config names a pickle, which mmengine, mmseg or NumPy would load."""
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_no_pickles(item, f"{key}.{name}")
@@ -416,13 +421,16 @@ def _check_no_pickles(value: object, key: str) -> None:
 
 
 def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
-    """CocoMetric numbers labels by its own file's categories: in another order, perfect predictions count as wrong."""
+    """Raise a UserError if CocoMetric's file has other categories than the data set; warn if it is another file.
+
+    CocoMetric numbers labels by the categories of its own file. In another order, perfect predictions count as wrong.
+    """
     plain = [dataset for dataset in datasets if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file")]
     if kind_of(metric) != "CocoMetric" or len(plain) != 1 or _is_elsewhere(plain[0]):
         return
     loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)
     if os.path.realpath(loaded) == os.path.realpath(metric.ann_file):
-        return  # looked at as the data set's
+        return  # _check_dataset checks this file
     if classes := _classes(plain[0], f"{split}_dataloader.dataset"):
         _check_categories(metric.ann_file, classes, f"{split}_dataloader.dataset", False)
     print_log(
@@ -436,7 +444,10 @@ OF_THE_WHOLE_FILE = ("CocoMetric", "CocoOccludedSeparatedMetric", "LVISMetric")
 
 
 def _check_all_are_tested(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
-    """CocoMetric counts what it finds in its file: of an image that is not tested, all objects as missed."""
+    """Raise a UserError if only some images of CocoMetric's file are tested.
+
+    CocoMetric counts all objects in its file. The objects of an untested image count as missed.
+    """
     for dataset in datasets if kind_of(metric) in OF_THE_WHOLE_FILE else ():
         if dataset.get("indices") is not None:
             raise UserError(
@@ -447,7 +458,10 @@ def _check_all_are_tested(metric: ConfigDict, datasets: list[ConfigDict], split:
 
 
 def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
-    """CocoMetric knows an image by its id alone: where two data sets have the same one, each is taken for both."""
+    """Raise a UserError if two data sets share an image id, or if CocoMetric's file lacks one.
+
+    CocoMetric knows an image only by its id, and confuses two images of the same id.
+    """
     plain = [one for one in datasets if kind_of(one) == "CocoDataset" and one.get("ann_file")]
     if len(plain) < 2 or any(map(_is_elsewhere, [metric, *plain])):
         return
@@ -472,7 +486,7 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
 
 
 def _image_ids(path: str) -> set:
-    """Of a COCO file that is not too large to read; of what is none, mmdet says so."""
+    """Return a COCO file's image ids. The set is empty for large files, and for other files, which mmdet reports."""
     with suppress(AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
         if os.path.getsize(path) <= SMALL:
             return {image["id"] for image in json.loads(Path(path).read_bytes())["images"]}
@@ -480,7 +494,7 @@ def _image_ids(path: str) -> set:
 
 
 def _is_elsewhere(config: ConfigDict) -> bool:
-    """Whether a data set or a metric reads its files otherwise than from this disk."""
+    """Return whether a data set or a metric reads its files from elsewhere than this disk."""
     backend = (config.get("backend_args") or {}).get("backend", "local")
     return backend != "local" or any("://" in str(config.get(key)) for key in ("data_root", "ann_file"))
 
@@ -504,13 +518,13 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     numbers = _check_panoptic(model)
     if classes := _classes(dataset, key):
         if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file"):
-            # Where images without boxes are left out, as of unlabelled data they are not.
+            # Annotations are needed if images without boxes are left out. Unlabelled data sets keep such images.
             annotated = key.startswith("train") and bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt"))
             filters = {} if dataset.get("test_mode") else dataset.get("filter_cfg") or {}
             _check_categories(annotations, classes, key, annotated, dataset.get("pipeline") or (), filters)
         if numbers:
             _check_things_and_stuff(numbers, dataset, classes, key)
-        if kind_of(dataset) != "CocoPanopticDataset":  # a box has one of its things, the first of its classes
+        if kind_of(dataset) != "CocoPanopticDataset":  # boxes are of things only, the first of its classes
             _check_num_classes(model, len(classes), key)
         for step in _steps(dataset.get("pipeline") or ()):
             if kind_of(step) == "CheckLabels" and (number := step.get("num_classes")) != len(classes):
@@ -521,7 +535,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
 
 
 def _check_array(path: str, key: str) -> None:
-    """OpenImages' tree of labels, which mmdet has NumPy unpickle if it is no JSON."""
+    """Raise a UserError if OpenImages' tree of labels is a pickle: unless it is JSON, mmdet has NumPy unpickle it."""
     if path.endswith("json") or not is_file(path):
         return
     try:
@@ -534,10 +548,10 @@ def _check_array(path: str, key: str) -> None:
 
 
 def _classes(dataset: ConfigDict, key: str) -> list[str]:
-    """The config's, or else those of the data set's type; of some types they are not known."""
+    """Return the class names of the config, or else of the data set's type; [] if the type has none."""
     classes = (dataset.get("metainfo") or {}).get("classes")
     if not classes:
-        classes = getattr(_type_of(dataset), "METAINFO", {}).get("classes") or ()  # v3det's are None until it is read
+        classes = getattr(_type_of(dataset), "METAINFO", {}).get("classes") or ()  # None for V3Det until it is read
     if isinstance(classes, str):
         _must_exist(classes, "file of classes", f"{key}.metainfo.classes")
         return list_from_file(classes)
@@ -550,7 +564,7 @@ def _type_of(dataset: ConfigDict) -> type | None:
 
 
 def _argument(dataset: ConfigDict, name: str) -> object:
-    """What a data set's `__init__` is given by that name: the config's, or else its type's default, or None."""
+    """Return the value of a data set's argument: the config's, or else the default of its type, or else None."""
     if name in dataset:
         return dataset[name]
     for base in getattr(_type_of(dataset), "__mro__", ()):
@@ -561,7 +575,7 @@ def _argument(dataset: ConfigDict, name: str) -> object:
 
 
 def _note_images_left_out(dataset: ConfigDict, root: str, key: str) -> None:
-    """mmseg takes the files of a folder that end with `img_suffix`, and passes over all others."""
+    """Warn of images that mmseg leaves out because their names do not end with `img_suffix`."""
     prefix = dataset.get("data_prefix") or {}
     images = prefix.get("img_path")
     if not images or dataset.get("ann_file") or images == prefix.get("seg_map_path"):
@@ -580,7 +594,10 @@ def _note_images_left_out(dataset: ConfigDict, root: str, key: str) -> None:
 
 
 def _check_foreground(dataset: ConfigDict, root: str, key: str, cfg: Config) -> None:
-    """Of two classes: masks of 0 and 255 have the foreground ignored, so that whatever is predicted is right."""
+    """Raise a UserError or warn if label maps for two classes hold no label of the second class.
+
+    In masks of 0 and 255, the foreground is ignored, so that any prediction counts as right.
+    """
     head = _predicting_head(cfg.model)
     folder = (dataset.get("data_prefix") or {}).get("seg_map_path")
     if not head or "Depth" in kind_of(head) or not isinstance(folder, str):
@@ -594,7 +611,7 @@ def _check_foreground(dataset: ConfigDict, root: str, key: str, cfg: Config) -> 
     if dataset.get("ann_file") and is_file(listed := os.path.join(root, dataset.ann_file)):
         paths = [os.path.join(folder, name.strip() + suffix) for name in list_from_file(listed) if name.strip()]
     found = set()
-    for path in paths:  # usually the first has it; none may be refused for what is rare
+    for path in paths:  # usually the first map has both classes; read on, as the second class may be rare
         found |= _labels_in(path)
         classes = {255 if label in (0, 255) else label - 1 for label in found} if reduced else found
         if classes - {0, ignored}:
@@ -613,7 +630,7 @@ def _check_foreground(dataset: ConfigDict, root: str, key: str, cfg: Config) -> 
 
 
 def _labels_in(path: str) -> set[int]:
-    """Of a map on this disk; of what is none, LoadAnnotations or CheckLabels says so."""
+    """Return the labels in a map. It is empty if the file is no map: LoadAnnotations or CheckLabels reports that."""
     with suppress(OSError, ValueError), Image.open(path, formats=image_formats()) as image:
         labels = np.asarray(image)
         return {int(label) for label in np.unique(labels)} if labels.dtype.kind in "bui" and labels.ndim == 2 else set()
@@ -642,14 +659,14 @@ def _check_categories(
             f"{key}.metainfo.classes, and set num_classes of the heads"
         )
     in_file = [name for name in names if name in classes]
-    if in_file != classes:  # mmdet numbers labels by the file's order, whatever that of `classes` is
+    if in_file != classes:  # mmdet numbers labels in the file's order, not in that of `classes`
         raise UserError(f"{key}.metainfo.classes must be in the order of {path}: {', '.join(in_file)}")
     masks = (step for step in _steps(pipeline) if kind_of(step) == "LoadAnnotations" and step.get("with_mask"))
     _check_entries(path, classes, next(masks, None), filters or {})
 
 
 def _categories(path: str) -> list[str]:
-    """Names of a COCO file's categories, where that can be without parsing half a gigabyte of annotations."""
+    """Return the names of a COCO file's categories, if possible without parsing half a gigabyte of annotations."""
     for read in (_categories_at_an_end, _categories_in_all):
         with suppress(KeyError, RecursionError, TypeError, ValueError):
             categories = read(path)
@@ -665,7 +682,11 @@ def _categories(path: str) -> list[str]:
 
 
 def _categories_at_an_end(path: str) -> list[dict]:
-    """The file's only list of that name: where there are more, images have such lists too."""
+    """Return the file's list of categories.
+
+    Raises:
+        ValueError: the name is missing, or occurs more than once, as where images have such lists too.
+    """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         at = text.find(b'"categories"')
         if at < 0 or text.rfind(b'"categories"') != at:
@@ -678,10 +699,10 @@ def _categories_at_an_end(path: str) -> list[dict]:
 
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SMALL = 2**27  # bytes of a file that is read to the end; COCO's own, of half a gigabyte, is known to be sound
+SMALL = 2**27  # bytes of the largest file that is read whole; COCO's own, half a gigabyte, is known to be sound
 
 
-# Why mmdet passes over an annotation. Of the first three nothing is said but where no other is left.
+# Reasons why mmdet passes over an annotation. The first three are only named if mmdet keeps no annotation.
 MARKED = 'they are marked "ignore" or "iscrowd"'
 OTHER_CATEGORY = "their categories are none of metainfo.classes"
 NO_IMAGE = "they are of images that it does not have"
@@ -693,18 +714,18 @@ POLYGONS = "their segmentation is an RLE, which LoadAnnotations does not take wi
 
 
 def _check_entries(path: str, classes: list[str], masks: ConfigDict | None, filters: dict) -> None:
-    """What mmdet fails on or passes over without a word: ids that two share, boxes that are none, and the like.
+    """Check for entries that mmdet fails on or silently passes over, such as shared ids and invalid boxes.
 
-    `masks` is the step that loads them, if one does; `filters` is what images of the data set are left out by.
+    `masks` is the step that loads masks, or None; `filters` is the data set's filter_cfg, which leaves out images.
     """
     if os.path.getsize(path) > SMALL:
         return
     parts = []
-    with suppress(AttributeError, RecursionError, ValueError):  # which mmdet says
+    with suppress(AttributeError, RecursionError, ValueError):  # mmdet reports these
         content = json.loads(Path(path).read_bytes())
         parts = [content.get(key) or [] for key in ("images", "annotations", "categories")]
     if not parts or not all(isinstance(part, list) and all(isinstance(one, dict) for one in part) for part in parts):
-        return  # which mmdet says too
+        return  # mmdet reports this too
     images, annotations, categories = parts
     _check_ids(path, "images", [image.get("id") for image in images])
     for key in ("image_id", "category_id"):
@@ -749,12 +770,12 @@ def _check_entries(path: str, classes: list[str], masks: ConfigDict | None, filt
         )
 
 
-LARGEST = 2**31  # pixels, to which NaN does not compare
+LARGEST = 2**31  # pixels; NaN is not below it either
 
 
 def _check_boxes(path: str, annotations: list[dict]) -> None:
     for i, one in enumerate(annotations):
-        box = one.get("bbox", (0, 0, 0, 0))  # without one, mmdet says so
+        box = one.get("bbox", (0, 0, 0, 0))  # mmdet reports a missing box
         numbers = isinstance(box, list | tuple) and all(isinstance(number, int | float) for number in box)
         if not one.get("ignore") and not (numbers and len(box) == 4 and all(abs(number) < LARGEST for number in box)):
             raise UserError(
@@ -763,10 +784,12 @@ def _check_boxes(path: str, annotations: list[dict]) -> None:
 
 
 def _check_corners(path: str, annotations: list[dict], images: dict) -> None:
-    """mmdet takes [x1, y1, x2, y2] for [x, y, width, height], and cuts off what is beyond the image.
+    """Raise a UserError or warn if boxes are probably [x1, y1, x2, y2] instead of [x, y, width, height].
 
-    Corners cannot be told for sure from sizes. Boxes of which a tenth reach beyond their images and all could be
-    corners are refused; where that is so of most that reach beyond, it is said.
+    mmdet reads four numbers as [x, y, width, height], and cuts off the part of a box that is beyond the image. The
+    numbers do not show for certain which of the two they are. An error is raised if at least a tenth of the boxes reach
+    beyond their images and all boxes could be corners. Otherwise a warning counts the boxes that reach beyond, and says
+    if most of these could be corners.
     """
     boxes = beyond = corners = corners_beyond = 0
     for one in annotations:
@@ -795,7 +818,7 @@ def _check_corners(path: str, annotations: list[dict], images: dict) -> None:
 
 
 def _count_filtered(path: str, images: list[dict], annotated: set, filters: dict) -> None:
-    """Of images that the data set leaves out; mmdet does not say it."""
+    """Warn of images that filter_cfg leaves out, which mmdet does not report. Raise a UserError if none is left."""
     smallest, empty, small = filters.get("min_size", 0), 0, 0
     for image in images:
         sides = [side for side in (image.get("width"), image.get("height")) if isinstance(side, int | float)]
@@ -813,7 +836,7 @@ def _count_filtered(path: str, images: list[dict], annotated: set, filters: dict
 
 
 def _reason_against(annotation: dict, images: dict, wanted: set, masks: ConfigDict | None) -> str | None:
-    """Why mmdet's CocoDataset leaves an annotation out, or it or LoadAnnotations has training ignore it."""
+    """Return why CocoDataset leaves an annotation out, or why training ignores it; None if it is used."""
     if "image_id" in annotation and annotation["image_id"] not in images:
         return NO_IMAGE
     if annotation.get("ignore") or annotation.get("iscrowd"):
@@ -836,7 +859,7 @@ def _reason_against(annotation: dict, images: dict, wanted: set, masks: ConfigDi
 def _reason_against_mask(segmentation: object, masks: ConfigDict) -> str | None:
     if isinstance(segmentation, list):
         usable = any(isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0 for one in segmentation)
-        return None if usable or not segmentation else NO_MASK  # without one, mmdet says so
+        return None if usable or not segmentation else NO_MASK  # mmdet reports a missing mask
     if isinstance(segmentation, dict):
         if not masks.get("poly2mask", True):
             return POLYGONS
@@ -859,7 +882,7 @@ def _check_plain(path: str, entry: str, ids: list) -> None:
 
 
 def _check_annotated(path: str) -> None:
-    """Without a single annotation there is nothing to train on, and mmdet's sampler fails."""
+    """Raise a UserError if a file has no image or no annotation, on which mmdet's sampler fails."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         for key in ("images", "annotations"):
             at = text.find(f'"{key}"'.encode())
@@ -875,7 +898,7 @@ def _categories_in_all(path: str) -> list[dict]:
 def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
     roi_head = model.get("roi_head") or {}
     places = {"roi_head.": roi_head if isinstance(roi_head, dict) else {}, "": model}
-    # Not rpn_head, which knows no classes, nor heads of panoptic segmentation, which count things and stuff apart.
+    # Not rpn_head, which knows no classes, nor panoptic heads, which count things and stuff separately.
     parts = {
         f"{place}{name}": heads
         for place, holder in places.items()
@@ -885,7 +908,7 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
     heads = [(f"model.{part}", head) for part, found in parts.items() for _, head in _each("", found)]
     heads += _segmentation_heads(model)
     for part in ("decode_head", "auxiliary_head"):
-        for place, head in _each(f"model.{part}", model.get(part)):  # K-Net's
+        for place, head in _each(f"model.{part}", model.get(part)):  # K-Net's heads
             heads += _each(f"{place}.kernel_update_head", head.get("kernel_update_head"))
     for part, head in heads:
         if kind_of(head) not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
@@ -894,13 +917,15 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
             )
 
 
-THINGS_AND_STUFF = {"num_things_classes": 80, "num_stuff_classes": 53}  # mmdet's defaults, everywhere
+THINGS_AND_STUFF = {"num_things_classes": 80, "num_stuff_classes": 53}  # mmdet's defaults in all its heads
 
 
 def _check_panoptic(model: ConfigDict) -> dict[str, int]:
-    """Numbers of things and stuff, of a panoptic model's head. The part that joins its masks is to have the same.
+    """Return the numbers of things and stuff of a panoptic model's head; {} for other models.
 
-    With others it takes a query's class for another one's, and things for stuff.
+    Raises:
+        UserError: the part that joins the head's masks, or a head of boxes, has other numbers. With other numbers, the
+            joining part takes the class of one query for that of another, and things for stuff.
     """
     head = next((name for name in ("panoptic_head", "semantic_head") if model.get(name)), None)
     fusion = model.get("panoptic_fusion_head")
@@ -908,7 +933,7 @@ def _check_panoptic(model: ConfigDict) -> dict[str, int]:
         return {}
     own = {name: model[head].get(name, default) for name, default in THINGS_AND_STUFF.items()}
     found = [(f"panoptic_fusion_head.{name}", fusion.get(name, THINGS_AND_STUFF[name]), name) for name in own]
-    for part in ("bbox_head", "mask_head"):  # of PanopticFPN, whose boxes are of things
+    for part in ("bbox_head", "mask_head"):  # in PanopticFPN; its boxes are of things
         for place, one in _each(f"roi_head.{part}", (model.get("roi_head") or {}).get(part)):
             found.append((f"{place}.num_classes", one.get("num_classes", 80), "num_things_classes"))
     for place, number, name in found:
@@ -921,7 +946,7 @@ def _check_panoptic(model: ConfigDict) -> dict[str, int]:
 
 
 def _check_things_and_stuff(numbers: dict[str, int], dataset: ConfigDict, classes: list[str], key: str) -> None:
-    """That a panoptic model has the data set's; one of boxes, or of masks without stuff, has things alone."""
+    """Raise a UserError if a panoptic model has other numbers than the data set. A CocoDataset has only things."""
     metainfo = {**getattr(_type_of(dataset), "METAINFO", {}), **(dataset.get("metainfo") or {})}
     known = {"num_things_classes": metainfo.get("thing_classes"), "num_stuff_classes": metainfo.get("stuff_classes")}
     if all(isinstance(names, list | tuple) for names in known.values()):
@@ -943,7 +968,10 @@ def _check_things_and_stuff(numbers: dict[str, int], dataset: ConfigDict, classe
 
 
 def _compare_labels(meta: object, reduces: object, path: str) -> None:
-    """With another reduce_zero_label, a label map's numbers are other classes; unless its author counts otherwise."""
+    """Warn if a checkpoint was trained with another reduce_zero_label than the data set has.
+
+    The numbers in a label map then mean other classes, unless the author of the maps numbered them differently.
+    """
     known = meta.get("dataset_meta") if isinstance(meta, dict) else None
     reduced = known.get("reduce_zero_label") if isinstance(known, dict) else None
     if isinstance(reduced, bool) and isinstance(reduces, bool) and reduced != reduces:
@@ -976,7 +1004,7 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
 
 
 def check_written_names(dataset: object, suffix: bool) -> None:
-    """Raise a UserError if two images' files, called as these are, with or without their suffix, would be one."""
+    """Raise a UserError if the results of two images would get the same file name, with or without the suffix."""
     seen: dict[str, str] = {}
     for i in range(len(dataset)) if hasattr(dataset, "get_data_info") else ():
         path = dataset.get_data_info(i).get("img_path")
@@ -992,20 +1020,20 @@ def check_written_names(dataset: object, suffix: bool) -> None:
 
 
 def check_file(path: str | None) -> None:
-    """Raise a UserError if a checkpoint that is named is not there."""
+    """Raise a UserError if the named checkpoint file does not exist."""
     if path and not is_file(Path(path).expanduser()):
         raise UserError(f"{path}: no such checkpoint file; if it is an address, download it first")
 
 
 def data_classes(cfg: Config, split: str) -> list[str]:
-    """Names of the classes of a split's first data set, as far as its config says."""
+    """Return the class names of a split's first data set; [] if they are not known."""
     loader = cfg.get(f"{split}_dataloader")
     dataset = next(_datasets(loader.dataset), None) if loader else None
     return _classes(dataset, f"{split}_dataloader.dataset") if dataset else []
 
 
 def reduces_zero_label(cfg: Config, split: str) -> bool | None:
-    """Of a split's first data set, if it has such labels."""
+    """Return `reduce_zero_label` of a split's first data set; None if it has no such argument."""
     loader = cfg.get(f"{split}_dataloader")
     dataset = next(_datasets(loader.dataset), None) if loader else None
     return _argument(dataset, "reduce_zero_label") if dataset else None
@@ -1018,14 +1046,17 @@ def check_checkpoint(
     classes: Sequence[str] = (),
     reduces: bool | None = None,
 ) -> object:
-    """Raise a UserError if a checkpoint does not fit: mmengine would load what fits and go on. Returns its `meta`.
+    """Check that a checkpoint fits the model, and return its `meta`. mmengine would load the part that fits and go on.
 
     Args:
-        model: what it is loaded into.
-        path: the file.
-        only_backbone: what comes after the backbone may differ, as it does in fine-tuning for other classes.
-        classes: names, which must be the checkpoint's, in its order, if it knows them.
-        reduces: `reduce_zero_label`, likewise; None is any.
+        model: the model that the checkpoint is loaded into.
+        path: the checkpoint file.
+        only_backbone: compare only the backbone's weights, as in fine-tuning for other classes.
+        classes: class names. If the checkpoint holds names, these must be the same in the same order.
+        reduces: the data set's `reduce_zero_label`. If the checkpoint has another, a warning says so; None fits any.
+
+    Raises:
+        UserError: the checkpoint does not fit.
     """
     content = load_from_local(path)
     state, own = weights_of(content, path), model.state_dict()

@@ -1,7 +1,7 @@
-"""The config that a toolchain's checkpoint was trained with, read as data, and what of it is otherwise now.
+"""Read the config that a toolchain's checkpoint was trained with, as data, and warn of settings that differ now.
 
-mmengine writes it into `meta["cfg"]` as Python, and reads the weights alone: whatever else a model is made of may be
-another than the weights know.
+mmengine writes the config into `meta["cfg"]` as Python, but reads only the weights. So the settings that the weights do
+not show may differ from those of training.
 """
 
 import ast
@@ -17,21 +17,21 @@ from classification.errors import printable
 from classification.models.openmmlab import DO_NOTHING
 from classification.openmmlab.checks import kind_of, resizes
 
-LONGEST, DEEPEST = 2**20, 60  # characters and brackets; of published configs, some 10^5 and 12
-NAMED = 5  # differences
+LONGEST, DEEPEST = 2**20, 60  # characters and nested brackets; published configs have some 10^5 and 12
+NAMED = 5  # differences that a warning names
 
-# Of a model, what changes no result or is told by the weights; and what matters to training alone.
+# Settings of a model that change no result or show in the weights, and settings that matter only to training.
 NO_MATTER = {"pretrained", "init_cfg", "train_cfg", "drop_path_rate", "with_cp", "_scope_"}
 NO_MATTER |= {f"model.backbone.{name}" for name in DO_NOTHING}
 ONLY_TRAINING = {"loss_weight", "class_weight", "dropout_ratio", "frozen_stages", "norm_eval", "requires_grad"}
 ONLY_TRAINING |= {"batch_augments", "size", "seg_pad_val"}
 NORMALISING = ("mean", "std", "bgr_to_rgb", "rgb_to_bgr")
-# Where a key that one config lacks counts; elsewhere it may well be the default that the other one names.
+# Keys that differ if only one config has them. Other keys may have the default where a config does not name them.
 UNSET = re.compile(rf".*\.(data_preprocessor\.({'|'.join(NORMALISING)})|anchor_generator\.\w+)")
 
 
 def saved_config(meta: object) -> dict:
-    """The variables that are literals or `dict(...)` of such; nothing of a text that is anything else."""
+    """Return the saved config's variables that are literals or `dict(...)` of literals; {} if the text is not plain."""
     text = meta.get("cfg") if isinstance(meta, dict) else None
     if not isinstance(text, str) or not _is_plain(text):
         return {}
@@ -45,7 +45,10 @@ def saved_config(meta: object) -> dict:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a text is of brackets, strings, numbers and `name=`: Python's parser dies of others that are deep."""
+    """Return whether a text holds only brackets, strings, numbers and `name=`, none nested too deep.
+
+    Python's parser crashes on other text that is deeply nested.
+    """
     if len(text) > LONGEST or "'''" in text or '"""' in text:
         return False
     rest = re.sub(r"'(?:[^'\\\n\r]|\\.)*'|\"(?:[^\"\\\n\r]|\\.)*\"", "0", text)
@@ -75,7 +78,7 @@ def _value(node: ast.expr) -> object:
 
 
 def note_other_config(cfg: Config, meta: object, path: str, resumed: bool = False) -> None:
-    """Of what a model is made of beside its weights, and of the images' sizes, say what is otherwise now."""
+    """Warn of model settings and image sizes that differ from those that the checkpoint was trained with."""
     before = saved_config(meta)
     unused = NO_MATTER | (set() if resumed else ONLY_TRAINING)
     found = _differences(_model(before), _model(cfg), "model")
@@ -87,7 +90,7 @@ def note_other_config(cfg: Config, meta: object, path: str, resumed: bool = Fals
 
 
 def note_other_start(cfg: Config, meta: object, path: str) -> None:
-    """Of weights that training starts from, only how images were normalised: the rest may well be otherwise."""
+    """Warn if training starts from weights for differently normalised images. Other settings may well differ."""
     parts = (_model(one).get("data_preprocessor") for one in (saved_config(meta), cfg))
     found = _differences(*parts, "model.data_preprocessor")
     found = [one for one in found if one[0].rpartition(".")[2] in NORMALISING]
@@ -95,20 +98,20 @@ def note_other_start(cfg: Config, meta: object, path: str) -> None:
 
 
 def note_what_goes_on(cfg: Config, meta: object, path: str) -> None:
-    """mmengine takes rates and schedules from the checkpoint that it resumes, whatever the config says."""
+    """Warn of settings without effect: mmengine resumes with the checkpoint's rates and schedules, not the config's."""
     before, found = saved_config(meta), []
     wrappers = [one.get("optim_wrapper") or {} for one in (before, cfg)]
-    for part in ("optimizer", "paramwise_cfg"):  # what the optimizer's groups are made by; the rest is the config's
+    for part in ("optimizer", "paramwise_cfg"):  # these make the optimizer's groups; the rest is as the config says
         if wrappers[0]:
             parts = (one.get(part) or {} for one in wrappers)
             found += _differences(*parts, f"optim_wrapper.{part}", missing=True)
-    batches = (one.get("train_dataloader") or {} for one in (before, cfg))  # which rates and schedules are made for
+    batches = (one.get("train_dataloader") or {} for one in (before, cfg))  # rates and schedules depend on its size
     batches = ({k: v for k, v in loader.items() if k == "batch_size"} for loader in batches)
     found += _differences(*batches, "train_dataloader")
     if before.get("param_scheduler"):
         schedules = (one.get("param_scheduler") or [] for one in (before, cfg))
         found += _differences(*schedules, "param_scheduler", missing=True)
-    if (cfg.get("auto_scale_lr") or {}).get("enable"):  # mmengine logs that it scales, and then resumes
+    if (cfg.get("auto_scale_lr") or {}).get("enable"):  # mmengine logs that it scales, but then resumes the old rates
         print_log(
             f"{path}: its own rates go on, so auto_scale_lr scales nothing", logger="current", level=logging.WARNING
         )
@@ -131,7 +134,7 @@ def _model(cfg: dict | Config) -> dict:
 
 
 def _differences(before: object, now: object, key: str, missing: bool = False) -> list[tuple[str, object, object]]:
-    """Keys, with both values; those that one side lacks only where `missing` says so, or they are UNSET."""
+    """Return differing keys with both values. A key that one side lacks counts only with `missing` or by UNSET."""
     old, new = (dict(_leaves(one, key)) for one in (before or {}, now or {}))
     found = []
     for name in dict.fromkeys([*old, *new]) if old and (new or missing) else ():
@@ -152,7 +155,7 @@ def _leaves(value: object, key: str) -> Iterator[tuple[str, object]]:
         for i, one in enumerate(value):
             yield from _leaves(one, f"{key}.{i}")
     elif key.endswith(".type"):
-        yield key, kind_of({"type": value}).replace("SyncBN", "BN")  # which the CPU's path writes
+        yield key, kind_of({"type": value}).replace("SyncBN", "BN")  # on a CPU, _use_cpu writes BN
     else:
         yield key, _lists(value)
 

@@ -1,4 +1,4 @@
-"""`train.py` and `test.py` of detection and segmentation: OpenMMLab's command lines over mmengine's Runner."""
+"""`train.py`, `test.py` and `get_flops.py` of detection and segmentation: OpenMMLab's command lines for mmengine."""
 
 import argparse
 import difflib
@@ -43,10 +43,10 @@ from classification.openmmlab.hooks import AverageBatchNorm, NameAbsentClasses, 
 from classification.openmmlab.saved_config import note_other_config, note_other_start, note_what_goes_on
 from classification.run import lost_another, meeting, whole_numbers
 
-# Of what is imported for its effect: mmengine reads YAML as data, and no pickles; CheckBits and CheckLabels are known.
+# Three imports have effects: mmengine reads YAML as data and no pickles, and knows CheckBits and CheckLabels.
 
 RESUME_LATEST = "auto"
-EpsImagePlugin.gs_binary = False  # or an EPS of another name among the data has Pillow start Ghostscript
+EpsImagePlugin.gs_binary = False  # or an EPS file among the data, with any suffix, makes Pillow start Ghostscript
 
 
 class _Options(DictAction):
@@ -74,7 +74,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train(scope: str) -> None:
-    """The command line of `train.py`; `scope` is the toolchain's, "mmdet" or "mmseg"."""
+    """Run the command line of `train.py`; `scope` is the toolchain's, "mmdet" or "mmseg"."""
     parser = argparse.ArgumentParser(description="Train.", allow_abbrev=False)
     add_run_arguments(parser)
     add = parser.add_argument
@@ -87,7 +87,7 @@ def train(scope: str) -> None:
 
 
 def test(scope: str) -> None:
-    """The command line of `test.py`; `scope` as for `train`."""
+    """Run the command line of `test.py`; `scope` is as for `train`."""
     parser = argparse.ArgumentParser(description="Test a checkpoint.", allow_abbrev=False)
     add_run_arguments(parser)
     add = parser.add_argument
@@ -102,7 +102,7 @@ def test(scope: str) -> None:
 
 
 def get_flops(scope: str, size: tuple[int, int]) -> None:
-    """The command line of `get_flops.py`; `size` is the published figures' height and width."""
+    """Run the command line of `get_flops.py`; `size` is the image height and width of the published figures."""
     parser = argparse.ArgumentParser(
         description="Print parameters and FLOPs, custom operators counted.", allow_abbrev=False
     )
@@ -112,10 +112,11 @@ def get_flops(scope: str, size: tuple[int, int]) -> None:
 
 
 def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Namespace, scope: str) -> None:
-    """Do it. A user's error ends the process with one line and status 1."""
+    """Read the config and do the work. A user's error ends the process with one line and status 1."""
     try:
         work(args, _read_config(args, scope))
-        gc.collect()  # DistributedDataParallel: gloo's threads live as long, and one in Python at the end is an abort
+        # Free DistributedDataParallel: gloo's threads live as long, and a thread in Python at exit aborts the process.
+        gc.collect()
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
@@ -162,9 +163,9 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
 
 
 def merge_options(cfg: Config, options: dict) -> None:
-    """Merge `--cfg-options`. A new `data_root` first replaces the old one where the config has copied it to.
+    """Merge `--cfg-options`. A new `data_root` first replaces the old one in all paths of the config.
 
-    A config's `val_evaluator.ann_file = data_root + ...` and the like were put together when it was read.
+    Settings such as `val_evaluator.ann_file = data_root + ...` hold a copy from when the config was read.
     """
     old, new = cfg.get("data_root"), options.get("data_root")
     if old and new:
@@ -177,7 +178,7 @@ def merge_options(cfg: Config, options: dict) -> None:
     _note_schedules_left(before, _ends(cfg))
 
 
-# What a tool does not read of a config, by the first part of a key.
+# Settings that a tool does not use, by the first part of the key.
 UNUSED = {
     "train": ("test_cfg", "test_dataloader", "test_evaluator"),
     "test": (
@@ -188,7 +189,10 @@ UNUSED = {
 
 
 def _note_unused(args: argparse.Namespace) -> None:
-    """`test_dataloader = val_dataloader` in a config copies it, so that options of the one leave the other."""
+    """Warn of options that the tool does not use.
+
+    `test_dataloader = val_dataloader` in a config makes a copy, so an option for one does not change the other.
+    """
     tool = getattr(args, "tool", None)
     unused = [key for key in args.cfg_options or {} if key.partition(".")[0] in UNUSED.get(tool, ())]
     if unused:
@@ -196,7 +200,7 @@ def _note_unused(args: argparse.Namespace) -> None:
 
 
 def _ends(cfg: Config) -> tuple[dict[str, object], list[object]]:
-    """How long training takes, by its keys, and where the schedules of its rate end."""
+    """Return the lengths of training, by key, and the ends of its rate schedules."""
     loop, schedules = cfg.get("train_cfg"), cfg.get("param_scheduler")
     schedules = [schedules] if isinstance(schedules, dict) else schedules or []
     lengths = {key: value for key, value in loop.items() if key.startswith("max_")} if isinstance(loop, dict) else {}
@@ -204,7 +208,7 @@ def _ends(cfg: Config) -> tuple[dict[str, object], list[object]]:
 
 
 def _note_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> None:
-    """A schedule that ended with training is to end with it still, when options have made that longer or shorter."""
+    """Warn if options change the length of training, but not the end of a schedule that ended with training."""
     for key, old in before[0].items():
         new = now[0].get(key)
         left = [i for i, ends in enumerate(zip(before[1], now[1], strict=False)) if ends == (old, old)]
@@ -217,7 +221,7 @@ def _note_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> N
             )
 
 
-# What is read of a config beside the Runner's arguments.
+# Settings that are read in addition to the Runner's arguments.
 READ = (
     *("auto_scale_lr", "compile", "custom_imports", "data_root", "default_scope", "find_unused_parameters"),
     *("model_wrapper_cfg", "sync_bn", "tta_model", "tta_pipeline"),
@@ -225,7 +229,7 @@ READ = (
 
 
 def _note_misspelt(cfg: Config, options: dict) -> None:
-    """A key is merged, and nothing reads it if it is a known one with a slip, or a variable of the config's file."""
+    """Warn of options that nothing reads: misspelt keys, and variables that only the config's own file uses."""
     read = {*inspect.signature(Runner).parameters, *READ}
     known = {*cfg.keys(), *read}
     for key in options:
@@ -251,12 +255,16 @@ def _note_misspelt(cfg: Config, options: dict) -> None:
 
 
 def _misspelt_within(cfg: Config, key: str) -> tuple[str, str, str] | None:
-    """Where a part of a key is unlike all that stand beside it but nearly like one: the place, that part, that one."""
+    """Find a part of a key that is not in the config, but is spelt nearly like a name beside it.
+
+    Returns:
+        the place, the part and the similar name; None if there is no such part, or its class takes that argument.
+    """
     value, parts = cfg, key.split(".")
     for i, part in enumerate(parts):
         if isinstance(value, list | tuple):
             value = value[int(part)] if part.isdecimal() and int(part) < len(value) else None
-        elif isinstance(value, dict | Config) and "custom_keys" not in parts[:i]:  # which are names of parameters
+        elif isinstance(value, dict | Config) and "custom_keys" not in parts[:i]:  # its keys are parameter names
             if part in value:
                 value = value[part]
                 continue
@@ -267,11 +275,11 @@ def _misspelt_within(cfg: Config, key: str) -> tuple[str, str, str] | None:
     return None
 
 
-OF_MMENGINE = ("function", "inferencer", "strategy")  # registries that the toolchains have none of, or not all
+OF_MMENGINE = ("function", "inferencer", "strategy")  # registries that not all toolchains have
 
 
 def _accepts(kind: object, argument: str) -> bool:
-    """Whether a class of the toolchains, by that name, has an argument of this one; of unknown classes, yes."""
+    """Return whether a class, or the toolchain's class of that name, takes an argument; True for unknown classes."""
     if not kind:
         return False
     kinds = [kind] if isinstance(kind, type) else []
@@ -296,7 +304,7 @@ def _moved(value: object, old: str, new: str) -> object:
 
 # ----- processes
 
-RANKS = {  # what says rank, number of processes, and rank and number on this machine
+RANKS = {  # the variables of rank, number of processes, and rank and number on this machine
     "pytorch": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -319,9 +327,9 @@ def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
 
 
 def _name_ranks(launcher: str, local_rank: int) -> None:
-    """Have RANK, WORLD_SIZE and LOCAL_RANK say what the launcher does: mmengine and PyTorch look there."""
+    """Set RANK, WORLD_SIZE and LOCAL_RANK, which mmengine and PyTorch read, to the launcher's values."""
     if launcher == "pytorch":
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # an argument of torch.distributed.launch, once
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # older torch.distributed.launch passes an argument
     for name, source in zip(RANKS["pytorch"][:3], RANKS.get(launcher, ()), strict=False):
         if source not in os.environ:
             raise UserError(
@@ -337,7 +345,10 @@ def _name_ranks(launcher: str, local_rank: int) -> None:
 
 
 def _check_gpus(launcher: str) -> None:
-    """The same in each process of a machine, so that none waits for another that has ended."""
+    """Raise a UserError if this machine has fewer GPUs than processes.
+
+    All processes of a machine raise it, so that none waits for another that has ended.
+    """
     asked = max(int(os.environ.get(RANKS[launcher][3], 0)), int(os.environ["LOCAL_RANK"]) + 1)
     there = torch.cuda.device_count()
     if asked > there:
@@ -345,7 +356,10 @@ def _check_gpus(launcher: str) -> None:
 
 
 def _use_cpu(cfg: Config, launcher: str) -> None:
-    """mmengine's own set-up of several processes calls CUDA; it leaves alone one that is there already."""
+    """Set up training and testing without a GPU, by one process or several.
+
+    mmengine's own set-up of several processes calls CUDA, but mmengine keeps a set-up that exists.
+    """
     replaced = _replace_sync_bn(cfg) + bool(cfg.pop("sync_bn", None))
     if replaced and launcher != "none" and int(os.environ["WORLD_SIZE"]) > 1 and os.environ["RANK"] == "0":
         print_log(
@@ -371,7 +385,7 @@ def _use_cpu(cfg: Config, launcher: str) -> None:
 
 
 def _replace_sync_bn(value: object) -> int:
-    """PyTorch's synchronised batch norm is for GPUs. Returns how often it stood there."""
+    """Replace SyncBN, which PyTorch has only for GPUs, by BN. Return the number of replacements."""
     items = value.values() if isinstance(value, (dict, Config)) else value if isinstance(value, (list, tuple)) else ()
     found = isinstance(value, dict) and value.get("type") == "SyncBN"
     if found:
@@ -432,7 +446,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
 
 
 def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
-    """A checkpoint that is named, or the work dir's latest; before there is one, the config's load_from stands."""
+    """Set the checkpoint to resume: the named one or the work dir's latest. If there is none, keep load_from."""
     latest = args.resume
     if args.resume in (None, RESUME_LATEST):
         latest = _latest_checkpoint(_work_dir(args, cfg))
@@ -446,7 +460,10 @@ def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
 
 
 def _check_nothing_is_lost(work_dir: str) -> None:
-    """mmengine finds the latest checkpoint by a file; without that it would start anew, over those that are there."""
+    """Raise a UserError if the work dir has checkpoints but no last_checkpoint file.
+
+    mmengine finds the latest checkpoint by that file. Without it, training would start anew and overwrite them.
+    """
     if newest := _newest_checkpoint(work_dir):
         raise UserError(
             f"{work_dir}: holds {newest}, but no last_checkpoint that says where to go on; name the checkpoint, as "
@@ -455,7 +472,7 @@ def _check_nothing_is_lost(work_dir: str) -> None:
 
 
 def _check_nothing_is_overwritten(work_dir: str) -> None:
-    """mmengine starts anew in a folder that holds a run, and overwrites its checkpoints one after another."""
+    """Raise a UserError if the work dir has checkpoints: mmengine would start anew and overwrite them."""
     if newest := _newest_checkpoint(work_dir):
         raise UserError(
             f"{work_dir}: holds {newest} of an earlier run, which this one would overwrite; go on with that run by "
@@ -464,13 +481,13 @@ def _check_nothing_is_overwritten(work_dir: str) -> None:
 
 
 def _newest_checkpoint(work_dir: str) -> str | None:
-    """The name of the checkpoint with the highest number, of epochs or of iterations."""
+    """Return the name of the checkpoint with the highest number of epochs or iterations; None if there is none."""
     names = [path.name for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+\.pth", path.name)]
     return max(names, key=lambda name: int(re.search(r"\d+", name).group()), default=None)
 
 
 def _latest_checkpoint(work_dir: str) -> str | None:
-    """mmengine notes its whole path, which is another once the folder has been moved."""
+    """Return the work dir's latest checkpoint. mmengine notes its full path, which is wrong if the folder has moved."""
     noted = find_latest_checkpoint(work_dir)
     moved = os.path.join(work_dir, os.path.basename(noted)) if noted else None
     return moved if moved and os.path.isfile(moved) else noted
@@ -507,7 +524,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
 
 
 def _draw(args: argparse.Namespace, cfg: Config) -> None:
-    """mmdet's hook and mmseg's differ in where images go and how many are drawn."""
+    """Turn on drawing. The hooks of mmdet and mmseg differ in where images go and how many are drawn."""
     for key, part in {"default_hooks.visualization": cfg.get("default_hooks", {}), "visualizer": cfg}.items():
         if not part.get(key.rpartition(".")[2]):
             raise UserError(f"{args.config}: has no {key}, which draws; add it, or leave --show out")
@@ -520,19 +537,19 @@ def _draw(args: argparse.Namespace, cfg: Config) -> None:
 
 
 def write_maps(cfg: Config, folder: str) -> None:
-    """Have mmseg's metrics write the predicted maps as they test.
+    """Make mmseg's metrics write the predicted maps during the test.
 
     Raises:
-        UserError: none of them can.
+        UserError: none of the metrics can write maps.
     """
     evaluator = cfg.test_evaluator
     metrics = evaluator if isinstance(evaluator, list) else [evaluator]
     able = [m for m in metrics if m.type in ("IoUMetric", "DepthMetric")]
-    able = able or [m for m in metrics if m.type == "CityscapesMetric"]  # it reads its files again: let it be alone
+    able = able or [m for m in metrics if m.type == "CityscapesMetric"]  # only if alone: it reads the maps again
     for metric in able:
         metric.output_dir = folder
         if metric.type == "CityscapesMetric":
-            metric.keep_results = True  # or it removes them
+            metric.keep_results = True  # otherwise it removes its files
     if not able:
         raise UserError(f"--out {folder}: none of test_evaluator's metrics writes maps; add an IoUMetric")
 
@@ -546,7 +563,7 @@ def _augment(args: argparse.Namespace, cfg: Config) -> None:
 
 
 def _unwrapped(runner: Runner) -> torch.nn.Module:
-    """The model itself, out of wrappers for several processes and for test-time augmentation."""
+    """Return the model without its wrappers for several processes and for test-time augmentation."""
     model = runner.model
     while hasattr(model, "module"):
         model = model.module
