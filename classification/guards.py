@@ -104,7 +104,7 @@ class NonFiniteGuard:
     def _origin(self, forward: Callable[[], object] | None) -> str:
         if dist.is_initialized():
             dist.all_reduce(self.spoilt)
-        layer = first_non_finite(self.model, forward) if forward else None  # for synchronised batch norm, in all processes
+        layer = first_non_finite(self.model, forward) if forward else None  # in all processes, for SyncBatchNorm
         parameters = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
         if parameters:
             return f"parameter {parameters[0]} ({len(parameters)} in all) is not finite itself"
