@@ -68,7 +68,7 @@ def memory_format(args: argparse.Namespace) -> torch.memory_format:
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Of one call; on a GPU, the mean of as many as fill a quarter of a second, since launches overlap."""
+    """Return the seconds of one call; on a GPU, the mean over a quarter of a second, because launches overlap."""
 
     def run(calls: int) -> float:
         if device == "cuda":
@@ -118,7 +118,7 @@ def compare_inference(models: dict[str, Callable[[Tensor], object]], args: argpa
 
 
 def time_runtime(args: argparse.Namespace) -> None:
-    """Each model through ONNX in a runtime of others."""
+    """Time the inference of each model, exported to ONNX, in the runtime `--runtime`."""
     with tempfile.TemporaryDirectory() as folder:
         models = {}
         for name in (args.model, *args.beside):
@@ -155,9 +155,9 @@ RUNTIMES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 
 
 def infer(args: argparse.Namespace) -> dict[str, float]:
-    """Median time of inference, and the process's peak memory."""
+    """Return the median time of inference and the process's peak memory."""
     if args.device == "cpu":
-        keep_freed_memory()  # for peers too, who gain as much
+        keep_freed_memory()  # also for the other backbones, which gain as much
     model, images = build(args.model, args).eval(), random_images(args.batch[0], args)
     with torch.inference_mode(), autocast(args):
         times = [seconds_of(lambda: model(images), args.device) for _ in range(args.rounds + 1)]
@@ -165,7 +165,7 @@ def infer(args: argparse.Namespace) -> dict[str, float]:
 
 
 def compare_sizes(args: argparse.Namespace) -> None:
-    """A process for each model and size, so that each has a peak of its own."""
+    """Time each model and size in a process of its own, so that each has its own peak memory."""
     print("| pixels of a side | model | ns a pixel | peak memory, MiB | time of the first to its |")
     print("|---|---|---|---|---|")
     for size in args.sizes:
@@ -181,13 +181,13 @@ def compare_sizes(args: argparse.Namespace) -> None:
 
 
 def use_plain_pytorch(device: str) -> None:
-    """The operators by their packages' plain PyTorch, from now on."""
+    """From now on, compute the operators by their packages' plain PyTorch code."""
     for package in ("selective_scan", "dwconv2d"):
         loading = importlib.import_module(f"{package}.loading")
         library = torch.library.Library(package, "IMPL")
         for name, kernels in loading.OPERATORS.items():
             library.impl(name, loading.without_autocast(kernels.plain), device.upper(), allow_override=True)
-        _KEPT.append(library)  # what it registers ends with it
+        _KEPT.append(library)  # its registrations end when the library is deleted
     spatialmamba.has_fused_kernels = lambda x: False
 
 
@@ -195,7 +195,7 @@ _KEPT = []
 
 
 def training_step(args: argparse.Namespace) -> tuple[Callable[[], None], list[float | Tensor]]:
-    """A step of AdamW on random images and labels, and the list to which each call adds its loss."""
+    """Return a function that makes one AdamW step on random images and labels, and the list that it adds losses to."""
     torch.manual_seed(0)
     model = build(args.model, args).train()
     if args.grad_checkpointing:
@@ -217,7 +217,7 @@ def training_step(args: argparse.Namespace) -> tuple[Callable[[], None], list[fl
 
 
 def train(args: argparse.Namespace) -> dict[str, float | list[float]]:
-    """The losses of the first steps, the median time of later ones, and the process's peak memory."""
+    """Return the losses of the first steps, the median time of later steps, and the process's peak memory."""
     if args.device == "cpu" and not args.plain:
         keep_freed_memory()  # as main.py does
     step, losses = training_step(args)
@@ -228,10 +228,10 @@ def train(args: argparse.Namespace) -> dict[str, float | list[float]]:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of PyTorch on a GPU, of the process on a CPU."""
+    """Return the peak memory in bytes: PyTorch's on a GPU, the process's on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # of what getrusage says
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes in getrusage's unit
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -263,7 +263,7 @@ def compare_training(args: argparse.Namespace) -> None:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """The kernels that a GPU runs for one batch, the longest first, and how long it has none to run."""
+    """Print the time of one batch on a GPU and its kernels, the longest first."""
     if args.train:
         call, _ = training_step(args)
     else:
@@ -315,7 +315,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true", help="weights and images laid out as NHWC")
     parser.add_argument("--threads", type=int, help="of the CPU; by default as many as PyTorch takes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # of one training process
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # passed to a training process
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.batch = args.batch or ([8] if args.train or args.profile else [1] if args.runtime or args.sizes else [1, 8])

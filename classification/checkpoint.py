@@ -1,4 +1,4 @@
-"""Checkpoints: read safely, load strictly, save atomically, and find the last whole one of a run."""
+"""Checkpoints: read safely, load strictly, save atomically, and find a run's last undamaged checkpoint."""
 
 import errno
 import fcntl
@@ -31,7 +31,7 @@ LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
 ORDER = "checkpoints.txt"
 CLASSES = "classes"  # names, in the order of the head
 SAFETENSORS, DAMAGED, REPLACED = ".safetensors", ".damaged", ".replaced"
-# What stands in for the name in a pickle: the safe unpickler fills no subclass of dict but this one.
+# The stand-in for CfgNode in a pickle: OrderedDict is the only subclass of dict that the safe unpickler fills.
 CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
 HEAD = ("head.weight", "head.bias")
 StateDict = dict[str, Tensor]
@@ -39,7 +39,7 @@ StandIn = tuple[object, str]
 
 
 class DamagedCheckpointError(UserError):
-    """A file that is provably not what was written."""
+    """A file that provably differs from the file that was written."""
 
 
 def read_checkpoint(
@@ -48,22 +48,23 @@ def read_checkpoint(
     stand_ins: Sequence[StandIn] = (CFG_NODE,),
     others: Callable[[str], object] | None = None,
 ) -> dict:
-    """The content of a checkpoint file, unpickling nothing but tensors and containers.
+    """Read a checkpoint file; unpickle only tensors and containers.
 
-    A yacs CfgNode, as in the published checkpoints, is read as a dict, and so is any other. What torch.save has written
-    carries checksums, which are compared; and nothing is made that is larger than what the file holds. A .safetensors
-    file is read as a bare state dict, and its digest compared if it has one (see `classification.convert`); with the
-    names of its classes or a config, if it has these, as {"model": state dict, "classes": names, "config": text}.
+    A yacs CfgNode, as in the published checkpoints, becomes a dict, as does every other subclass of dict. Files of
+    torch.save carry checksums, which are compared. No object becomes larger than the data that the file holds for it. A
+    .safetensors file is read as a bare state dict; or, if it also holds the names of its classes or a config, as
+    {"model": state dict, "classes": names, "config": text}. If it has a digest (see `classification.convert`), the
+    digest is compared.
 
     Args:
         path: the file.
         map_location: where the tensors go.
-        stand_ins: what takes the place of further names in the pickle, which may then be called with what it holds.
-        others: gives that for a name which is not among these; without it such a name is an error.
+        stand_ins: replacements for further names in the pickle; the pickle may call each with arguments of its choice.
+        others: returns the replacement for any other name; without it such a name is an error.
 
     Raises:
-        UserError: no such file, one that cannot be read now, or not a checkpoint that can be read safely.
-        DamagedCheckpointError: truncated, altered, or no checkpoint at all.
+        UserError: the file is missing, cannot be read now, or is not a checkpoint that can be read safely.
+        DamagedCheckpointError: the file is truncated, altered, or no checkpoint at all.
     """
     path = Path(path)
     if not is_file(path):
@@ -78,7 +79,7 @@ def read_checkpoint(
             stand_ins = [*stand_ins, *((others(name), name) for name in refused)]
         try:
             with torch.serialization.safe_globals(list(stand_ins)), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of other pickle protocols, which may well be read
+                warnings.simplefilter("ignore")  # about other pickle protocols, which can be read
                 content = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # a file that is no checkpoint can fail anywhere in the unpickler
             if _is_momentary(error):
@@ -86,7 +87,7 @@ def read_checkpoint(
             if refused:
                 names = ", ".join(refused[:5])
                 raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {names}") from error
-            if whole:  # to the last bit, but not what can be read
+            if whole:  # undamaged, but not a checkpoint that can be read
                 raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
             raise _damaged(path) from error
         content = plain(content, path, _without_attributes)
@@ -97,7 +98,7 @@ def read_checkpoint(
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What keeps a file from being read now is no fault of the file."""
+    """Turn a momentary error, which is no fault of the file, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -107,7 +108,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _is_momentary(error: BaseException | None) -> bool:
-    """Whether memory, the disk or the network was the cause: of a damaged file's offsets, the system says EINVAL."""
+    """Return whether memory, the disk or the network caused the error.
+
+    EINVAL does not count: the system reports EINVAL when a damaged file holds wrong offsets.
+    """
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             return True
@@ -129,9 +133,9 @@ def _damaged(path: Path) -> DamagedCheckpointError:
 
 
 def _check_archive(path: Path) -> bool:
-    """Compare checksums, which torch.load does not, and claims with what is there. Returns whether it is whole.
+    """Compare the checksums, which torch.load ignores, and the claimed sizes with the data. Return whether all match.
 
-    A bit that has flipped would be another weight; PyTorch's format before 1.6 has no checksums.
+    A flipped bit would be another weight. PyTorch's format before 1.6 has no checksums: for it, return False.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":
@@ -171,11 +175,17 @@ def _check_archive(path: Path) -> bool:
 
 
 def _packing(path: Path, archive: zipfile.ZipFile) -> str:
-    """What a tool that has packed it anew has done: of a directory that was altered, the entries do not say so too."""
+    """Say how a tool has packed the archive anew; "" if no tool has.
+
+    The header of each entry must agree with the directory; otherwise the directory is damaged.
+
+    Raises:
+        DamagedCheckpointError: an entry's header and the directory disagree.
+    """
     packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED or _encrypted(entry)]
     with path.open("rb") as file:
         for entry in packed:
-            file.seek(entry.header_offset + 6)  # of the entry's own header: its flags and method
+            file.seek(entry.header_offset + 6)  # flags and method in the entry's own header
             flags, method = (int.from_bytes(file.read(2), "little") for _ in range(2))
             if (flags & ENCRYPTED, method) != (_encrypted(entry), entry.compress_type):
                 raise _damaged(path)
@@ -185,19 +195,19 @@ def _packing(path: Path, archive: zipfile.ZipFile) -> str:
     return "with a comment" if archive.comment else ""
 
 
-ENCRYPTED = 1  # of an entry's flags
-DIRECTORY = 0x10  # of its attributes: PyTorch's reader leaves a tensor's memory as it is for an entry of this kind
+ENCRYPTED = 1  # a bit of an entry's flags
+DIRECTORY = 0x10  # a bit of an entry's attributes: PyTorch's reader does not fill a tensor's memory from such an entry
 
 
 def _encrypted(entry: zipfile.ZipInfo) -> int:
     return entry.flag_bits & ENCRYPTED
 
 
-END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"  # of a zip archive, in the last 22, 98 and 42 bytes
+END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"  # where the last 22, 98 and 42 bytes begin
 
 
 def _has_one_directory(path: Path, archive: zipfile.ZipFile) -> bool:
-    """Whether all readers find the same one: the directory ends where the records of the archive's end begin."""
+    """Return whether all readers find the same directory: it must end where the archive's end records begin."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 98))
@@ -218,7 +228,11 @@ def _has_one_directory(path: Path, archive: zipfile.ZipFile) -> bool:
 
 
 def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """What PyTorch's own reader finds in it is scanned."""
+    """Scan the pickle that PyTorch's own reader finds, and compare the sizes that the pickle claims with the entries.
+
+    Raises:
+        UserError: the pickle is refused, or claims more bytes for a tensor than the file holds.
+    """
     try:
         with path.open("rb") as file:
             reader = torch._C.PyTorchFileReader(file)
@@ -226,7 +240,7 @@ def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     except (RuntimeError, ValueError) as error:
         if _is_momentary(error):
             raise
-        if "reading zip archive" in str(error):  # its directory, of which `zipfile` looks at less
+        if "reading zip archive" in str(error):  # the directory, which `zipfile` checks less strictly
             raise _damaged(path) from error
         raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
     folder = entries[0].filename.partition("/")[0]
@@ -239,8 +253,8 @@ def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
             raise UserError(f"{path}: claims {size} bytes for a tensor of which it holds {held or 0}")
 
 
-OLD_FORMAT = 0x1950A86A20F9469CFC6C  # the number that it begins with
-# Whole files that are no damaged ones, by how they begin.
+OLD_FORMAT = 0x1950A86A20F9469CFC6C  # its magic number
+# Files of other kinds, which are not damaged: how they begin.
 OTHER_KINDS = {
     "one packed by gzip, bzip2, xz, zstd or 7-Zip; unpack it": rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf",
     "a pointer of Git LFS; get the file itself by git lfs pull": rb"version https://git-lfs",
@@ -250,7 +264,10 @@ OTHER_KINDS = {
 
 
 def _check_old_format(path: Path) -> None:
-    """PyTorch's before 1.6: five pickles, of which the fourth is the content and the last names the storages behind."""
+    """Check a file of PyTorch's format before 1.6.
+
+    The file holds five pickles, then the storages. The fourth pickle is the content; the last names the storages.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
@@ -280,16 +297,16 @@ def _scan(pickled: bytes | BinaryIO, size: int, path: Path) -> Scan:
         raise _damaged(path) from error
 
 
-DEEPEST, MOST = 64, 10**7  # levels of containers, and things in them if each is counted wherever it stands
+DEEPEST, MOST = 64, 10**7  # levels of containers; objects in them, where each object counts wherever it occurs
 
 
 def plain(content: object, path: str | Path, leaf: Callable[[object], object] = lambda value: value) -> object:
-    """With plain dicts, lists and tuples for all that are containers, and `leaf` of everything else.
+    """Return `content` with every container as a plain dict, list or tuple, and `leaf(value)` for every other value.
 
-    A dict of a subclass can bring attributes along that take the place of its methods, or that load_state_dict obeys.
+    A subclass of dict can have attributes that replace its methods, or that load_state_dict obeys.
 
     Raises:
-        UserError: containers in containers without end, or that come to gigabytes of a few bytes.
+        UserError: containers are nested too deeply, or a few bytes stand for gigabytes of objects.
     """
     made: dict[int, tuple[object, int]] = {}
 
@@ -315,14 +332,17 @@ def plain(content: object, path: str | Path, leaf: Callable[[object], object] = 
 
 
 def _without_attributes(value: object) -> object:
-    """Attributes of a tensor can take the place of its methods too, and one with named dimensions has few of them."""
+    """Return a tensor without its attributes and names of dimensions; any other value as it is.
+
+    Attributes of a tensor can replace its methods, and few methods work on a tensor with named dimensions.
+    """
     if not isinstance(value, Tensor):
         return value
     return Tensor.detach(Tensor.rename(value, None) if Tensor.has_names(value) else value)
 
 
 def tensors_digest(tensors: StateDict, text: str = "") -> str:
-    """SHA-256 of a text, the names of classes and the config, and of the tensors' names, shapes, dtypes and values."""
+    """Return the SHA-256 of `text` (class names and config) and of the tensors' names, shapes, dtypes and values."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -334,12 +354,12 @@ def tensors_digest(tensors: StateDict, text: str = "") -> str:
 def _read_safetensors(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             metadata = file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise DamagedCheckpointError(f"{path}: is not a safetensors file, or is damaged ({error})") from error
     digest, text = metadata.get("sha256"), metadata.get(CLASSES, "") + metadata.get("config", "")
-    # Without the texts: as the first version wrote it.
+    # The first version wrote the digest without the texts.
     if digest is not None and digest not in (tensors_digest(tensors, text), tensors_digest(tensors)):
         raise DamagedCheckpointError(f"{path}: is damaged: its tensors, classes or config do not match its digest")
     if not tensors:
@@ -354,10 +374,10 @@ def _read_safetensors(path: Path) -> dict:
 
 
 def class_names_of(content: dict, path: str | Path) -> list[str] | None:
-    """Names of a checkpoint's classes in the order of its head, or None if it has none, as published ones.
+    """Return the names of a checkpoint's classes in the order of its head; None if it has none, as published ones.
 
     Raises:
-        UserError: they are no list of names, each of its own.
+        UserError: the names are not a list of different strings.
     """
     names = content.get(CLASSES)
     if names is None:
@@ -368,7 +388,7 @@ def class_names_of(content: dict, path: str | Path) -> list[str] | None:
 
 
 def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
-    """The weights in a checkpoint: `model`, and `model_ema` if there; a bare state dict counts as `model`.
+    """Return the weights in a checkpoint: `model`, and `model_ema` if present; a bare state dict counts as `model`.
 
     Raises:
         UserError: there are no weights, or they are not dense tensors of real numbers.
@@ -387,13 +407,14 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
 
 
 def check_weights(state: dict, path: str | Path, counts: str = "num_batches_tracked", tied: bool = False) -> None:
-    """
+    """Check that a state dict holds usable weights.
+
     Args:
-        counts: how the names of tensors of whole numbers end.
-        tied: whether several names may stand for the same numbers, as they do in heads of some detectors.
+        counts: how the names of the tensors of whole numbers end.
+        tied: whether several names may share the same numbers, as in the heads of some detectors.
 
     Raises:
-        UserError: something in it is not a name and a dense tensor of finite real numbers, or is larger than what the
+        UserError: an entry is not a name and a dense tensor of finite real numbers, or is larger than the data that the
             file holds for it.
     """
     held: dict[int, int] = {}
@@ -418,7 +439,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
 
 
 def num_classes(state: StateDict) -> int | None:
-    """Size of the head in a state dict, or None without one."""
+    """Return the number of classes of the head in a state dict, or None without a head."""
     weight = state.get("head.weight")
     return weight.shape[0] if weight is not None and weight.ndim == 2 else None
 
@@ -426,12 +447,13 @@ def num_classes(state: StateDict) -> int | None:
 def load_weights(
     model: SpatialMamba, state: StateDict, path: str | Path, new_head: bool = False, other_classes: bool = False
 ) -> bool:
-    """Load strictly. With `new_head`, a head of another size, or of `other_classes`, is left as initialised.
+    """Load weights strictly. With `new_head`, keep the model's head if the file's has another size or other classes.
 
-    Returns whether it was.
+    Returns:
+        Whether the model kept its own head.
 
     Raises:
-        UserError: keys or shapes differ; the message says how and, if one of our sizes fits, which.
+        UserError: keys or shapes differ; the message says how they differ and which of our sizes fits, if any.
     """
     own = model.state_dict()
     theirs, ours = num_classes(state), num_classes(own)
@@ -454,12 +476,12 @@ def load_weights(
 
 
 def like(own: Tensor, value: object, name: str) -> Tensor:
-    """What a file holds for `own`, as a new tensor of its layout, dtype and device.
+    """Copy `value`, which a file holds for `own`, to a new tensor of the layout, dtype and device of `own`.
 
-    A file's tensor can have any strides, overlapping ones too, or be no ordinary tensor at all.
+    A tensor in a file can have any strides, even overlapping ones, or be no ordinary tensor at all.
 
     Raises:
-        ValueError: not of its shape, not dense, not of its kind of number, or not finite.
+        ValueError: `value` has another shape or kind of number than `own`, or is not dense or not finite.
     """
     if fault := _fault(value):
         raise ValueError(f"{name} {fault}")
@@ -480,7 +502,7 @@ def _finite(value: Tensor) -> bool:
 
 
 def _fault(value: object) -> str:
-    """What keeps `value` from being a weight or a count; empty if nothing does."""
+    """Say why `value` cannot be a weight or a count; "" if it can."""
     if not isinstance(value, Tensor):
         return f"is of type {type(value).__name__}, not a tensor"
     if value.is_nested or value.layout != torch.strided or value.is_quantized:
@@ -497,7 +519,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write whole or not at all: to a file beside it, flushed to disk, then renamed over `path`.
+    """Write a whole file or nothing: write to a file beside `path`, flush it to disk, then rename it to `path`.
 
     Raises:
         UserError: the file cannot be written, or the disk is full.
@@ -511,7 +533,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         partial.replace(path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save covers it with one of its own
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"{path}: cannot be written ({cause})") from error
@@ -521,7 +543,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def save_checkpoint(content: dict, path: Path) -> None:
-    """`torch.save` that writes whole or not at all; see `write_atomically`."""
+    """Save like `torch.save`, but write the whole file or nothing; see `write_atomically`."""
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -538,29 +560,31 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-# ----- the checkpoints of a run: epoch_E.pth after E epochs, epoch_E_step_S.pth S batches further, and names for some
+# ----- the checkpoints of a run: epoch_E.pth after E epochs, epoch_E_step_S.pth S batches later, and further names
 
 
 class CheckpointFolder:
     """The checkpoints in a run's folder.
 
-    Each is written once, as epoch_E.pth or epoch_E_step_S.pth; latest.pth, best.pth and best_ema.pth are further names
-    of one of them (hard links, or copies where the file system has none). `keep` numbered ones of the run are kept.
-    checkpoints.txt lists them in the order in which they were written, which clocks and copies cannot change.
+    Each checkpoint is written once, as epoch_E.pth or epoch_E_step_S.pth. latest.pth, best.pth and best_ema.pth are
+    further names of a checkpoint: hard links, or copies if the file system has no hard links. The folder keeps the last
+    `keep` numbered checkpoints of the run. checkpoints.txt lists them in the order in which they were written; unlike
+    file times, this order does not depend on clocks or copying.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self.set_aside: list[str] = []  # what was found damaged
-        self.notes: list[str] = []  # what else is to be said
-        self.displaced: set[str] = set()  # names whose files are set aside before others take them
+        self.set_aside: list[str] = []  # messages about damaged files
+        self.notes: list[str] = []  # other messages for the log
+        self.displaced: set[str] = set()  # names whose present files are set aside before new files take the names
         self.lock_file: TextIO | None = None
         self.seen: dict[str, tuple[int, int]] | None = None
 
     def numbered(self) -> list[Path]:
-        """The numbered ones in the order in which they were written: a run may have gone on from an earlier one.
+        """Return the numbered checkpoints in the order in which they were written.
 
-        Those that are not listed come first, by their epochs and steps.
+        A run may have gone on from an earlier checkpoint, so this is not the order of epochs. Checkpoints that
+        checkpoints.txt does not list come first, by epoch and step.
         """
         found = {p: re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pth", p.name) for p in self.folder.glob("epoch_*.pth")}
         places = {path: (int(m[1]), int(m[2] or 0)) for path, m in found.items() if m and path.is_file()}
@@ -574,19 +598,20 @@ class CheckpointFolder:
             return []
 
     def save(self, content: dict, epochs: int, step: int, names: list[str]) -> Path:
-        """Write a checkpoint and give it `names`; then remove the oldest of those that are listed.
+        """Write a checkpoint and give it `names`; then remove the oldest listed checkpoints.
 
-        What is not listed, such as a copy from elsewhere, is neither removed nor overwritten, but set aside.
+        A file that checkpoints.txt does not list, such as a copy from elsewhere, is never removed; if it has the name
+        of the new checkpoint, it is set aside.
 
         Raises:
-            UserError: it cannot be written; what was there stays.
+            UserError: the checkpoint cannot be written; the present files stay.
         """
         path = self.folder / (f"epoch_{epochs}_step_{step}.pth" if step else f"epoch_{epochs}.pth")
         listed = self._listed()
         if path.name not in listed:
-            if path.exists():  # and is not the run's: somebody has put it there
+            if path.exists():  # somebody else has put the file there
                 logger.warning("%s: is none of this run's; set aside as %s", path, _set_aside(path, REPLACED).name)
-            self._list([path.name, *listed])  # first, or a run that is killed in between would take it for another's
+            self._list([path.name, *listed])  # first: a run killed in between must know its own file
         save_checkpoint(content, path)
         own = [old for old in self.numbered() if old.name in listed and old != path]
         order = [*own, path]
@@ -619,12 +644,13 @@ class CheckpointFolder:
             raise UserError(f"{name}: cannot be written ({error})") from error
 
     def lock(self) -> None:
-        """Keep other runs out of the folder for as long as this process lives, where the file system has locks.
+        """Keep other runs out of the folder for as long as this process lives, if the file system has locks.
 
         Raises:
-            UserError: another process has done so, or has trained in it since `look`; or it cannot be written to.
+            UserError: another process holds the lock, or has trained in the folder since `look`; or the folder cannot
+                be written to.
         """
-        if self.lock_file is not None:  # closing a second one would give the lock back
+        if self.lock_file is not None:  # opening and closing the file again would release the lock
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -647,7 +673,10 @@ class CheckpointFolder:
             )
 
     def look(self) -> bool:
-        """Whether there are any, be they damaged: a run that has begun. `lock` compares what was there now."""
+        """Return whether the folder holds checkpoints, even damaged ones: then a run has begun.
+
+        Remember the files that are there now, which `lock` compares.
+        """
         self.seen = self._present()
         return bool(self.seen)
 
@@ -659,7 +688,7 @@ class CheckpointFolder:
             try:
                 status = file.stat()
             except (FileNotFoundError, NotADirectoryError):
-                if file.is_symlink():  # to a disk that is not there now, perhaps
+                if file.is_symlink():  # perhaps to a disk that is not mounted now
                     raise UserError(
                         f"{file}: is a link to {os.readlink(file)}, which is not there; mend or remove it, or pass "
                         "another --tag"
@@ -671,17 +700,17 @@ class CheckpointFolder:
         return found
 
     def remove_partial(self) -> None:
-        """What a killed process left half-written."""
+        """Remove the files that a killed process left half-written."""
         for path in self.folder.glob(".*.partial"):
             path.unlink(missing_ok=True)
 
     def read_last(self, check: Callable[[dict, Path], object]) -> tuple[dict, Path]:
-        """The newest checkpoint that is whole and passes `check`.
+        """Return the newest undamaged checkpoint that passes `check`, and its path.
 
-        A damaged one is renamed to NAME.damaged and noted in `set_aside`.
+        A damaged checkpoint is renamed to NAME.damaged and noted in `set_aside`.
 
         Raises:
-            UserError: none is whole; or what `check` raises on one that is.
+            UserError: all checkpoints are damaged, or `check` refuses an undamaged one.
         """
         for path in [self.folder / LATEST, *reversed(self.numbered())]:
             if not path.is_file():
@@ -707,7 +736,7 @@ class CheckpointFolder:
 
 
 def _set_aside(path: Path, suffix: str = DAMAGED) -> Path:
-    """Rename to NAME.damaged, or with a number after it if that is taken."""
+    """Rename a file to NAME plus `suffix`, with a number at the end if that name is taken. Return the new path."""
     names = (path.with_name(f"{path.name}{suffix}{i or ''}") for i in count())
     aside = next(name for name in names if not name.exists())
     try:
@@ -720,12 +749,12 @@ def _set_aside(path: Path, suffix: str = DAMAGED) -> Path:
 def _unsafe_names(path: Path) -> list[str]:
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # whatever a damaged file raises, torch.load says it too
+    except Exception:  # torch.load reports whatever error a damaged file causes
         return []
 
 
 def differences(own: StateDict, state: StateDict, ignore: tuple[str, ...] = ()) -> str:
-    """What differs in names and shapes, for a message; empty if nothing does."""
+    """Describe, for a message, how names and shapes differ; "" if they do not."""
     missing = [key for key in own if key not in state and key not in ignore]
     unexpected = [key for key in state if key not in own and key not in ignore]
     shapes = [
@@ -747,7 +776,7 @@ def _hint(state: StateDict) -> str:
 
 
 def variant_of(state: StateDict, in_chans: int = 3) -> str | None:
-    """Which of `VARIANTS` a classifier's or a backbone's weights are, for images of `in_chans` channels."""
+    """Return the name in `VARIANTS` that a classifier's or backbone's weights fit, for `in_chans` channels, or None."""
 
     def trunk(names: StateDict) -> StateDict:
         return {k: v for k, v in names.items() if k.startswith(("patch_embed.", "layers."))}

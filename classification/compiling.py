@@ -10,9 +10,9 @@ WITH_CUDA_GRAPHS = MODES[1:]
 
 
 def compile_in_place(model: nn.Module, mode: str) -> None:
-    """Let calls of `model` go through torch.compile. Its type, parameters and state dict stay what they are.
+    """Make calls of `model` go through torch.compile; the model's type, parameters and state dict stay the same.
 
-    Every batch of another size is compiled anew: see `filled`.
+    A batch of a new size is compiled anew; see `filled`.
     """
     model.compile(mode=mode, dynamic=False)
 
@@ -22,18 +22,18 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager:
-    """Calls of `model` run as they are written: what is compiled passes over hooks that were added later."""
+    """Return a context in which calls of `model` run without compilation; compiled code ignores hooks added later."""
     return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 def begin_step(model: nn.Module) -> None:
-    """Before a batch of training: CUDA graphs may now write over what they returned for the last one."""
+    """Begin a training batch: from now on, CUDA graphs may overwrite the outputs of the previous batch."""
     if is_compiled(model):
         torch.compiler.cudagraph_mark_step_begin()
 
 
 def filled(images: Tensor, size: int) -> Tensor:
-    """A batch of at least `size`: short ones, as the last of an epoch, have their images repeated."""
+    """Return a batch of at least `size` images; a shorter batch, such as an epoch's last, repeats its images."""
     if len(images) >= size:
         return images
     return images[torch.arange(size, device=images.device) % len(images)]

@@ -16,7 +16,7 @@ from classification.models import VARIANTS
 
 
 def default_config() -> CfgNode:
-    """The ImageNet-1K recipe of the paper; a YAML file writes what differs."""
+    """Return the ImageNet-1K recipe of the paper; a YAML file holds only the keys that differ."""
     c = CfgNode()
 
     c.DATA = CfgNode()
@@ -24,14 +24,14 @@ def default_config() -> CfgNode:
     c.DATA.BATCH_SIZE = 128  # per process
     c.DATA.IMG_SIZE = 224
     c.DATA.INTERPOLATION = "bicubic"  # "random" draws bilinear or bicubic in training; evaluation takes bilinear
-    c.DATA.NUM_WORKERS = 8  # per process, no more than there are processors
-    c.DATA.PREFETCH_FACTOR = 2  # batches that each of them has ready
+    c.DATA.NUM_WORKERS = 8  # per process, at most the number of processors
+    c.DATA.PREFETCH_FACTOR = 2  # batches that each worker prepares in advance
     c.DATA.PIN_MEMORY = True
     c.DATA.MAX_UNREADABLE = 100  # training images, per process, that may be replaced because they cannot be read
 
     c.MODEL = CfgNode()
     c.MODEL.NAME = "spatialmamba_tiny"
-    c.MODEL.NUM_CLASSES = 0  # 0: as many as the data has class folders, or the checkpoint, or 1000
+    c.MODEL.NUM_CLASSES = 0  # 0: the number of class folders in the data, or of the checkpoint's classes, or 1000
     c.MODEL.DROP_PATH_RATE = 0.2
     c.MODEL.LABEL_SMOOTHING = 0.1
     c.MODEL.PRETRAINED = ""
@@ -40,7 +40,7 @@ def default_config() -> CfgNode:
     c.TRAIN = CfgNode()
     c.TRAIN.EPOCHS = 300
     c.TRAIN.WARMUP_EPOCHS = 20
-    c.TRAIN.BASE_LR = 5e-4  # these three for a global batch of 512, scaled linearly
+    c.TRAIN.BASE_LR = 5e-4  # these three rates are for a global batch of 512 and scale linearly
     c.TRAIN.WARMUP_LR = 5e-7
     c.TRAIN.MIN_LR = 5e-6
     c.TRAIN.WEIGHT_DECAY = 0.05
@@ -48,9 +48,9 @@ def default_config() -> CfgNode:
     c.TRAIN.ACCUMULATION_STEPS = 1
     c.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing
     c.TRAIN.AMP = "float16"  # "float16" (off on a CPU), "bfloat16" or "off"
-    c.TRAIN.SYNC_BN = False  # batch norm over the batches of all processes; the recipe normalises each its own
+    c.TRAIN.SYNC_BN = False  # batch norm over the batches of all processes; the recipe: each process alone
     c.TRAIN.AUTO_RESUME = True  # go on from the last checkpoint in the output folder
-    c.TRAIN.MAX_SKIPPED = 20  # as many updates in a row that are not finite end the run
+    c.TRAIN.MAX_SKIPPED = 20  # so many updates in a row that are not finite end the run
     c.TRAIN.OPTIMIZER = CfgNode()
     c.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
     c.TRAIN.OPTIMIZER.EPS = 1e-8
@@ -63,7 +63,7 @@ def default_config() -> CfgNode:
 
     c.AUG = CfgNode()
     c.AUG.SCALE = [0.08, 1.0]  # area of a random crop
-    c.AUG.RATIO = [3 / 4, 4 / 3]  # and its aspect
+    c.AUG.RATIO = [3 / 4, 4 / 3]  # aspect ratio of a random crop
     c.AUG.HFLIP = 0.5
     c.AUG.COLOR_JITTER = 0.4
     c.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # "": off
@@ -77,13 +77,13 @@ def default_config() -> CfgNode:
     c.AUG.MIXUP_MODE = "batch"
 
     c.TEST = CfgNode()
-    c.TEST.CROP_PCT = 224 / 256  # the centre that is kept of the resized image
+    c.TEST.CROP_PCT = 224 / 256  # fraction of the resized image that the centre crop keeps
 
     c.OUTPUT = "output"
     c.TAG = "default"  # the run's folder is OUTPUT/MODEL.NAME/TAG
     c.SAVE_FREQ = 1  # epochs
-    c.SAVE_STEPS = 0  # updates; 0: not within an epoch
-    c.KEEP_LAST = 3  # epoch_*.pth, beside best.pth, best_ema.pth and latest.pth
+    c.SAVE_STEPS = 0  # updates; 0: do not save within an epoch
+    c.KEEP_LAST = 3  # number of epoch_*.pth to keep, beside best.pth, best_ema.pth and latest.pth
     c.TENSORBOARD = True
     c.PRINT_FREQ = 10  # steps
     c.SEED = 0
@@ -91,10 +91,10 @@ def default_config() -> CfgNode:
 
 
 def load_config(path: str, overrides: dict[str, object], opts: Sequence[str] = ()) -> CfgNode:
-    """Defaults, then the file at `path`, then `overrides` (dotted key to value), then `opts` (KEY VALUE KEY VALUE ...).
+    """Merge defaults, the file at `path`, `overrides` (dotted key to value) and `opts` (KEY VALUE ...), in this order.
 
     Raises:
-        UserError: an unreadable file, an unknown key, a value of the wrong type or outside its range.
+        UserError: the file is unreadable, a key is unknown, or a value has the wrong type or is outside its range.
     """
     config = default_config()
     for key, value in _flatten(_read_yaml(path)):
@@ -114,13 +114,14 @@ def load_config(path: str, overrides: dict[str, object], opts: Sequence[str] = (
 
 
 def saved_config(text: str, source: str, keys: Sequence[str] = ()) -> CfgNode:
-    """The config that a checkpoint holds as text; keys that there are no more are passed over.
+    """Read the config that a checkpoint holds as text; skip keys that no longer exist.
 
     Args:
-        keys: all that are read, by default every one: weights whose training had other bounds are still good weights.
+        keys: the keys to read, by default all. Weights are good weights even if the bounds of other keys have changed
+            since their training.
 
     Raises:
-        UserError: it is no such text, or a value of it is not what it should be.
+        UserError: the text is not a config, or a value is invalid.
     """
     config = default_config()
     known = {key for key, _ in _flatten(config)}.intersection(keys or dict(_flatten(config)))
@@ -132,25 +133,25 @@ def saved_config(text: str, source: str, keys: Sequence[str] = ()) -> CfgNode:
 
 
 def trained_with(content: dict, path: str) -> CfgNode:
-    """What a checkpoint of main.py says of its evaluation, in a config of defaults; for others these alone.
+    """Return the default config with the evaluation keys that a checkpoint of main.py holds; else the defaults alone.
 
     Raises:
-        UserError: what it holds as its config is none.
+        UserError: the text that the checkpoint holds as its config is not a config.
     """
     text = content.get("config")
     return saved_config(text, f"{path}: its config", OF_WEIGHTS) if isinstance(text, str) else default_config()
 
 
-# Keys that change no number, or are meant to change from one part of a run to the next.
+# Keys that change no number, or that may change when a run is resumed.
 FREE = (
     *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "DATA.MAX_UNREADABLE"),
-    *("MODEL.NUM_CLASSES", "MODEL.PRETRAINED", "MODEL.RESUME"),  # the head's size is compared
+    *("MODEL.NUM_CLASSES", "MODEL.PRETRAINED", "MODEL.RESUME"),  # loading compares the head's size
     *("TRAIN.USE_CHECKPOINT", "TRAIN.AUTO_RESUME", "TRAIN.MAX_SKIPPED"),
     *("OUTPUT", "TAG", "SAVE_FREQ", "SAVE_STEPS", "KEEP_LAST", "TENSORBOARD", "PRINT_FREQ"),
 )
 
 
-# What one process may have other than the next: its disk, and what changes neither a number nor when they meet.
+# Keys that may differ between processes: paths, and keys that change neither a number nor when the processes meet.
 LOCAL = (
     *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "TRAIN.USE_CHECKPOINT"),
     *("OUTPUT", "TAG", "TENSORBOARD", "PRINT_FREQ"),
@@ -158,21 +159,21 @@ LOCAL = (
 
 
 def settings(config: CfgNode) -> dict[str, object]:
-    """The keys that all processes of a run must have alike, with their values."""
+    """Return the keys that must be the same in all processes of a run, with their values."""
     return {key: value for key, value in _flatten(config) if key not in LOCAL}
 
 
 def changes(text: str, config: CfgNode, source: str | Path, keys: Sequence[str] = ()) -> list[str]:
-    """KEY OLD -> NEW for each key that changes numbers and is other in `config` than in a checkpoint's `text`.
+    """Return KEY OLD -> NEW for each key that changes numbers and differs between a checkpoint's `text` and `config`.
 
     Args:
-        keys: all that are compared, by default every one.
+        keys: the keys to compare, by default all.
 
     Raises:
-        UserError: `text` is no config.
+        UserError: `text` is not a config.
     """
     saved = dict(_flatten(saved_config(text, f"{source}: its config", keys)))
-    there = {key for key, _ in _flatten(_parse_yaml(text, str(source)))}  # an earlier version has fewer
+    there = {key for key, _ in _flatten(_parse_yaml(text, str(source)))}  # earlier versions have fewer keys
     return [
         f"{key} {saved[key]!r} -> {value!r}"
         for key, value in _flatten(config)
@@ -180,20 +181,20 @@ def changes(text: str, config: CfgNode, source: str | Path, keys: Sequence[str] 
     ]
 
 
-SEEN = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT", "TRAIN.AMP")  # what accuracy depends on
+SEEN = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT", "TRAIN.AMP")  # accuracy depends on these
 OF_WEIGHTS = ("MODEL.NAME", *SEEN)
 
 
 def seen_otherwise(content: dict, config: CfgNode, path: str | Path) -> list[str]:
-    """KEY OLD -> NEW for each key of evaluation that is other in `config` than in a checkpoint of main.py."""
+    """Return KEY OLD -> NEW for each evaluation key that differs between a checkpoint of main.py and `config`."""
     text = content.get("config")
     return changes(text, config, path, SEEN) if isinstance(text, str) else []
 
 
 def seen_config(content: dict, path: str | Path) -> str | None:
-    """The keys of a checkpoint's config that its evaluation depends on, as text; None without a config of main.py.
+    """Return, as text, the keys of a checkpoint's config that its evaluation depends on; None without a config.
 
-    It is for weights that are given away: paths and the like are not in it.
+    The text is for weights that are passed on to others, so it holds no paths and the like.
     """
     if not isinstance(content.get("config"), str):
         return None
@@ -216,7 +217,10 @@ def _read_yaml(path: str) -> dict:
 
 
 class StrictYaml:
-    """Of a loader: aliases, which make gigabytes of a few lines, tags, which run code, and repeated keys are errors."""
+    """A mixin for YAML loaders that refuses aliases, tags and repeated keys.
+
+    Aliases can turn a few lines into gigabytes, and tags can run code.
+    """
 
     def compose_node(self, parent, index):
         event = self.peek_event()
@@ -234,7 +238,7 @@ class StrictYaml:
 
 
 class _TextLoader(StrictYaml, yaml.BaseLoader):
-    """Every value as the text that stands there, as --opts has it: no dates, no octal numbers, no `off` for False."""
+    """Load every value as text, as --opts does: no dates, no octal numbers, no `off` for False."""
 
 
 def _parse_yaml(text: str, source: str) -> dict:
@@ -258,7 +262,7 @@ def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
     return leaves
 
 
-# Keys of the authors' repository, or what they begin with, and what takes their place; docs/from_the_authors_code.md.
+# Keys of the authors' repository, or their first parts, with advice what to do instead; docs/from_the_authors_code.md.
 AUTHORS_KEYS = {
     "MODEL.SPATIALMAMBA": "the sizes follow from MODEL.NAME, e.g. spatialmamba_tiny",
     "MODEL.TYPE": "leave it out; MODEL.NAME says which model, e.g. spatialmamba_tiny",
@@ -300,7 +304,7 @@ def _hint(key: str, known: list[str]) -> str:
 
 
 def _set(config: CfgNode, key: str, value: object, source: str) -> None:
-    """Set one leaf to a value of its default's type."""
+    """Set one key to a value, which must be of the type of the key's default."""
     known = [k for k, _ in _flatten(config)]
     if key not in known:
         raise UserError(f"{source}: no config key {key}{_hint(key, known)}")
@@ -321,14 +325,14 @@ def _set(config: CfgNode, key: str, value: object, source: str) -> None:
 
 
 def _literal(value: object, kind: type) -> object:
-    """A word as Python reads it, a truth value as YAML does too; or the word itself."""
+    """Read a word as a Python literal or, if `kind` is bool, a YAML truth value; return any other word unchanged."""
     if type(value) is not str:
         return value
     if kind is bool and value.lower() in WORDS:
         return WORDS[value.lower()]
     try:
         read = ast.literal_eval(value)
-        repr(read)  # Python reads hexadecimal numbers that it does not write
+        repr(read)  # Python reads hexadecimal numbers that are too long for it to print
     except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
         return value
     return read
@@ -342,8 +346,8 @@ CHOICES = {
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
 }
-COUNT = 2**31 - 1  # no more of anything
-# Lowest and highest value; for a list, of each of its two numbers. None of them is infinite.
+COUNT = 2**31 - 1  # the upper limit of every count
+# Lowest and highest value; for a list, the bounds of each of its two numbers. No bound is infinite.
 RANGES = {
     "DATA.BATCH_SIZE": (1, 2**20),
     "DATA.IMG_SIZE": (1, 2**14),
@@ -362,8 +366,8 @@ RANGES = {
     "TRAIN.ACCUMULATION_STEPS": (1, 2**20),
     "TRAIN.MAX_SKIPPED": (1, COUNT),
     "TRAIN.OPTIMIZER.BETAS": (0, 0.999999),
-    "TRAIN.OPTIMIZER.EPS": (1e-30, 1),  # in float32, less is 0: moments of 0 would be divided by it
-    "TRAIN.EMA.DECAY": (0, 0.9999999),  # at 1 the average would stay what it is at first
+    "TRAIN.OPTIMIZER.EPS": (1e-30, 1),  # a smaller value can be 0 in float32: then moments of 0 would be divided by 0
+    "TRAIN.EMA.DECAY": (0, 0.9999999),  # at 1 the average would never change
     "TRAIN.MESA.WEIGHT": (0, 1e3),
     "TRAIN.MESA.START": (0, 1),
     "AUG.SCALE": (1e-6, 1),
@@ -383,17 +387,17 @@ RANGES = {
     "PRINT_FREQ": (1, COUNT),
     "SEED": (0, 2**31),
 }
-# Where 0 is off, what is nearly 0 is neither: alphas make NaN of random numbers, gradients round to 0.
+# For these keys 0 means off, but values near 0 break training: tiny alphas give NaN, tiny gradients round to 0.
 OFF_OR_MORE, LEAST = ("TRAIN.CLIP_GRAD", "AUG.MIXUP", "AUG.CUTMIX"), 1e-6
 FLAGS = {"DATA.BATCH_SIZE": "--batch-size", "TRAIN.ACCUMULATION_STEPS": "--accumulation-steps", "SEED": "--seed"}
 
 
 def _validate(config: CfgNode) -> None:
-    """Refuse values that could only fail later, or be taken silently for something else."""
+    """Refuse values that would fail later, or that would silently mean something else."""
     values = dict(_flatten(config))
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            ours = f"spatialmamba_{values[key]}"  # the authors' name is the size alone
+            ours = f"spatialmamba_{values[key]}"  # the authors' names are the sizes alone
             hint = f"; {ours} is that size" if ours in choices else ""
             raise UserError(f"{key} must be one of {', '.join(choices)}, got {values[key]!r}{hint}")
     for key, (low, high) in RANGES.items():
@@ -406,7 +410,7 @@ def _validate(config: CfgNode) -> None:
             f"TRAIN.WARMUP_EPOCHS must be in [0, TRAIN.EPOCHS), got {config.TRAIN.WARMUP_EPOCHS} "
             f"of {config.TRAIN.EPOCHS} epochs"
         )
-    for key in ("MIN_LR", *(["WARMUP_LR"] if config.TRAIN.WARMUP_EPOCHS else [])):  # all are scaled alike
+    for key in ("MIN_LR", *(["WARMUP_LR"] if config.TRAIN.WARMUP_EPOCHS else [])):  # all rates scale alike
         if config.TRAIN[key] > config.TRAIN.BASE_LR:
             raise UserError(
                 f"TRAIN.{key} is {config.TRAIN[key]}, above TRAIN.BASE_LR, {config.TRAIN.BASE_LR}: the rate would run "
@@ -418,7 +422,7 @@ def _validate(config: CfgNode) -> None:
         raise UserError("with TRAIN.MESA.START 1 MESA would never begin: lower it, or set TRAIN.MESA.WEIGHT 0")
 
 
-# Keys that nothing reads while another key has a certain value: the reason, and when it holds.
+# Keys without effect while another key has a certain value: the reason, and the condition.
 WITHOUT_EFFECT: dict[str, tuple[str, Callable[[CfgNode], bool]]] = {
     "AUG.COLOR_JITTER": ("AUG.AUTO_AUGMENT is set", lambda c: bool(c.AUG.AUTO_AUGMENT)),
     "AUG.REMODE": ("AUG.REPROB is 0", lambda c: c.AUG.REPROB == 0),
@@ -433,7 +437,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, Callable[[CfgNode], bool]]] = {
 
 
 def settings_without_effect(config: CfgNode) -> list[str]:
-    """One message for each key that differs from its default although another key switches it off."""
+    """Return one message for each key that differs from its default although another key switches it off."""
     values, defaults = dict(_flatten(config)), dict(_flatten(default_config()))
     return [
         f"{key} {values[key]} has no effect, because {reason}"

@@ -1,13 +1,13 @@
-"""Weights from a checkpoint to a safetensors file, and back, and to mmpretrain.
+"""Convert weights from a checkpoint to a safetensors file, back, and to mmpretrain.
 
     python -m classification.convert ckpt.pth weights.safetensors [--weights model_ema]
     python -m classification.convert weights.safetensors weights.pth
     python -m classification.convert ckpt.pth mmpretrain.pth --to mmpretrain
 
 The safetensors file holds one set of weights, the names of their classes, the size of the images and the like, and a
-digest of all that, which is compared when it is read. The .pth file holds the same, {"model": state dict, ...}, which
-`--pretrained` of main.py takes as well; for mmpretrain it is {"state_dict": ...} by the names of `configs/mmpretrain`.
-An existing file is not overwritten.
+digest of all these, which is compared when the file is read. The .pth file holds the same except the digest, as
+{"model": state dict, ...}; `--pretrained` of main.py takes both files. For mmpretrain, the .pth file holds
+{"state_dict": ...} with the names of `configs/mmpretrain`. An existing file is not overwritten.
 """
 
 import argparse
@@ -37,9 +37,9 @@ THEIRS = {"DATA.IMG_SIZE": 224, "DATA.INTERPOLATION": "bicubic", "TEST.CROP_PCT"
 
 
 def to_mmpretrain(state: StateDict) -> StateDict:
-    """A classifier's weights by the names of mmpretrain's ImageClassifier.
+    """Rename a classifier's weights for mmpretrain's ImageClassifier.
 
-    The norm before pooling is there the norm of the backbone's only map; the head is LinearClsHead's `fc`.
+    In mmpretrain, the norm before pooling is the norm of the backbone's only map, and the head is LinearClsHead's `fc`.
     """
     names = {"norm.": "backbone.outnorm3.", "head.": "head.fc."}
 
@@ -51,10 +51,10 @@ def to_mmpretrain(state: StateDict) -> StateDict:
 
 
 def convert(source: Path, target: Path, weights: str = "model", to: str | None = None) -> int:
-    """Write `weights` ("model" or "model_ema") of `source` to `target`; returns the number of tensors.
+    """Write `weights` ("model" or "model_ema") of `source` to `target`. Return the number of tensors.
 
     Raises:
-        UserError: `source` cannot be read or does not hold them; `target` exists or is neither .safetensors nor .pth.
+        UserError: `source` cannot be read or lacks these weights; `target` exists or is neither .safetensors nor .pth.
     """
     if target.suffix not in (SAFETENSORS, ".pth") or (to and target.suffix != ".pth"):
         raise UserError(f"{target}: must end in {'' if to else f'{SAFETENSORS} or '}.pth")
@@ -81,7 +81,10 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
 
 
 def _say_how_evaluated(config: CfgNode) -> None:
-    """mmpretrain's checkpoints have no place for it, and its configs are those of the published sizes."""
+    """Print the evaluation settings that differ from mmpretrain's configs, which are for the published weights.
+
+    mmpretrain's checkpoints have no place for these settings.
+    """
     images = {"DATA.IMG_SIZE": config.DATA.IMG_SIZE, "DATA.INTERPOLATION": config.DATA.INTERPOLATION}
     found = images | {"TEST.CROP_PCT": config.TEST.CROP_PCT}
     others = [f"{key} {found[key]} ({value} there)" for key, value in THEIRS.items() if found[key] != value]

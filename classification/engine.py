@@ -1,4 +1,4 @@
-"""One epoch of training, and an exact evaluation: objects in, metrics out."""
+"""One epoch of training, and an exact evaluation; both take objects and return metrics."""
 
 import logging
 import math
@@ -36,8 +36,8 @@ class Progress:
     """How far an epoch has come."""
 
     step: int = 0  # batches done
-    loss: float = 0.0  # sum over those whose loss is finite
-    finite: int = 0  # as many
+    loss: float = 0.0  # sum over the batches whose loss is finite
+    finite: int = 0  # number of these batches
     seconds: float = 0.0
 
     @property
@@ -51,7 +51,7 @@ def _ignore(*_: object) -> None:
 
 @dataclass
 class Trainer:
-    """What one epoch of training works on."""
+    """The objects and settings that one epoch of training works with."""
 
     model: nn.Module  # wrapped in DistributedDataParallel if there are several processes
     criterion: Callable[[Tensor, Tensor], Tensor]
@@ -63,14 +63,14 @@ class Trainer:
     guard: NonFiniteGuard
     mixup: Mixup | None = None
     ema: ModelEmaV3 | None = None
-    mesa_weight: float = 0.0  # of the self-distillation from `ema`
-    clip_grad: float = 0.0  # 2-norm; 0 is off
+    mesa_weight: float = 0.0  # weight of the self-distillation from `ema`
+    clip_grad: float = 0.0  # largest 2-norm of the gradients; 0: off
     accumulation_steps: int = 1
     seed: int = 0
     rank: int = 0
     unreadable: UnreadableImages = field(default_factory=UnreadableImages)
-    after_update: Callable[[int, Callable[[], None]], None] = _ignore  # updates so far, and what measures the progress
-    on_report: Callable[[dict[str, float]], None] = _ignore  # given what was measured
+    after_update: Callable[[int, Callable[[], None]], None] = _ignore  # gets updates so far and `_Sums.measure`
+    on_report: Callable[[dict[str, float]], None] = _ignore  # called with the measured values
 
     def __post_init__(self) -> None:
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
@@ -81,7 +81,7 @@ class Trainer:
 
 
 class _Sums:
-    """Sums over the batches of an epoch, kept on the device, and times; `measure` brings `progress` up to date."""
+    """Sums over the batches of an epoch, kept on the device, and times. `measure` brings `progress` up to date."""
 
     def __init__(self, progress: Progress, device: torch.device):
         self.progress, self.step = progress, progress.step
@@ -113,20 +113,20 @@ class _Sums:
 def train_one_epoch(
     t: Trainer, loader: DataLoader, epoch: int, print_freq: int = 10, progress: Progress | None = None
 ) -> dict[str, float]:
-    """Train on every batch of `loader`; an update for every `accumulation_steps` batches and for those left over.
+    """Train on every batch of `loader`, with one update for every `accumulation_steps` batches and for the rest.
 
     Args:
-        loader: the epoch's batches, or those left of it after `progress`.
-        progress: where an interrupted epoch goes on, always between two updates; in the end, where it ended.
+        loader: the epoch's batches, or the batches that remain after `progress`.
+        progress: where an interrupted epoch goes on, always between two updates. At the end it says where the epoch
+            ended.
 
     Returns:
-        `loss`: mean over this process' batches; `lr`: the schedule's at the last update, with which
-        the next one is made; `skipped`: updates that were not finite,
-        since the run was started or resumed; `seconds`.
+        `loss`: mean over this process' batches; `lr`: the schedule's rate after the last update, which the next update
+        uses; `skipped`: updates that were not finite, since the run was started or resumed; `seconds`.
 
     Raises:
-        NonFiniteError: too many updates in a row were not finite. Looked for where the loss is printed, so that no step
-            waits for a GPU.
+        NonFiniteError: too many updates in a row were not finite, or no loss of the epoch was. On a GPU, updates are
+            checked only when the loss is printed, so that other steps do not wait for the GPU.
         UserError: more images than allowed could not be read.
     """
     progress = progress or Progress()
@@ -160,7 +160,7 @@ def train_one_epoch(
                 )
                 unchecked = False
             t.optimizer.zero_grad()
-            t.scheduler.step_update(update)  # with the number of the update just done, as in the authors' code
+            t.scheduler.step_update(update)  # the number of the update just made, as in the authors' code
             update += 1
         if reports:
             _report(t, bar, sums, norm, epoch, step + 1, batches, update)
@@ -181,14 +181,14 @@ def train_one_epoch(
 
 
 def _prepare(t: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch on the device, mixed there."""
+    """Move a batch to the device and apply mixup there."""
     images = images.to(t.device, non_blocking=True)
     targets = targets.to(t.device, non_blocking=True)
     return t.mixup(images, targets) if t.mixup is not None else (images, targets)
 
 
 def _accumulate(t: Trainer, images: Tensor, targets: Tensor, group: int, sync: bool) -> Tensor:
-    """Add one batch's gradients, divided by `group`; processes exchange them only if `sync`. Returns the loss."""
+    """Add one batch's gradients, divided by `group`, and return the loss. Exchange gradients only if `sync`."""
     wait = not sync and isinstance(t.model, DistributedDataParallel)
     begin_step(_unwrap(t.model))
     with t.model.no_sync() if wait else nullcontext():
@@ -209,21 +209,25 @@ def _repeat_forward(t: Trainer, images: Tensor, epoch: int, step: int) -> None:
 
 
 def _self_distillation(ema: ModelEmaV3, images: Tensor, logits: Tensor) -> Tensor:
-    """MESA: cross entropy of the logits with the EMA model's softmax, without gradient through the latter."""
+    """Return MESA's loss: cross entropy of the logits with the EMA model's softmax, which gets no gradient."""
     with torch.no_grad():
         teacher = ema.module(images).softmax(-1)
     return SoftTargetCrossEntropy()(logits, teacher)
 
 
 def _update(t: Trainer) -> Tensor:
-    """Clip and step, unless gradients are not finite; returns their norm. The EMA moves to the model either way."""
+    """Clip the gradients and step, unless the gradients are not finite; update the EMA in both cases.
+
+    Returns:
+        The norm of the gradients before clipping.
+    """
     t.scaler.unscale_(t.optimizer)
     parameters = list(t.model.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     bad = t.guard.judge(norm)
-    if t.clip_grad:  # by 1 if they are not finite, so that the guard still sees which of them are
+    if t.clip_grad:  # by a factor of about 1 if the norm is not finite: the guard must see which gradients are finite
         nn.utils.clip_grads_with_norm_(parameters, t.clip_grad, torch.where(bad > 0, t.clip_grad, norm))
-    # As GradScaler.step does, but the norm decides: gradients can be finite and their norm not.
+    # As GradScaler.step does, but the norm decides: finite gradients can have a norm that is not finite.
     t.optimizer.grad_scale, t.optimizer.found_inf = None, bad
     t.optimizer.step()
     t.scaler.update()
@@ -263,10 +267,10 @@ def _digits(value: float, digits: int) -> str:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: what PyTorch had allocated on a GPU, what the process held otherwise."""
+    """Return the peak memory in bytes: PyTorch's allocations on a GPU, else the memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # of what getrusage says
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes in getrusage's unit
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -278,23 +282,23 @@ def evaluate(
     autocast: Callable[[], torch.autocast],
     before_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in per cent and mean cross entropy over the images of all processes, each counted once.
+    """Return top-1 and top-5 accuracy in per cent and mean cross entropy; each image of all processes counts once.
 
-    Processes may hold shares of different size, even none: only sums are exchanged. Images with a negative target could
-    not be read; they are counted apart, as `unreadable`.
+    Processes may hold different numbers of images, even none, because they exchange only sums. An image with a negative
+    target could not be read and counts separately, as `unreadable`.
 
     Args:
         before_batch: called before each batch, in all processes equally often.
 
     Raises:
-        UserError: not one image could be read.
+        UserError: no image could be read.
     """
     model = _unwrap(model)
     was_training = model.training
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, top-1, top-5, loss, unreadable
     batches = iter(_progress_bar(loader, "evaluate"))
-    whole = 0  # images of the largest batch so far
+    whole = 0  # size of the largest batch so far
     rounds = torch.tensor(len(loader), device=device)
     if dist.is_initialized():
         dist.all_reduce(rounds, dist.ReduceOp.MAX)
@@ -328,7 +332,7 @@ def _count(
         logger.warning("%s; it is not counted", message)
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     with autocast():
-        logits = model(filled(images, whole))[: len(images)]  # not kept: the next batch may be written over them
+        logits = model(filled(images, whole))[: len(images)]  # do not keep them: the next batch may overwrite them
     read = targets >= 0
     ranked = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]) & read[:, None]
     losses = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)
@@ -340,7 +344,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _progress_bar(loader: DataLoader, description: str) -> Iterable:
-    """A progress bar on the first process' terminal; in a log, the plain loader."""
+    """Return a progress bar on the first process' terminal; otherwise the plain loader."""
     if not sys.stderr.isatty() or (dist.is_initialized() and dist.get_rank()):
         return loader
     return tqdm(loader, description, leave=False, dynamic_ncols=True)

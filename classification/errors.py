@@ -1,4 +1,4 @@
-"""What goes wrong by the user's hand, as opposed to by ours; and what names look like in a message."""
+"""Errors that the user, not the program, has caused; and how messages print names."""
 
 import io
 import os
@@ -11,22 +11,23 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """Bad input. The message is all the user sees: it names the file, key or shape and says what to do."""
+    """Bad input. The user sees only the message, which names the file, key or shape and says what to do."""
 
 
 def printable(text: str) -> str:
-    """Text as a terminal may show it: what is not printable is escaped, so that a name cannot steer the terminal."""
+    """Escape the unprintable characters of a text, so that a name cannot control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def end_with(message: str, rank: str = "RANK") -> NoReturn:
     """End the process with one line and status 1.
 
-    A launcher ends all processes when one ends. So the first process prints its error at once. The others wait first:
-    mostly they have the same error, and the launcher ends them before they print it again.
+    A launcher ends all processes when one process ends. So the first process prints its error at once, and the other
+    processes wait first: mostly they have the same error, and the launcher ends them before they print it again.
 
     Args:
-        rank: the environment variable that numbers the processes, of all machines or of each.
+        message: the line to print after "error: ".
+        rank: the environment variable that numbers the processes, over all machines or on each machine.
     """
     if os.environ.get(rank, "0") != "0":
         time.sleep(10)  # on a busy machine the first process takes seconds to end
@@ -34,7 +35,10 @@ def end_with(message: str, rank: str = "RANK") -> NoReturn:
 
 
 def normalisation_hint(names: Iterable[str], others: Iterable[str]) -> str:
-    """Which of names that differ look the same, for a message: systems write letters with accents in two ways."""
+    """Return a hint, for a message, on two differing names that look the same; "" if there are none.
+
+    Systems write letters with accents in two ways (Unicode NFC and NFD).
+    """
     looks = {unicodedata.normalize("NFC", name): name for name in names}
     for other in others:
         name = looks.get(unicodedata.normalize("NFC", other), other)
@@ -47,22 +51,23 @@ def normalisation_hint(names: Iterable[str], others: Iterable[str]) -> str:
 
 
 def escape_on_streams() -> None:
-    """Have the console escape what its encoding lacks: a name is no reason to end with a traceback."""
+    """Make the console escape characters that its encoding lacks, so that a name does not cause a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """
+    """Return whether `path` is a regular file.
+
     Raises:
-        UserError: whether there is a file cannot be told: a folder that may not be entered, a name that is too long.
+        UserError: the system does not tell: a folder may not be entered, or the name is too long.
     """
     return _is(path, stat.S_ISREG)
 
 
 def is_dir(path: str | os.PathLike) -> bool:
-    """As `is_file`."""
+    """Return whether `path` is a folder; raise as `is_file`."""
     return _is(path, stat.S_ISDIR)
 
 

@@ -1,11 +1,11 @@
-"""A checkpoint as an ONNX file, or as a program of torch.export, that needs nothing of this repository to run.
+"""Write a checkpoint as an ONNX file or a program of torch.export, which runs without this repository.
 
     python -m classification.export ckpt.pth model.onnx
     python -m classification.export ckpt.pth model.pt2 --dynamic batch size
 
-The input is images (batch, channels, height, width), normalised as in training; the output is logits. The operators of
-selective_scan and dwconv2d are written out in standard ones. What was written is run, and compared with the model,
-before it gets its name. An existing file is not overwritten. ONNX needs the packages onnx, onnxscript and onnxruntime.
+The input is images (batch, channels, height, width), normalised as in training; the output is logits. Standard
+operators replace the operators of selective_scan and dwconv2d. Before the written file gets its name, it is run and
+compared with the model. An existing file is not overwritten. ONNX needs the packages onnx, onnxscript and onnxruntime.
 """
 
 import argparse
@@ -45,23 +45,24 @@ from classification.models import VARIANTS, SpatialMamba, undo_optimise_for_cpu
 ONNX, PT2 = ".onnx", ".pt2"
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 LARGEST, MOST = 8192, 1024  # pixels of a side, images of a batch
-SMALLEST = 33  # pixels of a side that may be chosen: below, the last map is one token, another graph
-EXAMPLE = 64  # pixels, to trace what a checkpoint of smaller images does with any size
-TOLERANCE = 1e-4  # of the largest logit
-STEM = "patch_embed.conv1.conv.weight"  # whose second size is the images' channels
+SMALLEST = 33  # pixels of a dynamic side: with fewer, the last map is a single token, which needs another graph
+EXAMPLE = 64  # least pixels of a side when tracing with a dynamic size
+TOLERANCE = 1e-4  # as a share of the largest logit
+STEM = "patch_embed.conv1.conv.weight"  # its second dimension is the number of channels of the images
 
 
 def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), strict: bool = False) -> ExportedProgram:
-    """`torch.export` of the model in evaluation mode, decomposed into standard operators.
+    """Export the model in evaluation mode with `torch.export`, decomposed into standard operators.
 
     Args:
-        model: any form of it, after `optimise_for_cpu` too; left in evaluation mode.
+        model: the model, also after `optimise_for_cpu`; it stays in evaluation mode.
         size: height and width of the images, 1 to `LARGEST`; `SMALLEST` to `LARGEST` if "size" is dynamic.
-        dynamic: of "batch" and "size", what a user may choose: 1 to `MOST` images, `SMALLEST` to `LARGEST` pixels.
-        strict: as of `torch.export.export`.
+        dynamic: "batch", "size" or both: the program then takes 1 to `MOST` images, or sides of `SMALLEST` to `LARGEST`
+            pixels.
+        strict: as in `torch.export.export`.
 
     Raises:
-        UserError: images that are too small or too large.
+        UserError: `size` is too small or too large.
     """
     smallest = SMALLEST if "size" in dynamic else 1
     if not smallest <= size <= LARGEST:
@@ -70,9 +71,9 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), st
     dimensions = {0: Dim("batch", max=MOST)} if "batch" in dynamic else {}
     if "size" in dynamic:
         dimensions |= {2: Dim("height", min=SMALLEST, max=LARGEST), 3: Dim("width", min=SMALLEST, max=LARGEST)}
-    # Sizes that differ, for equal ones would be taken for one; but what is fixed is as asked for.
+    # Dynamic height and width must differ in the example, or torch.export would treat them as one size.
     shape = (2 if "batch" in dynamic else 1, model.in_chans, size, size + 32 * ("size" in dynamic))
-    # Without the derivative of each scan, which would be traced as well.
+    # no_grad keeps the derivative of each scan out of the trace.
     with torch.no_grad(), _plain_layers(model):
         program = torch.export.export(model.eval(), (torch.zeros(shape),), dynamic_shapes=(dimensions,), strict=strict)
         return program.run_decompositions({**selective_scan.decompositions(), **dwconv2d.decompositions()})
@@ -80,7 +81,10 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), st
 
 @contextlib.contextmanager
 def _plain_layers(model: torch.nn.Module) -> Iterator[None]:
-    """PyTorch's own layers, and those of `optimise_for_cpu` again after: these choose by size, so a graph would too."""
+    """Replace the layers of `optimise_for_cpu` by PyTorch's own layers, and restore them afterwards.
+
+    The layers of `optimise_for_cpu` choose their computation by size, so a traced graph would depend on the size.
+    """
     classes = [(module, type(module)) for module in model.modules()]
     undo_optimise_for_cpu(model)
     try:
@@ -91,10 +95,10 @@ def _plain_layers(model: torch.nn.Module) -> Iterator[None]:
 
 
 def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, list[str] | None, CfgNode]:
-    """The classifier that a checkpoint is of, the names of its classes if it has them, and how it was evaluated.
+    """Read a checkpoint: return the classifier, the names of its classes or None, and the config of its evaluation.
 
     Raises:
-        UserError: it cannot be read, does not hold these weights, or is of none of `VARIANTS`.
+        UserError: the checkpoint cannot be read, does not hold these weights, or fits none of `VARIANTS`.
     """
     content = read_checkpoint(path)
     found = state_dicts(content, path)
@@ -113,7 +117,7 @@ def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, 
 
 def write_onnx(program: ExportedProgram, target: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a program of any model as ONNX, with inputs `images` and outputs `logits`."""
-    with contextlib.redirect_stdout(io.StringIO()):  # its exporter reports its steps
+    with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its steps
         onnx_program = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
         )
@@ -122,7 +126,7 @@ def write_onnx(program: ExportedProgram, target: Path, metadata: dict[str, str] 
 
 
 def write(program: ExportedProgram, target: Path, names: list[str] | None = None) -> Callable[[Tensor], Tensor]:
-    """Write a program to `target`, .onnx or .pt2, with the names of its classes; returns what runs the file."""
+    """Write a program and its class names to `target`, .onnx or .pt2. Return a function that runs the file."""
     text = json.dumps(names or [])
     if target.suffix == PT2:
         torch.export.save(program, target, extra_files={f"{CLASSES}.json": text})
@@ -135,9 +139,9 @@ def write(program: ExportedProgram, target: Path, names: list[str] | None = None
 
 
 def difference(model: SpatialMamba, run: Callable[[Tensor], Tensor], shapes: Sequence[tuple[int, ...]]) -> float:
-    """The largest difference of logits on random images of these shapes, as a share of the largest logit.
+    """Return the largest difference of logits on random images of these shapes, as a share of the largest logit.
 
-    Infinite where a logit of either is not finite.
+    The result is infinite if a logit of the model or of `run` is not finite.
     """
     torch.manual_seed(0)
     largest = 0.0
@@ -153,19 +157,19 @@ def difference(model: SpatialMamba, run: Callable[[Tensor], Tensor], shapes: Seq
 def export_checkpoint(
     source: Path, target: Path, weights: str = "model", size: int | None = None, dynamic: Sequence[str] = ()
 ) -> float:
-    """Write `weights` of `source` to `target`; returns the largest difference from the model, relative.
+    """Write `weights` of `source` to `target`. Return the `difference` between the written file and the model.
 
-    Without `size`, the images are of the size that main.py trained it on; of other checkpoints, 224.
+    Without `size`, the images have the size that main.py trained the model on; for other checkpoints, 224.
 
     Raises:
         UserError: `source` cannot be read; `target` exists, is neither .onnx nor .pt2, or cannot be written; a package
-            is missing; or what was written computes something else.
+            is missing; or the logits of the written file differ from the model's.
     """
     if target.suffix not in (ONNX, PT2):
         raise UserError(f"{target}: must end in {ONNX} or {PT2}")
     if os.path.lexists(target):
         raise UserError(f"{target}: exists; remove it or name another file")
-    if not target.parent.is_dir():  # asked before the minutes of an export
+    if not target.parent.is_dir():  # an export takes minutes, so check this first
         raise UserError(f"{target}: cannot be written, for {target.parent} is no folder")
     missing = [name for name in NEEDED_FOR_ONNX if target.suffix == ONNX and find_spec(name) is None]
     if missing:
@@ -192,7 +196,7 @@ def export_checkpoint(
 
 @contextlib.contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Keeps quiet what the exporters log and warn of their own graphs; afterwards the process logs as before."""
+    """Silence the exporters' log messages and warnings about their own graphs; then let the process log as before."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,6 +1,6 @@
-"""FLOPs by fvcore's counter, a multiply-add as one, with the custom operators counted.
+"""Count FLOPs with fvcore, including the custom operators; a multiply-add counts as one.
 
-Counted are convolutions, linear layers, norms and the operators below; activations and sums are not, as in the paper.
+Convolutions, linear layers, norms and the operators below count; activations and sums do not, as in the paper.
 """
 
 import copy
@@ -27,9 +27,12 @@ HANDLES = {
 
 
 def count_flops(model: nn.Module, size: tuple[int, int] = (224, 224)) -> FlopCountAnalysis:
-    """FLOPs of one image of `size` (height, width), in the model's present mode. `.total()` and `.by_module()` tell.
+    """Count the FLOPs of one image of `size` (height, width) in the model's present mode.
 
-    Training mode counts 5 instead of 2 operations an element for batch norm; the published figures do.
+    Training mode counts 5 instead of 2 operations an element for batch norm; the published figures do so too.
+
+    Returns:
+        The analysis; its `.total()` and `.by_module()` give the counts.
     """
     model = copy.deepcopy(model)  # a pass in training mode updates batch norm
     weight = next(model.parameters())
@@ -37,12 +40,12 @@ def count_flops(model: nn.Module, size: tuple[int, int] = (224, 224)) -> FlopCou
 
 
 def analyse(model: nn.Module, images: torch.Tensor) -> FlopCountAnalysis:
-    """fvcore's count of a forward pass of any model that may hold our operators."""
+    """Return fvcore's count of a forward pass of any model; our operators are counted too."""
     analysis = FlopCountAnalysis(model, images).set_op_handle(**HANDLES)
-    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)  # it lists every activation as unsupported
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)  # fvcore lists every activation as unsupported
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
 
 
 def flops_table(model: nn.Module, size: tuple[int, int] = (224, 224)) -> str:
-    """Parameters and FLOPs by layer as a Markdown table."""
+    """Return parameters and FLOPs by layer as a Markdown table."""
     return flop_count_table(count_flops(model, size), max_depth=3)

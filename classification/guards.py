@@ -1,4 +1,4 @@
-"""What keeps a run alive: updates that are not finite are skipped and traced to a layer."""
+"""A guard that keeps a run alive: it skips updates that are not finite and traces them to a layer."""
 
 import logging
 from collections.abc import Callable
@@ -14,20 +14,20 @@ logger = logging.getLogger("spatialmamba")
 
 
 class NonFiniteError(RuntimeError):
-    """Updates, or a validation loss, that stay NaN or infinite."""
+    """Updates stay NaN or infinite, or a validation loss or all losses of an epoch are."""
 
 
 class NonFiniteGuard:
     """Marks updates whose gradients are not finite for skipping, and counts them, without waiting for the device.
 
-    Batch norm's running statistics, which the forward pass of such an update has spoilt, are put back. The sums of the
-    outputs of stem, blocks and downsamplings tell which of them was the first to be not finite.
+    The forward pass of such an update spoils batch norm's running statistics; the guard restores them. The sums of the
+    outputs of stem, blocks and downsamplings tell which module was the first with an output that is not finite.
 
     Args:
-        model: not wrapped; all processes must come to the same gradients.
-        limit: as many such updates in a row are an error.
-        probe: whether to take those sums, which a model that is to be compiled has no place for. Without them, what is
-            not finite is looked for in a repeated forward pass alone.
+        model: not wrapped; all processes must get the same gradients.
+        limit: this number of such updates in a row is an error.
+        probe: whether to take the sums; a model that will be compiled cannot take them. Without the sums, only a
+            repeated forward pass tells where the values began not to be finite.
     """
 
     def __init__(self, model: nn.Module, limit: int, probe: bool = True):
@@ -41,7 +41,7 @@ class NonFiniteGuard:
         for i, module in enumerate(probed.values()):
             module.register_forward_hook(partial(self._probe, i))
         device = next(model.parameters()).device
-        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # in a row, in all
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # bad updates in a row, and in all
         self.spoilt = torch.zeros(len(self.names), dtype=torch.int32, device=device)
         self.reported = 0
 
@@ -51,14 +51,18 @@ class NonFiniteGuard:
             self.sums[index] = self.sums[index] + total if index in self.sums else total
 
     def begin(self) -> None:
-        """Before the first batch of an update."""
+        """Keep the running statistics; call this before the first batch of an update."""
         self.sums.clear()
         for kept, buffer in zip(self.kept, self.buffers, strict=True):
             kept.copy_(buffer)
 
     @torch.no_grad()
     def judge(self, norm: Tensor) -> Tensor:
-        """After the last batch, given the norm of the gradients: 1 if the update is to be skipped, else 0, float32."""
+        """Return 1 if the update must be skipped, else 0, in float32; call this after the last batch of an update.
+
+        Args:
+            norm: the norm of the gradients.
+        """
         bad = ~norm.isfinite()
         self.counts += bad
         self.counts[0] *= bad
@@ -69,7 +73,7 @@ class NonFiniteGuard:
         return bad.float()
 
     def check(self, where: str, forward: Callable[[], object] | None = None) -> bool:
-        """Wait for the device; log updates skipped since the last check. Returns whether there were any.
+        """Wait for the device and log the updates skipped since the last check. Return whether there were any.
 
         Args:
             where: place in the run, for the message.
@@ -100,12 +104,12 @@ class NonFiniteGuard:
     def _origin(self, forward: Callable[[], object] | None) -> str:
         if dist.is_initialized():
             dist.all_reduce(self.spoilt)
-        layer = first_non_finite(self.model, forward) if forward else None  # synchronised batch norm: in all processes
+        layer = first_non_finite(self.model, forward) if forward else None  # in all processes, for SyncBatchNorm
         parameters = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
         if parameters:
             return f"parameter {parameters[0]} ({len(parameters)} in all) is not finite itself"
         spoilt = [name for name, count in zip(self.names, self.spoilt.tolist(), strict=True) if count]
-        if layer and (not spoilt or layer.startswith(spoilt[0])):  # else it began in another process
+        if layer and (not spoilt or layer.startswith(spoilt[0])):  # otherwise another process was first
             return f"the first output that is not finite is that of {layer}"
         if spoilt:
             return f"the first output that is not finite is that of {spoilt[0]}"
@@ -117,9 +121,9 @@ class NonFiniteGuard:
 
 @torch.no_grad()
 def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """Name of the first module in `forward()` whose output is not finite although its inputs are, or None.
+    """Return the name of the first module in `forward()` whose output is not finite although its inputs are, or None.
 
-    Buffers of the model, such as running statistics, are left as they were.
+    Afterwards, the model's buffers, such as running statistics, are as before.
     """
     found: list[str] = []
     names = {module: name for name, module in model.named_modules()}

@@ -4,7 +4,7 @@
     python main.py --cfg CFG --data-path DIR --pretrained CKPT     evaluate CKPT and stop
     python main.py --cfg CFG --throughput                          images per second, no data needed
 
-The same under torchrun or `python -m torch.distributed.launch`, on GPUs (NCCL) or CPUs (gloo).
+All of these also run under torchrun or `python -m torch.distributed.launch`, on GPUs (NCCL) or CPUs (gloo).
 """
 
 import argparse
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-# What takes the place of flags of the authors' repository; docs/from_the_authors_code.md.
+# Advice for flags of the authors' repository; see docs/from_the_authors_code.md.
 _OFF = "leave it out"
 AUTHORS_FLAGS = {
     "model_ema": "set --opts TRAIN.EMA.ENABLE True or False",
@@ -140,7 +140,7 @@ def _evaluates(args: argparse.Namespace, config: CfgNode) -> bool:
 
 
 def count_classes(config: CfgNode, split: str) -> int:
-    """Classes of the data, which MODEL.NUM_CLASSES must equal if it is set."""
+    """Return the number of classes of the data; MODEL.NUM_CLASSES must equal it if it is set."""
     found = len(class_names(config.DATA.DATA_PATH, split))
     if config.MODEL.NUM_CLASSES not in (0, found):
         raise UserError(
@@ -212,7 +212,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str, compile_mode: str 
 
 
 def measure_throughput(config: CfgNode, run: Run, compile_mode: str | None, channels_last: bool) -> None:
-    """Images per second of the forward pass on random images, for THROUGHPUT_SECONDS after a warm-up."""
+    """Log the images per second of the forward pass on random images, over THROUGHPUT_SECONDS after a warm-up."""
     model = run.place(build_model(config, config.MODEL.NUM_CLASSES or IMAGENET_CLASSES)).eval()
     size = config.DATA.IMG_SIZE
     images = torch.randn(config.DATA.BATCH_SIZE, model.in_chans, size, size, device=run.device)
@@ -282,9 +282,9 @@ def main() -> None:
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Preempted as request:
-        status = 128 + request.signal  # as a shell says it; not 0, for the run is not done
+        status = 128 + request.signal  # the shell's convention; not 0, because the run is not finished
     except (UserError, NonFiniteError) as error:
-        # A data loader's worker wraps the message in its traceback.
+        # An error in a data loader's worker comes with the message wrapped in a traceback.
         end_with(str(error).rpartition(f"{UserError.__name__}: ")[2].strip())
     except RuntimeError as error:
         if gone := lost_another(error):
@@ -296,7 +296,7 @@ def main() -> None:
             f"error: {printable(cause)}. If it is memory: start the container with a larger /dev/shm (docker's "
             "--shm-size=16g or --ipc=host), or lower DATA.NUM_WORKERS, 0 for none"
         )
-    gc.collect()  # DistributedDataParallel must be gone before the processes part
+    gc.collect()  # deletes DistributedDataParallel before the process group ends
     if dist.is_initialized():
         dist.destroy_process_group()
     if status:

@@ -1,4 +1,4 @@
-"""What a run measures, written as it goes: JSON lines and TensorBoard scalars."""
+"""Write what a run measures, while it runs, as JSON lines and TensorBoard scalars; and read the JSON lines."""
 
 import json
 from collections.abc import Iterator
@@ -16,13 +16,17 @@ EPOCHS, STEPS, TENSORBOARD = "metrics.jsonl", "steps.jsonl", "tensorboard"
 class MetricsLog:
     """Appends epochs to metrics.jsonl, reported steps to steps.jsonl, and both to `tensorboard/` in a run's folder.
 
-    A line that was cut off when the run was killed is removed first. An epoch or step that a resumed run repeats stands
-    twice; the last one counts, as `read_lines` has it.
+    A line that was cut off when the run was killed is removed first. The files hold an epoch or step that a resumed run
+    repeats twice; `read_lines` uses the last of the two.
     """
 
     def __init__(self, folder: Path, updates: int | None, tensorboard: bool = True):
-        """`updates` have been made; what TensorBoard holds of later ones is from a run that did not save them. None: an
-        update is of other batches than it was, so their numbers say nothing of that.
+        """
+        Args:
+            folder: the run's folder.
+            updates: number of updates made so far. TensorBoard drops its values of later updates, which the interrupted
+                run did not save. None: updates now have other batches than before, so TensorBoard keeps all values.
+            tensorboard: whether to write TensorBoard scalars.
         """
         self.folder = folder
         with self._writing():
@@ -42,13 +46,13 @@ class MetricsLog:
             ) from error
 
     def step(self, values: dict[str, float]) -> None:
-        """`values` holds `update`, the updates made so far, and scalars."""
+        """Write a step's `values`: `update`, the number of updates made so far, and scalars."""
         with self._writing():
             self._write(STEPS, values)
             self._draw("train", values, values["update"])
 
     def epoch(self, values: dict, update: int) -> None:
-        """`values` holds `epoch`, scalars, and a dict of scalars for each set of weights that was evaluated."""
+        """Write an epoch's `values`: `epoch`, scalars, and a dict of scalars for each evaluated set of weights."""
         with self._writing():
             self._write(EPOCHS, values)
             self._draw("epoch", values, update)
@@ -59,7 +63,7 @@ class MetricsLog:
                 self.writer.flush()
 
     def close(self) -> None:
-        with suppress(OSError):  # what has been written is there
+        with suppress(OSError):  # each line is flushed when it is written
             for file in self.files.values():
                 file.close()
             if self.writer:
@@ -77,13 +81,14 @@ class MetricsLog:
 
 
 def read_lines(path: Path, *keys: str) -> list[dict]:
-    """The objects of a file of JSON lines in the order of `keys`: those on the way to the last one.
+    """Return the objects in a file of JSON lines that lead to the last one, in the order of `keys`.
 
-    A run that went back to an earlier checkpoint repeats them; what stood there from that place on is of a branch that
-    was given up. Steps are in the order of epoch and step: updates are counted anew where a batch becomes another.
+    A run that went back to an earlier checkpoint repeats epochs and steps; older objects from that place on belong to
+    an abandoned branch and are left out. Steps are ordered by epoch and step, not by update, because the count of
+    updates changes when the batches change. A last line that was cut off is ignored.
 
     Raises:
-        UserError: the file is not there or not of this kind. A last line that was cut off is passed over.
+        UserError: the file is missing or of another kind.
     """
     if not is_file(path):
         raise UserError(f"{path}: no such file; name the folder of a run, OUTPUT/MODEL.NAME/TAG")

@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups and saved moments, and the learning rate: linear warm-up, then cosine, by update."""
+"""AdamW with its parameter groups and saved moments, and the learning rate: per update, linear warm-up, then cosine."""
 
 from itertools import permutations
 
@@ -15,25 +15,25 @@ REFERENCE_BATCH = 512  # the global batch that the config's learning rates are f
 
 
 def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> AdamW:
-    """AdamW. Weight decay spares 1-D parameters and biases, so `A_logs` and the fusion kernels do decay."""
+    """Build AdamW. Only 1-D parameters and biases have no weight decay; `A_logs` and the fusion kernels have it."""
     return AdamW(
         param_groups_weight_decay(model, config.TRAIN.WEIGHT_DECAY),
         lr=config.TRAIN.BASE_LR * global_batch / REFERENCE_BATCH,
         betas=tuple(config.TRAIN.OPTIMIZER.BETAS),
         eps=config.TRAIN.OPTIMIZER.EPS,
-        fused=True,  # the same update in one pass over each parameter
+        fused=True,  # makes the same update in one pass over each parameter
     )
 
 
 def load_moments(optimizer: AdamW, saved: dict) -> None:
-    """Moments and step counts as saved; learning rate, decay and other options as the config has them now.
+    """Load moments and step counts; learning rate, decay and other options stay as the present config sets them.
 
-    The saved groups may come in another order than ours, as the authors' do: those whose moments have the shapes of our
-    groups' parameters are taken for them. What is read from a file is brought into each parameter's own layout, which
-    the fused update reads without looking.
+    The saved groups may have another order than ours, as the authors' groups do: each of our groups takes the saved
+    group whose moments have the shapes of its parameters. Moments are copied to the layout of their parameter, because
+    the fused update reads them in that layout without checking.
 
     Raises:
-        ValueError: the groups or moments are not of these parameters, or are not dense, real and finite.
+        ValueError: the groups or moments do not fit these parameters, or are not dense, real and finite.
     """
     if not isinstance(saved, dict) or not all(isinstance(saved.get(k), t) for k, t in _OPTIMIZER_STATE.items()):
         raise ValueError("it is not {'state': {...}, 'param_groups': [...]}")
@@ -64,7 +64,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def _value(key: str, moments: dict) -> object:
-    """PyTorch before 1.12 has counted steps by plain numbers."""
+    """Return a saved moment or step count; PyTorch before 1.12 saved step counts as plain numbers, not tensors."""
     value = moments[key]
     counted = key == "step" and type(value) in (int, float) and not abs(value) >= 2**63
     return torch.tensor(float(value)) if counted else value
@@ -82,7 +82,7 @@ def _indices(group: object) -> list[int]:
 
 
 def _fit(groups: tuple[list[int], ...], parameters: list[list[nn.Parameter]], state: dict) -> bool:
-    """Whether each group's moments have the shapes of the parameters in its place."""
+    """Return whether the moments of each saved group have the shapes of the parameters of our group at its place."""
     return all(
         len(indices) == len(ours) and all(_shape(state, i) == p.shape for i, p in zip(indices, ours, strict=True))
         for indices, ours in zip(groups, parameters, strict=True)
@@ -100,7 +100,7 @@ def _shape(state: dict, index: int) -> torch.Size | None:
 
 
 def _complain(groups: list[list[int]], parameters: list[list[nn.Parameter]], state: dict) -> None:
-    """Name the first moments that do not fit, with the groups in the order in which most of them do."""
+    """Raise a ValueError that names the first moments that do not fit, in the order of groups in which most fit."""
     if sorted(map(len, groups)) != sorted(map(len, parameters)):
         raise ValueError(f"its groups have {[len(g) for g in groups]} parameters, not {[len(p) for p in parameters]}")
     best = max(permutations(groups), key=lambda order: sum(a == b for a, b in _shapes(order, parameters, state)))
@@ -115,10 +115,10 @@ def _shapes(groups: tuple[list[int], ...], parameters: list[list[nn.Parameter]],
 
 
 def build_scheduler(config: CfgNode, optimizer: AdamW, global_batch: int, updates_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up from WARMUP_LR over WARMUP_EPOCHS, then one cosine to MIN_LR, by update and not by epoch.
+    """Build the schedule: linear warm-up from WARMUP_LR over WARMUP_EPOCHS, then one cosine to MIN_LR, per update.
 
-    Update k is made with the schedule's rate at max(k - 1, 0), as in the authors' code, which steps it after each
-    update with that update's number.
+    Update k uses the schedule's rate at max(k - 1, 0), as in the authors' code, which steps the schedule after each
+    update with the number of that update.
     """
     scale = global_batch / REFERENCE_BATCH
     warmup = config.TRAIN.WARMUP_EPOCHS * updates_per_epoch

@@ -1,7 +1,7 @@
-"""Looks at what a checkpoint's pickle would do before PyTorch does it: what it calls, and how much it claims to hold.
+"""Check what a checkpoint's pickle would do before PyTorch runs it: what it calls, and how much it claims to hold.
 
-PyTorch's restricted unpickler runs nothing but a list of functions. Some of them make gigabytes of a few bytes, and
-none compares the size that a pickle gives to a storage with what the file has for it.
+PyTorch's restricted unpickler runs only a list of allowed functions. Some of these functions make gigabytes from a few
+bytes, and none compares the size that a pickle claims for a storage with the bytes that the file holds for it.
 """
 
 import pickletools
@@ -10,23 +10,24 @@ from typing import BinaryIO
 
 import torch
 
-# What may be called of PyTorch's. Others of its functions make more of a file than it holds: quantized tensors are made
-# of a size alone, device's are copied out of expanded ones, sparse and nested ones are gone through index by index.
+# PyTorch functions that a pickle may call. Other allowed functions of PyTorch can make more than the file holds:
+# quantized tensors need only a size, tensors of other devices are copied from expanded tensors, and sparse and nested
+# tensors are read index by index.
 CALLED = ("torch.Size", "torch.device", "torch.serialization._get_layout")
 DENSE = tuple(f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
 PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 META = "torch._utils._rebuild_meta_tensor_no_storage"
 WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
-TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")  # that a tensor with attributes may have
-ENCODE, BYTEARRAY = "_codecs.encode", "builtins.bytearray"  # how bytes stand in pickles of protocol 2
-COPIED = 2**26  # bytes that calls may copy, beside some times what the file has
-ITEM = 64  # bytes of a thing in a container, about
-NESTED = 10**4  # things in a tuple of tuples, each counted wherever it stands, as its hash goes through them
-LARGE, MOST_LARGE = 2**61 - 1, 1000  # whole numbers that can share a hash, and how many: keys of one hash are slow
+TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")  # types that a tensor with attributes may have
+ENCODE, BYTEARRAY = "_codecs.encode", "builtins.bytearray"  # calls that make bytes in pickles of protocol 2
+COPIED = 2**26  # bytes that calls may copy, in addition to 16 times the size of the file
+ITEM = 64  # approximate bytes of an object in a container
+NESTED = 10**4  # objects in nested tuples, each counted wherever it occurs, because a tuple's hash visits all of them
+LARGE, MOST_LARGE = 2**61 - 1, 1000  # whole numbers from here on can share a hash, which makes dicts slow; their limit
 
 
 class RefusedPickleError(ValueError):
-    """A pickle that does what no checkpoint's does."""
+    """A pickle does something that no checkpoint's pickle does."""
 
 
 class _Name(str):
@@ -36,7 +37,7 @@ class _Name(str):
 
 
 class _Made(str):
-    """What a call of that name has returned, and about as many bytes as it was made of."""
+    """The result of a call of that name; `held` is about the number of bytes that it was made from."""
 
     held: int
 
@@ -58,7 +59,7 @@ class _Storage:
 
 
 def _held(value: object) -> int:
-    """Bytes that a copy of it takes now, about: calls copy what they are given, but not what is in that in turn."""
+    """Return about how many bytes a copy of `value` takes now; a call copies its arguments, but not nested objects."""
     if isinstance(value, _Made | _Container | _Storage):
         return value.held
     if isinstance(value, _Tuple):
@@ -67,21 +68,21 @@ def _held(value: object) -> int:
 
 
 class Scan:
-    """One pickle, gone through without making anything of it.
+    """Read one pickle without making any of its objects.
 
     Attributes:
-        storages: bytes that it claims for each storage, by key.
+        storages: bytes that the pickle claims for each storage, by key.
     """
 
     def __init__(self, file: BinaryIO | bytes, size: int):
         """
         Args:
-            file: the pickle, or a file that stands where it begins, and stands behind it then.
+            file: the pickle, or a file positioned at its start; afterwards the file is positioned behind the pickle.
             size: bytes of the file.
 
         Raises:
-            RefusedPickleError: it calls what it should not, or claims what it does not hold.
-            Exception: whatever `pickletools` raises on what is no pickle.
+            RefusedPickleError: the pickle calls a function that it must not call, or claims more than it holds.
+            Exception: any error that `pickletools` raises on data that is not a pickle.
         """
         self.storages: dict[str, int] = {}
         self.stack: list[object] = []
@@ -150,7 +151,13 @@ class Scan:
             self.stack[-1].held += ITEM * len(taken)
 
     def _copy(self, *values: object) -> int:
-        """What is named again and again takes no bytes in the file, but each copy takes memory."""
+        """Count the bytes of a copy of `values`, and return them.
+
+        An object that a pickle names again and again takes no bytes in the file, but each copy takes memory.
+
+        Raises:
+            RefusedPickleError: all copies together are too large.
+        """
         held = ITEM + sum(map(_held, values))
         self.may_copy -= held
         if self.may_copy < 0:
@@ -169,7 +176,7 @@ class Scan:
 
 
 def _name(module: str, name: str) -> _Name:
-    """By Python 3's name, as PyTorch takes it; protocol 2 has Python 2's."""
+    """Return the name in Python 3, as PyTorch's unpickler does; pickles of protocol 2 hold the names of Python 2."""
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     return _Name(f"{module}.{name}")
 
@@ -209,9 +216,12 @@ def _is_allowed(callee: str, arguments: tuple) -> bool:
 
 
 def _check_extent(callee: str, arguments: tuple) -> None:
-    """A tensor lies within its storage: PyTorch enlarges one from a file of before 1.6 to what the tensor claims."""
+    """Check that a tensor lies within its storage.
+
+    For files of PyTorch before 1.6, PyTorch would enlarge a storage to the size that the tensor claims.
+    """
     storage, offset, size, stride = arguments[:4]
-    typed = callee == DENSE[2]  # whose dtype is none of the storage's
+    typed = callee == DENSE[2]  # its dtype is an argument and need not be the storage's
     numbers = isinstance(size, _Tuple) and isinstance(stride, _Tuple) and len(size) == len(stride)
     if not isinstance(storage, _Storage) or not numbers or any(type(n) is not int for n in (offset, *size, *stride)):
         raise RefusedPickleError("it makes a tensor as PyTorch does not")

@@ -1,9 +1,10 @@
-"""What a run came to, also while it is running: a table on the console, its curves and predictions as PNG.
+"""Report a run, finished or not: a table on the console, and its curves and predictions as PNG.
 
     python -m classification.report output/spatialmamba_micro/digits [--data-path data/digits]
 
-reads metrics.jsonl and steps.jsonl and writes learning_curve.png and training_curves.png beside them. With --data-path
-also best.pth and, if the checkpoint was evaluated again, evaluation.json, for the table and predictions.png.
+reads metrics.jsonl and steps.jsonl and writes learning_curve.png and training_curves.png beside them. With --data-path,
+it also reads best.pth and, if the checkpoint was evaluated again, evaluation.json; it prints the table and writes
+predictions.png.
 """
 
 import argparse
@@ -34,13 +35,13 @@ from classification.errors import UserError, escape_on_streams, printable
 from classification.metrics import EPOCHS, STEPS, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
-WEIGHTS = {"model": "model", "model_ema": "EMA"}  # what epochs are validated with, and its label
+WEIGHTS = {"model": "model", "model_ema": "EMA"}  # the weights that are validated every epoch, and their labels
 GRID_ROWS, GRID_COLUMNS = 6, 10
-LONGEST_TITLE = 15  # letters, that fit above an image of the grid
+LONGEST_TITLE = 15  # letters that fit above an image of the grid
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The epochs of a run in order; an epoch that a resumed run repeated counts as last written."""
+    """Return the epochs of a run in order; if a resumed run repeated an epoch, the last one written counts."""
     epochs = read_lines(folder / EPOCHS, "epoch")
     if not epochs:
         raise UserError(f"{folder / EPOCHS}: holds no epochs yet")
@@ -51,9 +52,9 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str, images_digest: str) -> str:
-    """The run in a table: where training ended, and what a second process measured on these weights and images."""
+    """Return the run as a table: the result of training, and of a second evaluation of these weights and images."""
     weights = state_dicts(checkpoint, folder / "best.pth")["model"]
-    trained = float(checkpoint["max_accuracy"])  # of this very epoch, which a resumed run may have repeated
+    trained = float(checkpoint["max_accuracy"])  # from the checkpoint: a resumed run may have repeated the epoch
     rows = [
         ("parameters", f"{sum(v.numel() for k, v in weights.items() if _is_parameter(k)):,}"),
         ("epochs", f"{len(metrics)} in {sum(m['seconds'] for m in metrics):.0f} s of training"),
@@ -78,9 +79,9 @@ def _is_parameter(key: str) -> bool:
 
 
 def draw_learning_curve(metrics: list[dict]) -> Figure:
-    """Training loss, and validation top-1 of the model and its EMA, over the epochs.
+    """Draw the training loss, and the validation top-1 of the model and its EMA, over the epochs.
 
-    An epoch whose validation could not read all images is a cross beside the curve, for it does not compare.
+    An epoch whose validation could not read all images does not compare, so it is a cross beside the curve.
     """
     epochs = [m["epoch"] + 1 for m in metrics]
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -104,16 +105,16 @@ def draw_learning_curve(metrics: list[dict]) -> Figure:
 
 
 def draw_training_curves(steps: list[dict]) -> Figure:
-    """Loss, learning rate, gradient norm and speed, as they were reported, over the epochs."""
+    """Draw the reported loss, learning rate, gradient norm and speed over the epochs."""
     names = {
         "loss": "training loss, mean of the epoch so far",
         "lr": "learning rate",
         "grad_norm": "norm of the gradients",
         "images_per_second": "images/s of the first process",
     }
-    lengths: dict[int, int] = {}  # steps of each epoch
+    lengths: dict[int, int] = {}  # number of steps of each epoch
     for s in steps:
-        # Before "steps" was written: the last step of a finished epoch is always reported.
+        # Earlier versions did not write "steps"; the last step of a finished epoch is always reported.
         lengths[s["epoch"]] = s.get("steps") or max(s["step"], lengths.get(s["epoch"], 1))
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for cell, (key, label) in zip(axes.flat, names.items(), strict=True):
@@ -126,10 +127,12 @@ def draw_training_curves(steps: list[dict]) -> Figure:
 
 @torch.no_grad()
 def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]) -> Figure:
-    """A grid of validation images with the predicted class above each; a wrong one in red, with the true class.
+    """Draw a grid of validation images with the predicted class above each; in red, with the true class, if wrong.
 
     Args:
-        names: of the model's classes, in the order of its head.
+        model: in evaluation mode.
+        dataset: the validation images.
+        names: the names of the model's classes, in the order of its head.
     """
     count = min(GRID_ROWS * GRID_COLUMNS, len(dataset))
     spread = torch.linspace(0, len(dataset) - 1, count).round().int().tolist()
@@ -151,7 +154,10 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]
 
 
 def _title(name: str, truth: str | None = None) -> str:
-    """What an image is taken for and, if that is wrong, what it is: on two lines where one would be too long."""
+    """Return the title of an image: the predicted class and, if that is wrong, the true class.
+
+    A title that is too long for one line takes two.
+    """
     whole = name if truth is None else f"{name}, is {truth}"
     lines = [whole] if truth is None or len(whole) <= LONGEST_TITLE else [name, f"is {truth}"]
     return "\n".join(
@@ -162,7 +168,7 @@ def _title(name: str, truth: str | None = None) -> str:
 def _read(dataset: ImageFolder, index: int) -> tuple[Tensor, int] | None:
     try:
         return dataset[index]
-    except UnreadableImageError:  # as training does, which names it
+    except UnreadableImageError:  # skip it; validation has logged its name
         return None
 
 

@@ -1,4 +1,4 @@
-"""This process among the others: its rank, device, precision, output folder and log; and what they agree on."""
+"""This process among all processes: its rank, device, precision, output folder and log; and how processes agree."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """What keeps the processes from finding each other, in one line."""
+    """Turn an error that keeps the processes from finding each other into a UserError of one line."""
     try:
         yield
     except (dist.DistError, RuntimeError, ValueError) as error:
@@ -40,15 +40,15 @@ def meeting() -> Iterator[None]:
         raise UserError(f"the processes do not find each other at {place} ({why}){hint}") from error
 
 
-# What gloo and NCCL say where a process is gone that others wait for.
+# Parts of the errors of gloo and NCCL when other processes wait for a process that has ended.
 _GONE = ("gloo/transport", "remote process exited")
 
 
 def lost_another(error: RuntimeError) -> str:
-    """One line for what is not this process's fault: another one has ended, perhaps for want of memory; else ""."""
+    """Return one line if the error means that another process has ended, for example out of memory; else ""."""
     if not any(text in str(error) for text in _GONE):
         return ""
-    why = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])[:200]  # without the line of source
+    why = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])[:200]  # without the source line
     return (
         f"another process has ended or does not answer ({why}); what it has said, or its machine's log, has the cause"
     )
@@ -59,7 +59,7 @@ class Run:
 
     def __init__(self, config: CfgNode):
         gpus = torch.cuda.device_count()
-        # The rank on this node: a node's GPUs are counted from 0 whatever the number of nodes.
+        # The rank on this node: GPUs are numbered from 0 on each node.
         local_rank = check_environment()
         if gpus and local_rank >= gpus:
             raise UserError(f"more processes than GPUs on this node: it has {gpus}; lower --nproc_per_node")
@@ -67,16 +67,16 @@ class Run:
             info = init_distributed_device_so("cuda" if gpus else "cpu")
         self.rank, self.world_size = info["global_rank"], info["world_size"]
         self.device = torch.device(info["device"])
-        # What is agreed on goes over the network, beside what the device is at.
+        # Agreements use gloo, so that they do not wait for work on the device.
         self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.folder = Path(config.OUTPUT, config.MODEL.NAME, config.TAG)
         self.is_main = self.rank == 0
         amp = {"float16": torch.float16, "bfloat16": torch.bfloat16, "off": None}[config.TRAIN.AMP]
-        # float16 has no fast kernels on a CPU, and needs none of its memory.
+        # float16 is off on a CPU: it has no fast kernels there, and a CPU does not need to save that memory.
         self.amp_dtype = None if self.device.type == "cpu" and amp is torch.float16 else amp
 
     def place(self, model: nn.Module) -> nn.Module:
-        """`model` on this process's device, with a CPU's modules on a CPU."""
+        """Move `model` to this process's device; on a CPU, also use the modules optimised for CPUs."""
         model = model.to(self.device)
         return optimise_for_cpu(model) if self.device.type == "cpu" else model
 
@@ -84,7 +84,7 @@ class Run:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def from_main(self, call: Callable[[], T]) -> T:
-        """What `call` returns in the first process, for all; or its UserError."""
+        """Run `call` in the first process; return its result, or raise its UserError, in all processes."""
         outcome: list = [None, None]
         if self.is_main:
             try:
@@ -98,7 +98,10 @@ class Run:
         return outcome[0]
 
     def together(self, call: Callable[[], T]) -> T:
-        """What `call` returns here; or the UserError of one process, in all of them, so that none waits."""
+        """Run `call` in every process and return this process's result.
+
+        If a process raises a UserError, raise it in all processes, so that no process waits.
+        """
         outcome: list = [None, None]
         try:
             outcome[0] = call()
@@ -110,9 +113,10 @@ class Run:
         return outcome[0]
 
     def check_alike(self, facts: dict[str, object]) -> None:
-        """
+        """Check that all processes have the same facts.
+
         Raises:
-            UserError: in all processes, where one has other facts than the first: another disk, or other arguments.
+            UserError: in all processes, if a process has other facts than the first: another disk or other arguments.
         """
         first, *others = self.gather(facts)
         for rank, theirs in enumerate(others, start=1):
@@ -125,7 +129,7 @@ class Run:
                     )
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every process, by rank, in all of them; tensors go over the network as they are on a CPU."""
+        """Return, in every process, the `value` of all processes by rank; pass tensors that are on the CPU."""
         if self.group is None:
             return [value]
         values: list = [None] * self.world_size
@@ -133,10 +137,12 @@ class Run:
         return values
 
     def open_log(self, to_file: bool = True) -> None:
-        """Console and log.txt in the first process, where log.txt also gets every printed step; warnings in all."""
+        """Log to the console and, in the first process, to log.txt; other processes log only warnings and errors.
+
+        log.txt gets every reported step; a terminal shows the steps in its progress bar instead.
+        """
         logger.setLevel(logging.DEBUG if self.is_main else logging.WARNING)
         console = logging.StreamHandler(sys.stdout)
-        # On a terminal the progress bar shows the steps.
         console.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
         handlers = [console]
         if self.is_main and to_file:
@@ -168,7 +174,7 @@ class _Printable(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """One line on the console, once, where the file cannot be written any more: the run goes on."""
+    """A log file that, if it can no longer be written, says so once on the console; the run goes on."""
 
     failed = False
 
@@ -185,10 +191,10 @@ WHOLE_NUMBERS = (
 
 
 def whole_numbers() -> dict[str, int]:
-    """Those of the variables of launchers that are set; MASTER_PORT only where there are several processes.
+    """Return the launchers' variables that are set; MASTER_PORT only if there are several processes.
 
     Raises:
-        UserError: one is no whole number.
+        UserError: a variable is not a whole number.
     """
     values = {name: _whole_number(name) for name in WHOLE_NUMBERS if name in os.environ}
     if "MASTER_PORT" in os.environ and max(values.get("WORLD_SIZE", 1), values.get("SLURM_NTASKS", 1)) > 1:
@@ -212,10 +218,10 @@ def _whole_number(name: str) -> int:
 
 
 def check_environment() -> int:
-    """What the launcher says of this process, before anything waits for the others. Returns its rank on this node.
+    """Check the launcher's variables before this process waits for other processes; return its rank on this node.
 
     Raises:
-        UserError: a variable is missing, no number, or contradicts another.
+        UserError: a variable is missing, is not a number, or contradicts another variable.
     """
     values = whole_numbers()
     if "WORLD_SIZE" in values:
@@ -253,15 +259,15 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Signals that ask the run to stop, looked at between steps.
+    """A context manager that notes signals which ask the run to stop; `check` looks at them between steps.
 
-    SIGTERM and SIGUSR1, with which clusters announce that they are about to kill a job; Ctrl-C, which ends the run at
-    once the second time; and SIGHUP, which a terminal sends that is closed. Used as a context manager, which puts the
-    handlers back.
+    The signals are SIGTERM and SIGUSR1, with which clusters announce that they are about to kill a job; Ctrl-C, which
+    ends the run at once the second time; and SIGHUP, which a terminal sends when it is closed. Leaving the context
+    restores the previous handlers.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    SAME_SECOND = 1.0  # a launcher passes on the Ctrl-C that the terminal has sent to all
+    SAME_SECOND = 1.0  # within it, a second Ctrl-C is the first one again, which a launcher passes on
 
     def __init__(self, run: Run):
         self.group = run.group
@@ -271,7 +277,7 @@ class Preemption:
         self.pending: dist.Work | None = None
 
     def __enter__(self) -> "Preemption":
-        ignored = {number for number in self.SIGNALS if signal.getsignal(number) == signal.SIG_IGN}  # by nohup
+        ignored = {number for number in self.SIGNALS if signal.getsignal(number) == signal.SIG_IGN}  # nohup does so
         self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS if number not in ignored}
         return self
 
@@ -288,9 +294,10 @@ class Preemption:
             self.interrupted = self.interrupted or now
 
     def check(self) -> None:
-        """Called by all processes alike; what one of them has received ends them all, one call later.
+        """Stop the run if any process has received a signal. All processes must call this equally often.
 
-        So that the processes need not wait for each other, a call looks at what the last one has exchanged.
+        Each call looks at the result of the previous call's exchange, so that the processes do not wait for each other.
+        A signal therefore takes effect one call later.
 
         Raises:
             Preempted: in all processes, in the same call.
@@ -307,7 +314,7 @@ class Preemption:
             raise Preempted(agreed)
 
     def settle(self) -> None:
-        """Wait for the last exchange, before the processes part."""
+        """Wait for the last exchange before the process groups are destroyed."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None

@@ -1,8 +1,8 @@
-"""Random numbers that depend on where in the run they are drawn, and on nothing else.
+"""Random numbers that depend only on the place in the run at which they are drawn.
 
-An image's augmentation follows from (seed, epoch, image), a step's mixup and stochastic depth from (seed, epoch, step,
-rank). So a run that was interrupted draws what it would have drawn, and neither the number of workers nor the place of
-the interruption matters; no generator's state has to be saved.
+An image's augmentation follows from (seed, epoch, image); a step's mixup and stochastic depth follow from (seed, epoch,
+step, rank). So an interrupted run draws the same numbers as an uninterrupted run. Neither the number of workers nor the
+place of the interruption matters, and checkpoints need not hold the state of any generator.
 """
 
 import random
@@ -14,12 +14,12 @@ import torch
 
 
 def seed_of(*numbers: int) -> int:
-    """A 32-bit seed, well mixed from non-negative numbers (NumPy's SeedSequence)."""
+    """Return a 32-bit seed, well mixed from non-negative numbers (NumPy's SeedSequence)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def set_seed(*numbers: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, those of all devices, with `seed_of(*numbers)`."""
+    """Seed Python's, NumPy's and PyTorch's generators on all devices with `seed_of(*numbers)`."""
     seed = seed_of(*numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -28,7 +28,7 @@ def set_seed(*numbers: int) -> None:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """The generators of the CPU seeded for a while, then as they were before."""
+    """Seed the CPU's generators within a `with` block, then restore their states."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = seed_of(*numbers)
     random.seed(seed)

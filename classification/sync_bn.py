@@ -1,4 +1,4 @@
-"""Batch norm among processes: over the batches of all, where PyTorch has none; or each its own, then averaged."""
+"""Batch norm on several processes: synchronised in plain PyTorch, or each process alone with averaged statistics."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,9 @@ from torch.distributed.nn.functional import all_reduce
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """`nn.SyncBatchNorm` in plain PyTorch, for images (B, C, H, W); processes may hold batches of different sizes.
 
-    In training, mean and variance are those of all processes' values together, so each of them gets the output, the
-    gradients and the running statistics that one process with the whole batch would. Statistics are float32 at least.
+    In training, mean and variance are over the values of all processes together. So each process gets the output, the
+    gradients and the running statistics that one process with the whole batch would get. Statistics have at least
+    float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,15 +43,15 @@ def synchronise_batch_norm(model: nn.Module) -> None:
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The running means and variances of a model's batch norms, by name: the buffers themselves."""
+    """Return the running means and variances of a model's batch norms by name, as the buffers themselves."""
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith((".running_mean", ".running_var"))}
 
 
 def average_batch_norm(model: nn.Module) -> None:
-    """Give the batch norms of all processes the mean of their running statistics, in place.
+    """Set the batch norms of all processes to the mean of their running statistics, in place.
 
-    Summed in float64, so that the mean of what is the same already is that to the bit: a run that is interrupted
-    between this and its checkpoint does it twice.
+    The sum is in float64, so that averaging equal statistics leaves every bit as it is: a run that is interrupted
+    between averaging and its checkpoint averages twice.
     """
     for buffer in running_statistics(model).values():
         total = buffer.double()
@@ -59,7 +60,7 @@ def average_batch_norm(model: nn.Module) -> None:
 
 
 def mean_statistics(of_each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of the running statistics of several processes, by name, as `average_batch_norm` gives it."""
+    """Return the mean of the running statistics of several processes by name, computed as in `average_batch_norm`."""
     return {
         name: (sum(statistics[name].double() for statistics in of_each) / len(of_each)).to(first.dtype)
         for name, first in of_each[0].items()

@@ -1,4 +1,4 @@
-"""A training run: built from the config, resumed exactly, validated and saved every epoch."""
+"""A training run: build it from the config, resume it exactly, validate and save it every epoch."""
 
 import logging
 import math
@@ -53,10 +53,10 @@ logger = logging.getLogger("spatialmamba")
 
 VALIDATED = "validation_images"
 JUDGED_ON = "validation_digest"  # of the images' names
-JUDGED_BY = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT")  # how they are seen
-COMPILED = "compile"  # the mode, whose rounding is not that of eager execution
+JUDGED_BY = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT")  # how validation prepares the images
+COMPILED = "compile"  # the compile mode; compiled code rounds differently from eager execution
 WENT_BACK_TO = "went_back_to"  # the checkpoint of this folder that --resume named
-NO_ACCURACY = -1.0  # before the first epoch: below any that can be measured
+NO_ACCURACY = -1.0  # before the first epoch: lower than any measured accuracy
 START_OVER = "start from its weights with --pretrained and --finetune"
 
 
@@ -67,7 +67,7 @@ def build_model(config: CfgNode, classes: int) -> SpatialMamba:
 
 
 def wrap(model: SpatialMamba, config: CfgNode, run: Run) -> nn.Module:
-    """The model for training on several processes; it has the same parameters, which optimizer and EMA may hold."""
+    """Wrap the model for training on several processes; its parameters stay the same for optimizer and EMA."""
     if run.world_size == 1:
         return model
     on_gpu = run.device.type == "cuda"
@@ -75,7 +75,7 @@ def wrap(model: SpatialMamba, config: CfgNode, run: Run) -> nn.Module:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif config.TRAIN.SYNC_BN:
         synchronise_batch_norm(model)
-    # Without broadcasting, batch norms that are not synchronised keep their own statistics, to be averaged later.
+    # Without broadcasting, unsynchronised batch norms keep each process's own statistics, which are averaged later.
     device_ids = [run.device.index] if on_gpu else None
     wrapped = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
     _order_buckets(wrapped, config.DATA.IMG_SIZE, run.device)
@@ -83,10 +83,11 @@ def wrap(model: SpatialMamba, config: CfgNode, run: Run) -> nn.Module:
 
 
 def _order_buckets(wrapped: DistributedDataParallel, size: int, device: torch.device) -> None:
-    """One pass, for DistributedDataParallel to arrange its buckets as they will be.
+    """Run one forward and backward pass, after which DistributedDataParallel has its final buckets.
 
-    It does so after the first pass; and a sum over three processes depends, in its last bit, on where in a bucket a
-    gradient lies. Without this, the first update after resuming would not be the one that it would have been.
+    DistributedDataParallel rearranges its buckets after the first pass, and the last bit of a sum over three processes
+    depends on where in a bucket a gradient lies. Without this pass, the first update after resuming would differ from
+    the same update in an uninterrupted run.
     """
     buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
     wrapped.train()
@@ -106,15 +107,15 @@ def log_accuracy(name: str, m: dict[str, float]) -> None:
 
 @dataclass
 class State:
-    """Where a run is: what a checkpoint holds beside weights and optimizer."""
+    """How far a run is; a checkpoint holds this beside weights and optimizer."""
 
-    epoch: int = -1  # the last that is finished, validated and saved
+    epoch: int = -1  # the last finished and validated epoch
     max_accuracy: float = NO_ACCURACY
     max_accuracy_ema: float = NO_ACCURACY
 
 
 class Training:
-    """A training run of `config` on the processes of `run`; with a `compile_mode` through torch.compile."""
+    """A training run of `config` on the processes of `run`; with a `compile_mode`, torch.compile compiles the model."""
 
     def __init__(self, config: CfgNode, run: Run, classes: int, compile_mode: str | None = None):
         self.config, self.run = config, run
@@ -132,11 +133,11 @@ class Training:
             }
         )
         self.checkpoints = CheckpointFolder(run.folder, config.KEEP_LAST)
-        self.notes = settings_without_effect(config)  # for the log, which is not open yet
+        self.notes = settings_without_effect(config)  # logged later: the log is not open yet
         resumed = run.from_main(self._read_checkpoint)
         if resumed:
             self._match_classes(*resumed)
-        random_seed(config.SEED)  # the same weights in every process, for the EMA's copy too
+        random_seed(config.SEED)  # gives every process the same weights, also in the EMA's copy
         self.model = build_model(config, classes)
         self.new_head = False if resumed else self._load_pretrained()
         run.place(self.model)
@@ -144,12 +145,12 @@ class Training:
         self.batches = len(self.train_loader)
         self.compile_mode = compile_mode
         self.trainer = self._build_trainer(classes)
-        if compile_mode:  # after DistributedDataParallel has had its pass, of a smaller batch
+        if compile_mode:  # after the pass in `_order_buckets`, whose batch is smaller
             for module in (self.model, *([self.ema.module] if self.ema else [])):
                 compile_in_place(module, compile_mode)
         self.state, self.progress = State(), Progress()
         self.resumed_from = None
-        self.other_batches = False  # than those of the run that is resumed
+        self.other_batches = False  # whether an update has other batches than in the resumed run
         self.own_batch_norm = run.world_size > 1 and not config.TRAIN.SYNC_BN
         self.went_back_to = ""
         if resumed:
@@ -159,7 +160,7 @@ class Training:
     # ----- building
 
     def _load_pretrained(self) -> bool:
-        """Start from MODEL.PRETRAINED's `model` weights, if set; returns whether the head stayed a new one."""
+        """Load the `model` weights of MODEL.PRETRAINED, if it is set. Return whether the model keeps its new head."""
         path = self.config.MODEL.PRETRAINED
         if not path:
             return False
@@ -222,10 +223,11 @@ class Training:
     # ----- resuming
 
     def _read_checkpoint(self) -> tuple[dict, Path] | None:
-        """The checkpoint to go on from, in the first process: the last one in the output folder, or --resume's.
+        """Read, in the first process, the checkpoint to resume: the last one in the output folder, or --resume's.
 
-        The folder's comes first, for a command with --resume that was interrupted is to go on as well; unless --resume
-        names another one in that very folder, to which the run has not gone back yet.
+        The last checkpoint in the folder takes precedence, so that an interrupted command with --resume can be run
+        again. The exception: --resume names another checkpoint in the same folder, and the run has not gone back to
+        that checkpoint yet.
         """
         path = Path(self.config.MODEL.RESUME) if self.config.MODEL.RESUME else None
         begun = self.checkpoints.look()
@@ -243,12 +245,15 @@ class Training:
             raise UserError(
                 f"{self.run.folder}: holds a run already; pass another --tag, or TRAIN.AUTO_RESUME True to go on"
             )
-        self.checkpoints.lock()  # before anything in the folder is touched
+        self.checkpoints.lock()  # before anything in the folder changes
         self.checkpoints.remove_partial()
         return self.checkpoints.read_last(_check_resumable)
 
     def _last_if_gone_back_to(self, name: str) -> tuple[dict, Path] | None:
-        """The run's last checkpoint, if the run has gone back to the one of that name: the command is run again."""
+        """Return the run's last checkpoint if the run went back to the checkpoint `name` before, else None.
+
+        In that case the user has run the same command again.
+        """
         for path in filter(is_file, [self.run.folder / LATEST, *reversed(self.checkpoints.numbered())]):
             with suppress(DamagedCheckpointError):
                 content = read_checkpoint(path)
@@ -263,7 +268,7 @@ class Training:
         return None
 
     def _resume(self, content: dict, path: Path) -> None:
-        """Put back what `save` wrote. Best accuracies count if their checkpoints lie beside it."""
+        """Restore what `_save` wrote. Best accuracies count only if the checkpoint is in the output folder."""
         weights = state_dicts(content, path)
         load_weights(self.model, weights["model"], path)
         if self.ema:
@@ -280,11 +285,11 @@ class Training:
         self.state.epoch = content["epoch"]
         named = self.config.MODEL.RESUME and path.resolve() == Path(self.config.MODEL.RESUME).resolve()
         here = path.parent.resolve() == self.run.folder.resolve()
-        back = named and path.name != LATEST  # which is where the run is
+        back = named and path.name != LATEST  # latest.pth is where the run is already
         self.went_back_to = "" if not here else path.name if back else content.get(WENT_BACK_TO, "")
         self._keep_best(content, path)
         self._compare_config(content, path)
-        # Within an epoch, the place is the same one only if as many images make a batch and a step.
+        # A step number within an epoch means the same place only if the batches are the same.
         others = _differing(content.get("shares"), self._shares())
         self.other_batches = bool({"batches", "accumulation"} & set(others))
         if content.get("progress") and not others:
@@ -295,18 +300,21 @@ class Training:
             self._load_own_statistics(content.get("batch_norm"), path)
         elif content.get("progress"):
             self.notes.append(f"{path}: its {', '.join(others)} are others than now; its epoch is begun anew")
-        # From the config's schedule, not the saved one, so that more epochs or another batch size take effect.
+        # The schedule follows the config, not the checkpoint, so that more epochs or another batch size take effect.
         if updates := self.updates():
-            trainer.scheduler.step_update(updates - 1)  # as after that update
+            trainer.scheduler.step_update(updates - 1)  # the number of the last update, as in `train_one_epoch`
 
     def _compare_config(self, content: dict, path: Path) -> None:
-        """Note what changes the numbers and is other than it was. Published checkpoints have a config of other keys."""
+        """Note the settings that changed since the checkpoint and that change the numbers.
+
+        The config in a published checkpoint has other keys.
+        """
         try:
             changed = changes(content["config"], self.config, path) if isinstance(content.get("config"), str) else []
         except UserError as error:
             changed = [f"({error})"]
         shares = content.get("shares") if isinstance(content.get("shares"), dict) else {}
-        own = {name: self._shares()[name] for name in ("processes", "images")}  # which no key has
+        own = {name: self._shares()[name] for name in ("processes", "images")}  # no config key holds these
         shares = {**shares, VALIDATED: content.get(VALIDATED)} if VALIDATED in content else shares
         own[VALIDATED] = len(self.eval_loader.dataset)
         changed += [
@@ -321,14 +329,17 @@ class Training:
         self._note_other_start(content, path)
 
     def _note_other_start(self, content: dict, path: Path) -> None:
-        """Weights that are named but not read, for the run has begun, unless the run was given them before too."""
+        """Note that the run has already begun, so the weights named by --pretrained or --resume are not read.
+
+        Say nothing if the run was given the same weights before.
+        """
         flag, given = self._start()
         if not given or path.resolve() == given.resolve() or not isinstance(content.get("config"), str):
             return
         try:
             model = saved_config(content["config"], f"{path}: its config", ("MODEL.PRETRAINED", "MODEL.RESUME")).MODEL
         except UserError:
-            return  # which `changes` has said
+            return  # `changes` reported it
         if given.resolve() not in (Path(one).resolve() for one in (model.PRETRAINED, model.RESUME) if one):
             self.notes.append(
                 f"{flag} {given} is not read: {self.run.folder} holds a run, which goes on; pass another --tag to "
@@ -336,13 +347,13 @@ class Training:
             )
 
     def _start(self) -> tuple[str, Path | None]:
-        """The flag that names weights to start from, and their file."""
+        """Return the flag that names weights to start from, and the file of these weights."""
         model = self.config.MODEL
         flag, path = ("--pretrained", model.PRETRAINED) if model.PRETRAINED else ("--resume", model.RESUME)
         return flag, Path(path) if path else None
 
     def _own_statistics(self) -> list[StateDict]:
-        """Running statistics of model and EMA in this process, which differ from the others' within an epoch."""
+        """Return this process's running statistics of model and EMA; within an epoch each process has its own."""
         modules = [self.model, *([self.ema.module] if self.ema else [])]
         return [running_statistics(module) for module in modules] if self.own_batch_norm else []
 
@@ -354,7 +365,7 @@ class Training:
             self.notes.append(f"{path}: has no batch norm statistics of each process; all go on with the first one's")
             return
         try:
-            for mine, theirs in zip(own, saved[self.run.rank], strict=False):  # perhaps without the average
+            for mine, theirs in zip(own, saved[self.run.rank], strict=False):  # the file may lack the EMA's
                 for name, buffer in mine.items():
                     buffer.copy_(like(buffer, theirs[name], name))
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -363,9 +374,10 @@ class Training:
             ) from error
 
     def _keep_best(self, content: dict, path: Path) -> None:
-        """What is worse is not to take the best one's place, from an earlier checkpoint than the best one's too.
+        """Set the best accuracies so far, so that no worse epoch replaces best.pth or best_ema.pth.
 
-        The first process says so for all: the others may have other output folders.
+        The checkpoint may be older than best.pth, so the accuracies in these files count too. The first process decides
+        for all processes, because the other processes may have other output folders.
         """
 
         def accuracies() -> dict[str, float]:
@@ -384,10 +396,13 @@ class Training:
             setattr(self.state, key, accuracy)
 
     def _accuracy_of_best(self, best: Path, key: str) -> object:
-        """None if it says nothing of what is validated now; one that may be worse is then not to take its place."""
+        """Return the accuracy in `best`; None if the file is damaged or was validated in another way.
+
+        Such a file is set aside before another checkpoint takes its name.
+        """
         try:
             content = read_checkpoint(best)
-        except DamagedCheckpointError as error:  # no reason not to train; that it cannot be read now is one
+        except DamagedCheckpointError as error:  # damage does not stop training; a file that cannot be read now does
             reason = str(error)
         else:
             reason = self._judged_otherwise(content, best)
@@ -398,10 +413,13 @@ class Training:
         return None
 
     def _judged_otherwise(self, content: dict, path: Path) -> str:
-        """How its accuracies are others' than today's; "" if they compare, or an earlier version has not said it."""
+        """Say why the accuracies in a checkpoint do not compare with today's; "" if they do.
+
+        Checkpoints of earlier versions lack some of the compared facts; a missing fact counts as equal.
+        """
         changed = []
         if isinstance(content.get("config"), str):
-            with suppress(UserError):  # which is said where the run is compared
+            with suppress(UserError):  # `_compare_config` reports it
                 changed += changes(content["config"], self.config, path, JUDGED_BY)
         images = len(self.eval_loader.dataset)
         for key, own in ((VALIDATED, images), (JUDGED_ON, self.judged_on)):
@@ -412,7 +430,7 @@ class Training:
         return f"{path}: was validated otherwise ({', '.join(changed)})" if changed else ""
 
     def _shares(self) -> dict[str, int]:
-        """What a batch number within an epoch means."""
+        """Return the facts that decide which images a batch number within an epoch stands for."""
         config = self.config
         return {
             "processes": self.run.world_size,
@@ -424,7 +442,7 @@ class Training:
         }
 
     def updates(self) -> int:
-        """Updates made so far."""
+        """Return the number of updates made so far."""
         in_epoch = self.trainer.updates_per_epoch(self.progress.step)
         return (self.state.epoch + 1) * self.trainer.updates_per_epoch(self.batches) + in_epoch
 
@@ -434,8 +452,8 @@ class Training:
         """Train to the last epoch.
 
         Raises:
-            Preempted: a signal asked the run to stop; it is saved.
-            NonFiniteError: it does not learn any more.
+            Preempted: a signal asked the run to stop; the run is saved.
+            NonFiniteError: too many updates, a whole epoch's losses or a validation loss were not finite.
         """
         config, run = self.config, self.run
         first = self.state.epoch + 1
@@ -461,7 +479,7 @@ class Training:
                     self.metrics.close()
 
     def close(self) -> None:
-        """End the loaders' workers. The garbage collector would wait five seconds for each of them."""
+        """End the loaders' workers. The garbage collector would wait five seconds for each worker."""
         for loader in (self.train_loader, self.eval_loader):
             loader._iterator = None
 
@@ -479,13 +497,13 @@ class Training:
         self.state.epoch, self.progress = epoch, Progress()
         best = self._note_best(metrics)
         due = (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS
-        if self.metrics:  # before the checkpoint: an epoch may stand there twice, but is never missing
+        if self.metrics:  # before the checkpoint: metrics may hold an epoch twice, but never lack an epoch
             self.metrics.epoch(metrics, self.updates())
         if best or due:
             self._save([*best, LATEST])
 
     def _validate(self) -> dict[str, dict]:
-        """Accuracy of the model and its EMA, with the same batch norm statistics in every process."""
+        """Return the accuracy of the model and its EMA, with the same batch norm statistics in every process."""
         results = {}
         for name, module in (("model", self.model), ("model_ema", self.ema and self.ema.module)):
             if module is None:
@@ -498,7 +516,7 @@ class Training:
         return results
 
     def _note_best(self, metrics: dict) -> list[str]:
-        """Log the epoch; returns the names under which its checkpoint is the best so far."""
+        """Log the epoch. Return the file names, best.pth or best_ema.pth, for which it is the best epoch so far."""
         best = []
         for key, name, file in (("max_accuracy", "model", BEST), ("max_accuracy_ema", "model_ema", BEST_EMA)):
             if name not in metrics:
@@ -515,7 +533,7 @@ class Training:
         return best
 
     def _after_update(self, update: int, measure: Callable[[], None]) -> None:
-        """Within an epoch: stop if asked to, save if due. `measure` brings `self.progress` up to date."""
+        """Within an epoch, stop if asked to and save if due. `measure` brings `self.progress` up to date."""
         try:
             self.preemption.check()
         except Preempted:
@@ -526,7 +544,7 @@ class Training:
             self._save([LATEST])
 
     def _save(self, names: list[str]) -> Path:
-        """Write a checkpoint in the first process, under `names` as well; all wait for it."""
+        """Write a checkpoint in the first process, also under `names`; all processes wait until it is written."""
         statistics = None
         if self.progress.step and self.own_batch_norm:
             own = [{name: buffer.cpu() for name, buffer in state.items()} for state in self._own_statistics()]
@@ -553,17 +571,17 @@ class Training:
         if self.ema:
             content["model_ema"] = self.ema.module.state_dict()
         if statistics:
-            content["batch_norm"] = statistics  # of each process, which goes on with its own
-            # Whoever evaluates the file, or resumes it with other processes, gets their mean.
+            content["batch_norm"] = statistics  # of each process, which resumes with its own
+            # Evaluating the file, or resuming it with another number of processes, uses the mean over the processes.
             for name, of_each in zip(("model", "model_ema"), zip(*statistics, strict=True), strict=False):
                 content[name].update(mean_statistics(of_each))
         return content
 
     def lock(self) -> None:
-        """Keep other runs out of the output folder, before anything is written into it; there may be nothing to do.
+        """Keep other runs out of the output folder, before this run writes into it; do nothing if the run is finished.
 
         Raises:
-            UserError: another one is in it, or was since this one has looked for checkpoints.
+            UserError: another run is in the folder, or was there since this run looked for checkpoints.
         """
         if self.state.epoch + 1 < self.config.TRAIN.EPOCHS:
             self.run.from_main(self.checkpoints.lock)
@@ -593,24 +611,26 @@ class Training:
 
 
 def accuracy_on_all(m: dict[str, float]) -> float:
-    """Top-1 by which epochs are compared: images that could not be read count as wrong.
+    """Return the top-1 accuracy by which epochs are compared: images that could not be read count as wrong.
 
-    Else a disk that is away during one validation would make the few images that are left the best epoch of all.
+    Otherwise, if a disk were away during one validation, a high accuracy on the few remaining images would make that
+    epoch the best one.
     """
     return m["top1"] * m["images"] / (m["images"] + m.get("unreadable", 0))
 
 
 def _differing(saved: object, own: dict[str, int]) -> list[str]:
-    """Names of what differs. What an earlier version has not saved is taken to be the same."""
+    """Return the names of the facts that differ. A fact that an earlier version did not save counts as equal."""
     if not isinstance(saved, dict) or not {"processes", "batch", "seed"} <= saved.keys():
         return list(own)
     return [name for name, value in own.items() if name in saved and (type(saved[name]), saved[name]) != (int, value)]
 
 
 def _check_resumable(content: dict, path: Path) -> None:
-    """
+    """Check that training can go on from a checkpoint.
+
     Raises:
-        UserError: it holds weights, perhaps, but not the state of a run.
+        UserError: the checkpoint does not hold the state of a run, although it may hold weights.
     """
     state_dicts(content, path)
     if missing := [key for key in ("optimizer", "epoch") if key not in content]:
@@ -621,7 +641,7 @@ def _check_resumable(content: dict, path: Path) -> None:
     if not isinstance(progress, dict) or (progress and not _is_progress(progress)):
         shown = reprlib.repr(progress)
         raise UserError(f"{path}: its progress is {shown}, so training cannot go on from it; {START_OVER}")
-    for key in ("max_accuracy", "max_accuracy_ema") if "shares" in content else ():  # others' are not used
+    for key in ("max_accuracy", "max_accuracy_ema") if "shares" in content else ():  # only our checkpoints
         if not _is_number(content.get(key, NO_ACCURACY), NO_ACCURACY, 100):
             raise UserError(f"{path}: its {key} is {reprlib.repr(content[key])}, not an accuracy; {START_OVER}")
     scaler = {} if content.get("scaler") is None else content["scaler"]

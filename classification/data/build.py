@@ -1,7 +1,7 @@
-"""ImageFolder data sets with timm's transforms, and loaders that share them among processes.
+"""ImageFolder data sets with timm's transforms, and loaders that share the images among processes.
 
-A loader's batches are (images, targets, messages): the last a list with one message for each image that could not be
-read.
+A loader's batches are (images, targets, messages); `messages` is a list with one message for each image that could not
+be read.
 """
 
 import logging
@@ -31,7 +31,10 @@ logger = logging.getLogger("spatialmamba")
 
 
 def _posterize(image: Image, bits_to_keep: int, **_: object) -> Image:
-    """timm's, but for 0 bits, which its policies can ask for and Pillow 13 refuses: all black, as before."""
+    """Posterize as timm does, but return a black image for 0 bits.
+
+    timm's policies can ask for 0 bits. Pillow 13 refuses 0 bits; earlier versions return a black image.
+    """
     if bits_to_keep < 1:
         return image.point(lambda _: 0)
     return image if bits_to_keep >= 8 else posterize(image, bits_to_keep)
@@ -39,14 +42,14 @@ def _posterize(image: Image, bits_to_keep: int, **_: object) -> Image:
 
 auto_augment.NAME_TO_OP.update({n: _posterize for n in auto_augment.NAME_TO_OP if n.startswith("Posterize")})
 
-REPLACEMENTS = 20  # images tried in place of one that cannot be read
+REPLACEMENTS = 20  # number of images to try in place of an image that cannot be read
 Sample = tuple[Tensor, int, list[str]]
 
 
 class TrainImages(Dataset):
-    """Augmented images of a folder. An item is (epoch, index), and all that is random in it follows from these two.
+    """Augmented images of a folder, indexed by (epoch, index); seed, epoch and index determine the augmentation.
 
-    One that cannot be read is replaced by the next in the folder that can.
+    The next readable image in the folder replaces an image that cannot be read.
     """
 
     def __init__(self, folder: ImageFolder, seed: int):
@@ -70,7 +73,7 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """Images of a folder; one that cannot be read is black and of class -1."""
+    """Images of a folder; an image that cannot be read becomes black and gets class -1."""
 
     def __init__(self, folder: ImageFolder, size: int):
         self.folder, self.size = folder, size
@@ -91,30 +94,30 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader of an image folder whose labels can be renumbered once a checkpoint says in which order it has them.
+    """A DataLoader of an image folder that can renumber its labels to the order in a checkpoint.
 
     Attributes:
         classes: names in the order of the labels.
     """
 
-    labels: Tensor | None = None  # the new one of each of the folder's
+    labels: Tensor | None = None  # the new label for each label of the folder
 
     def __init__(self, dataset: "TrainImages | EvalImages", **arguments: object):
         super().__init__(dataset, **arguments)
         self.classes: list[str] = dataset.folder.classes
 
     def renumber(self, names: list[str], source: str) -> None:
-        """Have each class the label that it has in `names`, by its name.
+        """Give each class the label that its name has in `names`.
 
         Raises:
-            UserError: `names`, which are those of `source`, are not the folder's.
+            UserError: `names`, which come from `source`, are not the names of the folder's classes.
         """
         own = self.dataset.folder.classes
         if difference := names_differ(names, own):
             raise UserError(f"{source}: its classes are not those of {self.dataset.folder.root}: {difference}")
         if list(names) != own:
             places = {name: label for label, name in enumerate(names)}
-            self.labels = torch.tensor([*(places[escaped(name)] for name in own), -1])  # -1, the last, is unreadable
+            self.labels = torch.tensor([*(places[escaped(name)] for name in own), -1])  # -1: unreadable
             self.classes = list(names)
 
     def __iter__(self) -> Iterator[tuple]:
@@ -127,12 +130,12 @@ class ImageLoader(DataLoader):
 
 
 def escaped(name: str) -> str:
-    """A folder's name as a checkpoint holds it: in Unicode, whatever the file system's bytes are."""
+    """Return a folder's name as a checkpoint holds it: valid Unicode, whatever bytes the file system has."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def names_differ(names: Sequence[str], folder: Sequence[str]) -> str:
-    """The first difference between a checkpoint's classes and a folder's, in whatever order; empty if there is none."""
+    """Describe the first difference between the classes of a checkpoint and of a folder, in any order; "" if none."""
     own = [escaped(name) for name in folder]
     theirs, ours = set(names), set(own)
     absent, new = [name for name in names if name not in ours], [name for name in own if name not in theirs]
@@ -143,7 +146,7 @@ def names_differ(names: Sequence[str], folder: Sequence[str]) -> str:
 
 
 class EpochSampler(DistributedSampler):
-    """Items of `TrainImages` for one process, shuffled anew each epoch, from `start` on where an epoch is resumed."""
+    """Items of `TrainImages` for one process, shuffled anew each epoch; `start` is where a resumed epoch goes on."""
 
     start = 0
 
@@ -155,15 +158,16 @@ class EpochSampler(DistributedSampler):
 
 
 class UnreadableImages:
-    """Logs and counts images that could not be read, each once; more than `limit` of them in a process are an error."""
+    """Logs and counts unreadable images, each image once; more than `limit` images in a process are an error."""
 
     def __init__(self, limit: int = 0):
         self.limit, self.seen = limit, set()
 
     def add(self, messages: list[str]) -> None:
-        """
+        """Add a batch's messages.
+
         Raises:
-            UserError: there are more than `limit` by now.
+            UserError: there are now more than `limit` unreadable images.
         """
         for message in messages:
             if message in self.seen:
@@ -179,16 +183,18 @@ class UnreadableImages:
 
 
 def class_names(data_path: str, split: str) -> list[str]:
-    """Names of the class folders of a split, in the order of their labels."""
+    """Return the names of the class folders of a split, in the order of their labels."""
     return ImageFolder(data_path, split, transform=None).classes
 
 
 def build_train_loader(config: CfgNode, rank: int, world_size: int) -> ImageLoader:
-    """Shuffled batches of DATA_PATH/train for one process. Its sampler is an `EpochSampler`: set the epoch before each.
+    """Build a loader of shuffled batches of DATA_PATH/train for one process.
+
+    Its sampler is an `EpochSampler`: set the sampler's epoch before each epoch.
 
     Raises:
-        UserError: a missing or empty folder, classes other than those of val/, fewer images than one batch each, an
-            odd batch for mixup.
+        UserError: a folder is missing or empty; train/ and val/ have different classes; there are too few images for
+            one batch in each process; or the batch is odd, which mixup does not take, or too small for batch norm.
     """
     dataset = ImageFolder(config.DATA.DATA_PATH, "train", _train_transform(config))
     _check_same_classes(config.DATA.DATA_PATH, dataset.classes)
@@ -200,7 +206,7 @@ def build_train_loader(config: CfgNode, rank: int, world_size: int) -> ImageLoad
         )
     if config.DATA.BATCH_SIZE == 1 and config.DATA.IMG_SIZE <= 32:
         raise UserError("one image a batch leaves batch norm a single value at DATA.IMG_SIZE 32; raise --batch-size")
-    # Only whole batches, which mixup needs: the images left over in one epoch are others in the next.
+    # Only whole batches, which mixup needs; each epoch leaves out other images.
     share = len(dataset) // world_size
     if share < config.DATA.BATCH_SIZE:
         raise UserError(
@@ -212,10 +218,12 @@ def build_train_loader(config: CfgNode, rank: int, world_size: int) -> ImageLoad
 
 
 def build_eval_loader(config: CfgNode, rank: int, world_size: int) -> ImageLoader:
-    """DATA_PATH/val in order, every image in exactly one process: rank, rank + world_size, ...
+    """Build a loader of DATA_PATH/val in order; this process gets the images rank, rank + world_size, ...
+
+    Each image is in exactly one process.
 
     Raises:
-        UserError: a missing or empty folder, or more processes than images.
+        UserError: a folder is missing or empty, or there are more processes than images.
     """
     dataset = ImageFolder(config.DATA.DATA_PATH, "val", eval_transform(config))
     _check_enough(len(dataset), world_size, "val", config.DATA.DATA_PATH)
@@ -224,7 +232,7 @@ def build_eval_loader(config: CfgNode, rank: int, world_size: int) -> ImageLoade
 
 
 def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix with label smoothing, or None if both are off."""
+    """Return timm's mixup and cutmix with label smoothing, or None if both are off."""
     if config.AUG.MIXUP <= 0 and config.AUG.CUTMIX <= 0:
         return None
     return Mixup(
@@ -239,21 +247,21 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
 
 
 def eval_transform(config: CfgNode) -> Callable:
-    """Resize the short side to IMG_SIZE / CROP_PCT, crop the centre, normalise as ImageNet."""
+    """Return a transform: resize the short side to IMG_SIZE / CROP_PCT, crop the centre, normalise as for ImageNet."""
     method = config.DATA.INTERPOLATION
     resize_and_crop = create_transform(
         config.DATA.IMG_SIZE,
-        interpolation="bilinear" if method == "random" else method,  # as timm has it without augmentation
+        interpolation="bilinear" if method == "random" else method,  # timm's method without augmentation
         crop_pct=config.TEST.CROP_PCT,
     )
     return Compose([_cut_ends, *resize_and_crop.transforms])
 
 
-LONGEST = 8  # times the short side
+LONGEST = 8  # longest side to resize, as a multiple of the short side
 
 
 def _cut_ends(image: Image) -> Image:
-    """The middle of an image that is very long, of which the crop is a part: resized first, it could be gigabytes."""
+    """Return the middle of a very long image, which contains the centre crop; resizing it all could take gigabytes."""
     keep = LONGEST * min(image.size)
     if max(image.size) <= keep:
         return image
@@ -261,11 +269,14 @@ def _cut_ends(image: Image) -> Image:
     return image.crop((left, top, left + min(image.width, keep), top + min(image.height, keep)))
 
 
-SETS_OF_TRANSFORMS = ("t3a", "t3aw", "tweights")  # RandAugment's; another name is timm's default set
+SETS_OF_TRANSFORMS = ("t3a", "t3aw", "tweights")  # of RandAugment; for any other name, timm uses its default set
 
 
 def _check_policy(policy: str) -> None:
-    """timm passes over a part without its number or with another name of a set, and takes one of two that are alike."""
+    """Raise a ValueError for mistakes in a policy that timm ignores.
+
+    timm ignores a part without a number and an unknown name of a set, and uses only one of two parts with the same key.
+    """
     name, *parts = policy.split("-")
     keys = []
     for part in parts:
@@ -295,7 +306,7 @@ def _train_transform(config: CfgNode) -> Callable:
             re_mode=config.AUG.REMODE,
             re_count=config.AUG.RECOUNT,
         )
-    except (AssertionError, ValueError) as error:  # all but the policy is checked with the config
+    except (AssertionError, ValueError) as error:  # the config has checked all values but the policy
         policy = config.AUG.AUTO_AUGMENT
         raise UserError(f"AUG.AUTO_AUGMENT is not a policy that timm knows: {policy!r} ({error})") from error
 
@@ -315,9 +326,12 @@ def _check_enough(images: int, world_size: int, split: str, data_path: str) -> N
 
 
 def _stand_apart(worker: int) -> None:
-    """Out of reach of the signals that launchers send to a training process' group: it needs its workers to save."""
+    """Move a worker out of the training process' group, to which launchers send signals.
+
+    The training process needs its workers until it has saved.
+    """
     os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends this one to all
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends SIGUSR1 to all processes, whatever their group
 
 
 def _loader(config: CfgNode, dataset: Dataset, sampler: object, drop_last: bool) -> ImageLoader:
@@ -337,7 +351,7 @@ def _loader(config: CfgNode, dataset: Dataset, sampler: object, drop_last: bool)
         worker_init_fn=_stand_apart,
     )
     if workers and dist.is_initialized():
-        # Starts the workers, which stay: a fork while a thread of gloo's is in Python never returns in the child.
+        # Start the persistent workers now: if a thread of gloo is in Python during a later fork, the child hangs.
         iter(loader)
     return loader
 
@@ -347,7 +361,11 @@ MIB = 2**20
 
 
 def _check_shared_memory(config: CfgNode, workers: int) -> None:
-    """Workers hand batches over in shared memory; where it is full they die of a bus error."""
+    """Check that shared memory can hold the batches that workers hand over; if it is full, workers die of a bus error.
+
+    Raises:
+        UserError: there is not enough for one batch of each worker.
+    """
     batch = config.DATA.BATCH_SIZE * 3 * config.DATA.IMG_SIZE**2 * torch.get_default_dtype().itemsize
     needed = batch * workers * config.DATA.PREFETCH_FACTOR
     try:

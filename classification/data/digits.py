@@ -1,9 +1,9 @@
-"""The embedded data set: scikit-learn's 1,797 handwritten digits as an image folder, without a download.
+"""Write the embedded data set, scikit-learn's 1,797 handwritten digits, as an image folder, without a download.
 
     python -m classification.data.digits data/digits
 
 writes 1,437 training and 360 validation images, 32x32 PNG, as `train/0` ... `val/9`. The split is stratified and always
-the same. The digits are those of the UCI optical recognition data set (test part), 8x8 with 17 levels of grey.
+the same. The digits come from the UCI optical recognition data set (test part) and have 8x8 pixels of 17 grey levels.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SPLIT_SEED = 0
 
 
 def write_digits(root: Path) -> bool:
-    """Write the image folder at `root` if it is not there yet; returns whether it had to be written.
+    """Write the image folder at `root` if it does not exist yet. Return whether it was written.
 
     Raises:
         UserError: `root` exists but is something else, or cannot be made.
@@ -34,7 +34,7 @@ def write_digits(root: Path) -> bool:
         if _count(root / "train") + _count(root / "val") == len(load_digits().target):
             return False
         raise UserError(f"{root}: exists and is not the digits data set; remove it or name another folder")
-    # Beside the target, then renamed: the folder is whole or absent.
+    # Write beside the target, then rename: so the folder is whole or absent.
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
@@ -50,7 +50,7 @@ def write_digits(root: Path) -> bool:
 
 
 def split_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training and the validation digits in scikit-learn's set."""
+    """Return the indices of the training and of the validation digits in scikit-learn's set."""
     target = load_digits().target
     everyone = np.arange(len(target))
     train, val = train_test_split(everyone, test_size=VAL_IMAGES, stratify=target, random_state=SPLIT_SEED)

@@ -1,15 +1,15 @@
-"""Digits scenes: handwritten digits on textured canvases, as a data set for detection or for segmentation.
+"""Write digits scenes, handwritten digits on textured canvases: a data set for detection or for segmentation.
 
     python -m classification.data.digits_scenes data/digits_scenes
     python -m classification.data.digits_scenes data/digits_scenes_ade20k --layout ade20k
 
-The first is COCO's format: `train/*.png`, `val/*.png`, `annotations/instances_{train,val}.json`. A digit's polygons are
-its outlines where it is half opaque, without the holes. The second is ADE20K's: `images/` and their maps in
-`annotations/`, both in `training/` and `validation/`; a pixel of a map is 0 for the background and 1 + d where digit d
-is half opaque.
+The first command writes COCO's format: `train/*.png`, `val/*.png`, `annotations/instances_{train,val}.json`. The
+polygons of a digit are its outlines at half opacity, without holes. The second command writes ADE20K's format: images
+in `images/` and their maps in `annotations/`, both with `training/` and `validation/`. A pixel of a map is 0 for the
+background and 1 + d where digit d is more than half opaque.
 
 The scenes are always the same. Each canvas holds up to five digits of the embedded set (see `digits`), turned, coloured
-and enlarged; validation scenes show digits that no training scene does.
+and enlarged; no digit is in both training and validation scenes.
 """
 
 import argparse
@@ -33,23 +33,23 @@ SIZE = 128
 SCENES = {"train": 480, "val": 96}
 SEEDS = {"train": 1, "val": 2}
 DIGITS_PER_SCENE = (2, 5)
-DIGIT_SIDE = (36, 60)  # pixels, of the 8x8 original's frame
+DIGIT_SIDE = (36, 60)  # pixels to which the 8x8 original is enlarged
 MAX_TURN = 15  # degrees
-MAX_TRIES = 20  # places tried for a digit; without a free one it is left out
-MIN_AREA = 16  # square pixels, of an outline that counts
+MAX_TRIES = 20  # places to try for a digit; if none is free, the digit is left out
+MIN_AREA = 16  # least square pixels of an outline; smaller outlines are left out
 CLASSES = tuple("0123456789")
-ANNOTATIONS = "annotations/instances_{}.json"  # COCO's
-ADE20K = {"train": "training", "val": "validation"}  # its folders
+ANNOTATIONS = "annotations/instances_{}.json"  # COCO's name
+ADE20K = {"train": "training", "val": "validation"}  # ADE20K's folders
 
 
 @dataclass
 class Digit:
     label: int
     polygons: list[np.ndarray]  # each (points, 2), x and y from the image's corner
-    opacity: np.ndarray  # (SIZE, SIZE), of the whole canvas
+    opacity: np.ndarray  # (SIZE, SIZE), on the whole canvas
 
     def box(self) -> list[float]:
-        """COCO's x, y, width, height."""
+        """Return COCO's x, y, width, height."""
         points = np.concatenate(self.polygons)
         low, high = points.min(axis=0), points.max(axis=0)
         return [*low.tolist(), *(high - low).tolist()]
@@ -59,16 +59,16 @@ class Digit:
 
 
 def _area(polygon: np.ndarray) -> float:
-    """Of a closed polygon, by the shoelace formula."""
+    """Return the area of a closed polygon, by the shoelace formula."""
     x, y = polygon.T
     return abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
 
 
 def scenes(split: str) -> Iterator[tuple[np.ndarray, list[Digit]]]:
-    """Images (SIZE, SIZE, 3) of bytes and the digits on them."""
+    """Yield images (SIZE, SIZE, 3) of bytes and the digits on them."""
     data = load_digits()
     members = dict(zip(("train", "val"), split_digits(), strict=True))[split]
-    rng = np.random.RandomState(SEEDS[split])  # its stream is the same in every version of NumPy
+    rng = np.random.RandomState(SEEDS[split])  # RandomState draws the same numbers in every NumPy version
     for _ in range(SCENES[split]):
         image, digits = _texture(rng), []
         taken = np.zeros((SIZE, SIZE), bool)
@@ -83,7 +83,7 @@ def scenes(split: str) -> Iterator[tuple[np.ndarray, list[Digit]]]:
 
 
 def _texture(rng: np.random.RandomState) -> np.ndarray:
-    """Coarse and fine noise in colour, (SIZE, SIZE, 3) in [0, 1]."""
+    """Return coarse and fine colour noise, (SIZE, SIZE, 3) in [0, 1]."""
     layers = []
     for cells, strength in ((4, 0.5), (16, 0.25), (SIZE, 0.1)):
         noise = Image.fromarray((rng.rand(cells, cells, 3) * 255).astype(np.uint8))
@@ -94,7 +94,11 @@ def _texture(rng: np.random.RandomState) -> np.ndarray:
 def _place(
     rng: np.random.RandomState, grey: np.ndarray, taken: np.ndarray
 ) -> tuple[list[np.ndarray], np.ndarray] | None:
-    """Outlines and opacity of a digit where nothing has been placed yet, which it then is in `taken`."""
+    """Place a digit where nothing has been placed yet, and mark the place in `taken`.
+
+    Returns:
+        Outlines and opacity of the digit; None if there is no free place or no outline is large enough.
+    """
     small = Image.fromarray((grey * (255 / 16)).round().astype(np.uint8))
     side = rng.randint(DIGIT_SIDE[0], DIGIT_SIDE[1] + 1)
     large = small.resize((side, side), Image.Resampling.BICUBIC)
@@ -116,7 +120,7 @@ def _place(
 
 
 def _outer(polygons: list[np.ndarray]) -> list[np.ndarray]:
-    """Without those that lie in another: holes."""
+    """Return the polygons without holes, which lie within another polygon."""
 
     def within(inner: np.ndarray, outer: np.ndarray) -> bool:
         return bool((inner.min(axis=0) > outer.min(axis=0)).all() and (inner.max(axis=0) < outer.max(axis=0)).all())
@@ -125,7 +129,7 @@ def _outer(polygons: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _paint(rng: np.random.RandomState, image: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """The digit in a colour that stands out from what lies under it."""
+    """Paint the digit on the image in a colour that stands out from the image under it."""
     under = np.average(image.reshape(-1, 3), axis=0, weights=opacity.reshape(-1))
     colour = rng.uniform(0.75, 1, 3) if under.mean() < 0.5 else rng.uniform(0, 0.25, 3)
     alpha = np.clip(1.5 * opacity, 0, 1)[..., None]
@@ -133,7 +137,7 @@ def _paint(rng: np.random.RandomState, image: np.ndarray, opacity: np.ndarray) -
 
 
 def write_digits_scenes(root: Path, layout: str = "coco") -> bool:
-    """Write the data set at `root` in one of `LAYOUTS` if it is not there yet; returns whether it had to be written.
+    """Write the data set at `root` in one of `LAYOUTS` if it does not exist yet. Return whether it was written.
 
     Raises:
         UserError: `root` exists but is something else, or cannot be made.
@@ -145,7 +149,7 @@ def write_digits_scenes(root: Path, layout: str = "coco") -> bool:
         raise UserError(
             f"{root}: exists and is not the digits scenes data set as for {layout}; remove it or name another folder"
         )
-    # Beside the target, then renamed: the folder is whole or absent.
+    # Write beside the target, then rename: so the folder is whole or absent.
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))

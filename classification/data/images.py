@@ -1,4 +1,4 @@
-"""Image folders: which files are a class' images, and how one is read, losing nothing in silence."""
+"""Image folders: find the images of each class and read them; nothing is left out without a message."""
 
 import functools
 import hashlib
@@ -13,34 +13,34 @@ from torch.utils.data import Dataset
 
 from classification.errors import UserError, is_dir
 
-# Decoded in this process: for EPS, Pillow would start Ghostscript.
+# Formats that Pillow decodes in this process; for EPS, it would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-IN_FULL_RANGE = ("PNG", "PPM")  # of which Pillow's mode I is 16 bits
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF, which Pillow inverts in 8 bits alone
-SAMPLE_FORMAT, UNSIGNED = 339, 1  # of TIFF: Pillow reads -1 in 8 signed bits as 255
+IN_FULL_RANGE = ("PNG", "PPM")  # for these, Pillow's mode I holds 16 bits
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags; Pillow inverts WHITE_IS_ZERO only in 8 bits
+SAMPLE_FORMAT, UNSIGNED = 339, 1  # TIFF's tag; Pillow reads -1 in 8 signed bits as 255
 EIGHT_BITS_A_BAND = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
 class UnreadableImageError(UserError):
-    """A file that is no image, a damaged one, or one whose values have no known range."""
+    """A file is not an image, is damaged, or has values whose range is not known."""
 
 
 def read_image(path: str) -> Image.Image:
-    """As RGB, 8 bits a band; 16 bits are scaled by 255 / 65535, and 12 of a TIFF by 255 / 4095.
+    """Read an image as RGB with 8 bits a band; scale 16 bits by 255 / 65535, and 12 bits of a TIFF by 255 / 4095.
 
     Raises:
-        UnreadableImageError: the file cannot be read as such.
+        UnreadableImageError: the file cannot be read as an image.
     """
     try:
         image = _in_eight_bits(path)
         return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise what they like on a damaged file
+    except Exception as error:  # on a damaged file, Pillow's plugins raise any error
         raise UnreadableImageError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def _in_eight_bits(path: str) -> Image.Image:
-    """As RGB, or as grey where the file has more bits."""
+    """Read an image as RGB, or as 8-bit grey if the file has more bits."""
     with open(path, "rb") as file, Image.open(file, formats=image_formats()) as image:
         _check_samples(image)
         return image.convert("RGB") if image.mode in EIGHT_BITS_A_BAND else _to_eight_bits(image)
@@ -49,15 +49,22 @@ def _in_eight_bits(path: str) -> Image.Image:
 def _check_samples(image: Image.Image) -> None:
     kinds = image.tag_v2.get(SAMPLE_FORMAT, ()) if image.format == "TIFF" else ()
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if any(kind != UNSIGNED for kind in kinds) and image.mode not in ("I", "F"):  # whose range is not known anyway
+    if any(kind != UNSIGNED for kind in kinds) and image.mode not in ("I", "F"):  # `_to_eight_bits` refuses these
         raise ValueError(f"its samples are not unsigned numbers (SampleFormat {kinds}); convert it to 8 or 16 bits")
 
 
-BAND = 2**18  # pixels, about
+BAND = 2**18  # approximate pixels of a band of rows
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey in 8 bits of more, in bands of rows: a copy of all of it in wide numbers would be many times the image."""
+    """Scale a grey image of more than 8 bits to 8 bits.
+
+    Bands of rows are scaled one after another: a copy of the whole image in wide numbers would take many times its
+    memory.
+
+    Raises:
+        ValueError: the range of the values is not known, or the values are outside it.
+    """
     if image.mode not in SIXTEEN_BITS and not (image.mode == "I" and image.format in IN_FULL_RANGE):
         raise ValueError(f"its values are of mode {image.mode}, whose range is not known; convert it to 8 or 16 bits")
     highest, inverted = 65535, False
@@ -80,27 +87,27 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def image_formats() -> tuple[str, ...]:
-    """Those of the formats that this Pillow has."""
+    """Return the formats of `FORMATS` that the installed Pillow has."""
     Image.init()
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """Of these formats, in lower case."""
+    """Return the suffixes of these formats, in lower case."""
     kinds = (*image_formats(), "MPO")  # read as JPEG
     return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 class ImageFolder(Dataset):
-    """DATA_PATH/split, one folder a class: (image, label), as torchvision's ImageFolder; any depth of folders in each.
+    """The images of DATA_PATH/split as (image, label), like torchvision's ImageFolder.
 
-    A folder counts once, by its real path, however many links lead to it. A link to a file is an image of its own, as
-    in torchvision: where files are kept by their content (DVC, git-annex, Hugging Face), equal ones are links to one.
-    What is left out is counted in `left_out`.
+    Each class has a folder, with images at any depth. A folder counts once, by its real path, however many links lead
+    to it. A link to a file is an image of its own, as in torchvision, because tools that store files by content (DVC,
+    git-annex, Hugging Face) make equal files links to the same file. `left_out` counts the files that are left out.
 
     Raises:
-        UserError: a missing folder or one that may not be entered, no class folders, a class folder without images, or
-            one folder in two classes; reading an image can raise too.
+        UserError: a folder is missing or may not be entered, there are no class folders, a class folder has no images,
+            or two classes share a folder. Reading an image can raise an UnreadableImageError.
     """
 
     def __init__(self, data_path: str, split: str, transform: Callable | None):
@@ -128,12 +135,12 @@ class ImageFolder(Dataset):
 
     @property
     def left_out(self) -> str:
-        """What of the folder's files is not used, and why; empty if all are."""
+        """Say how many files and folders are not used, and why; "" if all are used."""
         found = ", ".join(f"{count} {why}" for why, count in sorted(self.ignored.items()))
         return f"{self.root}: left out: {found}" if found else ""
 
     def digest(self) -> str:
-        """SHA-256 of the images' names in their order, which other disks must have alike."""
+        """Return the SHA-256 of the images' names in their order, which must be the same for all processes."""
         found = hashlib.sha256()
         for path, _ in self.samples:
             found.update(os.fsencode(path.removeprefix(self.root)) + b"\0")
@@ -167,10 +174,12 @@ class ImageFolder(Dataset):
         return samples
 
     def _images_of(self, top: str, owners: dict[str, tuple[str, str]]) -> list[str]:
-        """Paths of a class' images, in the order of torchvision's: by folder, then by name.
+        """Return the paths of a class' images in torchvision's order: by folder, then by name.
 
         Args:
-            owners: which class' top and which path each folder has been met at, by its real path; added to.
+            top: the folder of the class.
+            owners: for each folder found so far, by real path: its class' folder and the path at which it was found.
+                This method adds to it.
         """
         folders: list[tuple[str, list[os.DirEntry]]] = []
         waiting = [(top, os.path.realpath(top))]
