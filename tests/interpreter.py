@@ -1,4 +1,4 @@
-"""Triton's interpreter, quicker: most of its time was not that of the kernels' operations."""
+"""A faster interpreter of Triton's kernels: it spent most of its time outside the kernels' own operations."""
 
 import numpy as np
 from triton.runtime import interpreter
@@ -8,7 +8,7 @@ _patched = set()  # modules whose `tl` a launch has replaced
 
 
 def _patch_once(function):
-    """It does so again for each call of a function of the kernel's, and never undoes that."""
+    """Replace a module's `tl` once in a launch. Triton does it again for each call of a device function."""
     module = id(function.__globals__)
     if module in _patched:
         return None
@@ -25,9 +25,9 @@ def _launched(self, *arguments, **options) -> None:
 
 
 def _scan_by_doubling(self, inputs) -> list:
-    """`generic_scan` calls the function once for each element; here it is once for each power of two, on all of them.
+    """Scan by doubling: call the function once for each power of two, on all elements together.
 
-    As on a GPU, what the function makes of several elements is combined, and not of one after the other alone.
+    Triton's `generic_scan` calls the function once for each element. A GPU combines results of several elements too.
     """
     found, distance, length = list(inputs), 1, inputs[0].handle.data.shape[self.axis]
     place = np.expand_dims(np.arange(length), tuple(i for i in range(inputs[0].handle.data.ndim) if i != self.axis))
@@ -44,7 +44,7 @@ def _scan_by_doubling(self, inputs) -> list:
 
 
 def quicken() -> None:
-    """Of the Tritons that are known here; others stay as they are."""
+    """Replace the slow parts of the interpreter, if this version of Triton has the parts that this file knows."""
     if not hasattr(interpreter, "_LangPatchScope") or interpreter._patch_lang is _patch_once:
         return
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = _patch_once, _launched

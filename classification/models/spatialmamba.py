@@ -61,7 +61,7 @@ def _is_plain(module: nn.Module) -> bool:
     return weight is not None and bias is not None and bias.dim() == 1
 
 
-# What a module's dictionary has of hooks, and of `Module.compile`.
+# Entries of a module's dictionary that hold hooks, or that `Module.compile` sets.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
 # Those of all modules, as torch.nn.modules.module.register_module_forward_hook and its like add them.
 GLOBAL_HOOKS = (
@@ -73,7 +73,7 @@ GLOBAL_HOOKS = (
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ReLU of a linear layer of tokens (B, H, W, C), which has no gradient: cuBLAS applies it to what it stores."""
+    """ReLU of a linear layer of tokens (B, H, W, C), without gradients. cuBLAS applies it as it stores the product."""
     flat = torch._addmm_activation(_cast(bias, x), x.flatten(0, 2), _cast(weight, x).t())
     return flat.unflatten(0, x.shape[:3])
 
@@ -241,7 +241,8 @@ class StructureAwareSSM(nn.Module):
         """h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32: (B, D, N, H, W)."""
         state_dtype = _at_least_float32(x)
         A_logs = self.A_logs.to(state_dtype)
-        fused = has_fused_kernels(x)  # then the scan computes A, which takes PyTorch two kernels, and two for gradients
+        # The scan's kernels compute A. PyTorch would launch two kernels, and two more for the gradient.
+        fused = has_fused_kernels(x)
         h = selective_scan_state(
             x.flatten(2),
             dt.flatten(2),
@@ -295,7 +296,11 @@ class Block(nn.Module):
     def without_last_addition(
         self, x: Tensor, update: Tensor | None = None, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The block of x + scale update, as three tensors of which `add` makes one; where the block is fusible."""
+        """Apply the block to x + scale * update, but leave out its last addition. The block must be fusible.
+
+        Returns:
+            x, update and scale: `add` combines them to the block's output.
+        """
         x, normed = self._position_and_norm(x, self.cpe1, self.ln_1, update, scale)
         update = self.self_attention(normed)
         x, normed = self._position_and_norm(x, self.cpe2, self.ln_2, update, self._scale(update))
@@ -314,7 +319,7 @@ class Block(nn.Module):
         return depthwise_residual_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, update, scale)
 
     def _scale(self, update: Tensor) -> Tensor | None:
-        """What DropPath would multiply each image's update by, drawn as it draws; None where it does nothing."""
+        """Draw DropPath's factor for each image, with DropPath's random numbers; None if DropPath does nothing."""
         drop, keep = self.drop_path, 1 - self.drop_path.drop_prob
         if not drop.training or keep == 1:
             return None

@@ -119,7 +119,7 @@ WAYS = ["adapter", "forward", "hook", "pre-hook", "backward hook", "hook of all 
 @pytest.mark.parametrize("how", WAYS)
 def test_gives_way_to_the_modules(fused, name, how):
     """Whatever an operator would pass over is called."""
-    whole = stage(2, drop_path=0.1).eval()
+    whole = stage(2, drop_path=0.1).double().eval()
     module = whole.get_submodule(name)
     calls, hooks = [], []
 
@@ -145,7 +145,7 @@ def test_gives_way_to_the_modules(fused, name, how):
         hooks.append(module.register_full_backward_hook(lambda m, grads_in, grads_out: calls.append(name)))
     else:
         hooks.append(torch.nn.modules.module.register_module_forward_hook(hook))
-    x = torch.randn(1, 5, 4, 6).requires_grad_()
+    x = torch.randn(1, 5, 4, 6, dtype=torch.float64).requires_grad_()
     found = []
     for wanted, gradients in itertools.product((False, True), (True, False)):
         fused(wanted)
@@ -159,7 +159,7 @@ def test_gives_way_to_the_modules(fused, name, how):
     for handle in hooks:
         handle.remove()
     for y in found[1:]:
-        torch.testing.assert_close(y, found[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y, found[0], rtol=1e-9, atol=1e-11)
 
 
 def test_gives_way_to_a_compiled_block(fused):

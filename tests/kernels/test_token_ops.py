@@ -157,12 +157,12 @@ def test_sums_of_partial_sums(rows):
     """Of more rows than a program takes at once."""
     from dwconv2d import token_triton
 
-    sums, norm_sums = torch.randn(rows[0], 10, 11), torch.randn(rows[1], 2, 11)
-    weight, bias = sums.double().sum(0).split([9, 1])
-    expected = [weight.t(), bias[0], *norm_sums.double().sum(0)]
-    for given in (None, norm_sums):
-        for a, b in zip(token_triton._sum(sums, given), expected, strict=False):
-            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+    sums, norm_sums = (torch.randn(n, k, 11, dtype=torch.float64) for n, k in zip(rows, (10, 2), strict=True))
+    weight, bias = sums.sum(0).split([9, 1])
+    expected = [weight.t(), bias[0], *norm_sums.sum(0)]
+    for given, count in ((None, 2), (norm_sums, 4)):
+        for a, b in zip(token_triton._sum(sums, given), expected[:count], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 # ----- as PyTorch's operators

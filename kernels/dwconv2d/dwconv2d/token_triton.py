@@ -499,7 +499,7 @@ def convolution_tiling(channels: int) -> Tiling:
     return dict(BLOCK_P=256 // block_d, BLOCK_D=block_d, num_warps=2)
 
 
-# Many rows at once, of 32 bytes each: a program has all rows, one after another.
+# A program adds all rows of its 8 channels (32 bytes a row), and loads 256 rows at once.
 SUMS_TILING: Tiling = dict(BLOCK_ROWS=256, BLOCK_D=8, num_warps=4)
 
 
@@ -587,8 +587,8 @@ def _convolution_backward(
     update: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of s, contiguous, partial sums of weight's and bias's, in `grad`'s dtype, and with a scale the
-    update's gradient.
+    """Return the contiguous gradient of s, partial sums of the gradients of weight and bias in `grad`'s dtype, and the
+    gradient of the update, which differs from that of s if there is a scale.
     """
     _, height, width, channels = x.shape
     positions = _positions(x)

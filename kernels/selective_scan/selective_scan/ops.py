@@ -76,7 +76,7 @@ def selective_scan_state(
             consecutive channels; u's dtype.
         delta_bias: added to delta, (D,), A's dtype.
         delta_softplus: apply softplus to the biased delta.
-        A_is_log: A holds log(-A), as these models' parameter does: the decay rates are -exp(A).
+        A_is_log: the argument holds log(-A), as the models store it; its gradient is the gradient for log(-A).
 
     Returns:
         h, (B, D, N, L), contiguous, float32 (float64 if u is), whatever the inputs' 16-bit type. Gradients have

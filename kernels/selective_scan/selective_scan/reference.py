@@ -120,7 +120,7 @@ def laid_out_as(activation: Tensor, grad: Tensor) -> Tensor:
 
 
 def rates(A: Tensor, is_log: bool) -> Tensor:
-    """The decay rates, negative; their derivative with respect to a logarithm is themselves."""
+    """Return the negative decay rates. Their derivative with respect to log(-A) is the rates themselves."""
     return -torch.exp(A) if is_log else A
 
 

@@ -153,7 +153,7 @@ def _load_bias(bias_ptr, d, valid, dtype: tl.constexpr):
 
 @triton.jit
 def _load_rate(A_ptr, d, n, valid, N: tl.constexpr, IS_LOG: tl.constexpr):
-    """A of each channel, from its logarithm -exp(A)."""
+    """Load A of each channel; if the tensor holds log(-A), compute A = -exp(log(-A))."""
     A = tl.load(A_ptr + d * N + n, mask=valid, other=0)
     if IS_LOG:
         A = -_exp(A)

@@ -27,7 +27,7 @@ inline cudaError_t launch_pass(const Params& p, Pass pass, cudaStream_t stream) 
   }
 }
 
-// Results in `dtype` where they are not of states.
+// `dtype` is the type of the activations. Results are in it, or in the states' type where `of_states`.
 cudaError_t launch_sums(const Sums& sums, Dtype dtype, cudaStream_t stream);
 
 // From gradients of the 25 taps (D, 25) those of the three kernels and of alpha, in the states' dtype.

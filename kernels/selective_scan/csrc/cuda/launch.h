@@ -10,7 +10,7 @@ namespace selective_scan {
 cudaError_t launch_forward(const Params& p, Dtype dtype, cudaStream_t stream);
 cudaError_t launch_backward(const Params& p, Dtype dtype, cudaStream_t stream);
 
-// Results in `dtype` where they are not of states.
+// `dtype` is the type of the activations. Results are in it, or in the states' type where `of_states`.
 cudaError_t launch_sums(const Sums& sums, Dtype dtype, cudaStream_t stream);
 
 }  // namespace selective_scan
