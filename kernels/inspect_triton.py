@@ -134,7 +134,9 @@ def calls(dim: int, side: int, dtype: torch.dtype, layout: str) -> dict[str, Cal
         norm_args = (tokens, conv[0], norm[0], EPS, tokens, scale)
         found |= {
             "depthwise_silu": lambda: token_triton.depthwise_silu(x, *inner_conv),
-            "depthwise_silu_backward": lambda: token_triton.depthwise_silu_backward(planes, x, *inner_conv),
+            "depthwise_silu_backward": lambda: token_triton.depthwise_silu_backward(
+                planes, x, *inner_conv, planes, planes
+            ),
             "depthwise_residual_norm": lambda: token_triton.depthwise_residual_norm(
                 tokens, *conv, *norm, EPS, tokens, scale
             ),

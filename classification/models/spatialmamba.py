@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from dwconv2d import depthwise_residual_norm, depthwise_silu, state_fusion_output
-from dwconv2d.loading import TRITON_INSTALLED
+from dwconv2d.loading import TRITON_INSTALLED, autocast_dtype
 from selective_scan import norm_gate, selective_scan_state
 from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from torch import Tensor, nn
@@ -72,9 +72,30 @@ GLOBAL_HOOKS = (
 )
 
 
+class _LinearReLU(torch.autograd.Function):
+    """ReLU(x W^T + b) of rows x (M, C). cuBLAS applies bias and ReLU as it stores the product."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return torch._addmm_activation(bias, x, weight.t())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, y = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        return grad @ weight, grad.t() @ x, grad.sum(0)
+
+
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ReLU of a linear layer of tokens (B, H, W, C), without gradients. cuBLAS applies it as it stores the product."""
-    flat = torch._addmm_activation(_cast(bias, x), x.flatten(0, 2), _cast(weight, x).t())
+    """ReLU of a linear layer of tokens (B, H, W, C), in one kernel on a GPU. Autocast applies as to `F.linear`."""
+    x = x.to(autocast_dtype(x) or x.dtype)
+    flat = _LinearReLU.apply(x.flatten(0, 2), _cast(weight, x), _cast(bias, x))
     return flat.unflatten(0, x.shape[:3])
 
 
@@ -111,7 +132,7 @@ class ConvLayer(nn.Module):
         if fusible(x, conv) and conv.kernel_size == (1, 1) and to_tokens(x).is_contiguous():
             # On a GPU this is one product of tokens: cuDNN adds the bias in a pass of its own.
             tokens, weight = to_tokens(x), conv.weight.flatten(1)
-            if not torch.is_grad_enabled() and self._has_relu_alone(x):
+            if self._has_relu_alone(x):
                 return to_planes(linear_relu(tokens, weight, conv.bias))
             x = to_planes(F.linear(tokens, weight, conv.bias))
         else:
@@ -211,8 +232,8 @@ class StructureAwareSSM(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         x, z = self.in_proj(u).chunk(2, dim=-1)
         if fusible(x, self.conv2d, self.out_norm):
-            x = depthwise_silu(x, self.conv2d.weight, self.conv2d.bias)  # (B, D, H, W), contiguous
-            gated = norm_gate(self.ssm(x), z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
+            uses = depthwise_silu(x, self.conv2d.weight, self.conv2d.bias, uses=3)  # (B, D, H, W), contiguous
+            gated = norm_gate(self.ssm(*uses), z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
         else:
             x = F.silu(self.conv2d(to_planes(x)))  # (B, D, H, W), laid out as tokens
             gated = self.out_norm(to_tokens(self.ssm(x))) * F.silu(z)
@@ -226,10 +247,17 @@ class StructureAwareSSM(nn.Module):
         weight = weight.to(x.dtype).expand(x.shape[0], -1, -1)
         return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
-    def ssm(self, x: Tensor) -> Tensor:
-        """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W)."""
+    def ssm(self, x: Tensor, scanned: Tensor | None = None, observed: Tensor | None = None) -> Tensor:
+        """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W).
+
+        Args:
+            x: selects Delta, B and C.
+            scanned, observed: the same values for the transition and for the observation; None for x itself. As tensors
+                of their own they get gradients of their own.
+        """
         dt, B, C = self.select(x)
-        return self.state_fusion(self.transition(x, dt, B), C, self.Ds, x)  # y = sum_n C_n h'_n + D x
+        h = self.transition(x if scanned is None else scanned, dt, B)
+        return self.state_fusion(h, C, self.Ds, x if observed is None else observed)  # y = sum_n C_n h'_n + D x
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input-dependent Delta (B, D, H, W), before its bias and softplus, B and C (B, N, H, W) from each token."""

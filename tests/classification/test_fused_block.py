@@ -85,6 +85,22 @@ def test_model_compiles_whole_and_trains(fused):
         torch.testing.assert_close(whole(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+def test_linear_and_relu(fused):
+    """A first convolution of a down-sampling under autocast: dtypes, values and gradients of its modules."""
+    fused(True)
+    layer = randomise(Downsample(6)).conv[0]
+    x = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last)
+    for dtype in (None, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            found = results(layer, x)
+            fused(False)
+            expected = results(layer, x)
+            fused(True)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0, atol=(1e-6 if dtype is None else 1e-2) * b.abs().max().item())
+
+
 def test_vmap_over_images(fused):
     fused(True)
     model = randomise(SpatialMamba(dims=[8, 16], depths=[2, 1], num_classes=3)).eval()

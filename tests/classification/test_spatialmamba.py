@@ -213,8 +213,8 @@ def test_block_compiles_whole_and_agrees(size):
     for function in (block, compiled):
         out = function(x)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*results, strict=True):  # gradients are sums of thousands of terms, which all but cancel in places
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * b.abs().max().item())
 
 
 def test_one_graph_serves_all_batches_and_sizes():

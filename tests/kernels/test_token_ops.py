@@ -126,6 +126,38 @@ def test_silu(backend, check, size, dtype):
     compare(check, depthwise_silu, exact_silu, dict(x=half_of_a_projection(*size, dtype), **convolution))
 
 
+@pytest.mark.parametrize("uses", [(0, 1, 2), (0, 2), (1,)], ids=["all", "two", "one"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_silu_of_several_uses(backend, check, dtype, uses):
+    """Gradients of the results that are used, one of them of other strides, are added before anything is rounded."""
+    size = SIZES["5x7"]
+    convolution, _ = parameters(size[3], dtype)
+    inputs = dict(x=half_of_a_projection(*size, dtype), **convolution)
+    actual, wide = leaves(inputs), leaves(inputs, torch.float64)
+    results = depthwise_silu(**actual, uses=3)
+    for y in results:
+        assert torch.equal(y, depthwise_silu(**inputs))
+        assert y.data_ptr() == results[0].data_ptr()
+    grads = [1 + torch.randn_like(y) for y in results]
+    grads[2] = planes(tokens(grads[2]).contiguous())
+    grads = [grads[i] for i in uses]
+    found = differentiate([results[i] for i in uses], actual, grads)
+    total = sum(g.double() for g in grads)
+    for name, a, b in zip(inputs, found, differentiate(exact_silu(**wide), wide, total), strict=True):
+        check(a, b, f"gradient of {name}")
+
+
+def test_silu_of_several_uses_refuses():
+    _, arguments = example("silu", torch.float64)
+    with pytest.raises(ValueError, match="uses must be 1, 2 or 3, got 4"):
+        depthwise_silu(**arguments, uses=4)
+    x = arguments.pop("x").requires_grad_()
+    y = depthwise_silu(x, **arguments, uses=2)
+    (grad,) = torch.autograd.grad(y[0].sum() + y[1].square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
 @each_dtype
 @each_size
 @pytest.mark.float32_in_interpreter

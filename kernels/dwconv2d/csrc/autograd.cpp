@@ -40,7 +40,8 @@ class StateFusionOutput : public Function<StateFusionOutput> {
 
 class DepthwiseSilu : public Function<DepthwiseSilu> {
   using Forward = Tensor(const Tensor&, const Tensor&, const Tensor&);
-  using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&);
+  using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                      const OptionalTensor&, const OptionalTensor&);
 
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias) {
@@ -52,7 +53,8 @@ class DepthwiseSilu : public Function<DepthwiseSilu> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = operator_named<Backward>("dwconv2d::depthwise_silu_backward");
     const auto saved = ctx->get_saved_variables();
-    const auto [x, weight, bias] = backward_by(op, grads[0], saved[0], saved[1], saved[2]);
+    const auto [x, weight, bias] =
+        backward_by(op, grads[0], saved[0], saved[1], saved[2], std::nullopt, std::nullopt);
     return {x, weight, bias};
   }
 

@@ -12,12 +12,13 @@ from dwconv2d import loading
 from dwconv2d import token_reference as reference
 
 _SILU = "Tensor x, Tensor weight, Tensor bias"
+_MORE = "Tensor? grad_2=None, Tensor? grad_3=None"
 _NORM = "Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps"
 _NORM_BACKWARD = "Tensor grad_r, Tensor grad_n, Tensor r, Tensor x, Tensor weight, Tensor norm_weight, float eps"
 _UPDATE = "Tensor? update=None, Tensor? scale=None"
 _SCHEMAS = {
     "depthwise_silu": f"({_SILU}) -> Tensor",
-    "depthwise_silu_backward": f"(Tensor grad, {_SILU}) -> (Tensor, Tensor, Tensor)",
+    "depthwise_silu_backward": f"(Tensor grad, {_SILU}, {_MORE}) -> (Tensor, Tensor, Tensor)",
     "depthwise_residual_norm": f"({_NORM}, {_UPDATE}) -> (Tensor, Tensor)",
     "depthwise_residual_norm_backward": f"({_NORM_BACKWARD}, {_UPDATE}) -> ({', '.join(['Tensor'] * 6)})",
 }
@@ -34,7 +35,7 @@ def _silu_fake(x, weight, bias):
 
 
 @torch.library.register_fake("dwconv2d::depthwise_silu_backward")
-def _silu_backward_fake(grad, x, weight, bias):
+def _silu_backward_fake(grad, x, weight, bias, grad_2=None, grad_3=None):
     reference.check_silu_inputs(x, weight, bias)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
@@ -62,6 +63,28 @@ def _silu_backward(ctx, grad):
     return loading.call("depthwise_silu_backward", grad, *ctx.saved_tensors)
 
 
+class _SeveralUses(torch.autograd.Function):
+    """`depthwise_silu` with a result for each use, of the same memory. The backward kernel adds their gradients.
+
+    An operator of PyTorch may not return the same memory twice.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, uses):
+        y = loading.call("depthwise_silu", x, weight, bias)
+        return y, *(y.detach() for _ in range(uses - 1))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        first, *more = [grad for grad in grads if grad is not None]
+        return *loading.call("depthwise_silu_backward", first, *ctx.saved_tensors, *more), None
+
+
 def _norm_setup(ctx, inputs, output):
     x, weight, bias, norm_weight, norm_bias, ctx.eps, update, scale = inputs
     ctx.dtypes = [t.dtype for t in (weight, bias, norm_weight, norm_bias)]
@@ -85,7 +108,7 @@ loading.register_autograd("depthwise_residual_norm", _norm_backward, _norm_setup
 loading.refuse_second_derivatives("depthwise_silu", "depthwise_residual_norm")
 
 
-def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor, uses: int = 1) -> Tensor | tuple[Tensor, ...]:
     """Depthwise 3x3 convolution and SiLU, from tokens to planes: y = s sigmoid(s), s = bias + dwconv3x3(x).
 
     Outside the image x is 0. The backward pass recomputes s, so that nothing but x is saved for it.
@@ -94,9 +117,12 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, of any strides: half of a projection's output
             is read where it lies.
         weight: (D, 1, 3, 3), and bias: (D,), of any floating dtype, float64 if and only if x is.
+        uses: how often y is used, at most 3. Give each use a result of its own: the backward kernel then adds their
+            gradients, where PyTorch would add each two in a pass over memory.
 
     Returns:
-        y, planes (B, D, H, W), contiguous, x's dtype. Under autocast x is cast to the autocast dtype first.
+        y, planes (B, D, H, W), contiguous, x's dtype. Under autocast x is cast to the autocast dtype first. With
+        `uses` above 1, a tuple of as many tensors, which share memory: do not change one in place.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.
@@ -104,9 +130,14 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
     loading.check_tensors(x=x, weight=weight, bias=bias)
+    if uses not in (1, 2, 3):
+        raise ValueError(f"uses must be 1, 2 or 3, got {uses}")
     if (half := loading.autocast_dtype(x)) is not None:
         x = loading.cast(x, half)
-    return loading.call("depthwise_silu", x, weight, bias)
+    if uses > 1 and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        return _SeveralUses.apply(x, weight, bias, uses)
+    y = loading.call("depthwise_silu", x, weight, bias)
+    return y if uses == 1 else (y,) * uses
 
 
 def depthwise_residual_norm(

@@ -21,6 +21,16 @@ def check_silu_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     _check(x, "bias", bias, (channels,))
 
 
+def check_silu_backward_inputs(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, grad_2: Tensor | None, grad_3: Tensor | None
+) -> None:
+    """The same for `depthwise_silu_backward`."""
+    check_silu_inputs(x, weight, bias)
+    for name, tensor in (("grad", grad), ("grad_2", grad_2), ("grad_3", grad_3)):
+        if tensor is not None:
+            check_grad(name, tensor, (x.shape[0], x.shape[3], *x.shape[1:3]), x)
+
+
 def check_residual_norm_inputs(
     x: Tensor,
     weight: Tensor,
@@ -97,14 +107,21 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(s).to(x.dtype).contiguous()
 
 
-def depthwise_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `depthwise_silu` for x, weight and bias, from `grad` of its planes."""
-    check_silu_inputs(x, weight, bias)
-    check_grad("grad", grad, (x.shape[0], x.shape[3], *x.shape[1:3]), x)
+def depthwise_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grad_2: Tensor | None = None,
+    grad_3: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `depthwise_silu` for x, weight and bias, from the sum of up to three gradients of its planes."""
+    check_silu_backward_inputs(grad, x, weight, bias, grad_2, grad_3)
     planes = _planes(x).to(computed_dtype(x))
     s = _convolve(planes, weight, bias)
     gate = torch.sigmoid(s)
-    grad_s = grad.to(s.dtype) * (gate * (1 + s * (1 - gate)))
+    total = sum(g.to(s.dtype) for g in (grad, grad_2, grad_3) if g is not None)
+    grad_s = total * (gate * (1 + s * (1 - gate)))
     grad_x, grad_weight, grad_bias = _convolution_backward(grad_s, planes, weight)
     grad_x = grad_x.permute(0, 2, 3, 1).to(x.dtype).contiguous()
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)

@@ -11,6 +11,7 @@ a fixed order: no atomics, so results repeat to the bit.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -96,6 +97,8 @@ def _silu_kernel(
     bias_ptr,
     y_ptr,
     grad_ptr,
+    grad_2_ptr,
+    grad_3_ptr,
     grad_s_ptr,
     height,
     width,
@@ -113,7 +116,7 @@ def _silu_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """With s the convolution: y = SiLU(s) as planes, or from `grad` of y that of s as tokens, in DTYPE."""
+    """With s the convolution: y = SiLU(s) as planes, or from the gradients of y that of s as tokens, in DTYPE."""
     plane = plane_units * UNIT  # so that Triton knows how planes are aligned
     d_tiles = tl.cdiv(channels, BLOCK_D)
     p_tiles = tl.cdiv(plane, BLOCK_P)
@@ -136,8 +139,12 @@ def _silu_kernel(
         y_ptrs = y_ptr + image * channels * plane + d.to(tl.int64) * plane + p
         tl.store(y_ptrs, s * gate, mask=valid)
     else:
-        grad_ptrs = grad_ptr + image * grad_stride_b + d.to(tl.int64) * grad_stride_d + p.to(tl.int64) * grad_stride_p
-        grad = tl.load(grad_ptrs, mask=valid, other=0).to(DTYPE)
+        offsets = image * grad_stride_b + d.to(tl.int64) * grad_stride_d + p.to(tl.int64) * grad_stride_p
+        grad = tl.load(grad_ptr + offsets, mask=valid, other=0).to(DTYPE)
+        if grad_2_ptr is not None:
+            grad += tl.load(grad_2_ptr + offsets, mask=valid, other=0).to(DTYPE)
+        if grad_3_ptr is not None:
+            grad += tl.load(grad_3_ptr + offsets, mask=valid, other=0).to(DTYPE)
         grad_s_ptrs = grad_s_ptr + (image * plane + p) * channels + d
         tl.store(grad_s_ptrs, grad * (gate * (1 + s * (1 - gate))), mask=valid)
 
@@ -521,18 +528,24 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _silu(
-    x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None, grad: Tensor | None, grad_s: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor | None,
+    grads: Sequence[Tensor] = (),
+    grad_s: Tensor | None = None,
 ) -> None:
+    """Compute y; with gradients of y, which must have the same strides, compute grad_s instead."""
     batch, height, width, channels = x.shape
     plane = height * width
     unit = _unit(plane)
     tiling = silu_tiling(channels)
-    rows = None if grad is None else grad.reshape(batch, channels, plane)
+    rows = [grad.reshape(batch, channels, plane) for grad in grads]
     launch(
         _silu_kernel,
         batch * _ceil_div(plane, tiling["BLOCK_P"]) * _ceil_div(channels, tiling["BLOCK_D"]),
-        *(x, weight.contiguous(), bias.contiguous(), y, rows, grad_s),
-        *(height, width, channels, plane // unit, *x.stride(), *((0, 0, 0) if rows is None else rows.stride())),
+        *(x, weight.contiguous(), bias.contiguous(), y, *rows, *(None,) * (3 - len(rows)), grad_s),
+        *(height, width, channels, plane // unit, *x.stride(), *(rows[0].stride() if rows else (0, 0, 0))),
         UNIT=unit,
         DTYPE=_computed(x),
         **tiling,
@@ -544,16 +557,25 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     reference.check_silu_inputs(x, weight, bias)
     batch, height, width, channels = x.shape
     y = x.new_empty((batch, channels, height, width), dtype=_stored(x))
-    _silu(x, weight, bias, y, None, None)
+    _silu(x, weight, bias, y)
     return y.to(x.dtype)
 
 
-def depthwise_silu_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `depthwise_silu` for x, weight and bias, from `grad` of its planes."""
-    reference.check_silu_inputs(x, weight, bias)
-    reference.check_grad("grad", grad, (x.shape[0], x.shape[3], *x.shape[1:3]), x)
+def depthwise_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grad_2: Tensor | None = None,
+    grad_3: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `depthwise_silu` for x, weight and bias, from the sum of up to three gradients of its planes."""
+    reference.check_silu_backward_inputs(grad, x, weight, bias, grad_2, grad_3)
     grad_s = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
-    _silu(x, weight, bias, None, grad, grad_s)
+    grads = [g for g in (grad, grad_2, grad_3) if g is not None]
+    if any(g.stride() != grad.stride() for g in grads):
+        grads = [sum(g.to(grad_s.dtype) for g in grads)]
+    _silu(x, weight, bias, None, grads, grad_s)
     grad_x, sums, _ = _convolution_backward(grad_s, x, weight, residual=False)
     grad_weight, grad_bias = _sum(sums)
     return grad_x, grad_weight.view(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)
