@@ -6,7 +6,7 @@ import os
 # Options of mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
-_NEVER = 2**31 - 1
+_NEVER = -1  # as mallopt(3) has it: 2**31 - 1 would hand back what is free above 2 GiB
 OFF = "SPATIALMAMBA_RELEASE_MEMORY"  # an environment variable
 
 
