@@ -7,7 +7,7 @@ Parameter names are those of the published checkpoints, which load strictly; wei
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -99,6 +99,15 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return flat.unflatten(0, x.shape[:3])
 
 
+def _call(function: Callable, *inputs: Tensor | None):
+    return function(*inputs)
+
+
+def _checkpoint(function: Callable, *inputs: Tensor | None):
+    """`function` of the inputs; the backward pass calls it again in place of keeping its activations."""
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
 POOLINGS = ("avg", "max", "avgmax", "")
 
 
@@ -171,9 +180,19 @@ class Downsample(nn.Module):
             ConvLayer(wide, wide, 3, stride=2, groups=wide, bias=True, norm=False),
             ConvLayer(wide, 2 * dim, 1, bias=True, act=False),
         )
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return to_tokens(self.conv(to_planes(x)))
+        x = to_planes(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            # The wide layers; computed again, the batch norm after them would count its batch twice.
+            x = self.conv[2](_checkpoint(self._wide, x))
+        else:
+            x = self.conv(x)
+        return to_tokens(x)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return self.conv[1](self.conv[0](x))
 
 
 class StateFusion(nn.Module):
@@ -309,12 +328,20 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        # Each half is recomputed alone, so that the activations of one are gone before those of the other are there.
+        call = _checkpoint if self.grad_checkpointing and torch.is_grad_enabled() else _call
         if self.fusible(x):
-            return self.add(*self.without_last_addition(x))
+            return self.add(*call(self._fused_mlp_half, *call(self._fused_ssm_half, x)))
+        return call(self._mlp_half, call(self._ssm_half, x))
+
+    def _ssm_half(self, x: Tensor) -> Tensor:
         x = x + to_tokens(self.cpe1(to_planes(x)))
-        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+        return x + self.drop_path(self.self_attention(self.ln_1(x)))
+
+    def _mlp_half(self, x: Tensor) -> Tensor:
         x = x + to_tokens(self.cpe2(to_planes(x)))
         return x + self.drop_path(self.mlp(self.ln_2(x)))
 
@@ -329,9 +356,17 @@ class Block(nn.Module):
         Returns:
             x, update and scale: `add` combines them to the block's output.
         """
+        return self._fused_mlp_half(*self._fused_ssm_half(x, update, scale))
+
+    def _fused_ssm_half(
+        self, x: Tensor, update: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, normed = self._position_and_norm(x, self.cpe1, self.ln_1, update, scale)
         update = self.self_attention(normed)
-        x, normed = self._position_and_norm(x, self.cpe2, self.ln_2, update, self._scale(update))
+        return x, update, self._scale(update)
+
+    def _fused_mlp_half(self, x: Tensor, update: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, normed = self._position_and_norm(x, self.cpe2, self.ln_2, update, scale)
         update = self.mlp(normed)
         return x, update, self._scale(update)
 
@@ -365,10 +400,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def blocks_out(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-        elif fusible(x, *self.blocks) and all(block.fusible(x) for block in self.blocks):
+        if not self.grad_checkpointing and fusible(x, *self.blocks) and all(block.fusible(x) for block in self.blocks):
             # The last addition of a block is left to the operator that the next block begins with.
             parts = self.blocks[0].without_last_addition(x)
             for block in self.blocks[1:]:
@@ -481,9 +513,10 @@ class SpatialMamba(nn.Module):
         return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of storing its activations."""
-        for stage in self.layers:
-            stage.grad_checkpointing = enable
+        """Recompute blocks and the wide layers between stages in the backward pass instead of storing activations."""
+        for module in self.modules():
+            if isinstance(module, Stage | Block | Downsample):
+                module.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
