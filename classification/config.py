@@ -422,28 +422,36 @@ def _validate(config: CfgNode) -> None:
         raise UserError("with TRAIN.MESA.START 1 MESA would never begin: lower it, or set TRAIN.MESA.WEIGHT 0")
 
 
-# Keys without effect while another key has a certain value: the reason, and the condition.
-WITHOUT_EFFECT: dict[str, tuple[str, Callable[[CfgNode], bool]]] = {
-    "AUG.COLOR_JITTER": ("AUG.AUTO_AUGMENT is set", lambda c: bool(c.AUG.AUTO_AUGMENT)),
-    "AUG.REMODE": ("AUG.REPROB is 0", lambda c: c.AUG.REPROB == 0),
-    "AUG.RECOUNT": ("AUG.REPROB is 0", lambda c: c.AUG.REPROB == 0),
-    "AUG.MIXUP_PROB": ("AUG.MIXUP and AUG.CUTMIX are 0", lambda c: c.AUG.MIXUP == c.AUG.CUTMIX == 0),
-    "AUG.MIXUP_MODE": ("AUG.MIXUP and AUG.CUTMIX are 0", lambda c: c.AUG.MIXUP == c.AUG.CUTMIX == 0),
-    "AUG.MIXUP_SWITCH_PROB": ("AUG.MIXUP or AUG.CUTMIX is 0", lambda c: 0 in (c.AUG.MIXUP, c.AUG.CUTMIX)),
-    "TRAIN.EMA.DECAY": ("TRAIN.EMA.ENABLE is False", lambda c: not c.TRAIN.EMA.ENABLE),
-    "TRAIN.MESA.START": ("TRAIN.MESA.WEIGHT is 0", lambda c: c.TRAIN.MESA.WEIGHT == 0),
-    "TRAIN.WARMUP_LR": ("TRAIN.WARMUP_EPOCHS is 0", lambda c: c.TRAIN.WARMUP_EPOCHS == 0),
-}
+# Conditions, and the keys that have no effect under them.
+WITHOUT_EFFECT: tuple[tuple[str, Callable[[CfgNode], bool], tuple[str, ...]], ...] = (
+    ("AUG.AUTO_AUGMENT is set", lambda c: bool(c.AUG.AUTO_AUGMENT), ("AUG.COLOR_JITTER",)),
+    ("AUG.REPROB is 0", lambda c: c.AUG.REPROB == 0, ("AUG.REMODE", "AUG.RECOUNT")),
+    (
+        "AUG.MIXUP and AUG.CUTMIX are 0",
+        lambda c: c.AUG.MIXUP == c.AUG.CUTMIX == 0,
+        ("AUG.MIXUP_PROB", "AUG.MIXUP_MODE", "AUG.MIXUP_SWITCH_PROB"),
+    ),
+    (
+        "AUG.MIXUP_PROB is 0",
+        lambda c: c.AUG.MIXUP_PROB == 0,
+        ("AUG.MIXUP", "AUG.CUTMIX", "AUG.MIXUP_MODE", "AUG.MIXUP_SWITCH_PROB"),
+    ),
+    ("AUG.MIXUP or AUG.CUTMIX is 0", lambda c: 0 in (c.AUG.MIXUP, c.AUG.CUTMIX), ("AUG.MIXUP_SWITCH_PROB",)),
+    ("TRAIN.EMA.ENABLE is False", lambda c: not c.TRAIN.EMA.ENABLE, ("TRAIN.EMA.DECAY",)),
+    ("TRAIN.MESA.WEIGHT is 0", lambda c: c.TRAIN.MESA.WEIGHT == 0, ("TRAIN.MESA.START",)),
+    ("TRAIN.WARMUP_EPOCHS is 0", lambda c: c.TRAIN.WARMUP_EPOCHS == 0, ("TRAIN.WARMUP_LR",)),
+    ("DATA.NUM_WORKERS is 0", lambda c: c.DATA.NUM_WORKERS == 0, ("DATA.PREFETCH_FACTOR",)),
+)
 
 
 def settings_without_effect(config: CfgNode) -> list[str]:
     """Return one message for each key that differs from its default although another key switches it off."""
     values, defaults = dict(_flatten(config)), dict(_flatten(default_config()))
-    return [
-        f"{key} {values[key]} has no effect, because {reason}"
-        for key, (reason, holds) in WITHOUT_EFFECT.items()
-        if values[key] != defaults[key] and holds(config)
-    ]
+    reasons: dict[str, str] = {}
+    for reason, holds, keys in WITHOUT_EFFECT:
+        if holds(config):
+            reasons |= {key: reason for key in keys if key not in reasons and values[key] != defaults[key]}
+    return [f"{key} {values[key]} has no effect, because {reason}" for key, reason in reasons.items()]
 
 
 def _check_range(key: str, value: object, low: float, high: float) -> None:

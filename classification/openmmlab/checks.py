@@ -40,7 +40,7 @@ def check_channels(model: ConfigDict) -> None:
         return
     dims, depths = backbone.get("dims", 64), backbone.get("depths", (2, 4, 8, 4))
     dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-    given = [dims[i] for i in backbone.get("out_indices", (0, 1, 2, 3)) if i < len(dims)]
+    given = [dims[i] for i in backbone.get("out_indices", (0, 1, 2, 3)) if -len(dims) <= i < len(dims)]
     if neck := model.get("neck"):
         _compare_channels("neck", neck[0] if isinstance(neck, list) else neck, given)
     else:

@@ -387,7 +387,7 @@ def _use_cpu(cfg: Config, launcher: str) -> None:
 def _replace_sync_bn(value: object) -> int:
     """Replace SyncBN, which PyTorch has only for GPUs, by BN. Return the number of replacements."""
     items = value.values() if isinstance(value, (dict, Config)) else value if isinstance(value, (list, tuple)) else ()
-    found = isinstance(value, dict) and value.get("type") == "SyncBN"
+    found = isinstance(value, dict) and value.get("type") in ("SyncBN", "MMSyncBN", torch.nn.SyncBatchNorm)
     if found:
         value["type"] = "BN"
     return found + sum(map(_replace_sync_bn, items))

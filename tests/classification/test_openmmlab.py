@@ -1474,7 +1474,8 @@ def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):
     monkeypatch.setattr(tools.torch.distributed, "init_process_group", lambda kind: None)
     for name, value in {"MASTER_ADDR": "here", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    for model, found in ((dict(norm_cfg=dict(type="SyncBN")), 1), (dict(norm_cfg=dict(type="BN")), 0)):
+    norms = (("SyncBN", 1), ("MMSyncBN", 1), (torch.nn.SyncBatchNorm, 1), ("BN", 0))
+    for model, found in ((dict(norm_cfg=dict(type=norm)), found) for norm, found in norms):
         said.clear()
         cfg = Config(dict(model=dict(decode_head=model, neck=[model])))
         tools._use_cpu(cfg, "pytorch")

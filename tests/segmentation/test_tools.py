@@ -239,6 +239,8 @@ def test_a_head_without_an_index_takes_the_last_map():
     model.auxiliary_head.in_channels = 64
     with pytest.raises(UserError, match=r"auxiliary_head\.in_channels is 64, but the backbone's maps have 128"):
         check_channels(model)
+    model.auxiliary_head.in_channels, model.backbone.out_indices = 128, (-5, 0, 1, 2, 3)
+    check_channels(model)  # the backbone itself refuses -5
 
 
 @pytest.mark.parametrize(
