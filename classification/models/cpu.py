@@ -1,8 +1,8 @@
-"""What makes a CPU fast: modules that compute the same by other kernels, swapped in and out by one call each.
+"""Modules that compute the same by kernels that are faster on a CPU. One call swaps them in, another one out.
 
     model = optimise_for_cpu(spatialmamba_tiny())
 
-The faster of MKL and oneDNN multiplies in linear layers and 1x1 convolutions (`linear.py`). This repository's kernel
+Linear layers and 1x1 convolutions use MKL or oneDNN, whichever is faster (`linear.py`). This repository's kernel
 runs depthwise 3x3 convolutions. The C library keeps the memory that PyTorch frees (`classification/memory.py`).
 """
 
@@ -17,14 +17,14 @@ from classification.models.spatialmamba import StructureAwareSSM, to_planes, to_
 
 
 class CpuLinear(nn.Linear):
-    """`nn.Linear`, applied by `linear`."""
+    """`nn.Linear` by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class CpuPointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution by the library that `linear` takes; planes (B, C, H, W) keep their layout."""
+    """A 1x1 convolution by the same library as `linear`. Planes (B, C, H, W) keep their layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels or not is_product(x, self.weight, self.bias):
@@ -37,7 +37,7 @@ class CpuPointwiseConv2d(nn.Conv2d):
 
 
 class CpuDepthwiseConv2d(nn.Conv2d):
-    """A depthwise 3x3 convolution by `dwconv2d.dilated_dwconv2d`; planes (B, C, H, W) keep their layout."""
+    """A depthwise 3x3 convolution by `dwconv2d.dilated_dwconv2d`. Planes (B, C, H, W) keep their layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         plain = type(self.weight) is nn.Parameter and x.dim() == 4 and x.device.type == "cpu"
@@ -47,7 +47,7 @@ class CpuDepthwiseConv2d(nn.Conv2d):
 
 
 class CpuStructureAwareSSM(StructureAwareSSM):
-    """`StructureAwareSSM`, whose projections are applied to tokens by `linear`, if planes are laid out as these."""
+    """`StructureAwareSSM` that projects by `linear` if its planes have the memory layout of tokens."""
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.stride(-1) == 1:
@@ -59,11 +59,11 @@ _SWAPPED = (CpuLinear, CpuPointwiseConv2d, CpuDepthwiseConv2d, CpuStructureAware
 
 
 def optimise_for_cpu(model: nn.Module) -> nn.Module:
-    """Change the classes of `model`'s modules, in place, to those above; returns `model`.
+    """Change the classes of `model`'s modules in place to the classes above. Return `model`.
 
-    Parameters, names, hooks and modes stay, and so do values, to rounding. It works in training and evaluation, on a
-    whole detector too. Only modules that are exactly PyTorch's or `StructureAwareSSM` are changed: adapters and
-    quantised layers are left alone. On other devices the modules do what they did before. The process keeps freed
+    Parameters, names, hooks and modes stay the same. Results differ by rounding alone. The modules work in training and
+    in evaluation, also inside a whole detector. On other devices, they do what they did before. Only modules change
+    whose class is exactly PyTorch's or `StructureAwareSSM`: adapters and quantised layers stay. The process keeps freed
     memory from then on, see `keep_freed_memory`.
     """
     keep_freed_memory()
@@ -74,7 +74,7 @@ def optimise_for_cpu(model: nn.Module) -> nn.Module:
 
 
 def undo_optimise_for_cpu(model: nn.Module) -> nn.Module:
-    """Give the modules that `optimise_for_cpu` has changed their own classes back, in place; returns `model`."""
+    """Restore in place the classes that `optimise_for_cpu` changed. Return `model`."""
     for module in model.modules():
         if type(module) in _SWAPPED:
             module.__class__ = type(module).__base__

@@ -1,7 +1,7 @@
-"""Linear layers of tokens by oneDNN: on a CPU, in float32. `cpu.py` has the modules that are applied so.
+"""Linear layers of tokens by oneDNN, on a CPU in float32. The modules in `cpu.py` call them.
 
-PyTorch multiplies float32 matrices by MKL and convolves by oneDNN. On processors that are not Intel's, MKL leaves half
-of their vector units idle, and oneDNN does not. On Intel's, MKL is the faster one: products stay with it.
+PyTorch multiplies float32 matrices by MKL and convolves by oneDNN. On Intel's processors, MKL is faster, so this module
+leaves products to MKL there. On other processors, MKL leaves half of the vector units idle, and oneDNN is faster.
 """
 
 import math
@@ -18,22 +18,22 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def _on_intel() -> bool:
-    """Whether the processor is one of Intel's, as the system names it."""
+    """Whether the system says that the processor is Intel's."""
     return "GenuineIntel" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
 
 
 ONEDNN = torch.backends.mkldnn.is_available()
 MKL_LEADS = torch.backends.mkl.is_available() and _on_intel()
-FEW_NUMBERS = 20_480  # PyTorch gives oneDNN no 1x1 convolution of so few
+FEW_NUMBERS = 20_480  # PyTorch computes 1x1 convolutions of at most so many numbers without oneDNN
 # Dynamo of PyTorch 2.4 cannot ask whether a transform of torch.func is active; 2.7's can.
 SEES_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
-FEW_TOKENS = 128  # to fewer, oneDNN gives only some of its threads work, unless there are channels to share
+FEW_TOKENS = 128  # with fewer tokens and few output channels, some threads of oneDNN have no work
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for tokens (..., C_in): x weight^T + bias, (..., C_out).
 
-    It is `F.linear` wherever oneDNN is not faster, and in graphs of `torch.export`, but those of `strict=True`.
+    It calls `F.linear` where oneDNN is not faster, and in graphs of `torch.export` without `strict=True`.
     """
     if MKL_LEADS or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or not is_product(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -43,14 +43,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_dynamo_compiling():
         return _convolve(x, weight, bias)
     if not SEES_TRANSFORMS or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return F.linear(x, weight, bias)  # whose derivatives of every kind they know
+        return F.linear(x, weight, bias)  # the transforms know all its derivatives
     return torch.ops.spatialmamba.linear(x, weight, bias)
 
 
 def is_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a library may be chosen for the product: enough numbers, in plain float32 tensors on a CPU.
+    """Whether `linear` may choose a library for the product: enough numbers, in plain float32 tensors on a CPU.
 
-    The rest, errors included, is left to PyTorch's own layers.
+    PyTorch's own layers handle all other inputs, and report errors.
     """
     if not ONEDNN or x.numel() <= FEW_NUMBERS or torch.is_autocast_enabled("cpu"):
         return False
@@ -60,12 +60,12 @@ def is_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_plain(t: Tensor) -> bool:
-    is_tensor = type(t) is Tensor or type(t) is nn.Parameter  # no subclass, as those of quantisation and of export are
+    is_tensor = type(t) is Tensor or type(t) is nn.Parameter  # quantisation and export use subclasses
     return is_tensor and t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided
 
 
 def dilation() -> int:
-    """Of a single tap, so without effect, but on one thread PyTorch convolves 1x1 by oneDNN only if there is one."""
+    """Dilation of a 1x1 convolution: without effect on the result, but on one thread PyTorch needs it to use oneDNN."""
     return 2 if torch.get_num_threads() == 1 else 1
 
 
@@ -79,8 +79,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.permute(0, 2, 3, 1).view(*x.shape[:-1], weight.shape[0])
 
 
-# ----- for torch.compile: as an operator that it does not look into, for it would lay out what surrounds a convolution
-# ----- as it thinks best for that, and copy
+# ----- for torch.compile: an opaque operator. The compiler would change the layout of the tensors around a convolution,
+# ----- and copy them.
 
 
 @torch.library.custom_op("spatialmamba::linear", mutates_args=())
@@ -93,14 +93,14 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-# The schema in words: PyTorch 2.4 reads none of the annotations of a list of bools that later ones do.
+# An explicit schema: PyTorch 2.4 cannot derive it from the annotation of a list of bools.
 @torch.library.custom_op(
     "spatialmamba::linear_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor weight, bool[] wanted) -> (Tensor, Tensor, Tensor)",
 )
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; in place of one that is not wanted, a tensor without elements."""
+    """Gradients of x, weight and bias. A gradient that is not wanted is an empty tensor."""
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         *(_plane(grad), _plane(x), weight[..., None, None], weight.shape[:1]),
         *([1, 1], [0, 0], [dilation(), dilation()], False, [0, 0], 1, wanted),

@@ -1,13 +1,13 @@
 """`MM_SpatialMamba`: the backbone for mmdetection, mmsegmentation and mmpretrain, registered once for all of them.
 
-A config names this module to have it registered:
+A config registers it by naming this module:
 
     custom_imports = dict(imports=["classification.models.openmmlab"], allow_failed_imports=False)
     model = dict(backbone=dict(type="MM_SpatialMamba", dims=64, depths=(2, 4, 8, 4), drop_path_rate=0.2))
 
-Nothing else here imports mmengine for the model. Importing this also has mmengine read checkpoints safely, see
-`classification.openmmlab.checkpoint`, and know the hook of our configs and the steps that our
-tools put into the configs they write.
+No other module of the model imports mmengine. This import also makes mmengine read checkpoints safely, see
+`classification.openmmlab.checkpoint`. It registers the hook of our configs, and the transforms that our tools write
+into configs.
 """
 
 import logging
@@ -28,8 +28,8 @@ from classification.openmmlab.checkpoint import load_from_local, weights_of
 BACKBONE = "backbone."  # where a toolchain's model keeps it
 STEM = "patch_embed."
 ONLY_CLASSIFIER, ONLY_BACKBONE = ("norm.", "head."), "outnorm"
-# Arguments of the toolchains' Swin and of the authors' backbone, with the values that change nothing here; None: all.
-# The authors' configs inherit Swin's, and their backbone takes whatever it is given.
+# Arguments of the toolchains' Swin and of the authors' backbone that have no effect here, with the accepted values;
+# None accepts all. The authors' configs inherit from Swin's, and their backbone accepts any argument.
 DO_NOTHING = {
     **dict.fromkeys(
         ("embed_dims", "pretrain_img_size", "img_size", "patch_size", "window_size", "num_heads", "strides")
@@ -56,16 +56,17 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks.
         out_indices: stages whose maps are returned.
         pretrained: a classification checkpoint, short for `init_cfg=dict(type="Pretrained", checkpoint=...)`.
-        frozen_stages: -1 for none; 0 freezes the stem, i > 0 also the first i stages. What is frozen is also kept in
-            evaluation mode.
+        frozen_stages: -1 for none; 0 freezes the stem, i > 0 also the first i stages. Frozen modules stay in evaluation
+            mode.
         with_cp: recompute each block in the backward pass instead of storing its activations.
-        init_cfg: mmengine's; of type "Pretrained" a classification checkpoint, or one of a toolchain's model with this
-            backbone.
-        inherited: what a config takes over from Swin's, which does nothing here: accepted with one warning that names
-            it. With any of these, an `init_cfg` whose checkpoint is called Swin's is left aside as well.
+        init_cfg: as in mmengine. For the type "Pretrained": a classification checkpoint, or a checkpoint of a
+            toolchain's model with this backbone.
+        inherited: arguments that a config inherits from Swin's and that have no effect here. One warning names them.
+            With any of these, an `init_cfg` whose checkpoint has "swin" in its file name is ignored too.
 
-    Weights are loaded by `init_weights`, which mmengine calls before training but not before testing, strictly but for
-    the classifier's head and norm and for the maps' norms, which one of the two forms lacks.
+    `init_weights` loads the weights. mmengine calls it before training but not before testing. Loading is strict,
+    except for the classifier's head and norm and the norms of the maps: a classifier and a backbone lack one or the
+    other.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         _say(f"{len(state) - len(ignored)} tensors of {source} in {path} loaded{left}{new}", logging.INFO)
 
     def _not_built(self) -> list[str]:
-        """What a checkpoint of all stages has beyond the last of `out_indices`."""
+        """Return prefixes of weights that a checkpoint of all stages has, but that `out_indices` does not need."""
         last = len(self.layers) - 1
         stages = [f"layers.{i}." for i in range(last + 1, len(self.depths))]
         return [*stages, f"layers.{last}.downsample.", *(f"{ONLY_BACKBONE}{i}." for i in self._without_map())]
@@ -177,7 +178,7 @@ def _is_swins(init_cfg: dict | list[dict] | None) -> bool:
 
 
 def checkpoints_of(init_cfg: dict | list[dict] | None, inherited: object = ()) -> list[dict]:
-    """Those of an `init_cfg` that load a checkpoint; none that comes along with what is inherited from Swin's."""
+    """Return the entries of an `init_cfg` that load a checkpoint, without one that a config inherits from Swin's."""
     configs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
     if inherited and _is_swins(init_cfg):
         return []
@@ -195,7 +196,7 @@ def _check_inherited(inherited: dict) -> None:
 
 
 def _backbone_weights(content: dict, path: str, prefix: str) -> tuple[StateDict, str]:
-    """The weights and where in the checkpoint they were: `model`, as the authors' configs do, else `state_dict`."""
+    """Return the backbone's weights, and where the checkpoint has them: in 'model', as the authors' do, or 'state_dict'."""
     if "model" in content or "state_dict" not in content:
         if prefix:
             raise UserError(f"{path}: has no 'state_dict', so there is no prefix {prefix!r} in it; leave it out")
@@ -211,7 +212,7 @@ def _backbone_weights(content: dict, path: str, prefix: str) -> tuple[StateDict,
 
 
 def size_hint(state: StateDict) -> str:
-    """Which arguments a backbone's weights ask for, for a message."""
+    """Return the end of a message: the arguments that a backbone with these weights needs."""
     name = variant_of(state)
     if name is None:
         return ""

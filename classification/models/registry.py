@@ -1,7 +1,6 @@
 """The sizes in timm's registry: after `import classification.models`, `timm.create_model("spatialmamba_tiny")`.
 
-timm's arguments mean what they mean there. `pretrained` may also be a path or a hub id: no weights are published where
-timm could find them.
+timm's arguments have timm's meaning. timm finds no published weights, so `pretrained` may also be a path or a hub id.
 """
 
 from pathlib import Path
@@ -37,11 +36,12 @@ default_cfgs = generate_default_cfgs(dict.fromkeys(VARIANTS, PRETRAINED_CFG))
 
 
 def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch.nn.Module:
-    """
+    """Create a model of this size.
+
     Args:
-        name: of the size.
-        pretrained: a checkpoint's path, or a hub id as in "hf-hub:user/repository"; True if kwargs name the weights.
-        kwargs: of `timm.create_model` and `SpatialMamba`.
+        name: the size, as "spatialmamba_tiny".
+        pretrained: the path of a checkpoint, or a hub id such as "hf-hub:user/repository"; True if kwargs name weights.
+        kwargs: arguments of `timm.create_model` and `SpatialMamba`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -60,12 +60,12 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
             f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "
             "pretrained='hf-hub:user/repository', or checkpoint_path"
         )
-    if "state_dict" in overlay:  # timm itself is not strict where the number of classes is another
+    if "state_dict" in overlay:  # timm loads without strictness if the number of classes differs
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
         _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
-        # timm takes 1000 for granted, and would leave another head out.
+        # timm expects 1000 classes, and would drop another head.
         overlay = _classes_of(overlay["state_dict"]) | overlay
-    # Made there and of this dtype, as timm's models are that take both.
+    # timm's own models also take a device and a dtype.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
 
     def build(**arguments) -> SpatialMamba:
@@ -85,19 +85,19 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
 
 
 def _given(cfg: object) -> dict:
-    """What is named in timm's PretrainedCfg, or a dict of its entries."""
+    """Return the entries of timm's PretrainedCfg, or of a dict, that are not None."""
     entries = cfg if isinstance(cfg, dict) else vars(cfg) if cfg is not None and not isinstance(cfg, str) else {}
     return {key: value for key, value in entries.items() if value is not None}
 
 
 def _is_ours(cfg: object) -> bool:
-    """Whether it names weights, and no source of timm's own, as `local-dir:` is, which timm reads well."""
+    """Whether we read the weights that `cfg` names. timm reads them if it names a source, such as `local-dir:`."""
     given = _given(cfg)
     return bool(given.get("file") or given.get("state_dict")) and not given.get("source")
 
 
 def _take_source(overlay: dict) -> str | None:
-    """The checkpoint that an overlay names, which is taken out of it, as `_create` takes its `pretrained`."""
+    """Remove the checkpoint from an overlay and return it in the form of `_create`'s argument `pretrained`."""
     if overlay.get("file"):
         return str(overlay.pop("file"))
     if overlay.get("hf_hub_id") and not overlay.get("hf_hub_filename"):
@@ -112,7 +112,7 @@ def _classes_of(state: dict) -> dict[str, int]:
 
 
 def _source(pretrained: str, name: str) -> tuple[dict, dict]:
-    """Entries of timm's pretrained_cfg, weights among them, and arguments that the model was made with."""
+    """Return entries for timm's pretrained_cfg, including the weights, and arguments for the model."""
     if pretrained.startswith(HUB):
         repository = pretrained.removeprefix(HUB)
         config, architecture, model_args = load_model_config_from_hf(repository)
@@ -122,7 +122,7 @@ def _source(pretrained: str, name: str) -> tuple[dict, dict]:
         return {**config, **_classes_of(state), "state_dict": state}, dict(model_args or {})
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
-    # Here, for it imports the models itself. It reads what timm's own loader does not: configs beside the weights.
+    # Imported here, because it imports the models. timm's own loader cannot read the configs in our checkpoints.
     from classification.checkpoint import read_checkpoint, state_dicts
     from classification.config import trained_with
 
@@ -142,9 +142,10 @@ def _source(pretrained: str, name: str) -> tuple[dict, dict]:
 
 
 def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:
-    """
+    """Check that weights fit a model of these sizes. The head and the number of image channels may differ.
+
     Raises:
-        ValueError: the weights are of another model, but for the head and for images of other channels.
+        ValueError: the weights are of another model.
     """
     from classification.checkpoint import HEAD, differences
 
