@@ -196,7 +196,7 @@ def _check_inherited(inherited: dict) -> None:
 
 
 def _backbone_weights(content: dict, path: str, prefix: str) -> tuple[StateDict, str]:
-    """Return the backbone's weights, and where the checkpoint has them: in 'model', as the authors' do, or 'state_dict'."""
+    """Return the backbone's weights and where they are: in 'model', as in the authors' files, or in 'state_dict'."""
     if "model" in content or "state_dict" not in content:
         if prefix:
             raise UserError(f"{path}: has no 'state_dict', so there is no prefix {prefix!r} in it; leave it out")
