@@ -1,7 +1,7 @@
 """Checkpoints in mmengine's layout, read without unpickling anything but tensors, arrays and containers.
 
-mmengine 0.10.7 calls `torch.load` plainly. Since PyTorch 2.6 that refuses mmengine's own checkpoints, in testing and in
-resuming, for their log is HistoryBuffers of NumPy arrays.
+mmengine 0.10.7 calls `torch.load` with its defaults. Since PyTorch 2.6, this refuses mmengine's own checkpoints in
+testing and resuming, because they hold logs as HistoryBuffers of NumPy arrays.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from classification.errors import UserError
 
 
 class _DType:
-    """What a pickle says of a NumPy type, if it is one of numbers. NumPy's own trusts it, down to its pointers."""
+    """Stands for `numpy.dtype`: accepts types of numbers alone. NumPy's own trusts a pickle, down to its pointers."""
 
     def __init__(self, code: str, *_: object):
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|c8|c16", code):
@@ -39,7 +39,7 @@ class _DType:
 
 
 class _Array:
-    """Takes what a pickle says of a NumPy array, in place of `numpy._core.multiarray._reconstruct`'s result."""
+    """Stands for the result of `numpy._core.multiarray._reconstruct`: holds the array that a pickle describes."""
 
     def __init__(self, *_: object):
         self.array = np.empty(0)
@@ -58,7 +58,7 @@ def _scalar(dtype: _DType, data: bytes) -> np.generic:
 
 
 class _History(HistoryBuffer):
-    """Fills a HistoryBuffer without the functions that mmengine pickles with it and would call."""
+    """Fills a HistoryBuffer, but does not call the functions that mmengine pickles with it."""
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["_log_history"].array, state["_count_history"].array, state["max_length"])
@@ -66,7 +66,7 @@ class _History(HistoryBuffer):
 
 
 class _Inert:
-    """Stands for an object of a class that is not loaded: takes whatever it was made of, and does nothing."""
+    """Stands for an object of a class that is not loaded: accepts any arguments and state, and does nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> "_Inert":
         return super().__new__(cls)
@@ -79,7 +79,7 @@ class _Inert:
 
 
 class _ArrayType:
-    """Stands for `numpy.ndarray`, which pickles name and do not call: called, it takes what memory it is told to."""
+    """Stands for `numpy.ndarray`. Honest pickles name it without a call. A call would take any amount of memory."""
 
     def __new__(cls, *args: object) -> "_ArrayType":
         raise ValueError("numpy.ndarray is called")
@@ -98,10 +98,10 @@ STAND_INS = (
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def load_from_local(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """mmengine's loader of files, from when this module is imported on.
+    """Load a file. mmengine's loader from the import of this module on.
 
-    Logs and arrays of numbers are read; objects of other classes become inert, or, where the pickle does more with them
-    than make them, are refused.
+    It reads logs and arrays of numbers. Objects of other classes become inert. A pickle that does more with such an
+    object than create it is refused.
 
     Raises:
         UserError: no such file, or damaged, or no checkpoint.
@@ -112,12 +112,13 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     if "param_schedulers" in content:
         content["param_schedulers"] = _without_functions(content["param_schedulers"])
     if isinstance(content.get("state_dict"), dict):
-        check_weights(content["state_dict"], path, counts="", tied=True)  # mmengine would pass over what is none
+        # mmengine would skip entries that are no weights.
+        check_weights(content["state_dict"], path, counts="", tied=True)
     return content
 
 
 def _without_functions(state: object) -> object:
-    """The state of schedules without the functions that some hold, as OneCycleLR: they keep those of the config."""
+    """Return the state of schedules without functions, which OneCycleLR's has. They keep those of the config."""
     if isinstance(state, list):
         return [_without_functions(value) for value in state]
     if not isinstance(state, dict):
@@ -126,14 +127,14 @@ def _without_functions(state: object) -> object:
     return {key: _without_functions(value) for key, value in state.items() if key not in inert}
 
 
-# ----- by address: mmengine has torch.hub unpickle whatever it gets
+# ----- by address: mmengine would have torch.hub unpickle any file
 
 
 @CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
 def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """A file that is downloaded once, to torch.hub's folder, and read as `load_from_local` reads it.
+    """Download a file once, to torch.hub's folder, and load it by `load_from_local`.
 
-    It is kept under a name that its whole address gives, and only once it has come whole.
+    The name in the folder depends on the whole address. Only a complete download gets it.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = os.path.basename(urlparse(filename).path)[-100:]
@@ -141,7 +142,7 @@ def load_from_http(filename: str, map_location: str | torch.device | None = None
     if get_dist_info()[0] == 0 and not path.exists():
         _download(filename, path)
     barrier()
-    if not path.exists():  # on another machine than the first process'
+    if not path.exists():  # on a machine without the first process
         _download(filename, path)
     return load_from_local(str(path), map_location)
 
@@ -187,10 +188,10 @@ def load_from_mmcls(filename: str, map_location: str | torch.device | None = Non
 
 
 def weights_of(content: dict, path: str | Path) -> StateDict:
-    """A toolchain model's state dict in a checkpoint.
+    """Return the state dict of a toolchain's model from a checkpoint.
 
     Raises:
-        UserError: it holds none.
+        UserError: the checkpoint has none.
     """
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not state or not any(isinstance(v, torch.Tensor) for v in state.values()):

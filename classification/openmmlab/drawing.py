@@ -1,4 +1,4 @@
-"""What the visualizers of both toolchains share: small images are enlarged, and labels stand beside their objects."""
+"""The common part of both toolchains' visualizers: they enlarge small images, and put labels beside objects."""
 
 from collections.abc import Sequence
 
@@ -7,34 +7,34 @@ import numpy as np
 from mmengine.visualization import Visualizer
 
 LARGEST = 768  # pixels, of the longer side of an image that was enlarged
-MOST = 3  # times
+MOST = 3  # the largest factor
 GAP = 4  # pixels between an object's box and its label
-STEP = 3  # pixels between places that are tried along an edge
+STEP = 3  # pixels between candidate places along an edge
 LINE = 2  # pixels
 FONT = 9  # points, of 100/72 pixels
 
 
 def times(height: int, width: int) -> int:
-    """How many times an image of that size is enlarged."""
+    """Return the factor by which an image of this size is enlarged."""
     return max(1, min(MOST, LARGEST // max(height, width)))
 
 
 def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
-    """Bytes (H, W, 3) as (factor H, factor W, 3), smoothed."""
+    """Enlarge bytes (H, W, 3) to (factor H, factor W, 3) with bicubic interpolation."""
     height, width = image.shape[:2]
     return cv2.resize(image, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
 
 
 def place_beside(box: Sequence[float], size: Sequence[float], taken: np.ndarray) -> tuple[int, int]:
-    """Where a label stands: of the places along the box's four edges, the first that covers least.
+    """Choose a label's place: of all places along the box's four edges, the first with the least cost.
 
     Args:
         box: the object's left, top, right and bottom, in pixels.
         size: the label's width and height.
-        taken: (H, W), what it costs to cover each pixel of the drawing.
+        taken: (H, W), the cost of covering each pixel of the drawing.
 
     Returns:
-        The label's left and top. All of it is within the drawing if there is room.
+        The label's left and top. If there is room, the whole label is inside the drawing.
     """
     left, top, right, bottom = (round(float(side)) for side in box)
     width, height = (int(np.ceil(side)) for side in size)
@@ -48,15 +48,15 @@ def place_beside(box: Sequence[float], size: Sequence[float], taken: np.ndarray)
 
 
 class LabelsBeside(Visualizer):
-    """Draws outlines and labels on what `set_image` was given; coordinates are those of the enlarged image."""
+    """Draws outlines and labels on the image of `set_image`. Coordinates are those of the enlarged image."""
 
     def set_image(self, image: np.ndarray) -> None:
-        """As mmengine's; lines that reach the image's edge leave it where it is."""
+        """As in mmengine, but lines at the image's edge do not change the drawing's range."""
         super().set_image(image)
         self.ax_save.autoscale(False)
 
     def outline(self, mask: np.ndarray, factor: int, color: Sequence[int]) -> None:
-        """The line around a mask (H, W) of the image before it was enlarged."""
+        """Draw a line around a mask (H, W), in pixels of the image before it was enlarged."""
         padded = np.pad(mask.astype(float), 1)  # so that a line closes at the image's edge
         y, x = ((np.arange(side) - 0.5) * factor for side in padded.shape)
         if mask.any():
@@ -68,7 +68,7 @@ class LabelsBeside(Visualizer):
         self.ax_save.plot(x, y, color=_fraction(color), linewidth=_points(self, LINE), alpha=0.8)
 
     def label(self, text: str, box: Sequence[float], color: Sequence[int], taken: np.ndarray) -> None:
-        """A label beside the box, on the object's colour; its pixels are `taken` then."""
+        """Write a label beside the box, on the object's colour, and add its pixels to `taken`."""
         ink = "black" if np.dot(color, (0.299, 0.587, 0.114)) > 128 else "white"
         ground = dict(facecolor=_fraction(color), edgecolor="none", pad=1.5)
         written = self.ax_save.text(0, 0, text, size=FONT, color=ink, va="bottom", ha="left", bbox=ground)

@@ -14,10 +14,10 @@ from classification.openmmlab.drawing import LabelsBeside, enlarge, times
 
 @VISUALIZERS.register_module()
 class EnlargedDetVisualizer(LabelsBeside, DetLocalVisualizer):
-    """mmdet's visualizer, but small images are enlarged and nothing lies on an object.
+    """mmdet's visualizer, but it enlarges small images and covers no object.
 
-    An instance has its box, its mask's outline, and its name and score beside the box. `alpha`, `line_width` and the
-    colours of text and masks are not used; panoptic and semantic maps are drawn as by mmdet.
+    For each instance, it draws the box, the outline of the mask, and the name and score beside the box. It ignores
+    `alpha`, `line_width` and the colours of text and masks. It draws panoptic and semantic maps as mmdet does.
     """
 
     def _draw_instances(
@@ -27,7 +27,7 @@ class EnlargedDetVisualizer(LabelsBeside, DetLocalVisualizer):
         classes: Sequence[str] | None,
         palette: Sequence[tuple[int, int, int]] | None,
     ) -> np.ndarray:
-        """The drawing, bytes (factor H, factor W, 3), of an image (H, W, 3)."""
+        """Draw on an image (H, W, 3). Return bytes (factor H, factor W, 3)."""
         factor = times(*image.shape[:2])
         image = enlarge(image, factor)
         self.set_image(image)

@@ -15,13 +15,13 @@ SMALLEST = 1 / 1000  # of the image, a region with a name: the names of specks w
 
 @VISUALIZERS.register_module()
 class EnlargedSegVisualizer(LabelsBeside, SegLocalVisualizer):
-    """mmseg's visualizer, but small images are enlarged, and each region is outlined, its name beside it.
+    """mmseg's visualizer, but it enlarges small images, outlines each region, and writes the name beside it.
 
     Args:
-        name: of this visualizer, which mmengine asks for.
-        background: the label that stays as it is, without a name. With None, each region has a colour and a name.
-        alpha: of the colours over the image.
-        **settings: as mmseg's.
+        name: the name of this visualizer, which mmengine requires.
+        background: the label without colour and name. With None, each region has a colour and a name.
+        alpha: opacity of the colours over the image.
+        **settings: as in mmseg.
     """
 
     def __init__(self, name: str = "visualizer", background: int | None = 0, alpha: float = 0.3, **settings):
@@ -36,7 +36,7 @@ class EnlargedSegVisualizer(LabelsBeside, SegLocalVisualizer):
         palette: Sequence[Sequence[int]],
         with_labels: bool = True,
     ) -> np.ndarray:
-        """The drawing, bytes (factor H, factor W, 3), of an image (H, W, 3)."""
+        """Draw on an image (H, W, 3). Return bytes (factor H, factor W, 3)."""
         labels = np.asarray(sem_seg.cpu().data)[0]
         factor = times(*image.shape[:2])
         colors = np.array(palette, np.uint8)

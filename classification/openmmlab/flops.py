@@ -14,9 +14,9 @@ BOX_PROPOSALS, MASK_PROPOSALS = 1000, 100  # for each image, as published figure
 
 
 class _TwoStage(nn.Module):
-    """A two-stage detector up to its heads' outputs, for a fixed number of proposals, all the same.
+    """A two-stage detector up to its heads' outputs, for a fixed number of equal proposals.
 
-    By itself mmdet's model takes as many as survive suppression, which depends on the weights.
+    In mmdet's own model, the number of proposals after suppression depends on the weights.
     """
 
     def __init__(self, model: nn.Module):
@@ -35,10 +35,10 @@ class _TwoStage(nn.Module):
 
 
 def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnalysis:
-    """FLOPs of one image of `size` (height, width), evaluation mode.
+    """Count the FLOPs of one image of `size` (height, width) in evaluation mode.
 
     Raises:
-        UserError: a detector whose number of proposals is not known here.
+        UserError: a detector for which no number of proposals is defined.
     """
     model = revert_sync_batchnorm(model).eval()
     if not hasattr(model, "roi_head"):
@@ -49,7 +49,7 @@ def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnaly
 
 
 def complexity_table(cfg: Config, size: tuple[int, int]) -> str:
-    """Parameters and FLOPs of the config's model and of its parts."""
+    """Return a table of the parameters and FLOPs of the config's model and of its parts."""
     model = MODELS.build(cfg.model)
     counted, parameters = count_model_flops(model, size), parameter_count(model)
     prefix = "model." if hasattr(model, "roi_head") else ""

@@ -1,4 +1,4 @@
-"""What our tools add to a toolchain's training: checks of what it goes on with in silence, and what they say."""
+"""Hooks that our tools add to a toolchain's training: they report what the toolchain does in silence, or stop it."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ NAMED = 5  # classes
 
 
 class StopAtInvalidLoss(Hook):
-    """Ends training with the first loss that is NaN or infinite; mmsegmentation would go on to the last iteration.
+    """Ends training at the first loss that is NaN or infinite. mmsegmentation would go on to the last iteration.
 
-    After overflows float16's gradients may well be infinite, for the loss is scaled until they are not. A loss is as it
-    is, and what made it NaN is in batch norm's statistics by then. All processes stop together, so that one of them can
-    say why.
+    With float16, infinite gradients are normal: the scaler lowers its scale until they are finite. A loss does not
+    recover, and batch norm's statistics already hold what made it NaN. All processes stop together, so that one of them
+    can print the reason.
     """
 
-    priority = "HIGH"  # before averages and checkpoints take the weights
+    priority = "HIGH"  # before the hooks that average or save the weights
 
     def after_train_iter(self, runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None) -> None:
         outputs = outputs or {}
@@ -49,10 +49,10 @@ def _number(value: torch.Tensor | float) -> torch.Tensor:
 
 @HOOKS.register_module()
 class AverageBatchNorm(Hook):
-    """Gives the batch norms of all processes the mean of their statistics, before each validation and checkpoint.
+    """Averages the statistics of batch norm over all processes before each validation and checkpoint.
 
-    mmengine's SyncBuffersHook is too late for checkpoints by iteration, which are then not what is validated, and for
-    the copy that EMAHook has.
+    mmengine's SyncBuffersHook is too late for checkpoints by iteration and for EMAHook's copy: they would differ from
+    the model that is validated.
     """
 
     priority = "HIGH"  # before EMAHook
@@ -72,9 +72,9 @@ class AverageBatchNorm(Hook):
 
 
 class NoteOtherProcesses(Hook):
-    """What a resumed run counts otherwise: mmengine takes over its iterations and epochs, however long these are now.
+    """Warns if a resumed run counts differently. mmengine keeps iterations and epochs, whatever their length is now.
 
-    Processes are saved in `meta`, for mmengine does not save how many there were.
+    mmengine does not save the number of processes, so this hook saves it in `meta`.
     """
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -101,7 +101,7 @@ class NoteOtherProcesses(Hook):
 
 
 def _schedules(checkpoint: dict, done: int, end: int) -> str:
-    """Where those of the rates that are counted by iteration end, if not with training."""
+    """Return the end of a message: where schedules by iteration end, if they do not end with training."""
     schedules = checkpoint.get("param_schedulers")
     schedules = [one for one in schedules if isinstance(one, dict)] if isinstance(schedules, list) else []
     ends = [one.get("end") for one in schedules if not one.get("by_epoch", True)]
@@ -117,9 +117,9 @@ def _warn(message: str) -> None:
 
 
 class NameAbsentClasses(Hook):
-    """Has mmseg's IoUMetric name classes without a pixel of the ground truth.
+    """Makes mmseg's IoUMetric name the classes that have no pixel in the ground truth.
 
-    Their IoU is NaN, which the mean leaves out, or 0 where they are predicted.
+    Their IoU is NaN, which the mean leaves out, or 0 if the model predicts them.
     """
 
     def before_val_epoch(self, runner) -> None:

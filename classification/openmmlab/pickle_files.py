@@ -1,4 +1,4 @@
-"""No pickles: mmengine unpickles any file whose name ends so, wherever a config names one, and a pickle runs code."""
+"""No pickles: a pickle can run code, and mmengine unpickles every .pkl or .pickle file that a config names."""
 
 from mmengine.fileio import PickleHandler, register_handler
 
@@ -9,7 +9,7 @@ PICKLES = ["pkl", "pickle"]
 
 @register_handler(PICKLES)
 class NoPickleHandler(PickleHandler):
-    """mmengine's handler of these files, from when this module is imported on: it writes, and does not read."""
+    """mmengine's handler of these files from the import of this module on. It writes files, but reads none."""
 
     def load_from_fileobj(self, file, **_: object) -> object:
         raise UserError(

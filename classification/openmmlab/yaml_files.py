@@ -1,4 +1,4 @@
-"""YAML configs, read as data: mmengine's own reading runs what a tag names."""
+"""YAML configs as data. mmengine's own reader calls the functions that tags name."""
 
 import yaml
 from mmengine.fileio import BaseFileHandler, register_handler
@@ -12,7 +12,7 @@ class _Loader(StrictYaml, yaml.SafeLoader):
 
 @register_handler(["yaml", "yml"])
 class SafeYamlHandler(BaseFileHandler):
-    """mmengine's handler of these files, from when this module is imported on."""
+    """mmengine's handler of these files from the import of this module on."""
 
     def load_from_fileobj(self, file, **_: object) -> object:
         return yaml.load(file, _Loader)
