@@ -1,11 +1,11 @@
-"""Whether a toolchain is installed and works, said in one line if not. Imports nothing that may be missing."""
+"""Checks that a toolchain is installed and works. Imports nothing that may be missing."""
 
 import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 INSTALL = "pip install -r requirements-openmmlab.txt"
-MMCV = ("mmcv", "mmcv-lite", "mmcv-full")  # one folder for all
+MMCV = ("mmcv", "mmcv-lite", "mmcv-full")  # all install the same folder
 
 
 def require(toolchain: str) -> None:
@@ -26,7 +26,7 @@ def require(toolchain: str) -> None:
 
 
 def _check_one_mmcv() -> None:
-    """Each name's files lie over the others', so of two versions a mixture is imported."""
+    """The packages overwrite each other's files: with two versions, Python imports a mixture."""
     found = {}
     for name in MMCV:
         try:

@@ -1,4 +1,4 @@
-"""Steps of a data pipeline that the toolchains lack."""
+"""Checks for data pipelines that the toolchains lack."""
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
@@ -12,18 +12,19 @@ LARGEST = 255  # of 8 bits
 
 @TRANSFORMS.register_module()
 class CheckLabels:
-    """Looks at a segmentation map's labels, after LoadAnnotations.
+    """Checks the labels of a segmentation map after LoadAnnotations.
 
-    Otherwise one that is no class ends training in the loss: on a GPU as an assertion that names no file.
+    Without this check, a label that is no class ends training in the loss. On a GPU, that is an assertion that names no
+    file.
 
     Args:
-        num_classes: labels are below that, or `ignore_index`.
-        class_weight: whether the loss has weights of classes. mmseg looks one up for each pixel, ignored ones too.
-        ignore_index: the label that the loss passes over.
+        num_classes: labels must be less than this, or `ignore_index`.
+        class_weight: whether the loss has class weights. mmseg looks up a weight for each pixel, also for ignored ones.
+        ignore_index: the label that the loss ignores.
 
     Raises:
-        UserError: a label that is no class, or ignored where none may be; or a file that is no map of labels, or none
-            of that image.
+        UserError: a label is no class, or is ignored although the loss has class weights; or the file is no label map,
+            or has another size than the image.
     """
 
     def __init__(self, num_classes: int, class_weight: bool = False, ignore_index: int = 255):
@@ -37,13 +38,13 @@ class CheckLabels:
             raise UserError(
                 f"{path}: is a picture of {labels.shape[-1]} colours, not a map of labels: write one number a pixel"
             )
-        size = results.get("ori_shape")  # of the image as it was read
+        size = results.get("ori_shape")  # the size of the image file
         if size is not None and tuple(size[:2]) != labels.shape:
             raise UserError(
                 f"{path}: is a map of {labels.shape[1]}x{labels.shape[0]} pixels, but the image "
                 f"{results.get('img_path')} has {size[1]}x{size[0]}; make them equal"
             )
-        reduced = bool(results.get("reduce_zero_label"))  # 1 subtracted from the file's by LoadAnnotations
+        reduced = bool(results.get("reduce_zero_label"))  # then LoadAnnotations has subtracted 1
         wrong = _not_of_a_byte(path)
         if wrong is None:
             outside = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
@@ -64,13 +65,13 @@ class CheckLabels:
 
 @TRANSFORMS.register_module()
 class CheckSize:
-    """Compares an image with the width and height that its annotations are for, after LoadImageFromFile.
+    """Compares the size of an image with the size in its annotations after LoadImageFromFile.
 
-    mmdet takes these from the annotation file and scales boxes by the image's own: of images that were shrunk or
-    turned afterwards, all boxes are elsewhere.
+    mmdet scales boxes by the image's own size. If an image was resized or rotated after its annotation, all its boxes
+    are wrong.
 
     Raises:
-        UserError: they are others.
+        UserError: the sizes differ.
     """
 
     def __call__(self, results: dict) -> dict:
@@ -95,10 +96,10 @@ class CheckSize:
 
 @TRANSFORMS.register_module()
 class CheckBits:
-    """Looks at an image's mode, before LoadImageFromFile(imdecode_backend="pillow") clips 16 bits to white.
+    """Checks the mode of an image before LoadImageFromFile(imdecode_backend="pillow") clips 16 bits to white.
 
     Raises:
-        UserError: it has more than 8 bits a band.
+        UserError: the image has more than 8 bits per band.
     """
 
     def __call__(self, results: dict) -> dict:
@@ -108,7 +109,7 @@ class CheckBits:
         try:
             with Image.open(path, formats=image_formats()) as image:
                 mode = image.mode
-        except (OSError, ValueError):  # of another place or kind, which the loader says
+        except (OSError, ValueError):  # the loader reports a missing or unknown file
             return results
         if mode not in EIGHT_BITS_A_BAND:
             raise UserError(
@@ -119,16 +120,16 @@ class CheckBits:
 
 
 def _not_of_a_byte(path: str) -> int | None:
-    """The smallest or largest label of a map of more than 8 bits that is none of 0 to 255: LoadAnnotations wraps it.
+    """Return the smallest or largest label of a map if it is not in 0 to 255, else None. LoadAnnotations would wrap it.
 
     Raises:
-        UserError: the map's numbers are no whole ones, or were not kept as they were.
+        UserError: labels are not whole numbers, or the file format is lossy.
     """
     try:
         with Image.open(path, formats=image_formats()) as image:
             lossy = image.format in ("JPEG", "MPO")
             labels = None if lossy or image.mode in ("1", "L", "P") else np.asarray(image)
-    except (OSError, ValueError):  # of another place or kind, which LoadAnnotations has read by other means
+    except (OSError, ValueError):  # LoadAnnotations has read the file by other means
         return None
     if lossy:
         raise UserError(
