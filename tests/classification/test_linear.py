@@ -198,6 +198,27 @@ def test_other_convolutions_are_themselves(conv):
     torch.testing.assert_close(conv.double()(x.double()), double)
 
 
+@pytest.mark.parametrize("width", [36, 37, 41, 48])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_gradient_of_a_strided_convolution_in_strips(bias, width, monkeypatch):
+    """Of strips that end at the image's edge, before it and beyond it."""
+    monkeypatch.setattr(cpu, "STRIP", 6)
+    plain = nn.Conv2d(16, 5, 3, stride=2, padding=1, bias=bias)
+    fast = optimise_for_cpu(copy.deepcopy(plain))
+    x = torch.randn(2, 16, 23, width).to(memory_format=torch.channels_last)
+    strips = operators(lambda: fast(x).sum().backward())
+    assert ("_StridedConvolutionBackward" in strips) == module.ONEDNN
+    fast.zero_grad()
+    results = []
+    for conv, dtype in ((plain.double(), torch.float64), (fast, torch.float32)):
+        leaf = x.to(dtype).requires_grad_()
+        y = conv(leaf)
+        grad = torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape)
+        results.append([y, *torch.autograd.grad(y, [leaf, *conv.parameters()], grad)])
+    for exact, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=3e-6 * exact.abs().max().item())
+
+
 # ----- compiled and exported
 
 
