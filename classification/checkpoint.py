@@ -377,13 +377,16 @@ def class_names_of(content: dict, path: str | Path) -> list[str] | None:
     """Return the names of a checkpoint's classes in the order of its head; None if it has none, as published ones.
 
     Raises:
-        UserError: the names are not a list of different strings.
+        UserError: the names are not a list of different strings, or not as many as the head has classes.
     """
     names = content.get(CLASSES)
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
         raise UserError(f"{path}: its {CLASSES!r} is not a list of names, each of its own")
+    count = num_classes(content["model"]) if isinstance(content.get("model"), dict) else None
+    if count not in (None, len(names)):
+        raise UserError(f"{path}: its {CLASSES!r} has {len(names)} names, but its head has {count} classes")
     return names
 
 
@@ -441,7 +444,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
 def num_classes(state: StateDict) -> int | None:
     """Return the number of classes of the head in a state dict, or None without a head."""
     weight = state.get("head.weight")
-    return weight.shape[0] if weight is not None and weight.ndim == 2 else None
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
 def load_weights(

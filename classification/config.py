@@ -424,7 +424,11 @@ def _validate(config: CfgNode) -> None:
 
 # Conditions, and the keys that have no effect under them.
 WITHOUT_EFFECT: tuple[tuple[str, Callable[[CfgNode], bool], tuple[str, ...]], ...] = (
-    ("AUG.AUTO_AUGMENT is set", lambda c: bool(c.AUG.AUTO_AUGMENT), ("AUG.COLOR_JITTER",)),
+    (  # as timm decides: of its policies, 3a alone goes with jitter
+        "AUG.AUTO_AUGMENT is set",
+        lambda c: bool(c.AUG.AUTO_AUGMENT) and "3a" not in c.AUG.AUTO_AUGMENT,
+        ("AUG.COLOR_JITTER",),
+    ),
     ("AUG.REPROB is 0", lambda c: c.AUG.REPROB == 0, ("AUG.REMODE", "AUG.RECOUNT")),
     (
         "AUG.MIXUP and AUG.CUTMIX are 0",

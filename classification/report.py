@@ -133,10 +133,15 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]
         model: in evaluation mode.
         dataset: the validation images.
         names: the names of the model's classes, in the order of its head.
+
+    Raises:
+        UserError: none of the chosen images can be read.
     """
     count = min(GRID_ROWS * GRID_COLUMNS, len(dataset))
     spread = torch.linspace(0, len(dataset) - 1, count).round().int().tolist()
     read = {i: sample for i in spread if (sample := _read(dataset, i)) is not None}
+    if not read:
+        raise UserError(f"{dataset.root}: none of the {count} images chosen for predictions can be read")
     indices, samples = list(read), list(read.values())
     predicted = model(torch.stack([image for image, _ in samples])).argmax(1).tolist()
     figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(10, 7), layout="constrained")
@@ -149,7 +154,7 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]
         right = names[guess] == truth
         title = printable(_title(truth) if right else _title(names[guess], truth)).replace("$", r"\$")
         cell.set_title(title, color="black" if right else "red", fontsize=size)
-    figure.suptitle(f"Predictions on {count} validation images, evenly spaced over the classes")
+    figure.suptitle(f"Predictions on {len(read)} validation images, evenly spaced over the classes")
     return figure
 
 

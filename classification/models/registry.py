@@ -61,6 +61,9 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
             "pretrained='hf-hub:user/repository', or checkpoint_path"
         )
     if "state_dict" in overlay:  # timm loads without strictness if the number of classes differs
+        from classification.checkpoint import check_weights
+
+        check_weights(overlay["state_dict"], source or "state_dict")
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
         _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
         # timm expects 1000 classes, and would drop another head.

@@ -66,6 +66,7 @@ def test_no_data_path(refuse):
     [
         (["AUG.COLOR_JITTER", "0.3", "AUG.AUTO_AUGMENT", "rand-m9"], ["AUG.COLOR_JITTER"]),
         (["AUG.COLOR_JITTER", "0.3", "AUG.AUTO_AUGMENT", ""], []),
+        (["AUG.COLOR_JITTER", "0.3", "AUG.AUTO_AUGMENT", "3a"], []),
         (["AUG.REPROB", "0.0", "AUG.REMODE", "const", "AUG.RECOUNT", "2"], ["AUG.REMODE", "AUG.RECOUNT"]),
         (["AUG.REPROB", "0.1", "AUG.REMODE", "const", "AUG.RECOUNT", "2"], []),
         (["AUG.CUTMIX", "0.0", "AUG.MIXUP", "0.8", "AUG.MIXUP_SWITCH_PROB", "0.1"], ["AUG.MIXUP_SWITCH_PROB"]),
@@ -548,6 +549,7 @@ def test_weights_that_are_no_tensors(value, refuse, few_digits, tmp_path):
         (dict(model_ema=[1]), "its 'model_ema' is of type list, not weights"),
         (dict(classes="0123456789"), "its 'classes' is not a list of names"),
         (dict(classes=["a"] * 10), "its 'classes' is not a list of names, each of its own"),
+        (dict(classes=[*"012345678"]), "its 'classes' has 9 names, but its head has 10 classes"),
         (dict(optimizer={"state": [], "param_groups": []}), "its optimizer state is not of this model"),
         (dict(optimizer={"state": {}, "param_groups": [{"params": [[]]}, 3]}), "its optimizer state is not of this"),
         (dict(optimizer={"a": 1}), "its optimizer state is not of this model"),

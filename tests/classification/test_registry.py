@@ -135,6 +135,19 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
             timm.create_model(model, pretrained=source, num_classes=5)
 
 
+@pytest.mark.parametrize("spoil", [lambda t: t / 0, lambda t: t.to(torch.int8)], ids=["infinite", "int8"])
+@pytest.mark.parametrize("by", ["overlay", "hub"])
+def test_unusable_weights_are_refused(spoil, by, monkeypatch):
+    state = seeded().state_dict()
+    state["head.weight"] = spoil(state["head.weight"])
+    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", {}))
+    monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, weights_only: state)
+    given = dict(pretrained="hf-hub:me/it") if by == "hub" else dict(pretrained=True)
+    overlay = None if by == "hub" else {"state_dict": state}
+    with pytest.raises(ValueError, match=r"its weights hold 'head\.weight', which is"):
+        timm.create_model("spatialmamba_micro", pretrained_cfg_overlay=overlay, **given)
+
+
 def test_groups_for_layer_decay():
     """Stem, then blocks in their order, each stage's downsampling with its last block, the head last."""
     model = seeded()

@@ -73,6 +73,18 @@ def test_long_names_of_classes_do_not_meet(tmp_path):
     assert not any(a.overlaps(b) for i, a in enumerate(edges) for b in edges[:i])
 
 
+def test_predictions_of_images_that_cannot_be_read(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "0.png").write_bytes(b"no image")
+    dataset = ImageFolder(str(tmp_path), "val", eval_transform(default_config()))
+    with pytest.raises(UserError, match="val: none of the 2 images chosen for predictions can be read"):
+        draw_predictions(lambda images: torch.eye(2), dataset, dataset.classes)
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "a" / "0.png")
+    figure = draw_predictions(lambda images: torch.eye(2)[: len(images)], dataset, dataset.classes)
+    assert figure.get_suptitle() == "Predictions on 1 validation images, evenly spaced over the classes"
+
+
 def test_repeated_epoch_counts_as_last_written(tmp_path):
     """And what followed it then is of a branch that was given up."""
     losses = ((0, 3.0), (1, 2.0), (2, 1.0), (1, 1.5))
