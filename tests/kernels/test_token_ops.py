@@ -183,6 +183,17 @@ def test_norm(backend, check, size, dtype, update):
     compare_norm(check, inputs, scale)
 
 
+def test_programs_of_several_tiles(check, monkeypatch):
+    """A program takes several tiles where there are thousands of positions; here the last one's lie beyond them."""
+    from dwconv2d import token_triton
+
+    monkeypatch.setattr(token_triton, "tiles_of_a_program", lambda *_: 4)
+    convolution, norm = parameters(24, torch.float32)
+    inputs = dict(x=torch.randn(3, 7, 7, 24), update=torch.randn(3, 7, 7, 24), **convolution, **norm)
+    with running_on("triton", "dwconv2d"):
+        compare_norm(check, inputs, torch.tensor([1.25, 0, 1.25]))
+
+
 @pytest.mark.parametrize("rows", [(1, 1), (255, 257), (600, 256)])
 @pytest.mark.skipif(GPU, reason="runs in Triton's interpreter")
 def test_sums_of_partial_sums(rows):
