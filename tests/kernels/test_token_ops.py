@@ -169,6 +169,15 @@ def test_gate(backend, check, size, dtype):
     compare(check, norm_gate, exact_gate, dict(y=y, z=z, weight=norm["norm_weight"], bias=norm["norm_bias"]))
 
 
+def test_gate_of_one_plane_for_all_channels(backend, check):
+    """A plane that is expanded has channels at a distance of 0."""
+    y = torch.randn(2, 1, 3, 5).expand(2, 16, 3, 5)
+    _, norm = parameters(16, torch.float32)
+    inputs = dict(y=y, z=half_of_a_projection(2, 3, 5, 16, torch.float32))
+    inputs |= dict(weight=norm["norm_weight"], bias=norm["norm_bias"])
+    check(norm_gate(**inputs), exact_gate(**{name: t.double() for name, t in inputs.items()}))
+
+
 @pytest.mark.parametrize("update", [None, "update", "scaled"])
 @each_dtype
 @each_size
