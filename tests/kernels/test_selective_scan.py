@@ -424,6 +424,15 @@ def test_autocast_leaves_float64_alone(compare):
         compare(selective_scan_state, exact_scan, make_inputs(dtype=torch.float64), delta_softplus=True)
 
 
+def test_autocast_widens_rates_and_bias_of_16_bits():
+    """As in a model whose parameters were cast to 16 bits."""
+    inputs = make_inputs(dtype=torch.bfloat16)
+    narrow = inputs | {name: inputs[name].bfloat16() for name in ("A", "delta_bias")}
+    wide = narrow | {name: narrow[name].float() for name in ("A", "delta_bias")}
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        assert torch.equal(selective_scan_state(**narrow), selective_scan_state(**wide))
+
+
 # ----- edges, errors, repeatability
 
 
