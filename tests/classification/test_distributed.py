@@ -18,6 +18,7 @@ from torch import nn
 
 from classification.checkpoint import read_checkpoint, save_checkpoint
 from classification.models import spatialmamba_micro
+from classification.sync_bn import average_batch_norm
 
 RUN = "spatialmamba_micro/default"
 AVERAGED = """
@@ -95,6 +96,17 @@ def test_batch_norm_statistics_of_two_processes(tmp_path):
         else:
             assert (first - second).abs().max() > 0.1
         torch.testing.assert_close(result["mean"], (first + second) / 2)
+
+
+def test_averaging_equal_statistics_leaves_every_bit(monkeypatch):
+    """A run that is interrupted between averaging and its checkpoint averages twice."""
+    norms = nn.Sequential(nn.BatchNorm2d(500))
+    norms[0].running_mean.normal_()
+    before = norms[0].running_mean.clone()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(total + total))
+    average_batch_norm(norms)
+    assert torch.equal(norms[0].running_mean, before)
 
 
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path):

@@ -158,6 +158,14 @@ def test_weights_that_are_not_finite_are_named(task):
         train_one_epoch(trainer(model, limit=1), DataLoader(data, 2), epoch=0)
 
 
+def test_clipping_spoils_no_gradient_that_is_finite(task):
+    """The guard names those that are not: clipped by a norm of NaN, all would be."""
+    model, data = task
+    model.weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(NonFiniteError, match=r"outputs are finite, the gradient of weight \(1 in all\) is not"):
+        train_one_epoch(trainer(model, limit=1, clip_grad=0.5), DataLoader(data, 2), epoch=0)
+
+
 def test_an_epoch_of_which_nothing_was_finite_ends_the_run(task):
     model, data = task
     data.tensors[0][:] = torch.nan
@@ -175,6 +183,12 @@ def test_evaluation_counts_by_hand():
     assert result["loss"] == pytest.approx(F.cross_entropy(images, targets).item())
     assert model.training
     assert "unreadable" not in result
+
+
+def test_evaluation_sums_the_losses_of_16_bits_in_float32():
+    images, targets = torch.randn(300, 6).bfloat16(), torch.randint(6, (300,))
+    result = evaluate(nn.Identity(), DataLoader(TensorDataset(images, targets), 150), torch.device("cpu"), nullcontext)
+    assert result["loss"] == pytest.approx(F.cross_entropy(images.float(), targets).item(), rel=1e-5)
 
 
 def test_evaluation_leaves_out_what_could_not_be_read():

@@ -639,14 +639,16 @@ def test_flops_prints_the_table(run_main, capsys):
 
 
 def test_mesa_starts_at_its_fraction_of_the_epochs(few_digits, tmp_path, run_main, monkeypatch):
+    """And labels are smoothed as the config says where no mixup does it."""
     weights = []
     original = training_module.train_one_epoch
 
     def spy(trainer, *args):
         weights.append(trainer.mesa_weight)
+        assert trainer.criterion.smoothing == 0.3
         return original(trainer, *args)
 
     monkeypatch.setattr(training_module, "train_one_epoch", spy)
-    opts = [*QUICK, "TRAIN.EPOCHS", "4", "TRAIN.MESA.WEIGHT", "1.5"]
+    opts = [*QUICK, "TRAIN.EPOCHS", "4", "TRAIN.MESA.WEIGHT", "1.5", "MODEL.LABEL_SMOOTHING", "0.3", "AUG.MIXUP", "0"]
     run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *opts)
     assert weights == [0.0, 1.5, 1.5, 1.5]

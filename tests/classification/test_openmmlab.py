@@ -686,6 +686,15 @@ def annotated(**changed) -> dict:
             "1 of its 1 boxes reach beyond their images, and all would fit if they were [x1, y1, x2, y2]? Write",
         ),
         (
+            {
+                "annotations": [
+                    one for box in ([30, 30, 60, 60], *[[1, 1, 9, 9]] * 9) for one in annotated(bbox=box)["annotations"]
+                ],
+                "images": [{"id": 1, "width": 64, "height": 64}],
+            },
+            "1 of its 10 boxes reach beyond their images, and all would fit if they were [x1, y1, x2, y2]? Write",
+        ),
+        (
             annotated() | {"images": [{"id": 1, "width": 31, "height": 64}]},
             "filter_cfg leaves out 1 of its 1 images: 1 are narrower or lower than 32 pixels (min_size), so there",
         ),
@@ -732,7 +741,7 @@ def test_what_the_toolchains_pass_over_is_counted(tmp_path, monkeypatch):
         said.clear()
     boxes = [[0, 0, 9, 9], [60, 60, 9, 9], [-9, 0, 9, 60], [9, 9, 60, 60]]
     lost = [{**lost[0], "image_id": i, "bbox": box} for i, box in enumerate(boxes)]
-    images = [{"id": i, "width": 64, "height": height} for i, height in enumerate((64, 64, 64, 64, 64, 20))]
+    images = [{"id": i, "width": 64, "height": height} for i, height in enumerate((32, 64, 64, 64, 64, 20))]
     (tmp_path / "a.json").write_text(json.dumps(coco(annotations=[*lost, {**lost[0], "image_id": 5}], images=images)))
     dataset |= dict(pipeline=[], filter_cfg=dict(filter_empty_gt=True, min_size=32))
     for test_mode in (False, True):
@@ -1112,6 +1121,16 @@ def test_what_a_checkpoint_was_trained_with_is_compared(changed, note, said, log
     assert len(log.records) == len(said)
 
 
+def test_settings_of_training_alone_matter_to_a_run_that_goes_on(log):
+    meta, cfg = {"cfg": trained_so().pretty_text}, trained_so(**{"model.neck.norm_cfg.requires_grad": False})
+    saved_config.note_other_config(cfg, meta, "a.pth")
+    assert not log.records
+    saved_config.note_other_config(cfg, meta, "a.pth", resumed=True)
+    assert [record.message for record in log.records] == [
+        "a.pth: was trained with another config: model.neck.norm_cfg.requires_grad was True, is False"
+    ]
+
+
 DEEP = 10**5
 
 
@@ -1404,7 +1423,8 @@ def test_a_loss_that_is_not_finite_ends_training_in_all_processes(monkeypatch):
         UserError, match=r"iteration 7: the loss is not finite \(loss is nan, decode\.loss_ce is inf\), so"
     ):
         hook.after_train_iter(runner, 6, None, bad)
-    monkeypatch.setattr(hooks, "all_reduce", lambda value, op: value.fill_(1))
+    with_1 = {"max": lambda value: value.clamp_(min=1), "min": lambda value: value.clamp_(max=1)}
+    monkeypatch.setattr(hooks, "all_reduce", lambda value, op: with_1[op](value))
     with pytest.raises(UserError, match=r"is not finite \(in another process\), so"):
         hook.after_train_iter(runner, 6, None, good)
 

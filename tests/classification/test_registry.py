@@ -52,6 +52,7 @@ def test_features():
             torch.testing.assert_close(found, one)
             assert found.shape[1:] == (channels, -(-70 // stride), -(-97 // stride))
     model = seeded(features_only=True, out_indices=(1,)).train()
+    assert model.model.num_features == model.model.head_hidden_size == model.feature_info.channels()[0]
     model(IMAGES)[0].sum().backward()
     assert all(p.grad is not None for p in model.parameters())  # nothing is kept that no map needs
     with pytest.raises(ValueError, match="stage indices must lie in"):
@@ -90,11 +91,12 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     save_checkpoint({"model": model.state_dict(), "config": {"A": 1}}, tmp_path / "micro.pth")
     expected = model(IMAGES)
     config = default_config()
-    config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP_PCT = 64, "bilinear", 1.0
+    config.DATA.IMG_SIZE, config.DATA.INTERPOLATION, config.TEST.CROP_PCT = 70, "bilinear", 1.0
     save_checkpoint({"model": model.state_dict(), "config": config.dump()}, tmp_path / "of_main.pth")
     of_main = timm.create_model("spatialmamba_micro", str(tmp_path / "of_main.pth"), num_classes=7)
     found = timm.data.resolve_data_config(model=of_main)
-    assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 64, 64), "bilinear", 1.0)
+    assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 70, 70), "bilinear", 1.0)
+    assert of_main.pretrained_cfg["pool_size"] == (3, 3)  # tokens that are left of it
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
     monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, weights_only: model.state_dict())
@@ -111,6 +113,8 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     other = seeded(**made_with)
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", "hf-hub:me/it").eval()(IMAGES), other(IMAGES))
+    own = timm.create_model("spatialmamba_micro", "hf-hub:me/it", global_pool="avg")  # over what it was made with
+    torch.testing.assert_close(own.eval()(IMAGES), expected)
     with pytest.raises(ValueError, match="hf-hub:me/it: is a spatialmamba_micro, not a spatialmamba_tiny"):
         timm.create_model("spatialmamba_tiny", "hf-hub:me/it")
     hub = torch.hub.load(ROOT, "spatialmamba_micro", source="local", pretrained=path, num_classes=7)

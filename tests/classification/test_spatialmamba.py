@@ -329,6 +329,7 @@ def test_head_and_pre_logits():
     pooled = model(x)
     torch.testing.assert_close(pooled, model.forward_features(x).mean((1, 2)))
     model.reset_classifier(5)
+    assert model.head.training == model.training
     assert model.get_classifier() is model.head
     torch.testing.assert_close(model(x), F.linear(pooled, model.head.weight, model.head.bias))
     assert torch.equal(model.forward_head(model.forward_features(x), pre_logits=True), pooled)

@@ -721,12 +721,12 @@ def test_bad_input(call, name, error, message, change):
         CALLS[call](name, inputs)
 
 
-@pytest.mark.parametrize("argument", ["weight3", "weight3_d3", "weight3_d5", "alpha", "C", "D", "x"])
-def test_inputs_on_two_devices(argument):
+@pytest.mark.parametrize("moved", ["weight3", "weight3_d3", "weight3_d5", "alpha", "C", "D", "x", "x+C"])
+def test_inputs_on_two_devices(moved):
     inputs = make_output_inputs()
-    named = "C" if argument == "x" else argument  # x is what C is compared with
+    named = {"x": "C", "x+C": "x"}.get(moved, moved)  # C is compared with x, and x with h
     with pytest.raises(ValueError, match=rf"^{named} is on"):
-        FORWARDS["output"](**inputs | {argument: inputs[argument].to("meta")})
+        FORWARDS["output"](**inputs | {name: inputs[name].to("meta") for name in moved.split("+")})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

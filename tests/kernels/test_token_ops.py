@@ -169,6 +169,15 @@ def test_gate(backend, check, size, dtype):
     compare(check, norm_gate, exact_gate, dict(y=y, z=z, weight=norm["norm_weight"], bias=norm["norm_bias"]))
 
 
+def test_gate_of_one_plane_for_all_channels(backend, check):
+    """A plane that is expanded has channels at a distance of 0."""
+    y = torch.randn(2, 1, 3, 5).expand(2, 16, 3, 5)
+    _, norm = parameters(16, torch.float32)
+    inputs = dict(y=y, z=half_of_a_projection(2, 3, 5, 16, torch.float32))
+    inputs |= dict(weight=norm["norm_weight"], bias=norm["norm_bias"])
+    check(norm_gate(**inputs), exact_gate(**{name: t.double() for name, t in inputs.items()}))
+
+
 @pytest.mark.parametrize("update", [None, "update", "scaled"])
 @each_dtype
 @each_size
@@ -181,6 +190,17 @@ def test_norm(backend, check, size, dtype, update):
     # As stochastic depth draws them: kept images are scaled up, dropped ones are 0.
     scale = torch.tensor([1.25, 0, 1.25], dtype=dtype)[: size[0]] if update == "scaled" else None
     compare_norm(check, inputs, scale)
+
+
+def test_programs_of_several_tiles(check, monkeypatch):
+    """A program takes several tiles where there are thousands of positions; here the last one's lie beyond them."""
+    from dwconv2d import token_triton
+
+    monkeypatch.setattr(token_triton, "tiles_of_a_program", lambda *_: 4)
+    convolution, norm = parameters(24, torch.float32)
+    inputs = dict(x=torch.randn(3, 7, 7, 24), update=torch.randn(3, 7, 7, 24), **convolution, **norm)
+    with running_on("triton", "dwconv2d"):
+        compare_norm(check, inputs, torch.tensor([1.25, 0, 1.25]))
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (255, 257), (600, 256)])
