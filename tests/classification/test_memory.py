@@ -9,7 +9,7 @@ from running import ROOT, run_command
 from classification.memory import OFF
 
 FAULTS = """
-import json, resource, torch
+import ctypes, json, resource, torch
 from classification.memory import keep_freed_memory, release_freed_memory
 
 def faults(mebibytes=40):  # pages that the system maps as they are written; glibc alone would map them anew each time
@@ -24,8 +24,16 @@ found = {"alone": [faults() for _ in range(3)][-1], "set": keep_freed_memory()}
 # memalign leaves a small chunk behind each tensor, so that the next finds no room, until glibc has kept seven of them.
 found |= {"kept": [faults() for _ in range(12)][-1], "before": resident()}
 if found["set"]:
-    # The smallest: a small chunk behind a tensor may also keep one of these from being used again.
-    found["kept above 2 GiB"] = min(faults(2100) for _ in range(4))
+    # By malloc itself, which leaves no chunk behind what it gives.
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        memory = libc.malloc(2100 * 2**20)
+        ctypes.memset(memory, 1, 2100 * 2**20)
+        libc.free(memory)
+        found["kept above 2 GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 found |= {"released": release_freed_memory(), "after": resident(), "again": faults()}
 print(json.dumps(found))
 """
