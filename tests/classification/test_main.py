@@ -539,6 +539,13 @@ def test_the_best_epoch_is_that_of_todays_validation(few_digits, tmp_path, run_m
     assert "validated otherwise" not in printed
 
 
+def test_an_epoch_as_good_as_the_best_one_does_not_take_its_place():
+    training = object.__new__(training_module.Training)
+    training.state = training_module.State()
+    measured = {"loss": 1.0, "seconds": 1.0, "model": {"images": 4, "top1": 50.0, "top5": 75.0, "loss": 1.0}}
+    assert [training._note_best({"epoch": epoch, **measured}) for epoch in (0, 1)] == [["best.pth"], []]
+
+
 def test_other_batches_begin_the_epoch_anew(few_digits, tmp_path, run_main):
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "SAVE_STEPS", "1", "TRAIN.EPOCHS"]
     run_main(*arguments, "1")

@@ -1167,13 +1167,13 @@ def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
     assert "nothing to resume yet: training starts from load_from, a.pth" in log.text
     assert found("auto") == (True, None)
     assert found("b.pth", load_from="a.pth") == (True, "b.pth")
-    (tmp_path / "epoch_1.pth").touch()
+    (tmp_path / "epoch_9.pth").touch()
     (tmp_path / "epoch_10.pth").touch()
     for more in ({}, {"load_from": "a.pth"}):  # of a run that was copied without it
         with pytest.raises(UserError, match=r"holds epoch_10\.pth, but no last_checkpoint .* --resume .*epoch_10\.pth"):
             found("auto", **more)
-    (tmp_path / "last_checkpoint").write_text("/elsewhere/epoch_1.pth")
-    latest = str(tmp_path / "epoch_1.pth")
+    (tmp_path / "last_checkpoint").write_text("/elsewhere/epoch_9.pth")
+    latest = str(tmp_path / "epoch_9.pth")
     assert found("auto", load_from="a.pth") == found(None, resume=True) == (True, latest)
 
 

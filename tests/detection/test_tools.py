@@ -477,6 +477,7 @@ def test_fine_tuning_for_other_classes(scenes, tmp_path, here):
     said = here(tools.train, *train(tmp_path / "w", scenes, f"load_from={path}", *one_iteration)[2:])
     assert f"Load checkpoint from {path}" in said
     assert "size mismatch for roi_head.bbox_head.fc_cls.weight" in said
+    assert "from scratch" not in said
     assert re.search(r"Epoch\(train\) *\[1\]\[1/1\]", said)
 
 
