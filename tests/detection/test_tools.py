@@ -81,7 +81,8 @@ def test_interrupted_training_resumes(scenes, tmp_path, here, monkeypatch):
     with (tmp_path / "first.txt").open("w") as out:
         first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
         deadline = time.monotonic() + 300
-        while not (folder / "last_checkpoint").exists() and first.poll() is None and time.monotonic() < deadline:
+        noted = folder / "last_checkpoint"  # empty for a moment
+        while not (noted.exists() and noted.read_text()) and first.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         first.send_signal(signal.SIGKILL)
         first.wait()
