@@ -332,10 +332,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Each half is recomputed alone, so that the activations of one are gone before those of the other are there.
-        call = _checkpoint if self.grad_checkpointing and torch.is_grad_enabled() else _call
+        call = _checkpoint if self.is_recomputed() else _call
         if self.fusible(x):
             return self.add(*call(self._fused_mlp_half, *call(self._fused_ssm_half, x)))
         return call(self._mlp_half, call(self._ssm_half, x))
+
+    def is_recomputed(self) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled()
 
     def _ssm_half(self, x: Tensor) -> Tensor:
         x = x + to_tokens(self.cpe1(to_planes(x)))
@@ -397,10 +400,9 @@ class Stage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
-        self.grad_checkpointing = False
 
     def blocks_out(self, x: Tensor) -> Tensor:
-        if not self.grad_checkpointing and fusible(x, *self.blocks) and all(block.fusible(x) for block in self.blocks):
+        if fusible(x, *self.blocks) and all(block.fusible(x) and not block.is_recomputed() for block in self.blocks):
             # The last addition of a block is left to the operator that the next block begins with.
             parts = self.blocks[0].without_last_addition(x)
             for block in self.blocks[1:]:
@@ -515,7 +517,7 @@ class SpatialMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks and the wide layers between stages in the backward pass instead of storing activations."""
         for module in self.modules():
-            if isinstance(module, Stage | Block | Downsample):
+            if isinstance(module, Block | Downsample):
                 module.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> Tensor:

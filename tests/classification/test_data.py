@@ -120,15 +120,6 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(few_digits):
         assert rows(torch.cat([images for images, *_ in other])) != rows(torch.cat([images for images, *_ in whole]))
 
 
-def test_images_are_mirrored_as_the_config_says(few_digits):
-    """timm's own default is every second one."""
-    plain, mirrored = (
-        build_train_loader(config(few_digits, "DATA.BATCH_SIZE", "4", "AUG.HFLIP", share), 0, 1) for share in ("0", "1")
-    )
-    for (a, *_), (b, *_) in zip(plain, mirrored, strict=True):
-        assert torch.equal(a.flip(-1), b)
-
-
 def test_loading_leaves_the_generators_alone(few_digits):
     torch.manual_seed(5)
     np.random.seed(5)

@@ -51,7 +51,8 @@ def stage(blocks, d_state=1, drop_path=0.0):
 def test_equals_the_modules(fused, train, d_state, checkpointing):
     """A stage, whose blocks leave their last addition to the next, and a block alone."""
     whole = stage(3, d_state, drop_path=0.5).double().train(train)
-    whole.grad_checkpointing = checkpointing
+    for module in (*whole.blocks, whole.downsample):
+        module.grad_checkpointing = checkpointing
     x = torch.randn(4, 7, 5, 6, dtype=torch.float64)
     for module in (whole, whole.blocks[0]):
         fused(False)

@@ -12,9 +12,9 @@ FAULTS = """
 import ctypes, json, resource, torch
 from classification.memory import keep_freed_memory, release_freed_memory
 
-def faults(mebibytes=40):  # pages that the system maps as they are written; glibc alone would map them anew each time
+def faults():  # pages that the system maps while 40 MiB are written, which glibc alone would map anew each time
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(mebibytes * 2**20, dtype=torch.uint8).fill_(1)
+    torch.empty(40 * 2**20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def resident():

@@ -218,7 +218,7 @@ def test_with_cp_gives_the_same_gradients():
         torch.manual_seed(1)  # stochastic depth
         sum((m**2).mean() for m in backbone(images)).backward()
         gradients.append([p.grad for p in backbone.parameters()])
-    assert [s.grad_checkpointing for s in backbone.layers] == [True] * 4
+    assert all(block.grad_checkpointing for stage in backbone.layers for block in stage.blocks)
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
 

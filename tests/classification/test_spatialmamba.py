@@ -1,5 +1,6 @@
 """The backbone against the published layout, golden values of an independent implementation, and itself."""
 
+import collections
 import copy
 
 import numpy as np
@@ -191,14 +192,21 @@ def test_modes_agree_across_steps_copies_and_loads():
 
 
 def test_gradient_checkpointing_changes_nothing():
+    """But that blocks and the wide layers between stages are computed twice."""
     torch.manual_seed(0)
     model, x = randomised(spatialmamba_micro(num_classes=7, drop_path_rate=0.5)), torch.randn(4, 3, 33, 47)
+    calls = collections.Counter()
+    for name, module in model.named_modules():
+        if name.endswith(("self_attention", "mlp", "downsample.conv.0", "downsample.conv.1")):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
     results = []
     for enable in (False, True):
         torch.manual_seed(1)
         model.set_grad_checkpointing(enable)
+        calls.clear()
         out = model(x)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+        assert set(calls.values()) == {1 + enable}
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -125,7 +125,7 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor, uses: int = 1) -> Te
         `uses` above 1, a tuple of as many tensors, which share memory: do not change one in place.
 
     Raises:
-        ValueError: a shape or device does not fit; the message names the argument.
+        ValueError: a shape, device or `uses` does not fit; the message names the argument.
         TypeError: a type or dtype does not fit; the message names the argument.
         NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
