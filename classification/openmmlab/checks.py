@@ -1,13 +1,9 @@
 """Early checks of a config, its data and its checkpoints, so that a mistake gives one clear line."""
 
 import inspect
-import json
 import logging
-import mmap
 import os
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +22,7 @@ from classification.data.images import image_formats
 from classification.errors import UserError, is_dir, is_file, normalisation_hint
 from classification.models.openmmlab import BACKBONE, DO_NOTHING, checkpoints_of, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
+from classification.openmmlab.coco import Use, check_annotations, image_ids
 from classification.openmmlab.pickle_files import PICKLES
 
 # Heads whose num_classes differs from the data set's: mmseg's head of borders, mmseg's head of texts (without the
@@ -124,8 +121,6 @@ def check_operators(model: nn.Module) -> None:
 
 # ----- data
 
-CHUNK = 2**24  # bytes; a list of categories fits into them
-
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Raise a UserError if a dataset of `splits` ("train", "val", "test") lacks a file, a folder or a class."""
@@ -134,19 +129,22 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         datasets = list(_datasets(loader.dataset)) if loader else []
         for dataset in datasets:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
-        evaluator = cfg.get(f"{split}_evaluator")
-        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
-            if isinstance(metric, dict) and metric.get("ann_file"):
+        for metric in _metrics(cfg, split):
+            if metric.get("ann_file"):
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
-            if isinstance(metric, dict) and metric.get("ann_file") and not _is_elsewhere(metric):
-                _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
-                _check_compared(metric, datasets, split)
-            if isinstance(metric, dict) and metric.get("ann_file"):
+                if not _is_elsewhere(metric):
+                    _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
+                    _check_compared(metric, datasets, split)
                 _check_all_are_tested(metric, datasets, split)
-            if isinstance(metric, dict) and kind_of(metric) in OF_THE_WHOLE_FILE:
+            if kind_of(metric) in OF_THE_WHOLE_FILE:
                 _check_image_ids(metric, datasets, split)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
+
+
+def _metrics(cfg: Config, split: str) -> list[ConfigDict]:
+    evaluator = cfg.get(f"{split}_evaluator")
+    return [one for one in (evaluator if isinstance(evaluator, list) else [evaluator]) if isinstance(one, dict)]
 
 
 def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
@@ -227,11 +225,9 @@ def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
 def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> Iterator[tuple[str, object]]:
     """Yield the keys and values of all labels that mmseg ignores or pads with, except the predicting head's."""
     for split in splits:
-        evaluator = cfg.get(f"{split}_evaluator")
-        metrics = evaluator if isinstance(evaluator, list) else [evaluator]
-        for i, metric in enumerate(metrics):
-            if isinstance(metric, dict) and kind_of(metric) == "IoUMetric":
-                place = f"[{i}]" if isinstance(evaluator, list) else ""
+        for i, metric in enumerate(_metrics(cfg, split)):
+            if kind_of(metric) == "IoUMetric":
+                place = f"[{i}]" if isinstance(cfg.get(f"{split}_evaluator"), list) else ""
                 yield f"{split}_evaluator{place}.ignore_index", metric.get("ignore_index", 255)
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
@@ -432,7 +428,8 @@ def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) 
     if os.path.realpath(loaded) == os.path.realpath(metric.ann_file):
         return  # _check_dataset checks this file
     if classes := _classes(plain[0], f"{split}_dataloader.dataset"):
-        _check_categories(metric.ann_file, classes, f"{split}_dataloader.dataset", False)
+        use = Use(f"{split}_evaluator", compared=True, masks=_compares_masks(metric))
+        check_annotations(metric.ann_file, classes, use)
     print_log(
         f"{split}_evaluator.ann_file is {metric.ann_file}, but {split}_dataloader.dataset loads {loaded}: "
         "predictions are compared with another file than their images are from",
@@ -440,7 +437,8 @@ def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) 
     )
 
 
-OF_THE_WHOLE_FILE = ("CocoMetric", "CocoOccludedSeparatedMetric", "LVISMetric")
+OF_COCO = ("CocoMetric", "CocoOccludedSeparatedMetric")
+OF_THE_WHOLE_FILE = (*OF_COCO, "LVISMetric")
 
 
 def _check_all_are_tested(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
@@ -468,7 +466,7 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
     seen: dict[object, str] = {}
     for dataset in plain:
         path = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
-        own = _image_ids(path)
+        own = image_ids(path)
         if both := sorted(own & seen.keys(), key=str):
             raise UserError(
                 f"{split}_dataloader.dataset joins {seen[both[0]]} and {path}, which both have an image of the id "
@@ -476,21 +474,13 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
                 "or take mmdet's MultiDatasetsEvaluator with a metric for each data set"
             )
         seen.update(dict.fromkeys(own, path))
-    known = _image_ids(metric.ann_file) if metric.get("ann_file") else set()
+    known = image_ids(metric.ann_file) if metric.get("ann_file") else set()
     if known and (foreign := sorted(seen.keys() - known, key=str)):
         raise UserError(
             f"{metric.ann_file}: has no image of the id {foreign[0]!r}, which {seen[foreign[0]]} has, so their "
             f"predictions cannot be compared; name a file of all images in {split}_evaluator.ann_file, or take "
             "mmdet's MultiDatasetsEvaluator with a metric for each data set"
         )
-
-
-def _image_ids(path: str) -> set:
-    """Return a COCO file's image ids. The set is empty for large files, and for other files, which mmdet reports."""
-    with suppress(AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
-        if os.path.getsize(path) <= SMALL:
-            return {image["id"] for image in json.loads(Path(path).read_bytes())["images"]}
-    return set()
 
 
 def _is_elsewhere(config: ConfigDict) -> bool:
@@ -518,10 +508,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     numbers = _check_panoptic(model)
     if classes := _classes(dataset, key):
         if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file"):
-            # Annotations are needed if images without boxes are left out. Unlabelled data sets keep such images.
-            annotated = key.startswith("train") and bool((dataset.get("filter_cfg") or {}).get("filter_empty_gt"))
-            filters = {} if dataset.get("test_mode") else dataset.get("filter_cfg") or {}
-            _check_categories(annotations, classes, key, annotated, dataset.get("pipeline") or (), filters)
+            check_annotations(annotations, classes, _use_of(annotations, dataset, key, cfg))
         if numbers:
             _check_things_and_stuff(numbers, dataset, classes, key)
         if kind_of(dataset) != "CocoPanopticDataset":  # boxes are of things only, the first of its classes
@@ -532,6 +519,30 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
                     f"{key}.pipeline: CheckLabels has {number} classes, but the data set {len(classes)}; "
                     "make them equal"
                 )
+
+
+def _use_of(path: str, dataset: ConfigDict, key: str, cfg: Config) -> Use:
+    """Return what a config does with the annotation file of a CocoDataset."""
+    metrics = _metrics(cfg, key.partition("_")[0])
+    read = [one for one in metrics if kind_of(one) in OF_COCO and one.get("ann_file") and not _is_elsewhere(one)]
+    read = [one for one in read if os.path.realpath(one.ann_file) == os.path.realpath(path)]
+    steps = [step for step in _steps(dataset.get("pipeline") or ()) if kind_of(step) == "LoadAnnotations"]
+    masks = [step for step in steps if step.get("with_mask")]
+    images = None if dataset.get("indices") else (dataset.get("data_prefix") or {}).get("img")
+    return Use(
+        key,
+        trains=key.startswith("train"),
+        compared=bool(read),
+        masks=bool(masks) or any(map(_compares_masks, read)),
+        polygons=any(not step.get("poly2mask", True) for step in masks),
+        filters={} if dataset.get("test_mode") else dataset.get("filter_cfg") or {},
+        folder=None if images is None else os.path.join(dataset.get("data_root") or "", images),
+    )
+
+
+def _compares_masks(metric: ConfigDict) -> bool:
+    kinds = metric.get("metric", "bbox")
+    return "segm" in ([kinds] if isinstance(kinds, str) else kinds)
 
 
 def _check_array(path: str, key: str) -> None:
@@ -572,6 +583,9 @@ def _argument(dataset: ConfigDict, name: str) -> object:
         if given is not None:
             return given.default
     return None
+
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def _note_images_left_out(dataset: ConfigDict, root: str, key: str) -> None:
@@ -643,256 +657,6 @@ def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
             f"{path}: no such {what} ({key}); pass --cfg-options data_root=/path/to/data/, "
             f"or set {key} if yours is called otherwise"
         )
-
-
-def _check_categories(
-    path: str, classes: list[str], key: str, annotated: bool, pipeline: Sequence = (), filters: dict | None = None
-) -> None:
-    names = _categories(path)
-    if annotated:
-        _check_annotated(path)
-    absent = [name for name in classes if name not in names]
-    if absent:
-        raise UserError(
-            f"{path}: has no category {absent[0]!r}{f' and {len(absent) - 1} more' if absent[1:] else ''} of the "
-            f"config's classes; its own are {', '.join(names[:10])}{', ...' if names[10:] else ''}. Name these in "
-            f"{key}.metainfo.classes, and set num_classes of the heads"
-        )
-    in_file = [name for name in names if name in classes]
-    if in_file != classes:  # mmdet numbers labels in the file's order, not in that of `classes`
-        raise UserError(f"{key}.metainfo.classes must be in the order of {path}: {', '.join(in_file)}")
-    masks = (step for step in _steps(pipeline) if kind_of(step) == "LoadAnnotations" and step.get("with_mask"))
-    _check_entries(path, classes, next(masks, None), filters or {})
-
-
-def _categories(path: str) -> list[str]:
-    """Return the names of a COCO file's categories, if possible without parsing half a gigabyte of annotations."""
-    for read in (_categories_at_an_end, _categories_in_all):
-        with suppress(KeyError, RecursionError, TypeError, ValueError):
-            categories = read(path)
-            names, ids = ([category[key] for category in categories] for key in ("name", "id"))
-            if all(isinstance(name, str) for name in names):
-                break
-    else:
-        raise UserError(
-            f'{path}: is no COCO annotation file: it has no "categories" list of {{"id": ..., "name": ...}}; add one'
-        )
-    _check_ids(path, "categories", ids)
-    return names
-
-
-def _categories_at_an_end(path: str) -> list[dict]:
-    """Return the file's list of categories.
-
-    Raises:
-        ValueError: the name is missing, or occurs more than once, as where images have such lists too.
-    """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        at = text.find(b'"categories"')
-        if at < 0 or text.rfind(b'"categories"') != at:
-            raise ValueError("no list of that name, or more than one")
-        chunk = text[at : at + CHUNK].decode(errors="ignore")
-        start = re.match(r'"categories"\s*:\s*(?=\[\s*\{)', chunk)
-        if not start:
-            raise ValueError("no list of categories")
-        return json.JSONDecoder().raw_decode(chunk, start.end())[0]
-
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SMALL = 2**27  # bytes of the largest file that is read whole; COCO's own, half a gigabyte, is known to be sound
-
-
-# Reasons why mmdet passes over an annotation. The first three are only named if mmdet keeps no annotation.
-MARKED = 'they are marked "ignore" or "iscrowd"'
-OTHER_CATEGORY = "their categories are none of metainfo.classes"
-NO_IMAGE = "they are of images that it does not have"
-THIN = "their boxes, [x, y, width, height] in pixels, are not a pixel wide and high"
-OUTSIDE = "their boxes, [x, y, width, height] in pixels, are outside their images' width and height"
-NO_AREA = "their area is not above 0"
-NO_MASK = "their segmentation is no polygon of three points or more, and no RLE of counts and size"
-POLYGONS = "their segmentation is an RLE, which LoadAnnotations does not take with poly2mask=False"
-
-
-def _check_entries(path: str, classes: list[str], masks: ConfigDict | None, filters: dict) -> None:
-    """Check for entries that mmdet fails on or silently passes over, such as shared ids and invalid boxes.
-
-    `masks` is the step that loads masks, or None; `filters` is the data set's filter_cfg, which leaves out images.
-    """
-    if os.path.getsize(path) > SMALL:
-        return
-    parts = []
-    with suppress(AttributeError, RecursionError, ValueError):  # mmdet reports these
-        content = json.loads(Path(path).read_bytes())
-        parts = [content.get(key) or [] for key in ("images", "annotations", "categories")]
-    if not parts or not all(isinstance(part, list) and all(isinstance(one, dict) for one in part) for part in parts):
-        return  # mmdet reports this too
-    images, annotations, categories = parts
-    _check_ids(path, "images", [image.get("id") for image in images])
-    for key in ("image_id", "category_id"):
-        _check_plain(path, f"annotations[{{}}].{key}", [one.get(key) for one in annotations])
-    _check_boxes(path, annotations)
-    known = {image.get("id"): image for image in images}
-    _check_corners(path, annotations, known)
-    numbers = {category.get("id") for category in categories}
-    lost = [one["image_id"] for one in annotations if "image_id" in one and one["image_id"] not in known]
-    if lost:
-        print_log(
-            f"{path}: {len(lost)} of its annotations are of images, as image_id {lost[0]!r}, that it does not have; "
-            "they are left out",
-            level=logging.WARNING,
-        )
-    foreign = [one["category_id"] for one in annotations if "category_id" in one and one["category_id"] not in numbers]
-    if foreign:
-        raise UserError(
-            f"{path}: {len(foreign)} of its annotations have a category_id, as {foreign[0]!r}, that none of its "
-            "categories has; mmdet would leave them out"
-        )
-    wanted = {category.get("id") for category in categories if category.get("name") in classes}
-    reasons = Counter(_reason_against(one, known, wanted, masks) for one in annotations)
-    kept = reasons.pop(None, 0)
-    if images and reasons and not kept:
-        reason, number = reasons.most_common(1)[0]
-        raise UserError(
-            f"{path}: mmdet would pass over all of its {len(annotations)} annotations, over {number} because {reason}; "
-            "correct them"
-        )
-    _count_filtered(
-        path, images, {one.get("image_id") for one in annotations if one.get("category_id") in wanted}, filters
-    )
-    for quiet in (MARKED, OTHER_CATEGORY, NO_IMAGE):
-        reasons.pop(quiet, None)
-    if reasons:
-        reason, number = reasons.most_common(1)[0]
-        print_log(
-            f"{path}: mmdet passes over {reasons.total()} of its {len(annotations)} annotations, over {number} because "
-            f"{reason}",
-            level=logging.WARNING,
-        )
-
-
-LARGEST = 2**31  # pixels; NaN is not below it either
-
-
-def _check_boxes(path: str, annotations: list[dict]) -> None:
-    for i, one in enumerate(annotations):
-        box = one.get("bbox", (0, 0, 0, 0))  # mmdet reports a missing box
-        numbers = isinstance(box, list | tuple) and all(isinstance(number, int | float) for number in box)
-        if not one.get("ignore") and not (numbers and len(box) == 4 and all(abs(number) < LARGEST for number in box)):
-            raise UserError(
-                f"{path}: annotations[{i}].bbox is {box!r:.100}; write [x, y, width, height], four numbers of pixels"
-            )
-
-
-def _check_corners(path: str, annotations: list[dict], images: dict) -> None:
-    """Raise a UserError or warn if boxes are probably [x1, y1, x2, y2] instead of [x, y, width, height].
-
-    mmdet reads four numbers as [x, y, width, height], and cuts off the part of a box that is beyond the image. The
-    numbers do not show for certain which of the two they are. An error is raised if at least a tenth of the boxes reach
-    beyond their images and all boxes could be corners. Otherwise a warning counts the boxes that reach beyond, and says
-    if most of these could be corners.
-    """
-    boxes = beyond = corners = corners_beyond = 0
-    for one in annotations:
-        image, box = images.get(one.get("image_id"), {}), one.get("bbox")
-        whole = image.get("width"), image.get("height")
-        if one.get("ignore") or box is None or not all(isinstance(side, int | float) for side in whole):
-            continue
-        x, y, width, height = box
-        could_be = x < width <= whole[0] + 1 and y < height <= whole[1] + 1 and min(x, y) >= 0
-        reaches = x + width > whole[0] + 1 or y + height > whole[1] + 1 or min(x, y) < -1
-        boxes, beyond, corners = boxes + 1, beyond + reaches, corners + could_be
-        corners_beyond += could_be and reaches
-    advice = "[x1, y1, x2, y2]? Write [x, y, width, height]"
-    if corners == boxes and 10 * beyond >= boxes > 0:
-        raise UserError(
-            f"{path}: {beyond} of its {boxes} boxes reach beyond their images, and all would fit if they were "
-            f"{advice}; if they are that, end them at the image's border"
-        )
-    if beyond:
-        suspect = 2 * corners_beyond > beyond
-        print_log(
-            f"{path}: {beyond} of its {boxes} boxes reach beyond their images by more than a pixel"
-            + (f", and {corners_beyond} of these would fit if they were {advice}" if suspect else "; they are clipped"),
-            level=logging.WARNING,
-        )
-
-
-def _count_filtered(path: str, images: list[dict], annotated: set, filters: dict) -> None:
-    """Warn of images that filter_cfg leaves out, which mmdet does not report. Raise a UserError if none is left."""
-    smallest, empty, small = filters.get("min_size", 0), 0, 0
-    for image in images:
-        sides = [side for side in (image.get("width"), image.get("height")) if isinstance(side, int | float)]
-        if filters.get("filter_empty_gt") and image.get("id") not in annotated:
-            empty += 1
-        elif sides and min(sides) < smallest:
-            small += 1
-    reasons = [f"{empty} have no annotation of the data set's classes (filter_empty_gt)"] if empty else []
-    reasons += [f"{small} are narrower or lower than {smallest} pixels (min_size)"] if small else []
-    text = f"{path}: filter_cfg leaves out {empty + small} of its {len(images)} images: {' and '.join(reasons)}"
-    if 0 < len(images) == empty + small:
-        raise UserError(f"{text}, so there is nothing to train on; correct the file or filter_cfg")
-    if reasons:
-        print_log(text, level=logging.WARNING)
-
-
-def _reason_against(annotation: dict, images: dict, wanted: set, masks: ConfigDict | None) -> str | None:
-    """Return why CocoDataset leaves an annotation out, or why training ignores it; None if it is used."""
-    if "image_id" in annotation and annotation["image_id"] not in images:
-        return NO_IMAGE
-    if annotation.get("ignore") or annotation.get("iscrowd"):
-        return MARKED
-    if annotation.get("category_id") not in wanted:
-        return OTHER_CATEGORY
-    image = images.get(annotation.get("image_id"), {})
-    x, y, width, height = annotation.get("bbox", (0, 0, 1, 1))
-    if width < 1 or height < 1:
-        return THIN
-    for start, size, whole in ((x, width, image.get("width")), (y, height, image.get("height"))):
-        if isinstance(whole, int | float) and min(start + size, whole) <= max(start, 0):
-            return OUTSIDE
-    area = annotation.get("area")
-    if isinstance(area, int | float) and area <= 0:
-        return NO_AREA
-    return _reason_against_mask(annotation.get("segmentation"), masks) if masks else None
-
-
-def _reason_against_mask(segmentation: object, masks: ConfigDict) -> str | None:
-    if isinstance(segmentation, list):
-        usable = any(isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0 for one in segmentation)
-        return None if usable or not segmentation else NO_MASK  # mmdet reports a missing mask
-    if isinstance(segmentation, dict):
-        if not masks.get("poly2mask", True):
-            return POLYGONS
-        if not isinstance(segmentation.get("counts"), list | str) or segmentation.get("size") is None:
-            return NO_MASK
-    return None
-
-
-def _check_ids(path: str, what: str, ids: list) -> None:
-    _check_plain(path, f"{what}[{{}}].id", ids)
-    for one, number in Counter(ids).items():
-        if number > 1:
-            raise UserError(f"{path}: {number} of its {what} have the id {one!r}; give each its own")
-
-
-def _check_plain(path: str, entry: str, ids: list) -> None:
-    for i, one in enumerate(ids):
-        if isinstance(one, list | dict):
-            raise UserError(f"{path}: {entry.format(i)} is {one!r:.100}; write a number")
-
-
-def _check_annotated(path: str) -> None:
-    """Raise a UserError if a file has no image or no annotation, on which mmdet's sampler fails."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for key in ("images", "annotations"):
-            at = text.find(f'"{key}"'.encode())
-            alone = text.rfind(f'"{key}"'.encode()) == at
-            if at < 0 or (alone and re.match(rb'"\w+"\s*:\s*\[\s*\]', text[at : at + 1000])):
-                raise UserError(f"{path}: has no {key}, so there is nothing to train on")
-
-
-def _categories_in_all(path: str) -> list[dict]:
-    return json.loads(Path(path).read_bytes())["categories"]
 
 
 def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
