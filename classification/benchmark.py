@@ -288,6 +288,13 @@ def profile(args: argparse.Namespace) -> None:
         print(f"| {ms:.3f} | {100e3 * ms / total:.1f} | {e.count} | {e.key[:110]} |")
 
 
+def positive(text: str) -> int:
+    """Read a whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
@@ -298,13 +305,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="with --train: beside the other backbones")
     parser.add_argument("--profile", action="store_true", help="the GPU's kernels, with --train those of a step")
     parser.add_argument("--runtime", choices=RUNTIMES, help="inference of exported models on a CPU, batch 1")
-    parser.add_argument("--rows", type=int, default=40, help="of --profile, at most")
-    parser.add_argument("--batch", type=int, nargs="+", help="images at once; 1 and 8, with --train 8")
-    parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
-    parser.add_argument("--sizes", type=int, nargs="+", metavar="PIXELS", help="inference at each, batch 1")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of --train, after one that is not counted")
+    parser.add_argument("--rows", type=positive, default=40, help="of --profile, at most")
+    parser.add_argument("--batch", type=positive, nargs="+", help="images at once; 1 and 8, with --train 8")
+    parser.add_argument("--size", type=positive, help="pixels of an image's side; 224 by default")
+    parser.add_argument("--sizes", type=positive, nargs="+", metavar="PIXELS", help="inference at each, batch 1")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="of --train, after one that is not counted")
     parser.add_argument("--grad-checkpointing", action="store_true", help="of --train: each block is computed twice")
-    parser.add_argument("--rounds", type=int, default=10, help="of inference, after one that is not counted")
+    parser.add_argument("--rounds", type=positive, default=10, help="of inference, after one that is not counted")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
     parser.add_argument("--cast", action="store_true", help="model and images in --dtype, without autocast")
     parser.add_argument(
@@ -313,7 +320,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--beside", nargs="*", default=OTHERS, help="timm's names of the other backbones")
     parser.add_argument("--channels-last", action="store_true", help="weights and images laid out as NHWC")
-    parser.add_argument("--threads", type=int, help="of the CPU; by default as many as PyTorch takes")
+    parser.add_argument("--threads", type=positive, help="of the CPU; by default as many as PyTorch takes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # passed to a training process
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -325,14 +332,24 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--profile needs a GPU")
     if args.runtime and (args.train or args.profile or args.batch != [1] or args.device != "cpu"):
         parser.error("--runtime times inference of one image on --device cpu")
+    if args.runtime and (args.dtype != "float32" or args.cast or args.compile or args.channels_last):
+        parser.error("--runtime takes no --dtype, --cast, --compile or --channels-last: it runs the model in float32")
     if args.sizes and (args.train or args.profile or args.runtime or len(args.batch) > 1):
         parser.error("--sizes times inference, with one --batch")
-    if args.steps < 1:
-        parser.error("--steps must be at least 1")
+    if args.sizes and args.size and not args.one:
+        parser.error("--size and --sizes exclude each other")
+    if args.device == "cuda" and not gpu:
+        parser.error("--device cuda: PyTorch finds no GPU here")
+    for name in (args.model, *args.beside):
+        if name not in VARIANTS and not timm.is_model(name):
+            parser.error(f"{name}: is neither one of ours ({', '.join(VARIANTS)}) nor a model of timm")
+    if args.cast and args.dtype == "float32":
+        parser.error("--cast goes with --dtype")
     if args.grad_checkpointing and not args.train:
         parser.error("--grad-checkpointing goes with --train")
     if args.peers and not args.train:
         parser.error("--peers goes with --train; inference is always timed beside the other backbones")
+    args.size = args.size or 224
     return args
 
 

@@ -13,10 +13,19 @@ from typing import NoReturn
 class UserError(ValueError):
     """Bad input. The user sees only the message, which names the file, key or shape and says what to do."""
 
+    def __init__(self, message: str):
+        if "Original Traceback" in message:  # torch raises it so where a data loader's worker did
+            message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
+        super().__init__(printable(message))
 
-def printable(text: str) -> str:
-    """Escape the unprintable characters of a text, so that a name cannot control the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+def printable(text: str, lines: bool = False) -> str:
+    """Escape unprintable characters, so that a name can neither control the terminal nor look like another message.
+
+    `lines` keeps line breaks, for a text of several lines.
+    """
+    kept = "\n" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def end_with(message: str, rank: str = "RANK") -> NoReturn:
@@ -55,6 +64,14 @@ def escape_on_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def check_utf8(path: str | os.PathLike) -> None:
+    """Raise a UserError if a path is no UTF-8, as libraries in C++ need it."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: its name is no UTF-8; name another file") from error
 
 
 def is_file(path: str | os.PathLike) -> bool:

@@ -39,7 +39,7 @@ from classification.checkpoint import (
     variant_of,
 )
 from classification.config import trained_with
-from classification.errors import UserError, escape_on_streams, printable
+from classification.errors import UserError, check_utf8, escape_on_streams, printable
 from classification.models import VARIANTS, SpatialMamba, undo_optimise_for_cpu
 
 ONNX, PT2 = ".onnx", ".pt2"
@@ -169,6 +169,7 @@ def export_checkpoint(
         raise UserError(f"{target}: must end in {ONNX} or {PT2}")
     if os.path.lexists(target):
         raise UserError(f"{target}: exists; remove it or name another file")
+    check_utf8(target)
     if not target.parent.is_dir():  # an export takes minutes, so check this first
         raise UserError(f"{target}: cannot be written, for {target.parent} is no folder")
     missing = [name for name in NEEDED_FOR_ONNX if target.suffix == ONNX and find_spec(name) is None]

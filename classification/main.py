@@ -284,8 +284,7 @@ def main() -> None:
     except Preempted as request:
         status = 128 + request.signal  # the shell's convention; not 0, because the run is not finished
     except (UserError, NonFiniteError) as error:
-        # An error in a data loader's worker comes with the message wrapped in a traceback.
-        end_with(str(error).rpartition(f"{UserError.__name__}: ")[2].strip())
+        end_with(str(error))
     except RuntimeError as error:
         if gone := lost_another(error):
             sys.exit(f"error: {printable(gone)}")

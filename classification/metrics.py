@@ -40,7 +40,7 @@ class MetricsLog:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a folder whose name is no UTF-8
             raise UserError(
                 f"{self.folder}: metrics cannot be written ({error}); the last checkpoint is whole"
             ) from error

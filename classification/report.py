@@ -152,7 +152,7 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]
         cell.imshow(read_image(dataset.samples[index][0]))
         truth = escaped(dataset.classes[target])
         right = names[guess] == truth
-        title = printable(_title(truth) if right else _title(names[guess], truth)).replace("$", r"\$")
+        title = printable(_title(truth) if right else _title(names[guess], truth), lines=True).replace("$", r"\$")
         cell.set_title(title, color="black" if right else "red", fontsize=size)
     figure.suptitle(f"Predictions on {len(read)} validation images, evenly spaced over the classes")
     return figure

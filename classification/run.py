@@ -170,7 +170,7 @@ def _first_difference(there: object, here: object) -> tuple[object, object]:
 
 class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(super().format(record), lines=getattr(record, "lines", False))
 
 
 class _LogFile(logging.FileHandler):

@@ -588,7 +588,7 @@ class Training:
 
     def log_setup(self) -> None:
         config, run = self.config, self.run
-        logger.info("config:\n%s", config.dump().rstrip())
+        logger.info("config:\n%s", config.dump().rstrip(), extra={"lines": True})
         count = f"{sum(p.numel() for p in self.model.parameters()):,}"
         how = f"{run.describe()}{f', compiled ({self.compile_mode})' if self.compile_mode else ''}"
         logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, how, run.folder)

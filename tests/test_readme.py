@@ -77,7 +77,8 @@ def reduced(command: str, folder: Path) -> str:
         command = command.replace(f"{folder}/output", f"{folder}/output-of-launch")
     if "classification.benchmark" in command:
         command = re.sub(r"--sizes [\d ]+", "--sizes 32 48 ", command)
-        return f"{command} --size 32 --batch 2 --rounds 1 --model spatialmamba_micro --beside convnext_atto"
+        command += "" if "--sizes" in command else " --size 32"
+        return f"{command} --batch 2 --rounds 1 --model spatialmamba_micro --beside convnext_atto"
     if "main.py" in command and "--flops" not in command:
         command += f" {LESS}" if "--opts" in command else f" --opts {LESS}"
     return command

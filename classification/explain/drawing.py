@@ -188,7 +188,7 @@ class Panels:
 
 def _text(text: str) -> str:
     """Text that is drawn as it stands: a dollar would begin a formula, and a control character may have no glyph."""
-    return printable(text).replace("$", r"\$")
+    return printable(text, lines=True).replace("$", r"\$")
 
 
 def draw_mixing(

@@ -14,16 +14,16 @@ import logging
 import os
 from collections.abc import Sequence
 
-from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from classification.checkpoint import StateDict, differences, like, state_dicts, variant_of
-from classification.errors import UserError, printable
+from classification.errors import UserError
 from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
 from classification.openmmlab import hooks, transforms  # noqa: F401
 from classification.openmmlab.checkpoint import load_from_local, weights_of
+from classification.openmmlab.messages import print_log
 
 BACKBONE = "backbone."  # where a toolchain's model keeps it
 STEM = "patch_embed."
@@ -225,4 +225,4 @@ def _modules(keys: Sequence[str]) -> str:
 
 
 def _say(message: str, level: int) -> None:
-    print_log(printable(f"MM_SpatialMamba: {message}"), logger="current", level=level)
+    print_log(f"MM_SpatialMamba: {message}", logger="current", level=level)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from PIL import Image
 from torch import nn
@@ -23,6 +22,7 @@ from classification.errors import UserError, is_dir, is_file, normalisation_hint
 from classification.models.openmmlab import BACKBONE, DO_NOTHING, checkpoints_of, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 from classification.openmmlab.coco import Use, check_annotations, image_ids
+from classification.openmmlab.messages import print_log
 from classification.openmmlab.pickle_files import PICKLES
 
 # Heads whose num_classes differs from the data set's: mmseg's head of borders, mmseg's head of texts (without the
@@ -220,6 +220,12 @@ def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
             f"the ignore_index of model.decode_head is {ignored}, but {', '.join(dict.fromkeys(others))} "
             "(255 where a config does not say); make them equal"
         )
+    if 0 <= ignored < (number := head.get("num_classes", 0)):
+        print_log(
+            f"model.decode_head has {number} classes, and its ignore_index is {ignored}: class {ignored} is neither "
+            "learnt nor counted; set another ignore_index if it is to be",
+            level=logging.WARNING,
+        )
 
 
 def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> Iterator[tuple[str, object]]:
@@ -302,7 +308,7 @@ def check_labels_everywhere(cfg: Config) -> None:
             number = len(_classes(dataset, f"{split}_dataloader.dataset")) or head.get("num_classes", 0)
             if number and dataset.get("pipeline"):
                 ignored = head.get("ignore_index", 255)  # mmseg's default
-                check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored)
+                check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
                 _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
 
 
@@ -392,8 +398,14 @@ def check_sizes_everywhere(cfg: Config) -> None:
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         for dataset in _datasets(loader.dataset) if loader else ():
-            check = ConfigDict(type="CheckSize")
+            check = ConfigDict(type="CheckSize", turned=_turns(dataset))
             _insert(dataset.get("pipeline") or [], lambda step: kind_of(step) == "LoadImageFromFile", check, after=True)
+
+
+def _turns(dataset: ConfigDict) -> bool:
+    """Return whether a data set loads images as their EXIF orientation says."""
+    steps = _steps(dataset.get("pipeline") or ())
+    return not any("ignore_orientation" in str(step.get("color_type")) for step in steps)
 
 
 def _decodes_by_pillow(step: ConfigDict) -> bool:
@@ -497,13 +509,13 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):
             _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
-    _note_images_left_out(dataset, root, key)
-    _check_foreground(dataset, root, key, cfg)
-    if tree := dataset.get("hierarchy_file"):
-        _check_array(os.path.join(root, tree), f"{key}.hierarchy_file")
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
         _must_exist(annotations, "annotation file", f"{key}.ann_file")
+    _check_maps(dataset, root, key)
+    _check_foreground(dataset, root, key, cfg)
+    if tree := dataset.get("hierarchy_file"):
+        _check_array(os.path.join(root, tree), f"{key}.hierarchy_file")
     model = cfg.model.get("module", cfg.model)  # with --tta
     numbers = _check_panoptic(model)
     if classes := _classes(dataset, key):
@@ -588,21 +600,77 @@ def _argument(dataset: ConfigDict, name: str) -> object:
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def _note_images_left_out(dataset: ConfigDict, root: str, key: str) -> None:
-    """Warn of images that mmseg leaves out because their names do not end with `img_suffix`."""
-    prefix = dataset.get("data_prefix") or {}
-    images = prefix.get("img_path")
-    if not images or dataset.get("ann_file") or images == prefix.get("seg_map_path"):
+def _check_maps(dataset: ConfigDict, root: str, key: str) -> None:
+    """Check that mmseg finds images, and a label map for each. Warn of images whose names do not end with `img_suffix`.
+
+    Raises:
+        UserError: there is no image, or files are missing, or the ann_file is no list of names.
+    """
+    prefix, suffix = dataset.get("data_prefix") or {}, _argument(dataset, "img_suffix")
+    if not prefix.get("img_path") or not isinstance(suffix, str):
         return
-    suffix = _argument(dataset, "img_suffix")
-    if not isinstance(suffix, str):
-        return
-    names = [name for _, _, names in os.walk(os.path.join(root, images)) for name in names]
+    folder = os.path.join(root, prefix["img_path"])
+    images = _files_in(folder)
+    if not dataset.get("ann_file") and prefix.get("seg_map_path") != prefix["img_path"]:
+        _note_images_left_out(folder, images, suffix, key)
+    reads = getattr(_type_of(dataset), "load_data_list", None)
+    if getattr(reads, "__qualname__", None) != "BaseSegDataset.load_data_list" or dataset.get("indices"):
+        return  # it has ways of its own
+    source = folder
+    if dataset.get("ann_file"):
+        source = os.path.join(root, dataset.ann_file)
+        names = _names_in(source)
+        _check_all_there(source, names, suffix, folder, images, f"{key}.img_suffix")
+    else:
+        names = sorted(name.removesuffix(suffix) for name in images if name.endswith(suffix))
+    if not names:
+        raise UserError(f"{folder}: no file ends with {suffix!r}; set {key}.img_suffix to what the images end with")
+    steps = [kind_of(step) for step in _steps(dataset.get("pipeline") or ())]
+    if prefix.get("seg_map_path") and "LoadAnnotations" in steps:
+        maps, suffix = os.path.join(root, prefix["seg_map_path"]), _argument(dataset, "seg_map_suffix")
+        _check_all_there(source, names, suffix, maps, _files_in(maps), f"{key}.seg_map_suffix")
+
+
+def _files_in(folder: str) -> set[str]:
+    """Return the paths of the files in a folder and below, relative to it, without hidden files and link cycles."""
+    found = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.join(os.path.realpath(at), "")
+        folders[:] = [one for one in folders if not here.startswith(os.path.join(os.path.realpath(here + one), ""))]
+        found |= {os.path.normpath(os.path.join(os.path.relpath(at, folder), n)) for n in names if n[0] != "."}
+    return found
+
+
+def _names_in(path: str) -> list[str]:
+    """Return the names of an ann_file of mmseg, one a line."""
+    advice = "write the name of an image, without its suffix, on each line"
+    try:
+        names = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 ({error}); {advice}") from error
+    if names and names[0].startswith("\ufeff"):
+        raise UserError(f"{path}: begins with a byte order mark, a part of the first name; write it without")
+    for i, name in enumerate(names or [""], 1):
+        if not name.strip():
+            raise UserError(f"{path}: line {i} is empty; {advice}")
+    return [os.path.normpath(name.strip()) for name in names]
+
+
+def _check_all_there(source: str, names: list[str], suffix: str, folder: str, files: set[str], key: str) -> None:
+    missing = [name + suffix for name in names if name + suffix not in files]
+    missing = [name for name in missing if not os.path.exists(os.path.join(folder, name))]  # hidden, or in other case
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} of {len(names)} files are not in {folder}, as {missing[0]}; add them, or set "
+            f"{key} to what they end with"
+        )
+
+
+def _note_images_left_out(folder: str, names: set[str], suffix: str, key: str) -> None:
     others = sorted(n for n in names if not n.endswith(suffix) and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES)
     if others:
         print_log(
-            f"{key}: {len(others)} images of {os.path.join(root, images)}, as {others[0]}, are left out, "
-            f"for img_suffix is {suffix!r}",
+            f"{key}: {len(others)} images of {folder}, as {others[0]}, are left out, for img_suffix is {suffix!r}",
             level=logging.WARNING,
         )
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from mmengine.logging import print_log
 
 from classification.errors import UserError
+from classification.openmmlab.messages import print_log
 
 CHUNK = 2**24  # bytes; a list of categories fits into them
 SMALL = 2**27  # bytes of the largest file that is read whole; COCO's own, half a gigabyte, is known to be sound

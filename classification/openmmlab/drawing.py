@@ -71,7 +71,9 @@ class LabelsBeside(Visualizer):
         """Write a label beside the box, on the object's colour, and add its pixels to `taken`."""
         ink = "black" if np.dot(color, (0.299, 0.587, 0.114)) > 128 else "white"
         ground = dict(facecolor=_fraction(color), edgecolor="none", pad=1.5)
-        written = self.ax_save.text(0, 0, text, size=FONT, color=ink, va="bottom", ha="left", bbox=ground)
+        written = self.ax_save.text(
+            0, 0, text, size=FONT, color=ink, va="bottom", ha="left", bbox=ground, parse_math=False
+        )
         ends = written.get_window_extent(self.fig_save_canvas.get_renderer())
         margin = 1.5 * self.dpi / 72  # `pad` is in points
         width, height = ends.width + 2 * margin, ends.height + 2 * margin

@@ -2,17 +2,20 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import print_log
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
+from classification.checkpoint import like
 from classification.errors import UserError
+from classification.openmmlab.messages import print_log
 from classification.sync_bn import average_batch_norm
 
 NAMED = 5  # classes
@@ -98,6 +101,77 @@ class NoteOtherProcesses(Hook):
                 "processes or images per batch are others, or it was saved within an epoch, which begins anew. "
                 f"Training ends at iteration {end}{_schedules(checkpoint, done, end)}"
             )
+
+
+class CheckResumed(Hook):
+    """Stops a run from going on from a checkpoint that lacks a part of it. mmengine would begin that part anew.
+
+    Without the optimizer's moments and the schedules' state, the rates of a resumed run are not those of its epoch.
+    Checkpoints of weights only, as mmengine's best_*.pth, lack both.
+
+    Raises:
+        UserError: the checkpoint lacks the optimizer, the schedules or what counts epochs; or they are of another model
+            or config; or it holds averaged weights (EMAHook), and the config has no EMAHook.
+    """
+
+    priority = "HIGH"  # before EMAHook
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if not runner._resume:
+            return
+        path, meta = runner._load_from, checkpoint.get("meta")
+        parts = {f"meta.{key}": isinstance(meta, dict) and isinstance(meta.get(key), int) for key in ("epoch", "iter")}
+        parts |= {key: isinstance(checkpoint.get(key), dict) for key in ("message_hub", "optimizer")}
+        schedules = runner.param_schedulers or []
+        parts["param_schedulers"] = not schedules or bool(checkpoint.get("param_schedulers"))
+        if lacking := [name for name, there in parts.items() if not there]:
+            raise UserError(
+                f"{path}: has no {', '.join(lacking)}, so training cannot go on from it; resume an epoch_*.pth or "
+                "iter_*.pth, or start from its weights by load_from, without --resume"
+            )
+        if "ema_state_dict" in checkpoint and not any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            raise UserError(
+                f"{path}: holds averaged weights and those that training goes on from, but the config has no EMAHook; "
+                "add it to custom_hooks, or start from the averaged weights by load_from, without --resume"
+            )
+        _check_schedules(schedules, checkpoint.get("param_schedulers"), path)
+        _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path)
+
+
+def _check_schedules(schedules: list | dict, states: object, path: str) -> None:
+    if not schedules or isinstance(schedules, dict):  # a dict has those of several optimizers
+        return
+    if not isinstance(states, list) or len(states) != len(schedules):  # mmengine would load as many as both have
+        number = len(states) if isinstance(states, list) else "no"
+        raise UserError(
+            f"{path}: has {number} rate schedules, the config's param_scheduler {len(schedules)}; set those that it "
+            "was trained with, or start from its weights by load_from, without --resume"
+        )
+
+
+OF_EACH_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
+
+def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path: str) -> None:
+    """Bring the saved moments into the layout of their parameters, as a file may have any."""
+    if not isinstance(wrapper, OptimWrapper):
+        return
+    own = [group["params"] for group in wrapper.optimizer.param_groups]  # the wrapper's have one more, of its settings
+    try:
+        there = [list(group["params"]) for group in saved["param_groups"]]
+        if list(map(len, there)) != list(map(len, own)):
+            sizes = [f"{len(groups)} groups of {sum(map(len, groups))} parameters" for groups in (there, own)]
+            raise ValueError(f"it has {sizes[0]}, the config's {sizes[1]}")
+        for i, parameter in zip(chain(*there), chain(*own), strict=True):
+            moments = saved["state"].get(i, {})
+            for name in OF_EACH_WEIGHT:
+                if moments.get(name) is not None:
+                    moments[name] = like(parameter, moments[name], f"state[{i}].{name}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its optimizer does not fit the config's optim_wrapper ({error!s:.300}); set the one that it was "
+            "trained with, or start from its weights by load_from, without --resume"
+        ) from error
 
 
 def _schedules(checkpoint: dict, done: int, end: int) -> str:

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from mmengine.config import Config
-from mmengine.logging import print_log
 
-from classification.errors import printable
 from classification.models.openmmlab import DO_NOTHING
 from classification.openmmlab.checks import kind_of, resizes
+from classification.openmmlab.messages import print_log
 
 LONGEST, DEEPEST = 2**20, 60  # characters and nested brackets; published configs have some 10^5 and 12
 NAMED = 5  # differences that a warning names
@@ -168,7 +167,7 @@ def _say(start: str, found: list[tuple[str, object, object]]) -> None:
     if found:
         texts = [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in found[:NAMED]]
         more = f"; and {len(found) - NAMED} more" if found[NAMED:] else ""
-        print_log(printable(f"{start}: {'; '.join(texts)}{more}"), logger="current", level=logging.WARNING)
+        print_log(f"{start}: {'; '.join(texts)}{more}", logger="current", level=logging.WARNING)
 
 
 def _short(value: object) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from mmengine import registry as root
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.logging import print_log
 from mmengine.registry import METRICS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
@@ -39,7 +38,14 @@ from classification.openmmlab.checks import (
     reduces_zero_label,
 )
 from classification.openmmlab.flops import complexity_table
-from classification.openmmlab.hooks import AverageBatchNorm, NameAbsentClasses, NoteOtherProcesses, StopAtInvalidLoss
+from classification.openmmlab.hooks import (
+    AverageBatchNorm,
+    CheckResumed,
+    NameAbsentClasses,
+    NoteOtherProcesses,
+    StopAtInvalidLoss,
+)
+from classification.openmmlab.messages import print_log
 from classification.openmmlab.saved_config import note_other_config, note_other_start, note_what_goes_on
 from classification.run import lost_another, meeting, whole_numbers
 
@@ -121,8 +127,7 @@ def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Name
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     except UserError as error:
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")  # of a worker
-        end_with(message, "LOCAL_RANK")
+        end_with(str(error), "LOCAL_RANK")
     except RuntimeError as error:
         if not (gone := lost_another(error)):
             raise
@@ -427,7 +432,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     if cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     runner = _build(cfg)
-    for hook in (NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, NoteOtherProcesses):
+    for hook in (NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckResumed, NoteOtherProcesses):
         runner.register_hook(hook())
     if path := cfg.get("load_from"):
         resumed = bool(cfg.get("resume"))
@@ -469,11 +474,13 @@ def _check_nothing_is_lost(work_dir: str) -> None:
             f"{work_dir}: holds {newest}, but no last_checkpoint that says where to go on; name the checkpoint, as "
             f"--resume {os.path.join(work_dir, newest)}, or another --work-dir"
         )
+    if best := _best_checkpoint(work_dir):  # of weights only
+        raise UserError(f"{work_dir}: holds only {best}, from which no run can go on; name another --work-dir")
 
 
 def _check_nothing_is_overwritten(work_dir: str) -> None:
     """Raise a UserError if the work dir has checkpoints: mmengine would start anew and overwrite them."""
-    if newest := _newest_checkpoint(work_dir):
+    if newest := _newest_checkpoint(work_dir) or _best_checkpoint(work_dir):
         raise UserError(
             f"{work_dir}: holds {newest} of an earlier run, which this one would overwrite; go on with that run by "
             "--resume, or name another --work-dir"
@@ -484,6 +491,11 @@ def _newest_checkpoint(work_dir: str) -> str | None:
     """Return the name of the checkpoint with the highest number of epochs or iterations; None if there is none."""
     names = [path.name for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+\.pth", path.name)]
     return max(names, key=lambda name: int(re.search(r"\d+", name).group()), default=None)
+
+
+def _best_checkpoint(work_dir: str) -> str | None:
+    """Return the name of a checkpoint that CheckpointHook's save_best has written; None if there is none."""
+    return min((path.name for path in Path(work_dir).glob("best_*.pth")), default=None)
 
 
 def _latest_checkpoint(work_dir: str) -> str | None:

@@ -1,11 +1,14 @@
 """Checks for data pipelines that the toolchains lack."""
 
+import logging
+
 import numpy as np
 from mmengine.registry import TRANSFORMS
-from PIL import Image
+from PIL import ExifTags, Image
 
 from classification.data.images import EIGHT_BITS_A_BAND, image_formats
 from classification.errors import UserError
+from classification.openmmlab.messages import print_log
 
 LARGEST = 255  # of 8 bits
 
@@ -21,14 +24,16 @@ class CheckLabels:
         num_classes: labels must be less than this, or `ignore_index`.
         class_weight: whether the loss has class weights. mmseg looks up a weight for each pixel, also for ignored ones.
         ignore_index: the label that the loss ignores.
+        turned: whether images are loaded as their EXIF orientation says; if one is turned, a warning says so once.
 
     Raises:
         UserError: a label is no class, or is ignored although the loss has class weights; or the file is no label map,
             or has another size than the image.
     """
 
-    def __init__(self, num_classes: int, class_weight: bool = False, ignore_index: int = 255):
+    def __init__(self, num_classes: int, class_weight: bool = False, ignore_index: int = 255, turned: bool = True):
         self.num_classes, self.class_weight, self.ignore_index = num_classes, class_weight, ignore_index
+        self.turned = turned
 
     def __call__(self, results: dict) -> dict:
         if "gt_seg_map" not in results:  # mmseg's inferencer takes LoadAnnotations out of a pipeline
@@ -60,6 +65,7 @@ class CheckLabels:
                 f"{path}: has ignored pixels ({self.ignore_index}), for which a loss "
                 "with class_weight has no weight: leave class_weight out of the heads' loss_decode, or label them"
             )
+        self.turned = self.turned and not _note_orientation(results.get("img_path"))
         return results
 
 
@@ -68,11 +74,17 @@ class CheckSize:
     """Compares the size of an image with the size in its annotations after LoadImageFromFile.
 
     mmdet scales boxes by the image's own size. If an image was resized or rotated after its annotation, all its boxes
-    are wrong.
+    are wrong. If the image was turned by its EXIF orientation and its size is the same, a warning says so once.
+
+    Args:
+        turned: whether images are loaded as their EXIF orientation says.
 
     Raises:
         UserError: the sizes differ.
     """
+
+    def __init__(self, turned: bool = True):
+        self.turned = turned
 
     def __call__(self, results: dict) -> dict:
         noted, size = [results.get(key) for key in ("height", "width")], results.get("ori_shape")
@@ -91,7 +103,28 @@ class CheckSize:
                     else "take the images that the boxes were drawn on, or scale width, height, boxes and masks there"
                 )
             )
+        self.turned = self.turned and not _note_orientation(results.get("img_path"))  # say it once
         return results
+
+
+UPRIGHT = 1  # EXIF's orientation of an image that is not turned
+
+
+def _note_orientation(path: str | None) -> bool:
+    """Warn if an image has an EXIF orientation by which it is turned, and return whether it has."""
+    try:
+        with Image.open(path, formats=image_formats()) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    except (AttributeError, OSError, SyntaxError, ValueError):  # an array, or another file; the loader has read it
+        return False
+    if orientation != UPRIGHT:
+        print_log(
+            f"{path}: is turned by its EXIF orientation, as other images may be; if boxes, masks or label maps were "
+            "drawn before that, set color_type='color_ignore_orientation' of LoadImageFromFile",
+            logger="current",
+            level=logging.WARNING,
+        )
+    return orientation != UPRIGHT
 
 
 @TRANSFORMS.register_module()

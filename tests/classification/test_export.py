@@ -1,7 +1,6 @@
 """Exported programs and ONNX files, run where this repository's packages are missing; and what cannot be exported."""
 
 import json
-import re
 import sys
 import zipfile
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from export_shapes import run_elsewhere
 
-from classification import benchmark
 from classification import export as exporting
 from classification.checkpoint import save_checkpoint
 from classification.errors import UserError
@@ -88,6 +86,8 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     save_checkpoint({"model": spatialmamba_micro(num_classes=10).state_dict()}, path)
     with pytest.raises(UserError, match=r"model\.pt: must end in \.onnx or \.pt2"):
         export_checkpoint(path, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"\\udcff\.pt2: its name is no UTF-8; name another file"):
+        export_checkpoint(path, tmp_path / "\udcff.pt2")
     with pytest.raises(UserError, match=r"model\.pt2: cannot be written, for .*nowhere is no folder"):
         export_checkpoint(path, tmp_path / "nowhere" / "model.pt2")
     with pytest.raises(UserError, match=f"--size is 32, but must be {SMALLEST} to 8192 with --dynamic size"):
@@ -112,12 +112,3 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not written, for it differs from the model by inf"):
         export_checkpoint(path, tmp_path / "model.pt2")
     assert not list(tmp_path.glob("*model.*"))
-
-
-@pytest.mark.long
-def test_benchmark_by_a_runtime(monkeypatch, capsys):
-    pytest.importorskip("onnxruntime")
-    options = ["--model", "spatialmamba_micro", "--beside", "--size", "48", "--rounds", "1", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--runtime", "onnxruntime", *options])
-    benchmark.main()
-    assert re.search(r"by onnxruntime\n\n.*\n.*\n\| spatialmamba_micro \| [\d.]+ \|", capsys.readouterr().out)

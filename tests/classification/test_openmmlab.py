@@ -24,10 +24,10 @@ from PIL import Image
 pytest.importorskip("mmengine", reason="make install-openmmlab")
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import dump, load
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.optim import OneCycleLR
-from mmengine.registry import HOOKS, MODELS
+from mmengine.optim import OneCycleLR, OptimWrapper
+from mmengine.registry import HOOKS, MODELS, TRANSFORMS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, load_checkpoint
 
 from classification.checkpoint import read_checkpoint
@@ -1192,6 +1192,31 @@ def test_images_have_the_size_that_their_annotations_are_for():
             CheckSize()(results | dict(height=noted[0], width=noted[1]))
 
 
+def test_images_that_are_turned_but_keep_their_size(tmp_path, log):
+    """By 180 degrees, or square: boxes and maps that were drawn on the image as it lies would be elsewhere."""
+    steps = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
+    files = [str(tmp_path / f"{orientation}.jpg") for orientation in (1, 3, 6)]
+    for orientation, path in zip((1, 3, 6), files, strict=True):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (8, 8)).save(path, exif=exif)
+    for scope, color_type in (("mmdet", None), ("mmdet", "color_ignore_orientation"), ("mmseg", None)):
+        pipeline = [{**steps[0], **({"color_type": color_type} if color_type else {})}, steps[1]]
+        dataset = dict(pipeline=pipeline, type=dict, metainfo=dict(classes=["a"]))
+        cfg = Config(dict(default_scope=scope, model={}, train_dataloader=dict(dataset=dataset)))
+        checks.check_sizes_everywhere(cfg)
+        checks.check_labels_everywhere(cfg)
+        (added,) = [one for one in cfg.train_dataloader.dataset.pipeline if one.type.startswith("Check")]
+        check = TRANSFORMS.build(added)
+        labels = dict(gt_seg_map=np.zeros((8, 8), np.uint8), seg_map_path=str(tmp_path / "map.png"))
+        for path in (files[0], None, *files[1:]):
+            check(dict(img_path=path, ori_shape=(8, 8), height=8, width=8, **labels))
+        said = [one.getMessage() for one in log.records if one.levelno == logging.WARNING]
+        assert len(said) == (color_type is None)
+        assert all(one.startswith(f"{files[1]}: is turned by its EXIF orientation, as other") for one in said)
+        log.clear()
+
+
 @pytest.mark.parametrize(
     ("labels", "more", "split", "message"),
     [
@@ -1327,6 +1352,60 @@ def test_a_run_that_goes_on_counts_as_before(meta, schedules, loop, said, log):
     saved = {"meta": {}}
     hook.before_save_checkpoint(runner, saved)
     assert saved == {"meta": {"processes": 1}}
+
+
+def resumable(**changed) -> dict:
+    """A checkpoint of training of a layer of two weights, with a schedule."""
+    state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(1, 2), "exp_avg_sq": torch.ones(2, 1).t()}}
+    optimizer = {"state": state, "param_groups": [{"lr": 1.0, "params": [0]}]}
+    parts = dict(meta={"epoch": 1, "iter": 3}, message_hub={}, optimizer=optimizer, param_schedulers=[{"end": 1}])
+    return {key: value for key, value in {**parts, **changed}.items() if value is not None}
+
+
+RESUMED = {
+    "meta": (dict(meta=None), "has no meta.epoch, meta.iter, so training cannot go on from it; resume an epoch_"),
+    "message_hub": (dict(message_hub=None), "has no message_hub, so"),
+    "a best one": (dict(optimizer=None, param_schedulers=None), "has no optimizer, param_schedulers, so"),
+    "no schedules": (dict(param_schedulers=[]), "has no param_schedulers, so"),
+    "two schedules": (dict(param_schedulers=[{}, {}]), "has 2 rate schedules, the config's param_scheduler 1; set"),
+    "EMAHook": (dict(ema_state_dict={}), "holds averaged weights and .* but the config has no EMAHook; add it"),
+    "two groups": (
+        dict(optimizer={"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}),
+        r"its optimizer does not fit the config's optim_wrapper \(it has 2 groups of 2 parameters, the config's 1 gr",
+    ),
+    "another weight": (
+        dict(optimizer={"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"params": [0]}]}),
+        r"\(state\[0\]\.exp_avg is \(3,\), not \(1, 2\)\); set",
+    ),
+    "NaN": (
+        dict(optimizer={"state": {0: {"exp_avg": torch.full((1, 2), torch.nan)}}, "param_groups": [{"params": [0]}]}),
+        r"\(state\[0\]\.exp_avg is not finite\); set",
+    ),
+    "no groups": (dict(optimizer={"state": {}}), r"does not fit the config's optim_wrapper \('param_groups'\)"),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_run_goes_on_from_whole_checkpoints_alone(kind):
+    """mmengine would begin anew what a checkpoint lacks: moments, and with them schedules, at other rates."""
+    changed, message = RESUMED[kind]
+    wrapper = OptimWrapper(torch.optim.AdamW(torch.nn.Linear(2, 1, bias=False).parameters()))
+    runner = argparse.Namespace(
+        _resume=True, _load_from="c.pth", param_schedulers=[{}], optim_wrapper=wrapper, hooks=[]
+    )
+    hook = hooks.CheckResumed()
+    with pytest.raises(UserError, match=f"^c\\.pth: .*{message}"):
+        hook.after_load_checkpoint(runner, resumable(**changed))
+    runner._resume = False
+    hook.after_load_checkpoint(runner, resumable(**changed))
+    runner._resume = True
+    whole = resumable()
+    hook.after_load_checkpoint(runner, whole)
+    assert whole["optimizer"]["state"][0]["exp_avg_sq"].stride() == wrapper.param_groups[0]["params"][0].stride()
+    runner.hooks = [EMAHook()]
+    hook.after_load_checkpoint(runner, resumable(ema_state_dict={}))
+    runner.param_schedulers = None
+    hook.after_load_checkpoint(runner, resumable(param_schedulers=None))
 
 
 def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):

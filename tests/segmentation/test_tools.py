@@ -258,9 +258,10 @@ def test_another_number_of_classes(monkeypatch, scenes, change, expected):
 
 def test_classes_that_the_data_set_names_itself(tmp_path):
     """ADE20K's 150: a config for fewer is an error, the published one is not."""
-    for part in ("images", "annotations"):
+    for part, name in (("images", "a.jpg"), ("annotations", "a.png")):
         for split in ("training", "validation"):
             (tmp_path / part / split).mkdir(parents=True)
+            (tmp_path / part / split / name).touch()
     cfg = Config.fromfile(TINY)
     tools.merge_options(cfg, {"data_root": str(tmp_path)})
     init_default_scope("mmseg")
@@ -268,6 +269,50 @@ def test_classes_that_the_data_set_names_itself(tmp_path):
     cfg.model.decode_head.num_classes = 19
     with pytest.raises(UserError, match=r"decode_head\.num_classes is 19, but .* has 150 classes"):
         check_data(cfg, ("train",))
+
+
+def test_files_that_are_missing(tmp_path):
+    """Images, label maps, and names in a file that lists them."""
+    dataset = dict(type="BaseSegDataset", data_root=str(tmp_path), data_prefix=dict(img_path="i", seg_map_path="m"))
+    dataset |= dict(metainfo=dict(classes=["a"]), pipeline=[dict(type="LoadAnnotations")])
+    for name in ("i/a.jpg", "i/deep/b.jpg", "i/.c.jpg", "m/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "i/deep/cycle").symlink_to(tmp_path / "i")
+    init_default_scope("mmseg")
+
+    def check(listed: bytes | None = None, **more):
+        if listed is not None:
+            (tmp_path / "names.txt").write_bytes(listed)
+            more |= dict(ann_file="names.txt")
+        check_data(Config(dict(model={}, train_dataloader=dict(dataset=dataset | more))), ("train",))
+
+    def refused(message: str, *arguments, **more):
+        with pytest.raises(UserError, match=message):
+            check(*arguments, **more)
+
+    refused(r"/i: 1 of 2 files are not in .*/m, as deep/b\.png; add them, or set .*\.seg_map_suffix")
+    check(pipeline=[])
+    check(b"a\n")
+    refused(r"names\.txt: 2 of 3 files are not in .*/i, as x\.jpg; add .*\.img_suffix", b"a\nx\ny\n")
+    refused(r"names\.txt: 1 of 2 files are not in .*/m, as deep/b\.png", b"a\ndeep/b\n")
+    refused(r"names\.txt: line 2 is empty; write the name", b"a\n\n")
+    refused(r"names\.txt: line 1 is empty; write the name", b"")
+    refused(r"names\.txt: begins with a byte order mark", "\ufeffa\n".encode())
+    refused(r"names\.txt: cannot be read as UTF-8", "é\n".encode("latin-1"))
+    refused(r"/i: no file ends with '\.tif'; set train_dataloader\.dataset\.img_suffix", img_suffix=".tif")
+    (tmp_path / "m/deep").mkdir()
+    (tmp_path / "m/deep/b.png").touch()
+    check()
+
+
+def test_class_255_of_more(capsys):
+    """It is ignored by default, so a model never learns it."""
+    for number, ignored, said in ((256, 255, True), (255, 255, False), (300, 1000, False)):
+        head = dict(num_classes=number, ignore_index=ignored)
+        check_data(Config(dict(model=dict(decode_head=head))), ("train",))
+        text = f"model.decode_head has {number} classes, and its ignore_index is {ignored}: class {ignored} is neither"
+        assert (text in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize(("reduced", "wrong", "right"), [(False, 3, "0 to 2"), (True, 4, "1 to 3")])
