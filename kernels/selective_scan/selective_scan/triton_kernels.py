@@ -95,7 +95,7 @@ def _softplus_sigmoid(s):
 
 @triton.jit
 def _compose(e_first, b_first, e_then, b_then):
-    """Compose two steps: (1 + e_then) ((1 + e_first) h + b_first) + b_then, but never add 1 to e, which would round e."""
+    """Compose two steps, (1 + e_then) ((1 + e_first) h + b_first) + b_then, without adding 1 to e, which rounds e."""
     return e_first + (e_then + e_then * e_first), b_then + (b_first + e_then * b_first)
 
 
