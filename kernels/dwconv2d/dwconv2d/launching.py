@@ -13,7 +13,7 @@ _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _REMEMBERS = _TRITON >= (3, 3)
 # Versions whose compiled kernels are known to take the arguments that `_bare` passes. Others use Triton's own call.
 _TAKES_BARE_ARGUMENTS = (3, 3) <= _TRITON <= (3, 6)
-_MOST = 4096  # compiled kernels to remember; a limit, because some programs never stop using new sizes
+_MOST = 4096  # limit of compiled kernels to remember, because some programs never stop using new sizes
 _compiled: dict[tuple, tuple] = {}
 
 
@@ -49,7 +49,7 @@ def launch(kernel: triton.JITFunction, programs: int, *args: Tensor | int | None
 
 
 def _bare(compiled):
-    """A call without Triton's work before each launch: to ask for the device, the stream and its profiler's hooks."""
+    """Make a call that skips Triton's work before each launch: it asks for device, stream and its profiler's hooks."""
     run, function, packed_metadata = compiled.run, compiled.function, compiled.packed_metadata
     current_stream = torch._C._cuda_getCurrentRawStream
 

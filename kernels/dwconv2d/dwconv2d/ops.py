@@ -119,7 +119,7 @@ def dilated_dwconv2d(
     """Depthwise 2-D convolution with stride 1 that keeps the plane's size, computed in float32 (float64 for float64).
 
     For each channel, y(p) = bias + sum over taps o of weight(o) x(p + dilation o), where o runs over the kernel's
-    window around 0. Outside the plane x is the nearest border value ("replicate") or 0 ("zeros").
+    window around 0. Outside the plane, x is the nearest border value ("replicate") or 0 ("zeros").
 
     Args:
         x: (B, D, H, W), float16, bfloat16, float32 or float64.
@@ -212,7 +212,9 @@ def state_fusion_output(
 
 
 class DilatedDWConv2d(nn.Module):
-    """`dilated_dwconv2d` as a module. The parameters' names, shapes and initialisation are `nn.Conv2d`'s.
+    """`dilated_dwconv2d` as a module.
+
+    The parameters have the names, shapes and initialisation of those of `nn.Conv2d(groups=channels)`.
 
     Args:
         channels: D, the number of channels of input and output.
@@ -250,7 +252,7 @@ class DilatedDWConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw from a uniform distribution within 1 / sqrt(kh kw), PyTorch's default for convolutions."""
+        """Draw uniformly between plus and minus 1 / sqrt(kh kw), PyTorch's default for convolutions."""
         bound = math.prod(self.kernel_size) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)

@@ -334,7 +334,7 @@ def _backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All gradients except that of h, and the gradient of the fused states, from which `_forward_kernel` makes it.
+    """All gradients except that of h. `_forward_kernel` makes that one from the gradient of the fused states.
 
     A program processes several tiles of channels, so that it stores few partial sums of C's gradient.
     """

@@ -92,7 +92,7 @@ def _selected(device: str) -> str:
 
 
 def autocast_dtype(activation: Tensor) -> torch.dtype | None:
-    """Autocast's dtype for activations, or None if autocast does not apply: it is off, or the activation is float64."""
+    """Autocast's dtype for activations, or None if autocast is off or the activation is float64 or on meta."""
     device = activation.device.type
     enabled = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled and activation.dtype != torch.float64 else None
@@ -100,7 +100,7 @@ def autocast_dtype(activation: Tensor) -> torch.dtype | None:
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast floating-point tensors of at most 32 bits, as autocast does. The checks refuse other dtypes."""
-    if tensor.dtype == dtype:  # `to` would take longer to do nothing
+    if tensor.dtype == dtype:  # faster than `to`, which returns the same tensor
         return tensor
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
@@ -142,7 +142,7 @@ class Kernels(NamedTuple):
     """The implementations of an operator besides the compiled one."""
 
     plain: Callable  # in plain PyTorch
-    triton_module: str  # module of this package that has Triton's, under the same name
+    triton_module: str  # module of this package with Triton's function of the same name
     compiled: bool  # whether the compiled library has the operator
 
     def in_triton(self) -> Callable:

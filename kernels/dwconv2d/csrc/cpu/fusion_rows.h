@@ -172,7 +172,7 @@ struct Sums {
     for (int i = 0; i < kSums; ++i) sums[i] = _mm512_setzero_ps();
   }
 
-  // Adds an input row, counted from five rows before the strip. Inner: the output rows that it reaches are in the strip.
+  // Adds an input row, counted from five rows before the strip. Inner: all output rows it reaches are in the strip.
   template <bool Inner>
   INLINE void add(int64_t row) {
     __m512 shifted[kCount];

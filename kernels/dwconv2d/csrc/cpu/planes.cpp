@@ -120,7 +120,7 @@ Taps fusion_weights(const Tensor& h, const Weights& weights, const Tensor& alpha
 Taps conv_weights(const Tensor& weight, int64_t dilation, const Sizes& sizes) {
   const int height = sizes.kernel_height, width = sizes.kernel_width;
   Taps taps{height == 3 && width == 3 && dilation == 1 ? kSquare3 : kAny, {}, {}, {}};
-  const int step = std::min(dilation, std::max(sizes.height, sizes.width));  // larger dilations give the same result
+  const int step = std::min(dilation, std::max(sizes.height, sizes.width));  // larger ones give the same result
   for (int i = 0; i < height; ++i)
     for (int j = 0; j < width; ++j) taps.add(step * (i - height / 2), step * (j - width / 2));
   taps.allocate(weight, at::promoteTypes(weight.scalar_type(), at::kFloat), weight.size(0));

@@ -114,7 +114,7 @@ struct Call {
     }
     p.kernel_height = int(sizes.kernel_height);
     p.kernel_width = int(sizes.kernel_width);
-    p.dilation = int(std::min<int64_t>(dilation, std::max(p.height, p.width)));  // larger dilations give the same result
+    p.dilation = int(std::min<int64_t>(dilation, std::max(p.height, p.width)));  // larger ones give the same result
     p.zeros = zeros;
   }
 

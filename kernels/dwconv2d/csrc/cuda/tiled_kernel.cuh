@@ -199,7 +199,7 @@ __device__ __forceinline__ void store_tile(
   move_tile<true>(p, block, planes, to, shared, set.count, p.plan.outputs());
 }
 
-// Fills the memory of the convolved planes with zeros, of which a frame will remain.
+// Fills the memory of the convolved planes with zeros. The frame keeps them.
 __device__ __forceinline__ void fill_with_zeros(const Plan& plan) {
   using Unit = Pack<float, 4>;
   Unit* const units = shared_at<Unit>(0);
