@@ -1,15 +1,15 @@
-"""Times the operators of kernels/ at the shapes they run at, beside plain PyTorch and the bandwidth of a copy.
+"""Times the operators of kernels/ at the model's shapes, and compares them with plain PyTorch and with a copy.
 
     python kernels/benchmark.py                               every operator and shape, on the GPU if there is one
     python kernels/benchmark.py --shapes "T/56 batch 1" --threads 1 --instruction-sets
     python kernels/benchmark.py --ops fusion --layout contiguous
 
-A row is timed only if value and gradients agree with float64. Its bytes are those that must move, each input read once
-and each output written once; "% of copy" is that rate over the rate at which the machine copies, measured in the same
-run. The backends are the compiled kernels ("cpu", "cuda"), "triton", "reference" (the package's plain PyTorch) and
-"naive", which is how the operator is written without the package:
+A row is timed only if value and gradients agree with float64. Its bytes are those that must move: each input is read
+once, and each output is written once. "% of copy" is the rate of these bytes over the machine's copy rate, which the
+same run measures. The backends are the compiled kernels ("cpu", "cuda"), "triton", "reference" (the package's plain
+PyTorch) and "naive", the operator written without the package:
 
-    scan     selective_scan_state; naive is a loop over tokens, its gradients by autograd
+    scan     selective_scan_state; naive is a loop over tokens, with gradients by autograd
     fusion   state_fusion_output; naive is three pads, three convolutions, their sum and the output equation
     dwconv   dilated_dwconv2d, 3x3 with zeros; naive is torch.nn.functional.conv2d, which is oneDNN's or cuDNN's
 """
@@ -46,9 +46,9 @@ SHAPES = {f"{name} batch {batch}": (batch, *layer) for batch in (1, 128) for nam
 SHAPES |= {"detection 200x320": (1, 128, 200, 320), "segmentation 128x128": (1, 128, 128, 128)}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Largest relative L2 errors, those of tests/kernels/conftest.py; results of 16 bits may add 1.2 roundings.
+# Largest relative L2 errors, as in tests/kernels/conftest.py. 16-bit results may add 1.2 roundings.
 TOLERANCE = {"forward": 1e-6, "backward": 5e-6}
-# Naive forms are yardsticks, no kernels of ours: a loop's decays, rounded next to 1, lose digits that the others keep.
+# The naive forms are only for comparison. Their decays, rounded next to 1, lose digits that the other backends keep.
 NAIVE_TOLERANCE = {"forward": 1e-5, "backward": 5e-5}
 INSTRUCTION_SETS = ("avx512", "avx2", "default")
 
@@ -58,7 +58,7 @@ Results = dict[str, Tensor]
 
 @dataclass
 class Row:
-    """One line of the table; the ratios are to the backends of that name, None where they were not timed."""
+    """One line of the table. A ratio to another backend is None if that backend was not timed."""
 
     op: str
     shape: str
@@ -74,7 +74,7 @@ class Row:
     times_naive: float | None = None
 
 
-# ----- what is timed
+# ----- inputs and operators
 
 
 def planes(batch: int, channels: int, height: int, width: int, like: Tensor, channels_last: bool) -> Tensor:
@@ -83,7 +83,7 @@ def planes(batch: int, channels: int, height: int, width: int, like: Tensor, cha
 
 
 def scan_inputs(batch: int, channels: int, height: int, width: int, like: Tensor, channels_last: bool) -> Inputs:
-    """As the backbone calls the scan, softplus of a biased delta; all over one row of tokens."""
+    """The scan's inputs as in the backbone: delta has a bias and softplus, and planes are rows of tokens."""
 
     def activation(rows: int) -> Tensor:
         return planes(batch, rows, height, width, like, channels_last).flatten(2)
@@ -122,7 +122,7 @@ def dwconv_inputs(batch: int, channels: int, height: int, width: int, like: Tens
 
 
 def naive_scan(u, delta, A, B, delta_bias, delta_softplus) -> Tensor:
-    """The recurrence as it is written; `delta_softplus` is True in all that is timed."""
+    """The recurrence, one token at a time. `delta_softplus` is True in every timed call."""
     dt = F.softplus(delta.to(A.dtype) + delta_bias[:, None])
     h, states = torch.zeros_like(dt[:, :, None, 0]), []
     for step, u_t, B_t in zip(dt.unbind(-1), u.to(A.dtype).unbind(-1), B.to(A.dtype).unbind(-1), strict=True):
@@ -144,7 +144,7 @@ def naive_dwconv(x, weight, bias, dilation, padding_mode) -> Tensor:
 
 
 def backward_of(naive: Callable) -> Callable:
-    """Its gradients by autograd, for which the forward pass runs too: as a user of it pays."""
+    """The gradients of `naive` by autograd. The forward pass runs too, as it does for a user of `naive`."""
 
     def backward(grad: Tensor, **inputs) -> tuple[Tensor, ...]:
         leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if isinstance(t, Tensor)}
@@ -155,7 +155,7 @@ def backward_of(naive: Callable) -> Callable:
 
 @dataclass
 class Operator:
-    """What is timed under a name of `--ops`."""
+    """The operator behind a name of `--ops`."""
 
     package: str
     name: str
@@ -200,7 +200,7 @@ OPERATORS = {
 
 
 def ends(op: Operator, inputs: Inputs) -> Inputs:
-    """The first and the last image: where the offsets are smallest and largest."""
+    """The inputs of the first and the last image, whose offsets in memory are smallest and largest."""
     batch = len(inputs[op.images[0]])
     return {n: t[:: max(batch - 1, 1)] if n in op.images else t for n, t in inputs.items()}
 
@@ -223,7 +223,10 @@ def disagreement(actual: Results, exact: Results, tolerance: dict[str, float]) -
 
 
 def verify(op: Operator, backend: str, calls: tuple[Callable, Callable], inputs: Inputs, grad: Tensor, exact: Results):
-    """All results for the first and the last image alone, and what belongs to them in the whole batch."""
+    """Check all results of a batch of the first and last image, then these images' results in the whole batch.
+
+    Returns the first disagreement, or None.
+    """
     few, few_grad = ends(op, inputs), grad[:: max(len(grad) - 1, 1)]
     tolerance = NAIVE_TOLERANCE if backend == "naive" else TOLERANCE
     wrong = disagreement(evaluate(*calls, few, few_grad), exact, tolerance)
@@ -239,7 +242,7 @@ def verify(op: Operator, backend: str, calls: tuple[Callable, Callable], inputs:
 
 
 def copy_bandwidth(device: str, threads: int) -> float:
-    """Bytes per second, read and written, of copying 256 MiB on a CPU, 1 GiB on a GPU."""
+    """Bytes read and written per second by a copy of 256 MiB on a CPU, or 1 GiB on a GPU."""
     source = torch.ones(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), threads)
@@ -250,7 +253,7 @@ def median_seconds(call: Callable, threads: int) -> float:
 
 
 def bytes_to_move(inputs: Inputs, output: Tensor, direction: str) -> int:
-    """Forward, inputs and output; backward, inputs, their gradients and that of the output."""
+    """Forward: inputs and output. Backward: inputs, their gradients and the output's gradient."""
     sizes = sum(t.nbytes for t in inputs.values() if isinstance(t, Tensor))
     return output.nbytes + sizes * (1 if direction == "forward" else 2)
 
@@ -296,7 +299,7 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def time_instruction_set(op: str, shape: str, dtype: str, isa: str, args: argparse.Namespace) -> list[Row]:
-    """The compiled kernels for a lesser processor, in a process of their own, which is when PyTorch chooses."""
+    """Time the kernels of a lesser instruction set, in a new process, because PyTorch chooses once per process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
         command = [sys.executable, __file__, "--device=cpu", "--backends=cpu", f"--json={out}", f"--shapes={shape}"]
@@ -338,16 +341,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ops", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--shapes", nargs="+", default=["*"], help="patterns, such as 'T/*'")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32; on a GPU also bfloat16")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="by default float32, and on a GPU bfloat16")
     parser.add_argument("--backends", nargs="+", choices=("cpu", "cuda", "triton", "reference", "naive"))
     parser.add_argument("--layout", choices=("channels_last", "contiguous"), default="channels_last")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--instruction-sets", action="store_true", help="on a CPU, the lesser ones too")
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on the CPU")
+    parser.add_argument("--instruction-sets", action="store_true", help="on a CPU, time the lesser ones too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     args.shapes = [name for name in SHAPES if any(fnmatch.fnmatch(name, pattern) for pattern in args.shapes)]
     if not args.shapes:
-        parser.error(f"no shape matches; there are {', '.join(SHAPES)}")
+        parser.error(f"no shape matches; the shapes are {', '.join(SHAPES)}")
     args.dtypes = args.dtypes or (["float32", "bfloat16"] if args.device == "cuda" else ["float32"])
     return args
 
@@ -355,7 +358,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False  # for the naive forms, which are held to float32's precision
+    torch.backends.cudnn.allow_tf32 = False  # because the naive forms must have float32's precision
     header, copy = describe(args.device, args.threads), copy_bandwidth(args.device, args.threads)
     header["copy, GB/s"] = round(copy / 1e9, 1)
     print(*(f"{key}: {value}" for key, value in header.items()), sep="\n")
@@ -370,7 +373,7 @@ def main() -> None:
         add_ratios(rows)
         print(*map(line, rows), sep="\n", flush=True)
         everything += rows
-        if args.json:  # after each shape, so that a run that is cut short leaves what it has
+        if args.json:  # after each shape, so that an interrupted run leaves its rows
             args.json.write_text(json.dumps({**header, "rows": list(map(asdict, everything))}, indent=1) + "\n")
 
 

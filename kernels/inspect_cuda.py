@@ -1,11 +1,11 @@
-"""Compiles the CUDA sources of a kernel package with nvcc and prints what became of each kernel: no GPU is needed.
+"""Compiles the CUDA sources of a kernel package with nvcc and prints the resources of each kernel, without a GPU.
 
     python kernels/inspect_cuda.py selective_scan                   every architecture that setup.py builds for
     python kernels/inspect_cuda.py dwconv2d --arch 9.0 --names 'BFloat16'
 
-A line a kernel and architecture: registers, bytes spilled, and SASS instructions, loops counted once; for kernels that
-are templates of a number of items, also instructions per item. A warning of the compiler is an error, exit status 1.
-Disassembles with the cuobjdump that comes with Triton.
+A line is for one kernel and architecture. It has registers, spilled bytes and SASS instructions, where a loop counts
+once. Kernels that are templates of a number of items also have instructions per item. A compiler warning is an error
+with exit status 1. The script disassembles with cuobjdump from PATH, or with the one that comes with Triton.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def inspect(source: Path, arch: str, folder: Path) -> Iterator[tuple[str, int, i
 
 
 def demangle(names: list[str]) -> list[str]:
-    """Without the namespace, the arguments and, where there is no c++filt, as they are."""
+    """Demangle names and remove namespaces and arguments. Without c++filt, names stay as they are."""
     if not names or not shutil.which("c++filt"):
         return names
     plain = run("c++filt", *names).splitlines()
@@ -67,7 +67,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def items_of(name: str) -> int | None:
-    """What a thread computes: tokens, the first number among the scan's template arguments, or a tile of pixels."""
+    """Items that a thread computes: pixels of a tile, or tokens, the first number of the scan's template arguments."""
     if name.startswith("tiled_"):
         return TILE
     numbers = re.search(r"scan_\w+<.*?\b(\d+)\b", name)

@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels ahead of time, without a GPU, and prints what each takes of one.
+"""Compiles the Triton kernels ahead of time, without a GPU, and prints the resources that each needs.
 
     python kernels/inspect_triton.py                            for sm_75, sm_80 and sm_90, at the shapes of T
-    python kernels/inspect_triton.py --arch 90 --ops depthwise  one architecture, the operators whose name has that
+    python kernels/inspect_triton.py --arch 90 --ops depthwise  one architecture, operators with this in their name
 
-Each launcher runs on fake CUDA tensors, so that a kernel is compiled with the types, alignments and tiles that it will
-be launched with. A stack frame, registers that spilled, is in memory: kernels that training uses should have none.
+Each launcher runs on fake CUDA tensors, so that kernels are compiled with the types, alignments and tiles of real
+launches. A stack frame holds spilled registers in memory. Kernels that training uses should have none.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-# Channels of the block and side of each stage of T, and the channels of B's that fill no tile.
+# Channels of the block and side of each stage of T, and of two stages of B, whose channels do not fill a tile.
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7), (96, 56), (768, 7))
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BATCH, STATES, EPS = 128, 1, 1e-5
@@ -35,7 +35,7 @@ BATCH, STATES, EPS = 128, 1, 1e-5
 
 @dataclass
 class Compiled:
-    """A kernel as it was compiled: its name, and what a thread and a block take."""
+    """A compiled kernel: its name, and the resources of a thread and a block."""
 
     operator: str
     kernel: str
@@ -46,7 +46,7 @@ class Compiled:
 
 
 class _Driver:
-    """What Triton asks of a GPU's driver in order to compile for one that is not there."""
+    """Replaces Triton's driver, so that Triton compiles for a GPU that is not there."""
 
     def __init__(self, arch: int):
         self.target = GPUTarget("cuda", arch, 32)
@@ -65,7 +65,7 @@ class _Driver:
 
 
 class _Pointer:
-    """A tensor as Triton sees it: its type, and where it lies."""
+    """A tensor as Triton sees it: its type and address."""
 
     def __init__(self, tensor: Tensor):
         self.dtype = tensor.dtype
@@ -79,13 +79,13 @@ class _Pointer:
 
 
 def _launch(kernel: triton.JITFunction, programs: int, *args: object, **constants: object) -> None:
-    """A launch that asks Triton each time, not one that remembers what was compiled."""
+    """Launch through Triton each time, without the dictionary of compiled kernels in `launching`."""
     kernel[(programs,)](*args, **constants)
 
 
 @contextlib.contextmanager
 def recording(arch: int) -> Iterator[list[tuple[str, object]]]:
-    """Launches compile for `arch` and are listed, kernel by kernel, instead of run."""
+    """Make launches compile for `arch` instead of running, and list the names and compiled kernels."""
     run, compiled = triton.JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -151,7 +151,7 @@ def calls(dim: int, side: int, dtype: torch.dtype, layout: str) -> dict[str, Cal
 
 
 def usage(kernel: object) -> tuple[int, int]:
-    """Registers of a thread and bytes of its stack frame, by the cuobjdump that comes with Triton."""
+    """Registers of a thread and bytes of its stack frame, from the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -160,7 +160,7 @@ def usage(kernel: object) -> tuple[int, int]:
 
 
 def inspect(arch: int, wanted: list[str], dtypes: list[str], stages: tuple[tuple[int, int], ...]) -> Iterator[Compiled]:
-    """Every kernel of the operators whose name has one of `wanted`, once for each way in which it is compiled."""
+    """Yield the kernels of operators whose name has one of `wanted`. Each compiled variant appears once."""
     seen = set()
     for (dim, side), name in ((stage, name) for stage in stages for name in dtypes):
         for layout in ("contiguous", "channels_last"):
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[75, 80, 90])
     parser.add_argument("--ops", nargs="+", default=[""], help="parts of operators' names")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--stages", type=int, nargs="+", default=range(len(STAGES)), help=f"of {STAGES}")
+    parser.add_argument("--stages", type=int, nargs="+", default=range(len(STAGES)), help=f"indices into {STAGES}")
     args = parser.parse_args()
     for arch in args.arch:
         print(f"sm_{arch}\n\n| kernel | operator | registers | frame, bytes | shared, bytes | warps |")

@@ -1,12 +1,12 @@
-"""What a model sees: states before and after fusion, effective receptive fields, its matrix, class activation.
+"""Shows what a model sees: states before and after fusion, effective receptive fields, its matrix, class activation.
 
     python -m classification.explain output/spatialmamba_micro/digits/best.pth image.png --out figures
     python -m classification.explain spatialmamba_tiny *.jpg --out figures --figures states erf --size own
     python -m classification.explain output/spatialmamba_micro/digits/best.pth --serve
 
-writes one PNG and one .npz of the arrays for each of `FIGURES`. The first argument is a checkpoint, or the name of a
-size, which is then drawn as it is initialised. The functions take any images and leave the model as it was: they add
-hooks to plain modules, remove them, and run in evaluation mode.
+The first two commands write one PNG and one .npz of arrays for each of `FIGURES`. The third serves a local page. The
+first argument is a checkpoint, or the name of a size, which is drawn at its initialisation. The functions take images
+of any size and leave the model as it was: they add hooks to plain modules, remove them, and run in evaluation mode.
 """
 
 from classification.explain.command import FIGURES, Loaded, image_transform, load, main

@@ -1,4 +1,4 @@
-"""The command line: reads a model and images, and writes figures and arrays, or serves the page."""
+"""The command line. It writes the figures of a model and some images, or serves the page."""
 
 import argparse
 import difflib
@@ -54,14 +54,14 @@ LARGEST_PORT = 65535
 
 
 class Loaded(NamedTuple):
-    """A classifier and what is known of it.
+    """A classifier with its metadata.
 
     Attributes:
-        model: in evaluation mode.
-        size: its name in `VARIANTS`.
-        classes: their names, if it has them.
-        config: of its evaluation.
-        trained: whether it is a checkpoint's.
+        model: the classifier, in evaluation mode.
+        size: the model's name in `VARIANTS`.
+        classes: the names of the classes, if the checkpoint has them.
+        config: the config for evaluation.
+        trained: whether the weights are from a checkpoint.
     """
 
     model: SpatialMamba
@@ -73,7 +73,7 @@ class Loaded(NamedTuple):
 
 @dataclass
 class Run:
-    """What the figures are drawn from: the arguments, the model, the images as it takes them and as they look."""
+    """The inputs of the figures: arguments, model, normalised images, the same images as they look, and their names."""
 
     args: argparse.Namespace
     loaded: Loaded
@@ -94,7 +94,7 @@ class Run:
         return "trained" if self.loaded.trained else "at initialisation"
 
     def stage(self, least: int) -> int:
-        """The one asked for; else the last whose map has at least this many rows and columns; else the first."""
+        """`--stage` if given; or else the last stage whose map has at least `least` rows and columns, or stage 0."""
         if self.args.stage is not None:
             return checked_index(self.args.stage, len(self.model.layers), "stage", "the model")
         return last_stage(self.images, len(self.model.layers), least)
@@ -134,7 +134,7 @@ def _erf(run: Run) -> Drawn:
             fields[name] = sum(effective_receptive_field(model, batch, position, index) for batch in batches).numpy()
         except UserError as error:  # a peer that rounds sizes down has a smaller map
             raise UserError(f"{_one_line(name)}: {error}") from error
-        except (RuntimeError, ValueError, AssertionError) as error:  # what timm's models say to sizes they do not take
+        except (RuntimeError, ValueError, AssertionError) as error:  # timm's models raise these for a bad size
             if model is run.model:
                 raise
             height, width = run.images.shape[2:]
@@ -147,7 +147,7 @@ def _erf(run: Run) -> Drawn:
 
 
 def _compared(run: Run) -> Iterator[tuple[str, nn.Module]]:
-    """The model, before training too if it is trained, and those beside it, one at a time."""
+    """Yield (name, model), one at a time: an untrained model if the model is trained, the model, and its peers."""
     if run.loaded.trained:
         yield f"{run.size}\nat initialisation", load(run.size).model
     yield f"{run.size}\n{run.weights}", run.model
@@ -161,17 +161,17 @@ def _one_line(name: str) -> str:
 
 
 def _initialised(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes, always with the same random numbers; those of the process stay as they are."""
+    """Return `build()`, run with a fixed seed. The random state of the process stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build()
 
 
 def _peer(name: str, weights: str, images: Tensor) -> nn.Module:
-    """A model of timm's; random where no file of weights is given.
+    """A timm model, with random weights if no file of weights is given.
 
     Raises:
-        UserError: timm has no such model, or the file does not fit.
+        UserError: there is no such model or file, or timm cannot make the model for these images and weights.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"{name}*")[:3]
@@ -179,11 +179,11 @@ def _peer(name: str, weights: str, images: Tensor) -> nn.Module:
     if weights and not is_file(weights):
         raise UserError(f"{weights}: no such file of weights for {name}")
     arguments = {"img_size": tuple(images.shape[2:])} if name.startswith("swin") else {}
-    if weights:  # not checkpoint_path, by which timm reads no names but its own, and tables of one size alone
+    if weights:  # `checkpoint_path` would not convert other parameter names or resize position tables
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
     try:
         return _initialised(lambda: timm.create_model(name, **arguments))
-    except Exception as error:  # timm's models and PyTorch's reading of files raise what they like
+    except Exception as error:  # timm's models and torch.load raise exceptions of many types
         first = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(f"--beside {name}: cannot be made for these images and weights ({first})") from error
 
@@ -232,10 +232,10 @@ FIGURES: dict[str, Callable[[Run], Drawn]] = {"states": _states, "erf": _erf, "m
 
 
 def load(source: str, weights: str = "model") -> Loaded:
-    """A checkpoint's classifier, or one of `VARIANTS` at its initialisation, always the same.
+    """Load a checkpoint's classifier, or make one of `VARIANTS` with a fixed initialisation.
 
     Raises:
-        UserError: neither; or what `read_model` raises.
+        UserError: `source` is neither, the model does not take 3 channels, or `read_model` raises it.
     """
     if source in VARIANTS:
         model = _initialised(lambda: SpatialMamba(**VARIANTS[source])).eval()
@@ -244,12 +244,12 @@ def load(source: str, weights: str = "model") -> Loaded:
         raise UserError(f"{source}: no such checkpoint, nor one of the models {', '.join(VARIANTS)}")
     model, classes, config = read_model(source, weights)
     if model.in_chans != 3:
-        raise UserError(f"{source}: takes images of {model.in_chans} channels; figures are drawn from those of 3")
+        raise UserError(f"{source}: takes images of {model.in_chans} channels, but figures need 3 channels")
     return Loaded(model, variant_of(model.state_dict()), classes, config, True)
 
 
 def image_transform(config: CfgNode, size: int | str | None = None) -> Callable:
-    """The evaluation transform of a checkpoint's config; with a size, of that one; with "own", normalisation alone."""
+    """The evaluation transform of a config. `size` replaces the config's image size; "own" only normalises images."""
     if size == "own":
         normalise = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         return transforms.Compose([transforms.ToTensor(), normalise])
@@ -264,7 +264,7 @@ def read_images(paths: Sequence[str], transform: Callable) -> Tensor:
     """Normalised images (B, 3, H, W).
 
     Raises:
-        UserError: there are none, one cannot be read, or they differ in size.
+        UserError: there are no images, one cannot be read, or they differ in size.
     """
     if not paths:
         raise UserError("no images: name at least one after the model")
@@ -278,7 +278,8 @@ def read_images(paths: Sequence[str], transform: Callable) -> Tensor:
 
 
 def explain(args: argparse.Namespace) -> None:
-    """
+    """Write the figures that `args` asks for.
+
     Raises:
         UserError: bad input of any kind.
     """
@@ -323,36 +324,36 @@ def _port(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line; its arguments are what `explain` takes."""
+    """The parser of the command line. `explain` takes the namespace that it returns."""
     found = argparse.ArgumentParser(
         prog="python -m classification.explain",
         description="Draw what a model sees in images, as PNG, and write the arrays as .npz.",
         allow_abbrev=False,
     )
     found.add_argument("source", metavar="CHECKPOINT|MODEL", help=f"a checkpoint, or one of {', '.join(VARIANTS)}")
-    found.add_argument("images", nargs="*", metavar="IMAGE", help="image files, a row in each figure")
+    found.add_argument("images", nargs="*", metavar="IMAGE", help="image files; figures except erf have a row for each")
     found.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures")
-    found.add_argument("--serve", action="store_true", help="in place of --out: a local page to drop images on")
-    found.add_argument("--port", type=_port, help="of the page; 0 for any that is free")
-    found.add_argument("--figures", nargs="+", choices=tuple(FIGURES), help="by default all that can be made")
-    found.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
+    found.add_argument("--serve", action="store_true", help="instead of --out: serve a local page for dropped images")
+    found.add_argument("--port", type=_port, help="port of the page; 0 takes any free port")
+    found.add_argument("--figures", nargs="+", choices=tuple(FIGURES), help="by default all that can be drawn")
+    found.add_argument("--weights", choices=("model", "model_ema"), default="model", help="weights of the checkpoint")
     found.add_argument(
-        "--size", type=_size, help="of the images: pixels, or 'own'; by default as the checkpoint is evaluated"
+        "--size", type=_size, help="image size: pixels, or 'own'; by default the checkpoint's evaluation size"
     )
-    found.add_argument("--stage", type=int, help="by default the last whose map is large enough to look at")
-    found.add_argument("--block", type=int, default=-1, help="of the stage, for states and matrix; by default the last")
-    found.add_argument("--colour", choices=("mean", "pca"), default="mean", help="what states are drawn by")
-    found.add_argument("--channels", type=int, nargs="+", default=[], help="these alone, for states and matrix")
-    found.add_argument("--query", type=int, nargs=2, metavar=("Y", "X"), help="position in the map, for the matrix")
+    found.add_argument("--stage", type=int, help="by default the last stage whose map is large enough to see")
+    found.add_argument("--block", type=int, default=-1, help="for states and matrix; by default the last of the stage")
+    found.add_argument("--colour", choices=("mean", "pca"), default="mean", help="how states are coloured")
+    found.add_argument("--channels", type=int, nargs="+", default=[], help="for states and matrix; by default all")
+    found.add_argument("--query", type=int, nargs=2, metavar=("Y", "X"), help="position in the map, for matrix")
     found.add_argument("--position", type=int, nargs=2, metavar=("Y", "X"), help="position in the map, for erf")
     found.add_argument(
-        "--beside", nargs="*", default=PEERS, metavar="NAME[=WEIGHTS]", help="timm's models to draw beside, for erf"
+        "--beside", nargs="*", default=PEERS, metavar="NAME[=WEIGHTS]", help="timm models to draw beside it, for erf"
     )
     return found
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from classification.explain import page  # which imports this module
+    from classification.explain import page  # not at the top: `page` imports this module
 
     loaded = load(args.source, args.weights)
     title = f"{loaded.size}, {Path(args.source).name if loaded.trained else 'at initialisation'}"
@@ -363,9 +364,9 @@ def _parse_args() -> argparse.Namespace:
     found = parser()
     args = found.parse_args()
     if args.serve and (args.images or args.out):
-        found.error("--serve takes no images and no --out: images are dropped on the page")
+        found.error("--serve takes no images and no --out: you drop images on the page")
     if not args.serve and not args.out:
-        found.error("--out DIR is needed, for the figures; or --serve, for the page")
+        found.error("--out DIR is needed for the figures, or --serve for the page")
     if not args.serve and args.port is not None:
         found.error("--port goes with --serve")
     return args

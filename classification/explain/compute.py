@@ -1,4 +1,4 @@
-"""States, the matrix, effective receptive fields and class activation, as arrays. The model is left as it was."""
+"""Computes states, the matrix, effective receptive fields and class activation. The model stays as it was."""
 
 import contextlib
 import copy
@@ -14,23 +14,23 @@ from classification.models import SpatialMamba
 from classification.models.spatialmamba import Block, StateFusion, StructureAwareSSM, to_planes
 
 INSTALL_GRAD_CAM = (
-    "pip install grad-cam, or beside OpenMMLab, which has OpenCV, pip install --no-deps -r requirements-explain.txt"
+    "pip install grad-cam; with OpenMMLab, which brings OpenCV, pip install --no-deps -r requirements-explain.txt"
 )
 
 
-# ----- the model, left as it was
+# ----- keeping the model as it was
 
 
 def with_gradients(function: Callable) -> Callable:
-    """The function with gradients inside it, also where the caller is in inference mode."""
+    """Make a function run with gradients enabled, even if the caller is in inference mode."""
     return torch.inference_mode(False)(torch.enable_grad()(function))
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module's mode and each parameter's gradient are what they were.
+    """Set evaluation mode inside, and afterwards restore each module's mode and each parameter's gradient.
 
-    Modes are set one by one, not by `model.eval()`: some modules fold weights or freeze others in their `train`.
+    Modes are set one by one, not by `model.eval()`, because some modules fold weights or freeze others in `train`.
     """
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -48,10 +48,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def backbone_of(model: nn.Module) -> SpatialMamba:
-    """The Spatial-Mamba in a model: itself, or a part of a detector, of a segmenter or of timm's feature extractor.
+    """Find the Spatial-Mamba in a model: the model itself, or a part of a detector, a segmenter or a timm extractor.
 
     Raises:
-        UserError: there is none.
+        UserError: the model holds none.
     """
     found = next((module for module in model.modules() if isinstance(module, SpatialMamba)), None)
     if found is None:
@@ -60,10 +60,10 @@ def backbone_of(model: nn.Module) -> SpatialMamba:
 
 
 def block_at(model: nn.Module, stage: int, block: int) -> Block:
-    """A block by its numbers, which count from the end where negative.
+    """Find a block by the numbers of its stage and of the block in it. Negative numbers count from the end.
 
     Raises:
-        UserError: no such stage or block.
+        UserError: there is no such stage or block.
     """
     layers = backbone_of(model).layers
     stage = checked_index(stage, len(layers), "stage", "the model")
@@ -85,7 +85,7 @@ def last_stage(images: Tensor, stages: int, least: int) -> int:
 
 
 def checked_position(position: tuple[int, int] | None, size: Sequence[int], of: str) -> tuple[int, int]:
-    """(row, column), by default the centre."""
+    """Return a valid (row, column), by default the centre."""
     height, width = size
     y, x = (height // 2, width // 2) if position is None else position
     if not (0 <= y < height and 0 <= x < width):
@@ -97,7 +97,7 @@ def checked_position(position: tuple[int, int] | None, size: Sequence[int], of: 
 
 
 class States(NamedTuple):
-    """What one block's state space model computes, in the model's dtype but for states, which are float32 at least.
+    """What one block's state space model computes. x and y have the model's dtype; states are at least float32.
 
     Attributes:
         x: its input, after the projection, the 3x3 convolution and SiLU: (B, D, H, W).
@@ -115,14 +115,14 @@ class States(NamedTuple):
 def states(model: nn.Module, images: Tensor, stage: int = -1, block: int = -1) -> States:
     """The states of one block, from one forward pass up to its stage, as arXiv 2410.15091 draws them.
 
-    The pass is in evaluation mode whatever the model's mode is: batch norm takes its running statistics, which stay as
-    they are, and nothing is dropped. So a model gives the same states in training and in evaluation.
+    The pass always runs in evaluation mode: batch norm uses its running statistics and does not update them, and
+    nothing is dropped. So a model gives the same states in training and in evaluation.
 
     Args:
         model: a Spatial-Mamba in any form, or a model that holds one.
         images: (B, C, H, W), normalised, of any size; on the model's device.
-        stage: number of the stage; counts from the end where negative.
-        block: number of the block in it; counts from the end where negative.
+        stage: number of the stage; a negative number counts from the end.
+        block: number of the block in the stage; a negative number counts from the end.
 
     Raises:
         UserError: no such stage or block, or no Spatial-Mamba in the model.
@@ -134,7 +134,7 @@ def states(model: nn.Module, images: Tensor, stage: int = -1, block: int = -1) -
 
 @torch.no_grad()
 def states_at(model: nn.Module, images: Tensor, places: Sequence[tuple[int, int]]) -> list[States]:
-    """`states` of several (stage, block), by a single forward pass."""
+    """`states` of several (stage, block), from a single forward pass."""
     fusions = [block_at(model, *place).self_attention.state_fusion for place in places]
     observed = _observe(model, images, fusions, max(stage % len(backbone_of(model).layers) for stage, _ in places))
     with undisturbed(model):
@@ -159,7 +159,7 @@ def _observe(
 
 
 def _fuse(fusion: StateFusion, h: Tensor) -> Tensor:
-    """h' by the module itself: it gives y = sum_n C_n h'_n + D x, which is h'_n for a single state, C = 1 and D = 0."""
+    """Compute h' with the module itself: its result y = sum_n C_n h'_n + D x is h'_n for one state, C = 1 and D = 0."""
     single = h.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B, D, N, H, W) -> (B N, D, 1, H, W)
     ones, nothing = torch.ones_like(single[:, 0]), torch.zeros_like(single[:, :, 0])
     fused = fusion(single, ones, h.new_zeros(h.shape[1]), nothing)
@@ -169,18 +169,18 @@ def _fuse(fusion: StateFusion, h: Tensor) -> Tensor:
 # ----- the matrix: at fixed Delta, B and C a state space model is linear in x, y = M x (arXiv 2410.15091)
 
 LARGEST_MATRIX = 2**31  # bytes
-COLUMNS_AT_ONCE = 2**22  # numbers of h in a batch of columns
+COLUMNS_AT_ONCE = 2**22  # elements of h in a batch of columns
 
 
 class FixedSSM:
-    """One block's state space model as the linear map of x that it is at given Delta, B and C; in float64.
+    """One block's state space model at fixed Delta, B and C, in float64. It is then a linear map of x.
 
-    Channels do not meet in it, so each has a matrix of its own.
+    The map does not mix channels, so each channel has its own matrix.
 
     Args:
-        ssm: the module; it is copied.
-        x: (B, D, H, W), from which Delta, B and C are computed.
-        channels: those that stay, K of D.
+        ssm: the module; this class copies it.
+        x: (B, D, H, W); Delta, B and C are computed from it.
+        channels: the K of D channels to keep.
     """
 
     def __init__(self, ssm: StructureAwareSSM, x: Tensor, channels: Sequence[int]):
@@ -191,11 +191,11 @@ class FixedSSM:
         _keep(self.ssm.state_fusion, ("kernel_3", "kernel_3_1", "kernel_3_2"), channels)
 
     def __call__(self, x: Tensor, fusion: bool = True) -> Tensor:
-        """x (B, K, H, W) -> y, alike: sum_n C_n h'_n + D x, or sum_n C_n h_n + D x without `fusion`."""
+        """Map x (B, K, H, W) to y of the same shape: sum_n C_n h'_n + D x, or sum_n C_n h_n + D x without `fusion`."""
         return self._apply(x, self.dt, self.B, self.C, fusion)
 
     def columns(self, image: int, fusion: bool = True) -> Tensor:
-        """M of one image, (K, L, L) with L = H W: a column is y of a unit impulse."""
+        """M of one image, (K, L, L) with L = H W. A column is y for a unit impulse."""
         channels, (height, width) = self.dt.shape[1], self.dt.shape[2:]
         length = height * width
         found = self.dt.new_empty(channels, length, length)
@@ -211,7 +211,7 @@ class FixedSSM:
 
     @with_gradients
     def row(self, query: tuple[int, int], fusion: bool = True) -> Tensor:
-        """M's row of one position for each image, as a map (B, K, H, W): the gradient of y there, one adjoint pass."""
+        """M's row for one position of each image, as a map (B, K, H, W). It is the gradient of y at that position."""
         x = torch.zeros_like(self.dt, requires_grad=True)
         y = self(x, fusion)
         return torch.autograd.grad(y[..., query[0], query[1]].sum(), x)[0]
@@ -228,17 +228,17 @@ def _keep(module: nn.Module, names: Sequence[str], channels: Sequence[int]) -> N
         setattr(module, name, nn.Parameter(getattr(module, name)[channels], requires_grad=False))
 
 
-@torch.inference_mode(False)  # whose tensors `FixedSSM.row` could not use
+@torch.inference_mode(False)  # autograd in `FixedSSM.row` cannot use inference tensors
 @torch.no_grad()
 def fixed_ssm(
     model: nn.Module, images: Tensor, stage: int, block: int, channels: Sequence[int] | int | None = None
 ) -> FixedSSM:
-    """A block's `FixedSSM` for these images, from one forward pass up to its stage. Arguments as `mixing_matrix`'s."""
+    """A block's `FixedSSM` for these images, from one forward pass up to its stage. Arguments: see `mixing_matrix`."""
     ssm = block_at(model, stage, block).self_attention
     ((_, x, _),) = _observe(model, images, [ssm.state_fusion], stage % len(backbone_of(model).layers))
     channels = [channels] if isinstance(channels, int) else range(x.shape[1]) if channels is None else channels
     channels = [checked_index(c, x.shape[1], "channel", "the block") for c in channels]
-    with undisturbed(ssm):  # whose gradients would be copied
+    with undisturbed(ssm):  # without gradients, which deepcopy would copy
         return FixedSSM(ssm, x, channels)
 
 
@@ -253,16 +253,17 @@ def mixing_matrix(
 ) -> Tensor:
     """M of y = M x for each channel of one block's state space model, at the Delta, B and C of these images.
 
-    With positions i and j in raster order and a_t = exp(Delta_t A), without fusion
-    M_ij = sum_n C_i,n (a_{j+1} ... a_i) Delta_j B_j,n for j <= i, 0 above the diagonal, and D more on it. Fusion mixes
-    its rows: each state becomes a weighted sum of those of 25 positions. The paper sets both beside linear attention.
+    Positions i and j are in raster order, and a_t = exp(Delta_t A). Without fusion,
+    M_ij = sum_n C_i,n (a_{j+1} ... a_i) Delta_j B_j,n for j <= i, and 0 for j > i; D is added on the diagonal. Fusion
+    mixes the rows of M: each state becomes a weighted sum of the states of 25 positions. The paper compares both forms
+    with linear attention.
 
     Args:
         model: as for `states`.
         images: as for `states`.
-        stage: counts from the end where negative.
-        block: counts from the end where negative.
-        channels: numbers of the K channels, of D; None for all.
+        stage: number of the stage; a negative number counts from the end.
+        block: number of the block; a negative number counts from the end.
+        channels: numbers of the K channels; None for all D.
         fusion: False leaves the fusion out, h' = h.
 
     Returns:
@@ -277,7 +278,7 @@ def mixing_matrix(
     if size > LARGEST_MATRIX:
         raise UserError(
             f"{len(images)} x {count} matrices of {height}x{width} positions take {size / 2**30:.1f} GiB; "
-            "name fewer channels, or take mixing_row, which computes single rows"
+            "name fewer channels, or use mixing_row, which computes single rows"
         )
     return torch.stack([fixed.columns(image, fusion) for image in range(len(images))])
 
@@ -291,10 +292,10 @@ def mixing_row(
     channels: Sequence[int] | int | None = None,
     fusion: bool = True,
 ) -> Tensor:
-    """The row of `mixing_matrix` for one position, drawn out as a map, without the rest of the matrix.
+    """The row of `mixing_matrix` for one position, as a map, computed without the rest of the matrix.
 
     Args:
-        query: (row, column) in the block's map; None for its centre. The rest as for `mixing_matrix`.
+        query: (row, column) in the block's map; None for its centre. Other arguments as for `mixing_matrix`.
 
     Returns:
         (B, K, H, W), float64: what the query takes from each position.
@@ -313,18 +314,18 @@ def mixing_row(
 def effective_receptive_field(
     model: nn.Module, images: Tensor, position: tuple[int, int] | None = None, stage: int | None = None
 ) -> Tensor:
-    """How strongly each pixel moves one position of a stage's map: the sum over images and colours of |gradient|.
+    """How strongly each pixel changes one position of a stage's map: the sum of |gradient| over images and colours.
 
-    The gradient is that of the sum of the position's channels (arXiv 1701.04128; RepLKNet, arXiv 2203.06717, appendix,
-    which takes the gradient's positive part where this takes its magnitude). The map is the stage's output without the
-    final norm: right after a LayerNorm at its initialisation, the channels add up to a constant.
+    The gradient is that of the sum of the position's channels (arXiv 1701.04128; RepLKNet, arXiv 2203.06717, appendix).
+    RepLKNet takes the gradient's positive part; this function takes its magnitude. The map is the stage's output
+    without the final norm, because right after a LayerNorm at its initialisation the channels add up to a constant.
 
     Args:
-        model: any with timm's `forward_intermediates`; or one that returns a map, or a list of them, of (B, C, H, W)
-            or, if its `output_fmt` is "NHWC", (B, H, W, C). In evaluation mode, as for `states`.
+        model: a model with timm's `forward_intermediates`, or one that returns a map or a list of maps. A map is
+            (B, C, H, W), or (B, H, W, C) if `output_fmt` is "NHWC". It runs in evaluation mode, as for `states`.
         images: (B, C, H, W), normalised; on the model's device.
         position: (row, column) in the map; None for its centre.
-        stage: number of the map; counts from the end where negative; None for the last.
+        stage: number of the map; a negative number counts from the end; None for the last.
 
     Returns:
         Scores (H, W) of the images' size, float64, not negative.
@@ -332,7 +333,7 @@ def effective_receptive_field(
     Raises:
         UserError: no such stage or position, or the model returns no map.
     """
-    images = images.detach().clone().requires_grad_()  # a copy, for those made in inference mode
+    images = images.detach().clone().requires_grad_()  # a copy, because inference tensors cannot require gradients
     with undisturbed(model):
         found = _feature_map(model, images, stage)
         y, x = checked_position(position, found.shape[2:], "the map")
@@ -341,7 +342,7 @@ def effective_receptive_field(
 
 
 def _feature_map(model: nn.Module, images: Tensor, stage: int | None) -> Tensor:
-    """(B, C, H, W) of a stage."""
+    """The map of a stage, (B, C, H, W)."""
     if not hasattr(model, "forward_intermediates"):
         maps = model(images)
         maps = list(maps) if isinstance(maps, list | tuple) else [maps]
@@ -358,16 +359,16 @@ def _feature_map(model: nn.Module, images: Tensor, stage: int | None) -> Tensor:
 def area_holding(scores: Tensor, share: float) -> float:
     """The smallest share of pixels that holds at least this share of all scores' sum.
 
-    Pixels are taken from the largest on, wherever they are. RepLKNet (arXiv 2203.06717) takes the smallest
-    square around the centre, which is the same or more; but a field has its centre elsewhere where strided convolutions
-    are not centred on the position's pixels, or where a scan reaches further back than ahead.
+    Pixels count in descending order of their scores, wherever they are. RepLKNet (arXiv 2203.06717) takes the smallest
+    square around the centre, which has at least as many pixels. But the centre of a field can be elsewhere: strided
+    convolutions may not be centred on the position's pixels, and a scan may reach further back than ahead.
 
     Args:
         scores: not negative, of any shape.
         share: above 0, up to 1.
 
     Raises:
-        UserError: another share, or scores that are negative, not finite or all 0.
+        UserError: the share is out of range, or scores are negative, not finite or all 0.
     """
     ordered = scores.double().flatten().sort(descending=True).values
     if not 0 < share <= 1:
@@ -375,7 +376,7 @@ def area_holding(scores: Tensor, share: float) -> float:
     if not (torch.isfinite(ordered).all() and ordered[-1] >= 0 and ordered[0] > 0):
         raise UserError("scores must be finite and not negative, and one of them above 0")
     held = ordered.cumsum(0)
-    # The sum's own rounding, lest a pixel more is counted where the share is met exactly.
+    # The factor allows for rounding of the sum. Otherwise a share that is met exactly could count one pixel too many.
     return (int((held < share * held[-1] * (1 - 1e-12)).sum()) + 1) / len(ordered)
 
 
@@ -386,15 +387,15 @@ def area_holding(scores: Tensor, share: float) -> float:
 def class_activation(
     model: nn.Module, images: Tensor, classes: Sequence[int] | None = None, stage: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Grad-CAM (arXiv 1610.02391) by the package pytorch-grad-cam, at the output of a stage's last block.
+    """Grad-CAM (arXiv 1610.02391) at the output of a stage's last block, computed by the package pytorch-grad-cam.
 
-    Blocks give tokens (B, H, W, C), which the package gets as planes.
+    Blocks return tokens (B, H, W, C). The package gets them as planes.
 
     Args:
         model: a classifier.
         images: (B, C, H, W), normalised; on the model's device.
-        classes: one for each image; by default those that the model finds most likely.
-        stage: counts from the end where negative.
+        classes: one for each image; by default the most likely class of each.
+        stage: number of the stage; a negative number counts from the end.
 
     Returns:
         Maps (B, H, W) of the images' size, 0 to 1 in each image; classes (B,); probabilities (B, classes).
@@ -410,13 +411,14 @@ def class_activation(
     chosen = None if classes is None else [checked_index(c, count, "class", "the model") for c in classes]
     layer = block_at(model, stage, -1)
     images = images.detach().clone().requires_grad_()  # so that a frozen model has gradients too
-    # NumPy, into which the package puts maps and logits, has no 16 bits of bfloat16; so targets are chosen here, too.
+    # The package converts maps and logits to NumPy, which has no bfloat16. So maps become float32 below, and targets
+    # are chosen here.
     targets = [lambda logits: logits[logits.argmax()]] * len(images)
     if chosen is not None:
         targets = [lambda logits, c=c: logits[c] for c in chosen]
     with undisturbed(model), contextlib.ExitStack() as hooks:
         cam = GradCAM(model, [layer], reshape_transform=lambda t: to_planes(t).float())
-        hooks.callback(cam.activations_and_grads.release)  # as its own `with` does, which hides an IndexError
+        hooks.callback(cam.activations_and_grads.release)  # not by its own `with`, which hides an IndexError
         maps = cam(images, targets)
         probabilities = cam.outputs.detach().float().softmax(1)
     found = cam.outputs.argmax(1) if chosen is None else torch.tensor(chosen, device=probabilities.device)
@@ -424,11 +426,11 @@ def class_activation(
 
 
 def no_class_activation(model: nn.Module) -> str:
-    """Why there is none; empty if there is."""
+    """The reason why class activation is impossible, or an empty string."""
     if not backbone_of(model).num_classes:
         return "the model has no head, so no classes"
     try:
         import pytorch_grad_cam  # noqa: F401
-    except ImportError as error:  # it, or OpenCV, which it needs
+    except ImportError as error:  # pytorch-grad-cam or OpenCV, which it needs
         return f"pytorch-grad-cam is missing ({error}); {INSTALL_GRAD_CAM}"
     return ""

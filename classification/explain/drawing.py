@@ -1,4 +1,4 @@
-"""Figures of what `compute` gives: each function takes arrays and returns a `Figure`, one row for each image."""
+"""Draws the results of `compute`. Each function takes arrays and returns a `Figure`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from torch import Tensor
 from classification.errors import printable
 from classification.explain.compute import States, area_holding, checked_index
 
-SHARES = (0.2, 0.5, 0.99)  # of a receptive field's sum, as RepLKNet's tables have them
-CELL = 1.9  # inches of a panel's side
-BAR = 0.12  # and of a colour bar
-FAINTEST = 1e-3  # of the largest, where colours are logarithmic
+SHARES = (0.2, 0.5, 0.99)  # of a receptive field's sum, as in RepLKNet's tables
+CELL = 1.9  # side of a panel, in inches
+BAR = 0.12  # height of a colour bar, in inches
+FAINTEST = 1e-3  # smallest share of the largest value that logarithmic colours show
 Picture = np.ndarray  # (H, W, 3), 0 to 1
 
 
 def picture_of(image: Tensor) -> Picture:
-    """A normalised image (3, H, W) as it looks."""
+    """A normalised image (3, H, W) as a picture, without the normalisation."""
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     return (image.detach().cpu().permute(1, 2, 0) * std + mean).clamp(0, 1).numpy()
 
@@ -38,19 +38,19 @@ def draw_states(
     colour: str = "mean",
     channels: Sequence[int] = (),
 ) -> Figure:
-    """Input, h, h' and y beside each image.
+    """Draw input, h, h' and y beside each image.
 
     Args:
         pictures: the images, as many as `found` has.
-        found: as `states` gives them.
-        title: above all.
-        names: of the images.
-        colour: "mean" over channels and states, one colour scale for each column; or "pca": the first three principal
-            components of all tokens of a column as red, green and blue.
-        channels: these in place of the mean, a row and a colour scale for each.
+        found: the result of `states`.
+        title: title of the figure.
+        names: names of the images.
+        colour: "mean" draws the mean over channels and states, with one colour scale for each column. "pca" draws the
+            first three principal components of all tokens of a column as red, green and blue.
+        channels: channels to draw instead; each has its own row and its own colour scale.
 
     Raises:
-        UserError: no such channel.
+        UserError: there is no such channel.
     """
     columns = {"x, input": found.x, "h, after the scan": found.h, "h', after the fusion": found.fused, "y": found.y}
     planes = {label: value.detach().cpu().double().numpy() for label, value in columns.items()}
@@ -80,7 +80,7 @@ def draw_states(
         if bars:
             panels.bar(drawn[0], column, column, "mean over channels")
             continue
-        for ax, m in zip(below, maps, strict=True):  # channels differ in size too much for one scale
+        for ax, m in zip(below, maps, strict=True):  # channels differ too much in magnitude for one scale
             ax.set_xlabel(f"{m.min():.2g} to {m.max():.2g}", fontsize=7)
     return panels.figure
 
@@ -91,9 +91,10 @@ def _without_states(values: np.ndarray) -> np.ndarray:
 
 
 def _principal_components(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """(B, D, ..., H, W) -> RGB (B, H, W, 3) of all tokens' first three components, and the variance they explain.
+    """(B, D, ..., H, W) -> RGB (B, H, W, 3) of all tokens' first three components, and their share of the variance.
 
-    Each component is scaled to its 1st to 99th percentile. Its sign is that of its largest weight, for it has none.
+    Each component is scaled to its 1st to 99th percentile. The sign of a component is arbitrary, so it is chosen such
+    that the largest weight is positive.
     """
     height, width = values.shape[-2:]
     tokens = np.moveaxis(values.reshape(len(values), -1, height, width), 1, -1)  # (B, H, W, D N)
@@ -105,7 +106,7 @@ def _principal_components(values: np.ndarray) -> tuple[np.ndarray, float]:
     found = flat @ vectors
     low, high = np.percentile(found, (1, 99), axis=0)
     found = np.clip((found - low) / np.maximum(high - low, 1e-12), 0, 1)
-    found = np.pad(found, ((0, 0), (0, 3 - found.shape[1])))  # fewer channels than three
+    found = np.pad(found, ((0, 0), (0, 3 - found.shape[1])))  # if there are fewer than three channels
     explained = variances[::-1][:3].sum() / max(variances.sum(), 1e-300)
     return found.reshape(len(values), height, width, 3), float(explained)
 
@@ -117,14 +118,14 @@ def draw_activation(
     title: str = "",
     names: Sequence[str] = (),
 ) -> Figure:
-    """Each image, the map alone, and the map over the image.
+    """Draw each image, the map alone, and the map over the image.
 
     Args:
         pictures: the images.
-        maps: (H, W) of each, 0 to 1.
-        labels: what each map is of.
-        title: above all.
-        names: of the images.
+        maps: one map (H, W) for each image, 0 to 1.
+        labels: a label for each map.
+        title: title of the figure.
+        names: names of the images.
     """
     panels = Panels(len(pictures), 3, title, pictures[0].shape)
     panels.name_rows(names)
@@ -135,15 +136,15 @@ def draw_activation(
         row[2].imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=1)
         row[2].imshow(activation, cmap="magma", vmin=0, vmax=1, alpha=0.75 * activation)
         row[1].set_xlabel(_text(label), fontsize=9)
-    panels.bar(drawn, 1, 1, "share of its largest")
+    panels.bar(drawn, 1, 1, "share of the largest value")
     return panels.figure
 
 
 @dataclass
 class Panels:
-    """A figure of panels without ticks, each as wide as `CELL` and as high as an image of this shape.
+    """A figure of panels without ticks. Each is as wide as `CELL`, and as high as an image of this shape would be.
 
-    With `bars`, colour bars have a last row of their own: space taken from single panels would put them out of line.
+    With `bars`, the last row of the grid is for colour bars: if single panels gave the space, they would not line up.
     """
 
     rows: int
@@ -151,7 +152,7 @@ class Panels:
     title: str
     shape: Sequence[int]
     bars: bool = True
-    below: float = 0  # inches for text
+    below: float = 0  # inches for text below the panels
 
     def __post_init__(self) -> None:
         high = CELL * min(4.0, max(0.25, self.shape[0] / self.shape[1]))
@@ -199,17 +200,18 @@ def draw_mixing(
     title: str = "",
     names: Sequence[str] = (),
 ) -> Figure:
-    """What one position takes from each other, without and with fusion, beside each image; the position is outlined.
+    """Draw what one position takes from each other one, without and with fusion, beside each image.
 
-    Colours are logarithmic, shares of a map's largest value but for the position's own, which holds D.
+    The position is outlined. Colours are logarithmic and show shares of a map's largest value. The position's own value
+    includes D, so it does not count as the largest.
 
     Args:
         pictures: the images.
-        without: of each image, rows of the matrix (K, H, W); the mean of their magnitudes is drawn.
+        without: for each image, rows of the matrix without fusion, (K, H, W). The mean of their magnitudes is drawn.
         fused: the same with fusion.
         query: (row, column) of the position.
-        title: above all.
-        names: of the images.
+        title: title of the figure.
+        names: names of the images.
     """
     panels = Panels(len(pictures), 3, title, pictures[0].shape)
     panels.name_rows(names)
@@ -240,15 +242,15 @@ def _outline(ax: Axes, cell: tuple[int, int], height: float = 1, width: float = 
 def draw_receptive_fields(
     fields: dict[str, np.ndarray], position: tuple[int, int] | None = None, stride: int = 1, title: str = ""
 ) -> Figure:
-    """Scores of some models side by side, and below each the share of pixels that hold `SHARES` of their sum.
+    """Draw scores of some models side by side, and below each the shares of pixels that hold `SHARES` of the sum.
 
-    Colours are logarithmic, shares of the largest score.
+    Colours are logarithmic and show shares of the largest score.
 
     Args:
-        fields: scores (H, W) by the model's name.
-        position: (row, column) in the map of the position that they are of, whose pixels are outlined.
-        stride: of the map, in pixels.
-        title: above all.
+        fields: scores (H, W) for each model's name.
+        position: (row, column) in the map of the position that has these scores. Its pixels are outlined.
+        stride: stride of the map, in pixels.
+        title: title of the figure.
     """
     panels = Panels(1, len(fields), title, next(iter(fields.values())).shape, below=0.4)
     for ax, (name, scores) in zip(panels.axes[0], fields.items(), strict=True):

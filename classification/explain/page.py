@@ -1,9 +1,9 @@
-"""A local page: one drops an image and sees what the model takes it for, why, and the states of each stage.
+"""A local page. You drop an image and see the model's prediction, its class activation and the states of each stage.
 
     python -m classification.explain CHECKPOINT --serve
 
-`classification.explain` starts it. It listens on this machine alone, and the browser is told to load nothing from
-elsewhere. It needs the package gradio; what the page shows, `Viewer` computes without it.
+`classification.explain` starts the page. The page listens only on this machine, and tells the browser to load nothing
+from another host. It needs the package gradio. `Viewer`, which computes what the page shows, does not need gradio.
 """
 
 import contextlib
@@ -45,22 +45,22 @@ INSTALL = 'pip install -e ".[page]"'
 MOST_LIKELY = 5  # classes
 COLOURS = {"mean over channels": "mean", "principal components": "pca"}
 ABOUT_STATES = """## States
-Of one block in each stage: its input x, its states h after the scan and h' after the fusion, its output y."""
+For one block in each stage: the input x, the states h after the scan and h' after the fusion, and the output y."""
 # An image fills its frame, even a digit of 32 pixels.
 STYLE = "#dropped img { width: 100%; height: 100%; object-fit: contain; } #problem { color: firebrick; }"
 LARGEST_FILE = "50mb"
-# The browser refuses whatever Gradio or a later version of it would load from another host.
+# With this policy, the browser refuses what Gradio, or a later version of it, would load from another host.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
-Pixels = np.ndarray  # (H, W, 3), bytes
+Pixels = np.ndarray  # (H, W, 3), uint8
 
 
 class Seen(NamedTuple):
     """What the page shows of an image.
 
     Attributes:
-        classes: the most likely ones with their probabilities; None for a model without a head.
-        activation: Grad-CAM of the most likely class; None where it cannot be made.
+        classes: the most likely classes with their probabilities; None for a model without a head.
+        activation: Grad-CAM of the most likely class; None if it cannot be made.
         states: a drawing for each stage.
     """
 
@@ -70,11 +70,11 @@ class Seen(NamedTuple):
 
 
 class Viewer:
-    """What the page does with an image.
+    """Computes what the page shows of an image.
 
     Args:
         loaded: a model as `explain.load` gives it.
-        size: of images, as `--size`; by default as the checkpoint is evaluated.
+        size: image size, as for `--size`; by default the checkpoint's evaluation size.
     """
 
     def __init__(self, loaded: Loaded, size: int | str | None = None):
@@ -84,14 +84,15 @@ class Viewer:
         self._transform = image_transform(loaded.config, size)
         names = loaded.classes or [f"class {i}" for i in range(self.model.num_classes)]
         self._names = [printable(name) for name in names]
-        self._lock = threading.Lock()  # hooks and gradients are the model's: requests wait for each other
+        self._lock = threading.Lock()  # requests share the model's hooks and gradients, so they wait for each other
 
     def look(self, path: str, blocks: Sequence[int], colour: str = "mean") -> Seen:
-        """
+        """Compute everything that the page shows of an image.
+
         Args:
-            path: of the image.
+            path: the image file.
             blocks: number of the block to draw, for each stage.
-            colour: "mean" or "pca", as of `explain.draw_states`.
+            colour: "mean" or "pca", as for `explain.draw_states`.
 
         Raises:
             UserError: the image cannot be read, or there is no such block.
@@ -110,7 +111,7 @@ class Viewer:
     def _read(self, path: str) -> torch.Tensor:
         try:
             image = read_image(path)
-        except UnreadableImageError as error:  # the user knows its name, not where the server has put it
+        except UnreadableImageError as error:  # the user knows the file's name, not its path on the server
             raise UnreadableImageError(str(error).replace(path, Path(path).name)) from error
         return self._transform(image).unsqueeze(0)
 
@@ -150,10 +151,10 @@ def _pixels(figure: Figure) -> Pixels:
 
 
 def _import_gradio() -> None:
-    """Import it. Its reports of use, and those of what it brings, are turned off: that counts when it is imported.
+    """Import gradio with telemetry off. gradio and huggingface_hub read these variables when they are imported.
 
     Raises:
-        UserError: it, or what it needs, cannot be imported.
+        UserError: gradio, or a package that it needs, cannot be imported.
     """
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
     try:
@@ -163,11 +164,11 @@ def _import_gradio() -> None:
 
 
 def build(viewer: Viewer, title: str) -> "Blocks":
-    """The page. Its handler has the name `look`, for gradio_client too."""
+    """Build the page. Its handler has the API name `look`, which gradio_client can call."""
     import gradio as gr  # optional
 
     def said(work: Callable, outputs: int) -> Callable:
-        """What goes wrong by the user's hand is said on the page, in the first output; the others are empty then."""
+        """Make a handler that shows a `UserError` in the page's first output, and then leaves the others empty."""
 
         def handler(path: str | None, colour: str, *blocks: int) -> list:
             if path is None:
@@ -194,8 +195,8 @@ def build(viewer: Viewer, title: str) -> "Blocks":
                 image = gr.Image(
                     label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="dropped"
                 )
-                # The file as it was dropped: `read_image` reads it, or says why not. (A subclass of a component would
-                # have Gradio write a file beside this one.)
+                # Pass on the dropped file: `read_image` reads it, or says why it cannot. (For a subclass of a
+                # component, Gradio would write a file beside this one.)
                 image.preprocess = lambda payload: None if payload is None else payload.path
                 problem = gr.HTML(elem_id="problem")
                 prediction = gr.Label(
@@ -225,19 +226,19 @@ def serve(viewer: Viewer, title: str, port: int = PORT) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
-        viewer: what it shows.
-        title: its heading.
-        port: 0 for any that is free.
+        viewer: computes what the page shows.
+        title: the heading of the page.
+        port: 0 takes any free port.
 
     Raises:
         UserError: gradio is missing, or the port is in use.
     """
     _import_gradio()
     with _listening(port) as listener, tempfile.TemporaryDirectory(prefix="explain-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # of the images that are dropped: they go when the page does
+        os.environ["GRADIO_TEMP_DIR"] = folder  # dropped images are kept here until the page ends
         server = _server(build(viewer, title))
         print(f"the page is at http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder goes then, too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is then deleted, too
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
 
@@ -265,7 +266,7 @@ def _server(page: "Blocks") -> object:
         response.headers["Content-Security-Policy"] = POLICY
         return response
 
-    # A page of another site could else have its own name lead here, and read what is shown.
+    # Without this, another site could point its own host name here and read what the page shows.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     app = gr.mount_gradio_app(
         app,

@@ -1,12 +1,13 @@
-"""Builds csrc/ into one shared library of PyTorch operators, where there are a PyTorch and a compiler to build with.
+"""Builds csrc/ into one shared library of PyTorch operators, if there are a compiler and an installed PyTorch.
 
-selective_scan and dwconv2d have the same file each, as tests/kernels/test_install.py checks; the name comes from
-pyproject.toml.
+selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal. The
+package's name comes from pyproject.toml.
 
-Without a compiler or PyTorch the package installs all the same; with both, a build that fails is an error. The CUDA
-part is for the GPUs that PyTorch sees, and left out if it sees none; FORCE_CUDA=1 and TORCH_CUDA_ARCH_LIST ask for it
-wherever this runs, FORCE_ONLY_CPU=1 leaves it out. What is left out, and why, is noted in _not_compiled.txt for
-`backends()`. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to PyTorch's own extensions.
+Without a compiler or PyTorch, the package installs without kernels. With both, a failed build is an error. The CUDA
+kernels are built for the GPUs that PyTorch sees, and are left out if it sees none. FORCE_CUDA=1 and
+TORCH_CUDA_ARCH_LIST build them with or without a GPU. FORCE_ONLY_CPU=1 leaves them out. The build writes what it leaves
+out, and why, to _not_compiled.txt for `backends()`. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS work as for
+PyTorch's own extensions.
 """
 
 import functools
@@ -26,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 NAME = re.search(r'^name = "(\w+)"', Path("pyproject.toml").read_text(), re.MULTILINE)[1]
 OLDEST_TORCH = (2, 4)
-LAST_OF_CXX17 = (2, 11)  # the headers of 2.14 ask for C++20
+LAST_OF_CXX17 = (2, 11)  # the headers of 2.14 need C++20
 PROBE = """
 import json, torch
 try:
@@ -51,7 +52,7 @@ def switched_on(variable):
 
 @functools.cache
 def find_torch():
-    """Of the environment that is installed into, even while pip builds in one that has setuptools alone."""
+    """Find PyTorch in the environment that pip installs into, even if pip builds in an isolated environment."""
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     probes = (run(sys.executable, "-c", PROBE, env=env) for env in (None, outside))
     found = next((json.loads(p.stdout.splitlines()[-1]) for p in probes if p.returncode == 0), None)
@@ -62,26 +63,26 @@ def find_torch():
 
 @functools.cache
 def plan_cuda():
-    """nvcc, its flags for the architectures, and None; or None, no flags, and why there is to be no CUDA part."""
+    """Return (nvcc, flags for the architectures, None), or (None, [], reason) if no CUDA kernels are to be built."""
     _, _, torch_cuda, _, gpus = find_torch()
     asked = next((name for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST") if switched_on(name)), None)
     if switched_on("FORCE_ONLY_CPU"):
         return None, [], "FORCE_ONLY_CPU is set"
     if not asked and not gpus:
-        return None, [], "PyTorch sees no GPU, and neither FORCE_CUDA=1 nor TORCH_CUDA_ARCH_LIST asks for it"
+        return None, [], "PyTorch sees no GPU, and neither FORCE_CUDA=1 nor TORCH_CUDA_ARCH_LIST asks for CUDA"
     nvcc, fault = find_nvcc(torch_cuda)
     flags = [] if fault else list(gencode(nvcc, gpus))
     if not fault and not flags:
         fault = f"{nvcc} knows none of the GPUs here, of compute capability {gpus}"
     if fault and asked:
-        sys.exit(f"{NAME}: {asked} asks for CUDA kernels, but {fault}; mend that or unset {asked}")
+        sys.exit(f"{NAME}: {asked} asks for CUDA kernels, but {fault}; fix that or unset {asked}")
     return (None, [], fault) if fault else (nvcc, flags, None)
 
 
 def find_nvcc(torch_cuda):
-    """Where PyTorch looks: CUDA_HOME or CUDA_PATH, else PATH, whose nvcc may be a wrapper, else the usual place.
+    """Look where PyTorch looks: in CUDA_HOME or CUDA_PATH, or else in PATH, or else in the usual place.
 
-    Returns nvcc and None, or None and what is wrong.
+    The nvcc in PATH may be a wrapper. Returns (nvcc, None), or (None, what is wrong).
     """
     if not torch_cuda:
         return None, "PyTorch is built without CUDA"
@@ -99,17 +100,20 @@ def find_nvcc(torch_cuda):
     if version[1] != torch_cuda.split(".")[0]:
         return None, (
             f"{nvcc} is of CUDA {version[1]}, and PyTorch of CUDA {torch_cuda}: "
-            "CUDA_HOME is to name a toolkit of PyTorch's version"
+            "set CUDA_HOME to a toolkit of PyTorch's version"
         )
     return Path(top[1], "bin/nvcc").resolve(), None
 
 
 def gencode(nvcc, gpus):
-    """TORCH_CUDA_ARCH_LIST, as in "8.0;9.0+PTX"; else the GPUs', or all of ours without one, and PTX of the newest."""
+    """Yield nvcc's flags for TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX".
+
+    Without it, yield flags for the GPUs here, or for ARCHITECTURES if there are none, with PTX of the newest.
+    """
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not names:
         known = [divmod(int(n), 10) for n in re.findall(r"compute_(\d+)\s", run(nvcc, "--list-gpu-arch").stdout)]
-        # A GPU newer than nvcc runs what is compiled for the newest one before it.
+        # A GPU that nvcc does not know runs code for the newest older architecture that nvcc knows.
         fitting = ([k for k in known if k <= tuple(gpu)] for gpu in gpus)
         chosen = {max(older) for older in fitting if older} if gpus else set(known) & set(ARCHITECTURES)
         names = ["{}.{}".format(*arch) for arch in sorted(chosen)]
@@ -133,14 +137,14 @@ class BuildKernels(build_ext):
         for part, why in missing.items():
             print(f"{NAME}: warning: compiles no kernels for {part}: {why}", file=sys.stderr)
         for old in Path(self.build_lib, NAME).glob("_C_torch*.so"):
-            old.unlink()  # or one of another PyTorch would be installed again
+            old.unlink()  # otherwise the library for another PyTorch would be installed again
         super().run()
         for folder in (Path(self.build_lib, NAME), *([Path(NAME)] if self.inplace else [])):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_not_compiled.txt").write_text("".join(f"{part}: {why}\n" for part, why in missing.items()))
 
     def get_ext_filename(self, name):
-        """Says which PyTorch it is for, so that another one does not load it."""
+        """Put PyTorch's version into the library's name, so that another PyTorch does not load it."""
         if not find_torch():
             return super().get_ext_filename(name)
         return f"{name.replace('.', '/')}_torch{'_'.join(find_torch()[1].split('.')[:2])}.so"
@@ -171,7 +175,7 @@ class BuildKernels(build_ext):
             list(pool.map(lambda step: self.spawn(list(map(str, step))), steps))
         target = self.get_ext_fullpath(extension.name)
         self.mkpath(os.path.dirname(target))
-        # PyTorch's own OpenMP, where it brings one: a second one would have threads of its own.
+        # Link PyTorch's own OpenMP if it brings one, because a second OpenMP would start threads of its own.
         openmp = next(map(str, Path(torch, "lib").glob("libgomp*.so*")), "-fopenmp")
         self.spawn([*self.cxx, "-shared", "-o", target, *map(str, objects), openmp, *lib])
 

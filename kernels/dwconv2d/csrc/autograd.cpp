@@ -1,5 +1,5 @@
-// The gradients of the operators that the model calls, as dwconv2d/ops.py and token_ops.py define them where nothing is
-// compiled.
+// The gradients of the operators that the model calls. Without compiled kernels, dwconv2d/ops.py and token_ops.py
+// define them.
 #include "autograd.h"
 
 namespace dwconv2d {

@@ -1,6 +1,6 @@
-// What registers an operator's gradient in C++ needs; the same file in several packages.
+// Helpers to register an operator's gradient in C++; several packages have a copy of this file.
 //
-// A GPU would wait for the Python of torch.library.register_autograd.
+// The gradients are in C++ because a GPU would have to wait for the Python code of torch.library.register_autograd.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -24,14 +24,14 @@ c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// The operator without its gradient.
+// Calls an operator without its gradient.
 template <typename Operator, typename... Args>
 auto below_autograd(const Operator& op, Args&&... args) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(std::forward<Args>(args)...);
 }
 
-// A backward operator. Its own autograd kernel does no more than to refuse a second derivative.
+// Calls a backward operator. Its own autograd kernel only refuses a second derivative.
 template <typename Operator, typename... Args>
 auto backward_by(const Operator& op, Args&&... args) {
   return at::GradMode::is_enabled() ? op.call(std::forward<Args>(args)...)

@@ -1,4 +1,4 @@
-// What the compiled kernels ask of their arguments; the messages are those of dwconv2d/reference.py.
+// Checks of the compiled kernels' arguments. The messages are those of dwconv2d/reference.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +16,7 @@ namespace dwconv2d {
 
 using at::Tensor;
 
-// The sizes of planes and, for `dilated_dwconv2d`, of what is taken from them.
+// The sizes of planes and, for `dilated_dwconv2d`, of the kernel.
 struct Sizes {
   int64_t batch, channels, states, height, width;
   int64_t kernel_height = 0, kernel_width = 0;
@@ -69,7 +69,8 @@ inline void check_like(const char* reference_name, const Tensor& reference, at::
 inline Sizes check_conv_inputs(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                int64_t dilation, c10::string_view padding_mode) {
   TORCH_CHECK_VALUE(x.dim() == 4 && !holds_zero(x.sizes().slice(1)),
-                    "x must be (batch, channels, height, width), none but batch 0, got shape ", tuple(x.sizes()));
+                    "x must be (batch, channels, height, width), where only batch may be 0, got shape ",
+                    tuple(x.sizes()));
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1 && weight.size(2) % 2 == 1 &&
                         weight.size(3) % 2 == 1,
@@ -79,7 +80,7 @@ inline Sizes check_conv_inputs(const Tensor& x, const Tensor& weight, const std:
                     ",), got shape ", tuple(bias->sizes()));
   const int64_t radius = std::max(weight.size(2), weight.size(3)) / 2;
   TORCH_CHECK_VALUE(dilation >= 1 && (radius == 0 || dilation <= INT32_MAX / radius),
-                    "dilation must be at least 1, and no tap 2^31 away, got ", dilation);
+                    "dilation must be at least 1, with all taps less than 2^31 away, got ", dilation);
   TORCH_CHECK_VALUE(padding_mode == "replicate" || padding_mode == "zeros",
                     "padding_mode must be one of ('replicate', 'zeros'), got '", padding_mode, "'");
   check_float("x", x);
@@ -92,7 +93,7 @@ inline Sizes check_fusion_inputs(const Tensor& h, const Tensor& weight3, const T
                                  const Tensor& weight3_d5, const Tensor& alpha) {
   TORCH_CHECK_VALUE((h.dim() == 4 || h.dim() == 5) && !holds_zero(h.sizes().slice(1)),
                     "h must be (batch, channels, height, width) or (batch, channels, states, height, width), ",
-                    "none but batch 0, got shape ", tuple(h.sizes()));
+                    "where only batch may be 0, got shape ", tuple(h.sizes()));
   const int64_t channels = h.size(1);
   const Named weights = {{"weight3", &weight3}, {"weight3_d3", &weight3_d3}, {"weight3_d5", &weight3_d5}};
   for (const auto& [name, weight] : weights) {
@@ -130,13 +131,13 @@ inline Sizes check_output_inputs(const Tensor& h, const Tensor& weight3, const T
   return s;
 }
 
-// The gradient that a backward operator is given: of the shape, dtype and device of what the forward one returned.
+// A backward operator's `grad` must have the shape, dtype and device of the forward operator's result.
 inline void check_grad(const Tensor& grad, const Tensor& like) {
   check_shape("grad", grad, like.sizes());
   check_like("the result", like, like.scalar_type(), {{"grad", &grad}});
 }
 
-// Results are laid out as `like`: channels-last if it is, else contiguous.
+// An empty result that is laid out as `like`: channels-last if `like` is, else contiguous.
 inline Tensor empty_laid_out_as(const Tensor& like) {
   return at::empty(like.sizes(), like.options().memory_format(like.suggest_memory_format()));
 }

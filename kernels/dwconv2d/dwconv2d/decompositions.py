@@ -1,4 +1,4 @@
-"""The operators in PyTorch's standard ones, so that exported programs run where this package is not installed.
+"""The operators in terms of PyTorch's standard operators, so that exported programs run without this package.
 
 table = torch.export.default_decompositions()
 table.update(dwconv2d.decompositions())
@@ -15,7 +15,7 @@ from dwconv2d.reference import DILATIONS, check_conv_inputs, check_output_inputs
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
-    """For `torch.export.ExportedProgram.run_decompositions`: this package's operators of inference."""
+    """Decompositions of this package's inference operators, for `torch.export.ExportedProgram.run_decompositions`."""
     return {
         torch.ops.dwconv2d.dilated_dwconv2d.default: _dilated_dwconv2d,
         torch.ops.dwconv2d.state_fusion.default: _state_fusion,
@@ -50,6 +50,6 @@ def _state_fusion_output(
     fused = _state_fusion(h, weight3, weight3_d3, weight3_d5, alpha)
     fused = fused if h.dim() == 5 else fused.unsqueeze(2)
     terms = fused * C.to(h.dtype).unsqueeze(1)
-    # Of one state there is nothing to add, which runtimes would do all the same.
+    # A single state needs no sum, but runtimes would compute one.
     y = (terms.squeeze(2) if h.shape[2:-2] in ((), (1,)) else terms.sum(2)) + D[:, None, None] * x.to(h.dtype)
     return y.to(x.dtype)

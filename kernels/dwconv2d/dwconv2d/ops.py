@@ -118,8 +118,8 @@ def dilated_dwconv2d(
 ) -> Tensor:
     """Depthwise 2-D convolution with stride 1 that keeps the plane's size, computed in float32 (float64 for float64).
 
-    y(p) = bias + sum over taps o of weight(o) x(p + dilation o), per channel, o running over the kernel's window
-    around 0. Outside the plane x is the nearest border value ("replicate") or 0 ("zeros").
+    For each channel, y(p) = bias + sum over taps o of weight(o) x(p + dilation o), where o runs over the kernel's
+    window around 0. Outside the plane, x is the nearest border value ("replicate") or 0 ("zeros").
 
     Args:
         x: (B, D, H, W), float16, bfloat16, float32 or float64.
@@ -129,7 +129,7 @@ def dilated_dwconv2d(
         padding_mode: "replicate" or "zeros".
 
     Returns:
-        y, (B, D, H, W), x's dtype, channels-last if x is, else contiguous. Under autocast everything is cast to the
+        y, (B, D, H, W), x's dtype, channels-last if x is, else contiguous. Under autocast, everything is cast to the
         autocast dtype first.
 
     Raises:
@@ -137,7 +137,7 @@ def dilated_dwconv2d(
         TypeError: a type or dtype does not fit; the message names the argument.
         NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
-    # A tuple, for the compiler of PyTorch 2.7 knows no int | torch.SymInt.
+    # A tuple, because torch.compile of PyTorch 2.7 does not support int | torch.SymInt.
     if isinstance(dilation, bool) or not isinstance(dilation, (int, torch.SymInt)):
         raise TypeError(f"dilation must be an integer, got {dilation!r}")
     loading.check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
@@ -148,18 +148,18 @@ def dilated_dwconv2d(
 
 
 def state_fusion(h: Tensor, weight3: Tensor, weight3_d3: Tensor, weight3_d5: Tensor, alpha: Tensor) -> Tensor:
-    """Structure-aware state fusion of Spatial-Mamba (arXiv 2410.15091): each state joined with its neighbours.
+    """Structure-aware state fusion of Spatial-Mamba (arXiv 2410.15091): it fuses each state with its neighbours.
 
     h' = sum over k of alpha_k dwconv3x3(h, W_k, dilation d_k) with dilations d = 1, 3, 5 and replicate padding.
 
     Args:
-        h: states, (B, D, H, W), or (B, D, N, H, W) where the N states of a channel share its kernels;
+        h: states, (B, D, H, W), or (B, D, N, H, W), where the N states of a channel share its kernels;
             float32 or float64, never 16-bit.
         weight3, weight3_d3, weight3_d5: kernels for dilation 1, 3 and 5, (D, 1, 3, 3), h's dtype.
         alpha: weight of each dilation, (3,), h's dtype.
 
     Returns:
-        h', contiguous, h's shape and dtype. Under autocast everything is cast to float32 first.
+        h', contiguous, h's shape and dtype. Under autocast, everything is cast to float32 first.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.
@@ -194,8 +194,8 @@ def state_fusion_output(
         x: the scan's input, (B, D, H, W), float16, bfloat16, float32, or float64 if h is.
 
     Returns:
-        y, (B, D, H, W), x's dtype, channels-last if x is, else contiguous; computed in h's dtype. Under autocast C and
-        x are cast to the autocast dtype, all else to float32.
+        y, (B, D, H, W), x's dtype, channels-last if x is, else contiguous; computed in h's dtype. Under autocast, C
+        and x are cast to the autocast dtype, and everything else to float32.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.
@@ -212,17 +212,19 @@ def state_fusion_output(
 
 
 class DilatedDWConv2d(nn.Module):
-    """`dilated_dwconv2d` with its weight and bias, named, shaped and initialised as `nn.Conv2d(groups=channels)` does.
+    """`dilated_dwconv2d` as a module.
+
+    The parameters have the names, shapes and initialisation of those of `nn.Conv2d(groups=channels)`.
 
     Args:
-        channels: D, of input and output.
+        channels: D, the number of channels of input and output.
         kernel_size: odd, or two odd numbers for height and width.
         dilation: distance between taps, at least 1.
-        bias: whether there is one.
+        bias: whether there is a bias.
         padding_mode: "zeros" or "replicate".
 
     Raises:
-        ValueError: a size or mode that does not exist.
+        ValueError: a size or the padding mode is not valid.
     """
 
     def __init__(
@@ -250,7 +252,7 @@ class DilatedDWConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within one over the square root of the kernel's size, PyTorch's default for convolutions."""
+        """Draw uniformly between plus and minus 1 / sqrt(kh kw), PyTorch's default for convolutions."""
         bound = math.prod(self.kernel_size) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)

@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: the specification, and the kernels of any device without its own."""
+"""The operators in plain PyTorch: the specification, and the kernels for devices without their own."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,9 @@ def check_conv_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: 
     """Raise a ValueError or TypeError that names the first argument of `dilated_dwconv2d` that does not fit."""
     _check_dense(x, "x")
     if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"x must be (batch, channels, height, width), none but batch 0, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be (batch, channels, height, width), where only batch may be 0, got shape {tuple(x.shape)}"
+        )
     channels = x.shape[1]
     kernel = weight.shape[2:]
     if weight.dim() != 4 or weight.shape[:2] != (channels, 1) or any(k % 2 == 0 for k in kernel):
@@ -28,7 +30,7 @@ def check_conv_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: 
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be (channels={channels},), got shape {tuple(bias.shape)}")
     if dilation < 1 or dilation * (max(kernel) // 2) >= 2**31:
-        raise ValueError(f"dilation must be at least 1, and no tap 2^31 away, got {dilation}")
+        raise ValueError(f"dilation must be at least 1, with all taps less than 2^31 away, got {dilation}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
     _check_float(x, "x")
@@ -41,7 +43,7 @@ def check_fusion_inputs(h: Tensor, weight3: Tensor, weight3_d3: Tensor, weight3_
     if h.dim() not in (4, 5) or 0 in h.shape[1:]:
         raise ValueError(
             "h must be (batch, channels, height, width) or (batch, channels, states, height, width), "
-            f"none but batch 0, got shape {tuple(h.shape)}"
+            f"where only batch may be 0, got shape {tuple(h.shape)}"
         )
     weights = {"weight3": weight3, "weight3_d3": weight3_d3, "weight3_d5": weight3_d5}
     for name, weight in weights.items():
@@ -88,14 +90,14 @@ def check_output_inputs(
 
 
 def check_grad(grad: Tensor, like: Tensor) -> None:
-    """Raise a ValueError or TypeError if `grad` has not the shape, dtype and device of the forward pass's result."""
+    """Raise a ValueError or TypeError if `grad` does not have the shape, dtype and device of the result."""
     if grad.shape != like.shape:
         raise ValueError(f"grad must be {tuple(like.shape)}, got shape {tuple(grad.shape)}")
     _check_like(like, "the result", like.dtype, grad=grad)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Of what is laid out as x is: channels-last if it is, else contiguous."""
+    """The memory format of results that are laid out as x: channels-last if x is, else contiguous."""
     return suggest_memory_format(x)
 
 
@@ -129,7 +131,7 @@ def dilated_dwconv2d(
     """`dwconv2d.dilated_dwconv2d` without its gradient."""
     check_conv_inputs(x, weight, bias, dilation, padding_mode)
     compute = torch.promote_types(x.dtype, torch.float32)
-    dilation = min(dilation, max(x.shape[2:]))  # beyond the plane all is alike
+    dilation = min(dilation, max(x.shape[2:]))  # larger dilations give the same result
     bias = None if bias is None else bias.to(compute)
     y = _conv(x.to(compute), weight.to(compute), dilation, padding_mode, bias)
     return _laid_out_as(y.to(x.dtype), x)
@@ -138,7 +140,7 @@ def dilated_dwconv2d(
 def dilated_dwconv2d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int = 1, padding_mode: str = "replicate"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `dilated_dwconv2d` for x, weight and bias (whether or not there is one), from `grad` of y."""
+    """Gradients of `dilated_dwconv2d` for x, weight and bias, even if there is no bias, from `grad` of y."""
     check_conv_inputs(x, weight, None, dilation, padding_mode)
     check_grad(grad, x)
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -173,7 +175,7 @@ def _weight_grad(
     `padded` may have wider margins than the kernel needs.
     """
     channels, height, width = grad.shape[1:]
-    # Channels innermost, and one buffer: conv2d_weight is three to ten times slower on the small planes of late stages.
+    # Innermost channels and one buffer: conv2d_weight is three to ten times slower on the small planes of late stages.
     grad, padded = grad.permute(0, 2, 3, 1).contiguous(), padded.permute(0, 2, 3, 1).contiguous()
     product = torch.empty_like(grad)
     top, left = (m - n for m, n in zip(margins, _margins(kernel, dilation), strict=True))
@@ -195,7 +197,7 @@ def _margins(kernel: tuple[int, int], dilation: int) -> tuple[int, int]:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    # Not .contiguous(): on a plane of one pixel it keeps strides for which PyTorch then picks its slow kernels.
+    # Not .contiguous(): on a plane of one pixel, it keeps strides for which PyTorch picks slow kernels.
     return x.to(memory_format=torch.channels_last)
 
 
@@ -251,7 +253,7 @@ def state_fusion_backward(
 
 
 def _merge(weights: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
-    """The three dilated kernels as one, (D, 1, 11, 11), 25 of its taps not zero: one adjoint instead of three."""
+    """Merge the three dilated kernels into one, (D, 1, 11, 11), with 25 taps: one adjoint instead of three."""
     reach = max(DILATIONS)
     merged = weights[0].new_zeros((weights[0].shape[0], 1, 2 * reach + 1, 2 * reach + 1))
     for weight, a, dilation in zip(weights, alpha, DILATIONS, strict=True):
@@ -261,7 +263,7 @@ def _merge(weights: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
 
 
 def _fold_states(h: Tensor) -> Tensor:
-    """(B, D, H, W) or (B, D, N, H, W) -> (B N, D, H, W), channels-last: every state of a channel has its kernels."""
+    """(B, D, H, W) or (B, D, N, H, W) -> (B N, D, H, W), channels-last: the states of a channel share its kernels."""
     return _channels_last(h if h.dim() == 4 else h.transpose(1, 2).flatten(0, 1))
 
 

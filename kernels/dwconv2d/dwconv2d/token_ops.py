@@ -1,7 +1,7 @@
 """Operators between the tokens of a block, (B, H, W, D), and the planes of its scan, (B, D, H, W).
 
-Each joins what would be several passes over memory on a GPU, where Triton's kernels run them; elsewhere they are plain
-PyTorch. Parameters may be float32 beside 16-bit tokens: they are cast inside. Everything is computed in float32
+Each operator replaces several passes over memory on a GPU, where Triton's kernels run it. Elsewhere, it is plain
+PyTorch. Parameters may be float32 while tokens have 16 bits: the operators cast them. Everything is computed in float32
 (float64 for float64) and rounded once, when it is stored.
 """
 
@@ -64,9 +64,9 @@ def _silu_backward(ctx, grad):
 
 
 class _SeveralUses(torch.autograd.Function):
-    """`depthwise_silu` with a result for each use, of the same memory. The backward kernel adds their gradients.
+    """`depthwise_silu` with one result for each use, in the same memory. The backward kernel adds their gradients.
 
-    An operator of PyTorch may not return the same memory twice.
+    This is not an operator, because an operator may not return the same memory twice.
     """
 
     @staticmethod
@@ -111,18 +111,18 @@ loading.refuse_second_derivatives("depthwise_silu", "depthwise_residual_norm")
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor, uses: int = 1) -> Tensor | tuple[Tensor, ...]:
     """Depthwise 3x3 convolution and SiLU, from tokens to planes: y = s sigmoid(s), s = bias + dwconv3x3(x).
 
-    Outside the image x is 0. The backward pass recomputes s, so that nothing but x is saved for it.
+    Outside the image x is 0. The backward pass recomputes s, so only the inputs are saved.
 
     Args:
-        x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, of any strides: half of a projection's output
-            is read where it lies.
-        weight: (D, 1, 3, 3), and bias: (D,), of any floating dtype, float64 if and only if x is.
-        uses: how often y is used, at most 3. Give each use a result of its own: the backward kernel then adds their
-            gradients, where PyTorch would add each two in a pass over memory.
+        x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, with any strides: half of a projection's
+            output is read without a copy.
+        weight, bias: (D, 1, 3, 3) and (D,), of any floating dtype, float64 if and only if x is.
+        uses: how often y is used, at most 3. Give each use its own result: the backward kernel then adds their
+            gradients. Otherwise, PyTorch would add each two gradients in a pass over memory.
 
     Returns:
-        y, planes (B, D, H, W), contiguous, x's dtype. Under autocast x is cast to the autocast dtype first. With
-        `uses` above 1, a tuple of as many tensors, which share memory: do not change one in place.
+        y, planes (B, D, H, W), contiguous, x's dtype. Under autocast, x is cast to the autocast dtype first. With
+        `uses` above 1, a tuple of `uses` tensors, which share memory: do not change one in place.
 
     Raises:
         ValueError: a shape, device or `uses` does not fit; the message names the argument.
@@ -150,21 +150,21 @@ def depthwise_residual_norm(
     update: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A residual, a depthwise 3x3 convolution with its residual, and the LayerNorm that follows, in one pass.
+    """A residual, a depthwise 3x3 convolution with a residual, and the LayerNorm that follows, in one pass.
 
     s = x + scale update, r = s + bias + dwconv3x3(s), n = LayerNorm(r) over the channels. Outside the image s is 0.
-    n is the norm of r as it is returned, in x's dtype.
+    n is the norm of the returned r, which is rounded to x's dtype.
 
     Args:
-        x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, of any strides.
-        weight, bias: of the convolution, (D, 1, 3, 3) and (D,), of any floating dtype, float64 if and only if x is.
-        norm_weight, norm_bias: of the norm, (D,), likewise.
+        x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, with any strides.
+        weight, bias: the convolution's, (D, 1, 3, 3) and (D,), of any floating dtype, float64 if and only if x is.
+        norm_weight, norm_bias: the norm's, (D,); the same rule holds for their dtypes.
         eps: added to the variance.
-        update: added to x, x's shape and dtype; None for nothing.
-        scale: factor of each image's update, (B,), as stochastic depth draws them; None for 1. It gets no gradient.
+        update: added to x, with x's shape and dtype; None adds nothing.
+        scale: factor of each image's update, (B,), as stochastic depth draws it; None for 1. It gets no gradient.
 
     Returns:
-        r and n, (B, H, W, D), contiguous, x's dtype. Under autocast x and update are cast to the autocast dtype first.
+        r and n, (B, H, W, D), contiguous, x's dtype. Under autocast, x and update are cast to the autocast dtype first.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.

@@ -1,4 +1,4 @@
-"""The operators on tokens in plain PyTorch: the specification, and the kernels of any device without its own."""
+"""The operators on tokens in plain PyTorch: the specification, and the kernels for devices without their own."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_silu_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise a ValueError or TypeError that names the first argument of `depthwise_silu` that does not fit."""
     if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"x must be (batch, height, width, channels), none but batch 0, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be (batch, height, width, channels), where only batch may be 0, got shape {tuple(x.shape)}"
+        )
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     channels = x.shape[-1]
@@ -56,14 +58,14 @@ def check_residual_norm_inputs(
 
 
 def check_grad(name: str, grad: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise a ValueError or TypeError if a gradient has not the shape, dtype and device of its result."""
+    """Raise a ValueError or TypeError if a gradient does not have the shape, dtype and device of its result."""
     _check(like, name, grad, shape)
     if grad.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} as x is, got {grad.dtype}")
 
 
 def _check(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Parameters may be in another floating dtype than x, for autocast leaves them in float32."""
+    """Parameters may have another floating dtype than x, because autocast leaves them in float32."""
     if tensor.shape != shape:
         raise ValueError(
             f"{name} must be {tuple(shape)} for x of shape {tuple(x.shape)}, got shape {tuple(tensor.shape)}"
@@ -77,7 +79,7 @@ def _check(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """What results are computed in before they are rounded to x's dtype."""
+    """The dtype of the computation. Results are then rounded to x's dtype."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -89,7 +91,7 @@ def _planes(tokens: Tensor) -> Tensor:
 
 
 def _convolve(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """s is planes in the dtype that is computed in."""
+    """s are planes in `computed_dtype`."""
     return F.conv2d(s, weight.to(s.dtype), bias.to(s.dtype), padding=1, groups=s.shape[1])
 
 
@@ -131,7 +133,7 @@ def depthwise_silu_backward(
 
 
 def _sum(x: Tensor, update: Tensor | None, scale: Tensor | None) -> Tensor:
-    """s = x + scale update, as planes in the dtype that is computed in."""
+    """s = x + scale update, as planes in `computed_dtype`."""
     s = x.to(computed_dtype(x))
     if update is not None:
         update = update.to(s.dtype)
@@ -171,8 +173,8 @@ def depthwise_residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `depthwise_residual_norm` for s, weight, bias, norm_weight, norm_bias and, with a scale, update.
 
-    Without a scale the update's is that of s, and the last result is empty. r is as it was returned. Gradients of
-    parameters are float32, or float64 for float64.
+    Without a scale, the update's gradient is that of s, and the last result is empty. r is the forward pass's result.
+    Gradients of parameters are float32, or float64 for float64.
     """
     check_residual_norm_inputs(x, weight, weight[:, 0, 0, 0], norm_weight, norm_weight, update, scale)
     for name, grad in (("grad_r", grad_r), ("grad_n", grad_n), ("r", r)):

@@ -1,13 +1,12 @@
 """The operators on tokens in Triton, for GPUs: see `token_ops`.
 
-A program owns a tile of positions and channels. Lanes lie along the channels, which are side by side in memory. Each
-tap of the 3x3 kernel is one load for the whole tile; taps of neighbouring positions find their values in the first
-cache. What is planes, (B, D, H, W), is stored and loaded with lanes along positions; Triton exchanges the values
-through shared memory.
+A program owns a tile of positions and channels. Lanes run along the channels, which are adjacent in memory. Each tap of
+the 3x3 kernel is one load for the whole tile. Taps of neighbouring positions find their values in the L1 cache. Planes,
+(B, D, H, W), are stored and loaded with lanes along positions; Triton exchanges the values through shared memory.
 
-A gradient that a second kernel convolves again travels in float32 (float64 for float64): rounded to 16 bits in between,
-results would not be within 1.2 roundings of the exact ones. Sums over positions are partial sums, added by a kernel in
-a fixed order: no atomics, so results repeat to the bit.
+If a second kernel convolves a gradient again, the gradient is stored in float32 (float64 for float64). If it were
+rounded to 16 bits in between, results would not be within 1.2 roundings of the exact ones. Programs store partial sums
+over positions, and a kernel adds them in a fixed order. There are no atomics, so results repeat to the bit.
 """
 
 import functools
@@ -21,7 +20,7 @@ from torch import Tensor
 from dwconv2d import token_reference as reference
 from dwconv2d.launching import launch
 
-# Numbers that differ from call to call and gain nothing from a compilation of their own.
+# Numbers that differ from call to call. A kernel that is compiled for one value would not be faster.
 _SIZES = ["positions", "height", "width"]
 
 
@@ -30,7 +29,7 @@ _SIZES = ["positions", "height", "width"]
 
 @triton.jit
 def _place(p, height, width):
-    """Image, row and column of positions counted through all images, as columns (BLOCK_P, 1)."""
+    """Image, row and column of positions that are numbered through all images, as columns (BLOCK_P, 1)."""
     image = p // (height * width)
     inside = p - image * (height * width)
     row = inside // width
@@ -39,7 +38,7 @@ def _place(p, height, width):
 
 @triton.jit
 def _tap(ptrs, valid, row, column, height, width, stride_y, stride_x, DY: tl.constexpr, DX: tl.constexpr, like):
-    """What lies DY rows and DX columns further, zero outside the plane."""
+    """The values DY rows and DX columns further on, with zeros outside the plane."""
     y, x = row + DY, column + DX
     inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     return tl.load(ptrs + (DY * stride_y + DX * stride_x), mask=inside, other=0).to(like)
@@ -67,7 +66,7 @@ def _sigmoid(s):
 
 @triton.jit
 def _normalise(x, d_valid, channels, EPS: tl.constexpr):
-    """LayerNorm of each position without weight and bias, and one over the standard deviation."""
+    """LayerNorm of each position without weight and bias, and the reciprocal of the standard deviation."""
     mean = tl.sum(tl.where(d_valid, x, 0), axis=1)[:, None] / channels
     centred = tl.where(d_valid, x - mean, 0)
     variance = tl.sum(centred * centred, axis=1)[:, None] / channels
@@ -77,8 +76,8 @@ def _normalise(x, d_valid, channels, EPS: tl.constexpr):
 
 @triton.jit
 def _rounded(x, STORED: tl.constexpr, BY_BITS: tl.constexpr):
-    """x as it will be read again after it is stored as STORED."""
-    if BY_BITS and tl.bfloat16 == STORED:  # Triton's interpreter cuts instead of rounding
+    """x as a later load reads it after it was stored as STORED."""
+    if BY_BITS and tl.bfloat16 == STORED:  # Triton's interpreter truncates instead of rounding
         bits = x.to(tl.int32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         result = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
@@ -116,7 +115,7 @@ def _silu_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """With s the convolution: y = SiLU(s) as planes, or from the gradients of y that of s as tokens, in DTYPE."""
+    """With s the convolution: y = SiLU(s) as planes; or, with gradients of y, the gradient of s as tokens in DTYPE."""
     plane = plane_units * UNIT  # so that Triton knows how planes are aligned
     d_tiles = tl.cdiv(channels, BLOCK_D)
     p_tiles = tl.cdiv(plane, BLOCK_P)
@@ -182,7 +181,7 @@ def _residual_norm_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """r = s + convolution of s with s = x + scale update, and n = LayerNorm(r), of r as it is stored."""
+    """r = s + convolution of s with s = x + scale update, and n = LayerNorm(r) of the stored r."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     image, row, column = _place(p, height, width)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -200,7 +199,7 @@ def _residual_norm_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
     r = tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE) + tl.zeros(valid.shape, DTYPE)
-    # A row of taps at a time: the loads of all nine, from both tensors, would take more registers than there are.
+    # One row of taps at a time: loads of all nine taps from both tensors would need more registers than there are.
     for i in range(3):
         for j in tl.static_range(3):
             y, x = row + (i - 1), column + (j - 1)
@@ -243,7 +242,7 @@ def _norm_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The gradient of r, directly and through n, in DTYPE; sums for those of the norm's weight and bias."""
+    """The gradient of r, directly and through n, in DTYPE, and partial sums for the norm's weight and bias."""
     d = tl.arange(0, BLOCK_D)[None, :]
     d_valid = d < channels
     weight = tl.load(norm_weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
@@ -304,10 +303,11 @@ def _convolution_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """From `grad`, tokens in DTYPE, of bias + conv(s) [+ s], s = x [+ scale update]: that of s, with a scale that of
-    the update, and sums for the rest.
+    """The gradient of s and, with a scale, of the update, and partial sums for weight and bias.
 
-    s(q) meets grad(p) by the tap that leads from p to q. Sums are (programs, 10, channels): nine taps, then the bias.
+    `grad` is the gradient of bias + conv(s) [+ s] with s = x [+ scale update], as tokens in DTYPE. The tap that leads
+    from p to q multiplies s(q) for the output p, so it also joins s(q) with grad(p). Sums are (programs, 10, channels):
+    nine taps, then the bias.
     """
     d_tiles = tl.cdiv(channels, BLOCK_D)
     d = (tl.program_id(0) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -418,8 +418,8 @@ def _sums_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sums over the rows of (rows, 10, channels), nine taps of the weight and the bias, and of the norm's
-    (norm_rows, 2, channels), weight and bias. A program has one of the ten or twelve, for BLOCK_D channels.
+    """Sums over the rows of (rows, 10, channels), for nine taps and the bias, and of (norm_rows, 2, channels), for the
+    norm's weight and bias. A program computes one of the ten or twelve sums for BLOCK_D channels.
     """
     d_tiles = tl.cdiv(channels, BLOCK_D)
     d = (tl.program_id(0) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -443,7 +443,7 @@ def _sums_kernel(
 # ----- launches
 
 
-_MOST_POSITIONS = 2**31 - 2**16  # counted in 32 bits, in tiles
+_MOST_POSITIONS = 2**31 - 2**16  # 32 bits count positions, and the last tile may extend further
 _TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -455,12 +455,12 @@ _TRITON_DTYPES = {
 def _positions(x: Tensor) -> int:
     positions = x.shape[0] * x.shape[1] * x.shape[2]
     if positions >= _MOST_POSITIONS:
-        raise ValueError(f"x has {positions} tokens; on a GPU there may be {_MOST_POSITIONS - 1}")
+        raise ValueError(f"x has {positions} tokens; on a GPU there may be at most {_MOST_POSITIONS - 1}")
     return positions
 
 
 def _stored(x: Tensor) -> torch.dtype:
-    """The dtype of a buffer for a result in x's dtype: on a CPU this is Triton's interpreter, which cannot round."""
+    """The dtype of a buffer for a result in x's dtype. On a CPU, Triton's interpreter runs, which cannot round."""
     return x.dtype if x.is_cuda else reference.computed_dtype(x)
 
 
@@ -468,21 +468,21 @@ def _computed(x: Tensor) -> tl.dtype:
     return _TRITON_DTYPES[reference.computed_dtype(x)]
 
 
-Tiling = dict[str, int]  # the tile of a program and its warps, as a kernel takes them
+Tiling = dict[str, int]  # tile sizes and warps of a program, as arguments of a kernel
 
 
-# Chosen by timings on an H100, at the shapes of T and a batch of 128. Remembered, for the host is what bounds small
-# kernels.
+# The sizes were the fastest on an H100, at the shapes of T and a batch of 128. They are cached, because the host's time
+# limits small kernels.
 
 
 def _power_of_2(channels: int) -> int:
-    """Not below `channels`, and not below what Triton sums over with ease."""
+    """The next power of two, and at least 16, which Triton sums over without trouble."""
     return max(triton.next_power_of_2(channels), 16)
 
 
 @functools.cache
 def silu_tiling(channels: int) -> Tiling:
-    """Positions of one image by channels, which are side by side in tokens as positions are in planes."""
+    """Positions of one image times channels. Channels are adjacent in tokens, and positions in planes."""
     return dict(BLOCK_P=16, BLOCK_D=min(_power_of_2(channels), 64), num_warps=2)
 
 
@@ -501,7 +501,7 @@ def norm_tiling(channels: int, backward: bool) -> Tiling:
 
 @functools.cache
 def convolution_tiling(channels: int) -> Tiling:
-    """Few elements a thread: it holds nine taps and nine sums for each of its channels."""
+    """Few elements per thread, because a thread holds nine taps and ten sums for each."""
     block_d = min(_power_of_2(channels), 32)
     return dict(BLOCK_P=256 // block_d, BLOCK_D=block_d, num_warps=2)
 
@@ -511,7 +511,7 @@ SUMS_TILING: Tiling = dict(BLOCK_ROWS=256, BLOCK_D=8, num_warps=4)
 
 
 def tiles_of_a_program(positions: int, block_p: int, d_tiles: int) -> int:
-    """As many as leave some thousand programs, so that few partial sums are stored."""
+    """The most tiles, up to 32, that leave at least 2000 programs. Fewer programs store fewer partial sums."""
     tiles = 32
     while tiles > 1 and positions * d_tiles < 2000 * block_p * tiles:
         tiles //= 2
@@ -582,9 +582,9 @@ def depthwise_silu_backward(
 
 
 def _sum(sums: Tensor, norm_sums: Tensor | None = None) -> list[Tensor]:
-    """Gradients of weight, (channels, 9), and bias, and of the norm's, from partial sums (rows, 10 or 2, channels).
+    """Gradients of weight (channels, 9), bias and the norm's parameters from partial sums (rows, 10 or 2, channels).
 
-    One launch writes all: PyTorch would take three for the first two, and two for the others.
+    One launch writes them all. PyTorch would need three launches for the first two, and two for the others.
     """
     channels = sums.shape[2]
     grads = [sums.new_empty(channels, 9), *(sums.new_empty(channels) for _ in range(1 if norm_sums is None else 3))]
@@ -610,7 +610,7 @@ def _convolution_backward(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the contiguous gradient of s, partial sums of the gradients of weight and bias in `grad`'s dtype, and the
-    gradient of the update, which differs from that of s if there is a scale.
+    gradient of the update, which differs from that of s if there is a scale and is otherwise empty.
     """
     _, height, width, channels = x.shape
     positions = _positions(x)
@@ -679,8 +679,8 @@ def depthwise_residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `depthwise_residual_norm` for s, weight, bias, norm_weight, norm_bias and, with a scale, update.
 
-    Without a scale the update's is that of s, and the last result is empty. r is as it was returned. Gradients of
-    parameters are float32, or float64 for float64.
+    Without a scale, the update's gradient is that of s, and the last result is empty. r is the forward pass's result.
+    Gradients of parameters are float32, or float64 for float64.
     """
     reference.check_residual_norm_inputs(x, weight, weight[:, 0, 0, 0], norm_weight, norm_weight, update, scale)
     for name, grad in (("grad_r", grad_r), ("grad_n", grad_n), ("r", r)):

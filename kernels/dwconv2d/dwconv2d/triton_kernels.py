@@ -1,15 +1,16 @@
-"""The fusion, the dilated convolution and their gradients in Triton, for GPUs on which no compiled kernel is there.
+"""The fusion, the dilated convolution and their gradients in Triton, for GPUs without a compiled kernel.
 
-One program owns a tile of positions and channels. The positions of all images' planes are counted through, row after
+One program owns a tile of positions and channels. Positions are numbered through the planes of all images, row after
 row and image after image, so that small planes leave no lanes idle. Each tap is one load for the whole tile, with rows
-and columns clamped or masked; overlapping taps find their values in the first cache.
+and columns clamped or masked. Overlapping taps find their values in the L1 cache.
 
 The transpose of replicate padding adds what falls outside the plane to its border: a border row collects the gradients
-of several rows. These sums are made once, ahead, by `_fold_kernel` in a margin around the plane of gradients. Then the
-gradient of the plane is again one load for each tap, see `_source`.
+of several rows. `_fold_kernel` computes these sums once, before the adjoint, and stores them in a margin around the
+plane of gradients. The gradient of the plane is then again one load for each tap, see `_source`.
 
-Sums over positions and over channels are stored as partial sums and added by PyTorch in a fixed order: no atomics, so
-results repeat to the bit. Everything is computed in float32, or in float64 for float64, and rounded once, when stored.
+The kernels store partial sums over positions and over channels, and PyTorch adds them in a fixed order. There are no
+atomics, so results repeat to the bit. Everything is computed in float32 (float64 for float64) and rounded once, when it
+is stored.
 """
 
 from typing import NamedTuple
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from dwconv2d import reference
 
-# Numbers that differ from call to call and gain nothing from a compilation of their own. The number of channels is not
-# among them: Triton loads several channels at once if it knows that 16 divides it.
+# Numbers that differ from call to call. A kernel that is compiled for one value would not be faster. The number of
+# channels is not in the list, because Triton loads several channels at once if it knows that 16 divides their number.
 _SIZES = ["images", "height", "width", "margin_y", "margin_x"]
 _FOLD_SIZES = ["outer", "inner", "outer_stride", "along_stride", "length", "margin"]
 
@@ -34,8 +35,8 @@ _FOLD_SIZES = ["outer", "inner", "outer_stride", "along_stride", "length", "marg
 def _positions(tile, height, width, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
     """Image, row and column of each position of a tile, as columns (BLOCK_P, 1).
 
-    Tensors may have more than 2^31 elements: images, channels and states are 64 bits wide, for they are multiplied by
-    strides. Rows and columns need it only if a single plane is that large; 32 bits take half the registers.
+    Tensors may have more than 2^31 elements. So images, channels and states have 64 bits, because they are multiplied
+    by strides. Rows and columns need 64 bits only if a single plane is that large; 32 bits take half the registers.
     """
     start = tile.to(tl.int64) * BLOCK_P
     first_row = start // width
@@ -68,12 +69,12 @@ def _store_sums(ptrs, valid, tile):
 
 @triton.jit
 def _source(q, offset, length, margin, REPLICATE: tl.constexpr, ADJOINT: tl.constexpr):
-    """Along one axis, what a tap reads for position q, and where there is anything to read.
+    """Along one axis, the index that a tap reads for position q, and where there is anything to read.
 
-    A convolution reads position q + offset. Its adjoint gathers for q from each p that has read q: from q - offset. But
-    where the offset leads from a border out of the plane, the border has been read by all p from itself to |offset|
-    away; their sum lies in the margin, |offset| away on the other side. It is never more than the sum of all, so that a
-    margin of length - 1 is enough.
+    A convolution reads position q + offset. Its adjoint gathers, for q, from each p that has read q. Usually, this is
+    only q - offset. But if q is at a border and the offset leads out of the plane, all p from q to |offset| away have
+    read q. Their sum lies in the margin, |offset| outside the border. It has at most `length` terms, so a margin of
+    length - 1 is enough.
     """
     inside = tl.full(q.shape, True, tl.int1)
     index = q - offset if ADJOINT else q + offset
@@ -145,9 +146,9 @@ def _convolve(
     REPLICATE: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):
-    """The sum over taps of tap times value; and into `sums_ptrs`, for each tap, the sum of factor times value.
+    """The sum over taps of tap times value. `sums_ptrs` receives, for each tap, the sum of factor times value.
 
-    Levels are kernels of the same size with dilations 2 apart. They share their centre, which is in the first one.
+    Levels are kernels of the same size with dilations 2 apart. They share their centre, which only the first one has.
     """
     total = tl.zeros(valid.shape, taps_ptrs.dtype.element_ty)
     for level in tl.static_range(LEVELS):
@@ -225,7 +226,7 @@ def _forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The convolution of every state, or its adjoint; with C, D and x the output equation instead of the states."""
+    """The convolution of every state, or its adjoint. With C, D and x, the output equation instead of the states."""
     dtype: tl.constexpr = taps_ptr.dtype.element_ty
     d_tiles = tl.cdiv(channels, BLOCK_D)
     d, d_valid = _channels(tl.program_id(0) % d_tiles, channels, BLOCK_D)
@@ -333,9 +334,9 @@ def _backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All gradients but that of h, and the gradient of the fused states, from which that one is made.
+    """All gradients except that of h. `_forward_kernel` makes that one from the gradient of the fused states.
 
-    A program goes through several tiles of channels, so that few partial sums of C's gradient are stored.
+    A program processes several tiles of channels, so that it stores few partial sums of C's gradient.
     """
     dtype: tl.constexpr = taps_ptr.dtype.element_ty
     taps: tl.constexpr = LEVELS * KERNEL_Y * KERNEL_X
@@ -407,9 +408,9 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=_FOLD_SIZES)
 def _fold_kernel(first_ptr, outer, inner, outer_stride, along_stride, length, margin, BLOCK: tl.constexpr):
-    """Along one axis, sums of the 2, 3, ..., margin + 1 outermost values, stored 1, 2, ..., margin beyond the border.
+    """Along one axis, store sums of the 2, 3, ..., margin + 1 outermost values 1, 2, ..., margin beyond the border.
 
-    Every lane has a line of `length` values; `inner` lines lie side by side in memory, `outer` times.
+    Every lane has a line of `length` values. There are `outer` groups of `inner` lines that are adjacent in memory.
     """
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = lane // inner < outer
@@ -434,7 +435,7 @@ _Output = tuple[Tensor, Tensor, Tensor]  # C, D, x
 
 
 class _Kernel(NamedTuple):
-    """What is convolved with: `levels` kernels with dilations 2 apart; taps are (D, levels * rows * columns)."""
+    """A convolution's taps, (D, levels * rows * columns): `levels` kernels with dilations 2 apart."""
 
     taps: Tensor
     levels: int
@@ -444,7 +445,7 @@ class _Kernel(NamedTuple):
     replicate: bool
 
     def margins(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns by which planes of gradients must be extended for the adjoint: see `_source`."""
+        """Rows and columns of the margin that planes of gradients need for the adjoint: see `_source`."""
         if not self.replicate:
             return 0, 0
         dilation = self.dilation + 2 * (self.levels - 1)
@@ -462,7 +463,7 @@ class _Kernel(NamedTuple):
 
 
 class _Tiling(NamedTuple):
-    """Sizes of tiles, and how many tiles there are along each of their axes."""
+    """Sizes of tiles, and the number of tiles along each of their axes."""
 
     block_p: int
     block_d: int
@@ -471,14 +472,14 @@ class _Tiling(NamedTuple):
 
 
 def _tiling(planes: tuple[Tensor | None, ...], elements: int) -> _Tiling:
-    """Tiles of up to `elements` positions and channels of `planes`, (B, D, ..., H, W).
+    """Tiles of up to `elements` elements, positions times channels of `planes`, (B, D, ..., H, W).
 
-    As many positions as there are: the larger the tile, the fewer rows are loaded by two tiles. But where channels lie
-    side by side in some tensor's memory at least 8 of them, to use what a GPU reads at once.
+    A tile has as many positions as possible: the larger the tile, the fewer rows are loaded by two tiles. But if
+    channels are adjacent in some tensor's memory, a tile has at least 8 channels, to use what a GPU reads at once.
 
-    The callers' numbers of elements and warps were chosen by what the compiler makes of them for sm_90, not by timings:
-    4 elements a lane in the forward kernel, for few registers; one warp in the backward kernel, whose sums then need no
-    barriers, and not 16 elements a lane, with which it spills three kilobytes.
+    The callers' numbers of elements and warps were chosen from the compiled code for sm_90, not from timings. The
+    forward kernel has 4 elements per lane, for few registers. The backward kernel has one warp, because its sums then
+    need no barriers, and 8 elements per lane, because with 16 it spills three kilobytes.
     """
     batch, channels, *_, height, width = planes[0].shape
     positions = batch * height * width
@@ -495,7 +496,7 @@ def _channels_innermost(planes: Tensor) -> bool:
 
 
 def _wide(planes: tuple[Tensor | None, ...], margin_y: int, margin_x: int) -> bool:
-    """Whether places in a plane, margins included, are too far apart for 32 bits."""
+    """Whether offsets within a plane, margins included, need more than 32 bits."""
     return any(
         (p.shape[-2] + 2 * margin_y) * p.stride(-2) + (p.shape[-1] + 2 * margin_x) * p.stride(-1) > _INT32_MAX
         for p in planes
@@ -513,9 +514,9 @@ def _strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
 
 
 def _result_like(x: Tensor, computed: torch.dtype) -> Tensor:
-    """For a result in x's memory format and, once cast to it, x's dtype.
+    """An empty result in x's memory format. The caller casts it to x's dtype.
 
-    On a CPU this is Triton's interpreter, which cuts numbers to bfloat16 instead of rounding: leave it to PyTorch.
+    On a CPU, Triton's interpreter runs. It truncates to bfloat16 instead of rounding, so PyTorch does the cast.
     """
     dtype = x.dtype if x.is_cuda else computed
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=reference.memory_format(x))
@@ -557,9 +558,10 @@ def _convolve_planes(
 
 
 def _with_margins(planes: Tensor, margin_y: int, margin_x: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Uninitialised planes as (B, D, N, H, W), channels innermost if they are in `planes`, and the memory around them.
+    """Uninitialised planes (B, D, N, H, W) with margins around them, and their memory.
 
-    The memory is (planes, H + 2 margin_y, W + 2 margin_x, D), or 1 for D.
+    The memory is (planes, H + 2 margin_y, W + 2 margin_x, D) if channels are innermost in `planes`. Otherwise, its last
+    size is 1.
     """
     batch, channels, states, height, width = planes.shape
     rows, columns = height + 2 * margin_y, width + 2 * margin_x
@@ -584,9 +586,9 @@ def _fold(memory: Tensor, height: int, width: int) -> None:
 
 
 class _Gradients(NamedTuple):
-    """What `_backward_kernel` finds, its partial sums added up."""
+    """The results of `_backward_kernel`, with its partial sums added up."""
 
-    fused: Tensor  # from which `_convolve_planes` makes the gradient of h: margins are around it
+    fused: Tensor  # with margins; `_convolve_planes` makes the gradient of h from it
     taps: Tensor
     bias: Tensor | None
     C: Tensor | None
@@ -597,7 +599,7 @@ class _Gradients(NamedTuple):
 def _gradients(
     grad: Tensor, h: Tensor, kernel: _Kernel, bias: bool = False, output: _Output | None = None
 ) -> _Gradients:
-    """From `grad` of what the convolution returns, or with `output` of y; that of the bias if asked for."""
+    """Gradients from `grad` of the convolution's result or, with `output`, of y. `bias`: also that of the bias."""
     C, D, x = output or (None, None, None)
     h, taps = _with_states(h), kernel.taps
     grad = _with_states(grad).expand(h.shape)
@@ -663,7 +665,7 @@ def dilated_dwconv2d(
 def dilated_dwconv2d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int = 1, padding_mode: str = "replicate"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `dilated_dwconv2d` for x, weight and bias (whether or not there is one), from `grad` of y."""
+    """Gradients of `dilated_dwconv2d` for x, weight and bias, even if there is no bias, from `grad` of y."""
     reference.check_conv_inputs(x, weight, None, dilation, padding_mode)
     reference.check_grad(grad, x)
     kernel = _convolution(weight, dilation, padding_mode)
@@ -685,7 +687,7 @@ _CENTRE = 4  # of the nine taps of a kernel
 
 
 def _fusion(weights: Tensor, alpha: Tensor) -> _Kernel:
-    """25 taps: those of the three kernels, but one centre for all."""
+    """The 25 taps of the three kernels, which share one centre."""
     taps = alpha[:, None] * weights
     taps[:, 0, _CENTRE] = taps[:, :, _CENTRE].sum(1)
     return _Kernel(taps.flatten(1), len(reference.DILATIONS), 3, 3, reference.DILATIONS[0], True)

@@ -1,4 +1,4 @@
-// The gradients of the operators, as selective_scan/ops.py and gate_ops.py define them where nothing is compiled.
+// The gradients of the operators. Without compiled kernels, selective_scan/ops.py and gate_ops.py define them.
 #include "autograd.h"
 
 namespace selective_scan {

@@ -1,4 +1,4 @@
-// What the compiled kernels ask of their arguments; the messages are those of selective_scan/reference.py.
+// Checks of the compiled kernels' arguments. The messages are those of selective_scan/reference.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,10 +1,10 @@
-"""The operators in PyTorch's standard ones, so that exported programs run where this package is not installed.
+"""The operators in terms of PyTorch's standard operators, so that exported programs run without this package.
 
     table = torch.export.default_decompositions()
     table.update(selective_scan.decompositions())
     program = torch.export.export(model, (images,)).run_decompositions(table)
 
-Any number of tokens, also one that is not known while the program is exported.
+The number of tokens may be unknown while the program is exported.
 """
 
 import math
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from selective_scan.reference import check_inputs, rates, state_dtype, widen
 
-CHUNK = 32  # tokens of a chunk, where their number is not known
+CHUNK = 32  # tokens of a chunk, if the total number is unknown
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
-    """For `torch.export.ExportedProgram.run_decompositions`: this package's operators of inference.
+    """Decompositions of this package's inference operators, for `torch.export.ExportedProgram.run_decompositions`.
 
-    The scan becomes two of `torch.ops.higher_order.scan`, which ONNX has as Scan: within all chunks of tokens at once,
-    then over the chunks. Of L tokens a chunk has the square root, which gives the fewest steps, or `CHUNK` where the
-    number is not known before. There are no quotients, so decays may underflow.
+    The scan becomes two calls of `torch.ops.higher_order.scan`, which ONNX has as Scan. The first runs within all
+    chunks of tokens at once, the second over the chunks. A chunk has sqrt(L) of L tokens, which gives the fewest steps,
+    or `CHUNK` tokens if L is unknown. There are no quotients, so decays may underflow.
     """
     return {torch.ops.selective_scan.selective_scan_state.default: _selective_scan_state}
 
@@ -44,7 +44,7 @@ def _selective_scan_state(
     if delta_bias is not None:
         dt = dt + delta_bias[:, None]
     if delta_softplus:
-        # Softplus as it is written: runtimes have no fast kernel for the function itself.
+        # Softplus is written out, because runtimes have no fast kernel for it.
         dt = dt.clamp(min=0) + torch.log1p(torch.exp(-dt.abs()))
     drive = (dt * u.to(dtype)).unsqueeze(2) * widen(B, u.shape[1]).to(dtype)
     return _scan(dt.unsqueeze(2) * rates(A, A_is_log).unsqueeze(-1), drive)
@@ -56,14 +56,14 @@ def _scan(log_decay: Tensor, drive: Tensor) -> Tensor:
     chunk, chunks = _chunks_of_known(length) if isinstance(length, int) else _chunks_of_unknown(length)
 
     def by_token(t: Tensor) -> Tensor:
-        """(chunk, B, D, N, chunks): what is scanned comes first."""
+        """(chunk, B, D, N, chunks): the scanned dimension comes first."""
         padded = F.pad(t, (0, chunk * chunks - length))
         return _dense(padded.view(batch, channels, states, chunks, chunk).permute(4, 0, 1, 2, 3))
 
     log_decay, drive = by_token(log_decay), by_token(drive)
     first = drive.new_zeros(drive.shape[1:])
     last, within = torch.ops.higher_order.scan(_next_token, [first], [log_decay.exp(), drive], ())
-    products = log_decay.cumsum(0).exp()  # of the decays of a chunk so far
+    products = log_decay.cumsum(0).exp()  # of the decays from the start of each chunk on
     ends = [_dense(t.permute(3, 0, 1, 2)) for t in (products[-1], last)]
     _, before = torch.ops.higher_order.scan(_next_chunk, [first[..., 0]], ends, ())
     h = within + products * before.permute(1, 2, 3, 0)
@@ -71,27 +71,27 @@ def _scan(log_decay: Tensor, drive: Tensor) -> Tensor:
 
 
 def _chunks_of_known(length: int) -> tuple[int, int]:
-    """Tokens of a chunk, and chunks."""
+    """Tokens of a chunk, and number of chunks."""
     chunk = math.isqrt(length - 1) + 1
     return chunk, -(-length // chunk)
 
 
 def _chunks_of_unknown(length: torch.SymInt) -> tuple[int, torch.SymInt]:
-    """At least two, for a size that may be one is another graph's; and all tokens are a product of them."""
+    """The same, with at least two chunks: a size that may be 1 would need another graph. They hold all tokens."""
     return CHUNK, length // CHUNK + 2
 
 
 def _next_token(h: Tensor, decay: Tensor, drive: Tensor) -> list[Tensor]:
-    """States of all chunks, each of which begins with zero."""
+    """Step all chunks by one token. Each chunk begins with a zero state."""
     h = h * decay + drive
     return [h, h.clone()]  # an operator's results may not share memory
 
 
 def _next_chunk(before: Tensor, decay: Tensor, last: Tensor) -> list[Tensor]:
-    """The states with which each chunk begins."""
+    """Step by one chunk, and return the state that enters the chunk."""
     return [before * decay + last, before.clone()]
 
 
 def _dense(t: Tensor) -> Tensor:
-    """Not by `contiguous`, which would ask whether a size is 1 that is not known yet."""
+    """A contiguous copy. `contiguous` would instead ask whether an unknown size is 1."""
     return t.clone(memory_format=torch.contiguous_format)

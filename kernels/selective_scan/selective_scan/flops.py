@@ -1,6 +1,6 @@
-"""FLOPs of the operators, registered with `torch.utils.flop_counter`: what `FlopCounterMode` counts.
+"""FLOPs of the operators, registered with `torch.utils.flop_counter` for `FlopCounterMode`.
 
-A multiply-add counts as two there, as PyTorch counts its own; normalisations, activations and gates do not count.
+A multiply-add counts as two, as in PyTorch's own formulas. Normalisations, activations and gates do not count.
 """
 
 from math import prod
@@ -8,9 +8,9 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from selective_scan import gate_ops, ops  # noqa: F401, which define the operators
+from selective_scan import gate_ops, ops  # noqa: F401, they define the operators
 
-STATE = 7  # for each state, where a multiply-add counts as one: the figure that Mamba's and the authors' counters have
+STATE = 7  # for each state, if a multiply-add counts as one; Mamba's and the authors' counters use this number
 STATE_BACKWARD = 2 * STATE + 4  # the states again, their adjoint, and the products of the four gradients
 
 

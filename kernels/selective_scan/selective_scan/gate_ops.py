@@ -1,6 +1,6 @@
-"""The operator `selective_scan::norm_gate`: what leaves the scan as planes is normalised, gated and becomes tokens.
+"""The operator `selective_scan::norm_gate`, which normalises and gates the scan's planes and returns tokens.
 
-On a GPU Triton's kernels run it, elsewhere plain PyTorch.
+On a GPU, Triton's kernels run it; elsewhere, plain PyTorch does.
 """
 
 import torch
@@ -48,19 +48,18 @@ loading.refuse_second_derivatives("norm_gate")
 def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the channels of planes, times SiLU of a gate, as tokens: LayerNorm(y) z sigmoid(z).
 
-    It is what Mamba (arXiv 2312.00752) and Spatial-Mamba (arXiv 2410.15091) do with what their scan gives. Computed in
-    float32 (float64 for float64) and rounded once. The backward pass recomputes the norm: nothing but the inputs is
-    saved for it.
+    Mamba (arXiv 2312.00752) and Spatial-Mamba (arXiv 2410.15091) apply it to the result of their scan. It computes in
+    float32 (float64 for float64) and rounds once. The backward pass recomputes the norm, so only the inputs are saved.
 
     Args:
         y: planes, (B, D, H, W), float16, bfloat16, float32 or float64.
-        z: tokens, (B, H, W, D), y's dtype; half of a projection's output is read where it lies.
-        weight, bias: of the norm, (D,), of any floating dtype, float64 if and only if y is.
+        z: tokens, (B, H, W, D), y's dtype; half of a projection's output is read without a copy.
+        weight, bias: the norm's parameters, (D,), of any floating dtype, float64 if and only if y is.
         eps: added to the variance.
 
     Returns:
-        tokens (B, H, W, D), contiguous, y's dtype. Under autocast y and z are cast to the autocast dtype first. On a
-        GPU a y or z is copied if its positions are not evenly spaced, as those of a crop are not.
+        tokens (B, H, W, D), contiguous, y's dtype. Under autocast, y and z are cast to the autocast dtype first. On
+        a GPU, y or z is copied if its positions are not evenly spaced in memory, as in a crop.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.

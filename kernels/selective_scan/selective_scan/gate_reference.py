@@ -1,4 +1,4 @@
-"""The gated norm in plain PyTorch: the specification, and the kernel of any device without its own."""
+"""The gated norm in plain PyTorch: the specification, and the kernel for devices without their own."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_inputs(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise a ValueError or TypeError that names the first argument that does not fit the others."""
     if y.dim() != 4 or 0 in y.shape[1:]:
-        raise ValueError(f"y must be (batch, channels, height, width), none but batch 0, got shape {tuple(y.shape)}")
+        raise ValueError(
+            f"y must be (batch, channels, height, width), where only batch may be 0, got shape {tuple(y.shape)}"
+        )
     if y.dtype not in _FLOATS:
         raise TypeError(f"y must be float16, bfloat16, float32 or float64, got {y.dtype}")
     batch, channels, height, width = y.shape
@@ -41,7 +43,7 @@ def check_grad(grad: Tensor, z: Tensor) -> None:
 
 
 def computed_dtype(y: Tensor) -> torch.dtype:
-    """What results are computed in before they are rounded to y's dtype."""
+    """The dtype of the computation. Results are then rounded to y's dtype."""
     return torch.float64 if y.dtype == torch.float64 else torch.float32
 
 

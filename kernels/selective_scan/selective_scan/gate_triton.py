@@ -1,8 +1,8 @@
 """The gated norm and its gradients in Triton, for GPUs.
 
-A program owns some positions of one image with all their channels. Planes are read and written with lanes along
-positions, tokens with lanes along channels; Triton exchanges the values through shared memory. Sums over positions are
-partial sums, added by PyTorch in a fixed order: no atomics, so results repeat to the bit.
+A program owns some positions of one image with all their channels. Lanes run along positions to read and
+write planes, and along channels for tokens. Triton exchanges the values through shared memory. Programs store partial
+sums over positions, and PyTorch adds them in a fixed order. There are no atomics, so results repeat to the bit.
 """
 
 import functools
@@ -28,7 +28,7 @@ def _place(plane, channels, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _normalise(x, d_valid, channels, EPS: tl.constexpr):
-    """LayerNorm of each position without weight and bias, and one over the standard deviation."""
+    """LayerNorm of each position without weight and bias, and the reciprocal of the standard deviation."""
     mean = tl.sum(tl.where(d_valid, x, 0), axis=1)[:, None] / channels
     centred = tl.where(d_valid, x - mean, 0)
     variance = tl.sum(centred * centred, axis=1)[:, None] / channels
@@ -100,7 +100,7 @@ def _backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of y, as planes, and z, and this program's terms of those of weight and bias."""
+    """Gradients of y (planes) and z (tokens), and this program's partial sums of those of weight and bias."""
     image, p, d, p_valid, d_valid = _place(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
     y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
@@ -134,7 +134,7 @@ def _backward_kernel(
 
 
 def _stored(y: Tensor) -> torch.dtype:
-    """The dtype of a buffer for a result in y's dtype: on a CPU this is Triton's interpreter, which cannot round."""
+    """The dtype of a buffer for a result in y's dtype. On a CPU, Triton's interpreter runs, which cannot round."""
     return y.dtype if y.is_cuda else reference.computed_dtype(y)
 
 
@@ -149,7 +149,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 @functools.cache
 def gate_tiling(channels: int, backward: bool) -> dict[str, int]:
-    """Some positions, which planes hold side by side, with all their channels: by timings on an H100, at T's shapes."""
+    """Tiles of adjacent positions with all their channels. The sizes were the fastest on an H100, at T's shapes."""
     block_d = max(triton.next_power_of_2(channels), 16)
     block_p = 16 if block_d <= (128 if backward else 256) else max(8192 // block_d, 2) if block_d > 1024 else 8
     return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=4 if block_d <= 512 else 16)
@@ -213,6 +213,6 @@ def norm_gate_backward(
         **tiling,
     )
     grad_weight, grad_bias = sums.sum(0)
-    # Cloned: results must not share memory. A sum of its own would take longer.
+    # A copy, because results must not share memory. A second sum would take longer.
     grad_bias = grad_bias.to(bias.dtype, copy=True)
     return grad_y.to(y.dtype), grad_z.to(z.dtype), grad_weight.to(weight.dtype), grad_bias

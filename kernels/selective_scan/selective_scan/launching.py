@@ -1,7 +1,7 @@
-"""Launches Triton kernels with little of the host's time.
+"""Launches Triton kernels with little host time.
 
-Triton looks at every argument of every launch to find what it has compiled for its like, which takes the host longer
-than the launch. Here a dictionary finds arguments that were seen before, and what it finds is launched at once.
+For every launch, Triton inspects every argument to find the kernel that it has compiled for such arguments. This takes
+the host longer than the launch itself. Here, a dictionary maps known arguments to their compiled kernel.
 """
 
 import torch
@@ -9,19 +9,19 @@ import triton
 from torch import Tensor
 
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-# From this version on a compiled kernel takes all of its function's parameters, constants included.
+# From this version on, a compiled kernel takes all parameters of its function, constants included.
 _REMEMBERS = _TRITON >= (3, 3)
-# Versions whose compiled kernels are known to take what `_bare` passes; with others, Triton's own call does.
+# Versions whose compiled kernels are known to take the arguments that `_bare` passes. Others use Triton's own call.
 _TAKES_BARE_ARGUMENTS = (3, 3) <= _TRITON <= (3, 6)
-_MOST = 4096  # compiled kernels that are remembered; sizes that vary all the time must not pile up
+_MOST = 4096  # limit of compiled kernels to remember, because some programs never stop using new sizes
 _compiled: dict[tuple, tuple] = {}
 
 
 def launch(kernel: triton.JITFunction, programs: int, *args: Tensor | int | None, **constants) -> None:
-    """`kernel[(programs,)](*args, **constants)` on the first argument's device; `constants` in the kernel's order.
+    """`kernel[(programs,)](*args, **constants)` on the first argument's device. `constants` are in the kernel's order.
 
-    What a compiled kernel depends on of its arguments, types, alignments and integers' values, is part of what it is
-    remembered by. Hooks of Triton's profiler see the first launch alone.
+    A compiled kernel depends on the types, alignments and integer values of its arguments, so all of these are in the
+    dictionary's key. Hooks of Triton's profiler see only the first launch.
     """
     if programs == 0:
         return
@@ -34,7 +34,7 @@ def launch(kernel: triton.JITFunction, programs: int, *args: Tensor | int | None
             launch(kernel, programs, *args, **constants)
         return
     kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
-    key = (id(kernel), device.index, *kinds, *constants.values())  # its own hash is of its source
+    key = (id(kernel), device.index, *kinds, *constants.values())  # `hash(kernel)` hashes its source
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[(programs,)](*args, **constants)
@@ -49,7 +49,7 @@ def launch(kernel: triton.JITFunction, programs: int, *args: Tensor | int | None
 
 
 def _bare(compiled):
-    """Past what Triton does before each launch: it asks for the device, the stream and the hooks of its profiler."""
+    """Make a call that skips Triton's work before each launch: it asks for device, stream and its profiler's hooks."""
     run, function, packed_metadata = compiled.run, compiled.function, compiled.packed_metadata
     current_stream = torch._C._cuda_getCurrentRawStream
 

@@ -1,6 +1,6 @@
-"""Loads the compiled kernels, says which kernels there are, and registers those that Python has.
+"""Loads the compiled kernels, reports which kernels there are, and registers the kernels in Python.
 
-selective_scan and dwconv2d have the same file each, as tests/kernels/test_install.py checks.
+selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 """
 
 import functools
@@ -50,7 +50,7 @@ TRITON_RUNS_ON_CUDA = not COMPILED_FOR_CUDA and TRITON_INSTALLED
 
 
 def _not_compiled(part: str) -> str:
-    """With the reason that setup.py has noted for "cpu" or "cuda", if it has."""
+    """Say that "cpu" or "cuda" is not compiled, with the reason if setup.py has written one."""
     note = _FOLDER / "_not_compiled.txt"
     reasons = dict(line.split(": ", 1) for line in note.read_text().splitlines()) if note.exists() else {}
     return f"not compiled{f' ({reasons[part]})' if part in reasons else ''}: {_REINSTALL}"
@@ -59,8 +59,9 @@ def _not_compiled(part: str) -> str:
 def backends(tensor: Tensor | None = None) -> dict[str, str]:
     """What can run the operators here: "cpu" and "cuda" are compiled, "triton" and "reference" are Python.
 
-    Maps each name to "available", with detail in brackets, or to why it is not. With a tensor there is also
-    "selected", what runs for tensors on its device, and "selected for NAME" for each operator that is never compiled.
+    The result maps each name to "available", with detail in brackets, or to the reason why it is not available. With a
+    tensor, "selected" is the name of what runs for tensors on its device, and "selected for NAME" is the same for each
+    operator that is never compiled.
     """
     gpu = torch.cuda.is_available()
     found = {
@@ -91,23 +92,23 @@ def _selected(device: str) -> str:
 
 
 def autocast_dtype(activation: Tensor) -> torch.dtype | None:
-    """What autocast wants activations in, or None where it does not apply: float64 is left alone."""
+    """Autocast's dtype for activations, or None if autocast is off or the activation is float64 or on meta."""
     device = activation.device.type
     enabled = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled and activation.dtype != torch.float64 else None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast real numbers of at most 32 bits, as autocast does. The checks refuse other dtypes."""
-    if tensor.dtype == dtype:  # `to` takes longer to find that out
+    """Cast floating-point tensors of at most 32 bits, as autocast does. The checks refuse other dtypes."""
+    if tensor.dtype == dtype:  # faster than `to`, which returns the same tensor
         return tensor
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise a TypeError that names the first argument that is no ordinary tensor.
+    """Raise a TypeError that names the first argument that is not a dense tensor.
 
-    A tangent of forward-mode differentiation is a NotImplementedError: PyTorch would take it for zero.
+    A tangent of forward-mode differentiation raises a NotImplementedError, because PyTorch would treat it as zero.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -119,11 +120,11 @@ def check_tensors(**tensors: Tensor) -> None:
 
 
 def without_autocast(kernel: Callable) -> Callable:
-    """Autocast is still on inside a kernel; what the kernel computes in is its own business."""
+    """Run a kernel with autocast off. PyTorch leaves it on inside a kernel, but the kernel chooses its own dtypes."""
 
     @functools.wraps(kernel)
     def run(*args, **kwargs):
-        with torch._C._DisableAutocast():  # with less of the host's time than `torch.autocast`
+        with torch._C._DisableAutocast():  # takes less host time than `torch.autocast`
             return kernel(*args, **kwargs)
 
     return run
@@ -131,21 +132,21 @@ def without_autocast(kernel: Callable) -> Callable:
 
 @functools.cache
 def _warn_of_plain_pytorch(device: str, compiled: bool) -> None:
-    """Once for each device type that could have had a kernel, and each way to get it."""
+    """Warn once for each device type that could have a kernel, and for each way to get that kernel."""
     if device == "cuda" or (device == "cpu" and compiled):
         how = _REINSTALL if compiled else "pip install triton"
         warnings.warn(f"{PACKAGE} runs as plain PyTorch, slowly, on {device}: {how}", stacklevel=2)
 
 
 class Kernels(NamedTuple):
-    """What can run an operator beside a compiled library."""
+    """The implementations of an operator besides the compiled one."""
 
     plain: Callable  # in plain PyTorch
-    triton_module: str  # of this package, where Triton's has the same name
-    compiled: bool  # whether the compiled libraries have it
+    triton_module: str  # module of this package with Triton's function of the same name
+    compiled: bool  # whether the compiled library has the operator
 
     def in_triton(self) -> Callable:
-        # Imported here, for a process that runs on a CPU need not import Triton.
+        # Imported here, because a process on a CPU need not import Triton.
         return _attribute(self.triton_module, self.plain.__name__)
 
 
@@ -157,7 +158,7 @@ def _attribute(module: str, name: str) -> Callable:
 def _plain(kernels: Kernels) -> Callable:
     @functools.wraps(kernels.plain)
     def run(first: Tensor, *args, **kwargs):
-        result = kernels.plain(first, *args, **kwargs)  # what it refuses is not slow
+        result = kernels.plain(first, *args, **kwargs)  # first: if it raises, there is no warning
         _warn_of_plain_pytorch(first.device.type, kernels.compiled)
         return result
 
@@ -171,13 +172,14 @@ def _triton(kernels: Kernels) -> Callable:
     return without_autocast(run)
 
 
-OPERATORS: dict[str, Kernels] = {}  # all that are registered, by name
+OPERATORS: dict[str, Kernels] = {}  # all registered operators, by name
 
 
 def register(plain: Callable, triton_module: str = "triton_kernels", compiled: bool = True) -> None:
-    """Make `plain`, plain PyTorch, the operator of its name on every device without a compiled kernel.
+    """Register `plain`, plain PyTorch, as the operator of its name on every device without a compiled kernel.
 
-    On a GPU, Triton's kernel of that name goes before it. `compiled`: whether the compiled libraries have the operator.
+    On a GPU, Triton's kernel of that name takes precedence. `compiled` says whether the compiled library has the
+    operator.
     """
     kernels = OPERATORS[plain.__name__] = Kernels(plain, triton_module, compiled)
     operator = f"{PACKAGE}::{plain.__name__}"
@@ -186,13 +188,13 @@ def register(plain: Callable, triton_module: str = "triton_kernels", compiled: b
         torch.library.impl(operator, "cuda", _triton(kernels))
 
 
-FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}  # by operator, for transforms of torch.func
+FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}  # by name of the operator, for transforms of torch.func
 
 
 def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
-    """An operator; under a transform of torch.func, as `grad` and `vmap` are, its `FUNCTIONS`.
+    """Call an operator or, under a transform of torch.func such as `grad` and `vmap`, its function in `FUNCTIONS`.
 
-    Neither gradients in C++ nor those of `torch.library.register_autograd` may be taken under these transforms.
+    These transforms support neither gradients in C++ nor those of `torch.library.register_autograd`.
     """
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return getattr(getattr(torch.ops, PACKAGE), name)(*inputs)
@@ -202,7 +204,7 @@ def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Make `backward` the gradient of an operator, as `torch.library.register_autograd` does.
 
-    The compiled library goes before it: it has the gradients of the operators that the model calls, in C++.
+    The compiled library takes precedence: it has C++ gradients of the operators that the model calls.
     """
     FUNCTIONS[name] = _function(name, backward, setup_context)
     operator = f"{PACKAGE}::{name}"
@@ -211,7 +213,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 
 
 def refuse_second_derivatives(*names: str) -> None:
-    """Let an operator's gradient, an operator itself, say that it has none."""
+    """Make the backward operators, which have no gradient, raise an error if one is asked for."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(

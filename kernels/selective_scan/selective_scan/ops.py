@@ -44,7 +44,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    inputs = ctx.saved_tensors  # once: under gradient checkpointing a second reading is an error
+    inputs = ctx.saved_tensors  # read only once: under gradient checkpointing, a second read is an error
     grads = loading.call("selective_scan_state_backward", grad, *inputs, ctx.delta_softplus, ctx.A_is_log)
     return (*grads[:4], None if inputs[-1] is None else grads[4], None, None)
 
@@ -64,9 +64,10 @@ def selective_scan_state(
 ) -> Tensor:
     """States of a diagonal selective state space model, scanned along the last dimension.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t with h_{-1} = 0 and dt = delta + delta_bias, through softplus if
-    `delta_softplus`: the state transition of Mamba (arXiv 2312.00752, equation 2a) and Spatial-Mamba (arXiv
-    2410.15091), with A discretised by zero-order hold and B by Euler's rule. The state itself is returned, not y = C h.
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t with h_{-1} = 0 and dt = delta + delta_bias. With `delta_softplus`, dt is
+    the softplus of this sum. This is the state transition of Mamba (arXiv 2312.00752, equation 2a) and Spatial-Mamba
+    (arXiv 2410.15091), with A discretised by zero-order hold and B by Euler's rule. The operator returns the states h,
+    not y = C h.
 
     Args:
         u: input, (B, D, L), float16, bfloat16, float32 or float64.
@@ -80,10 +81,10 @@ def selective_scan_state(
 
     Returns:
         h, (B, D, N, L), contiguous, float32 (float64 if u is), whatever the inputs' 16-bit type. Gradients have
-        their input's dtype, those for u and delta its memory format too.
+        their input's dtype. Those for u and delta also have its memory format.
 
-    Defined for finite inputs and dt A <= 0: what follows an infinity is not, and states that grow may overflow.
-    Under autocast u, delta and B are cast to the autocast dtype, A and delta_bias to float32.
+    The result is defined for finite inputs and dt A <= 0. After an infinity it is undefined, and states that grow may
+    overflow. Under autocast, u, delta and B are cast to the autocast dtype, and A and delta_bias to float32.
 
     Raises:
         ValueError: a shape or device does not fit; the message names the argument.

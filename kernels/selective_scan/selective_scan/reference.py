@@ -1,4 +1,4 @@
-"""The state scan in plain PyTorch: the specification, and the kernel of any device without its own."""
+"""The state scan in plain PyTorch: the specification, and the kernel for devices without their own."""
 
 import torch
 from torch import Tensor
@@ -83,9 +83,9 @@ def selective_scan_state_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `selective_scan_state` for u, delta, A, B and delta_bias, from `grad` of the states (B, D, N, L).
 
-    The states are recomputed, not stored. With lambda the gradient that reaches each state,
-    lambda_t = grad_t + a_{t+1} lambda_{t+1}, every gradient is a product of lambda with terms of the forward pass;
-    the one for delta_bias is returned whether or not there is a bias.
+    The states are recomputed, not stored. The gradient that reaches each state is
+    lambda_t = grad_t + a_{t+1} lambda_{t+1}. Every gradient is a product of lambda with terms of the forward pass. The
+    gradient for delta_bias is returned even if there is no bias.
     """
     check_inputs(u, delta, A, B, delta_bias)
     check_grad(grad, u, A)
@@ -93,7 +93,7 @@ def selective_scan_state_backward(
     step_size, d_softplus = _step_size(delta, delta_bias, delta_softplus)
     loss, drive = _discretise(u, step_size, A, B)
 
-    # a_t h_{t-1}, as the product it is: h_t - drive_t would cancel, and so would h_{t-1} + loss_t h_{t-1}.
+    # a_t h_{t-1}, computed as a product: h_t - drive_t and h_{t-1} + loss_t h_{t-1} would lose digits by cancellation.
     carried = torch.zeros_like(loss)
     carried[..., 1:] = _decay(step_size, A)[..., 1:] * _scan(loss.clone(), drive)[..., :-1]
 
@@ -131,7 +131,7 @@ def _step_size(delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> tupl
         s = s + delta_bias[:, None]
     if not softplus:
         return s, torch.ones_like(s)
-    # Exact for every s; F.softplus turns linear at 20, which float64 can see.
+    # Exact for every s. F.softplus is linear from 20 on, which is inexact in float64.
     return s.clamp(min=0) + torch.log1p(torch.exp(-s.abs())), torch.sigmoid(s)
 
 
@@ -165,10 +165,10 @@ def _sum_groups(grad: Tensor, B: Tensor) -> Tensor:
 def _scan(loss: Tensor, drive: Tensor, reverse: bool = False) -> Tensor:
     """h_t = h_{t-1} + loss_t h_{t-1} + drive_t along the last dimension, or from its end. Overwrites both.
 
-    Doubling (Hillis and Steele, 1986): after k rounds each position has composed the 2^k steps that end there, so
-    ceil(log2 L) vectorised rounds do. Only products of decays appear, never a quotient or exp(-cumsum), so decays
-    that underflow to zero are harmless. A decay is stored as what it takes away, decay - 1: next to 1 a decay itself
-    would have lost the digits that matter after thousands of tokens.
+    The method is doubling (Hillis and Steele, 1986): after k rounds, each position has composed the 2^k steps that end
+    there, so ceil(log2 L) vectorised rounds are enough. Only products of decays appear, never a quotient or
+    exp(-cumsum), so decays that underflow to zero are harmless. A decay is stored as decay - 1. A decay next to 1 would
+    itself lose the digits that matter after thousands of tokens.
     """
     length = drive.shape[-1]
     step = 1

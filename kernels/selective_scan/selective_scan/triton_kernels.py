@@ -1,17 +1,18 @@
-"""The state scan and its gradients in Triton, for GPUs on which no compiled kernel is there.
+"""The state scan and its gradients in Triton, for GPUs without a compiled kernel.
 
-One program owns a tile of channels of one image and walks along L in chunks, in order, with the state of each channel
-carried from chunk to chunk. Inside a chunk `tl.associative_scan` composes the steps. A step h -> a h + b is kept as
-(a - 1, b): slow decays, a within 1e-3 of 1, would lose four digits in the product of a thousand rounded a's, while
-a - 1 has them all. Only products of decays appear, never a quotient, so decays that underflow to zero are harmless.
+One program owns a tile of channels of one image. It walks along L in chunks, in order, and carries the state of each
+channel from chunk to chunk. Inside a chunk, `tl.associative_scan` composes the steps. A step h -> a h + b is kept as
+(a - 1, b). With slow decays, a within 1e-3 of 1, the product of a thousand rounded a's would lose four digits; a - 1
+keeps them all. Only products of decays appear, never a quotient, so decays that underflow to zero are harmless.
 
-The backward pass recomputes the states with the forward kernel, then walks along L from the other end: it loads every
-chunk in reversed order instead of scanning in reverse, which Triton has had wrong (triton-lang/triton#4362). Of a
-reversed order Triton does not see that it is contiguous, and lets the lanes of a warp run along the first axis of the
-tile: that is L, in both kernels.
+The backward pass recomputes the states with the forward kernel, then walks along L from the other end. It loads every
+chunk in reversed order instead of scanning in reverse, because Triton's reverse scan had a bug
+(triton-lang/triton#4362). Triton does not see that a reversed order is contiguous, and lets the lanes of a warp run
+along the first axis of the tile. So the first axis is L, in both kernels.
 
-Sums over images, and over the tiles that share a B, are stored as partial sums and added by PyTorch in a fixed order:
-no atomics, so results repeat to the bit. Everything is computed in the states' dtype and rounded once, when stored.
+The kernels store partial sums over images and over the tiles that share a B, and PyTorch adds them in a fixed order.
+There are no atomics, so results repeat to the bit. Everything is computed in the states' dtype and rounded once, when
+it is stored.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from selective_scan import reference
 
-# Numbers that differ from call to call and gain nothing from a compilation of their own.
+# Numbers that differ from call to call. A kernel that is compiled for one value would not be faster.
 _SIZES = ["L", "group_channels", "group_tiles", "groups"]
 
 
@@ -32,7 +33,7 @@ _SIZES = ["L", "group_channels", "group_tiles", "groups"]
 
 @triton.jit
 def _constant(value: tl.constexpr, like):
-    """A scalar in the dtype of `like`; by itself a literal may pass through float32."""
+    """A scalar in the dtype of `like`. A plain literal could lose digits, because it may pass through float32."""
     return tl.full((), value, like.dtype)
 
 
@@ -40,11 +41,11 @@ def _constant(value: tl.constexpr, like):
 def _exp_expm1(x):
     """exp(x) and exp(x) - 1, each to a few units in its last place.
 
-    Triton's own exp is 2^(x log2(e)), whose relative error in float32 grows with |x|, and it has no expm1. Results in
-    the half octaves at the ends of the range of normal numbers may already be zero or infinite.
+    Triton's own exp is 2^(x log2(e)), whose relative error in float32 grows with |x|. Triton has no expm1. Results
+    within half an octave of the ends of the range of normal numbers may already be zero or infinite.
     """
     double: tl.constexpr = x.dtype == tl.float64
-    # Where exp has long become 0 or infinity; the power of two below must fit its bits.
+    # Beyond these limits, exp is 0 or infinity. The limits make the power of two below fit its bits.
     lowest: tl.constexpr = -746.0 if double else -104.0
     highest: tl.constexpr = 710.0 if double else 89.0
     x = tl.where(x < lowest, lowest, x)
@@ -81,7 +82,7 @@ def _expm1(x):
 
 @triton.jit
 def _softplus_sigmoid(s):
-    """log(1 + exp(s)) and its derivative, both accurate in relative terms for every s."""
+    """log(1 + exp(s)) and its derivative, both with a small relative error for every s."""
     y = _exp(-tl.abs(s))
     # log(1 + y) = 2 artanh(z) = 2 z (1 + z^2/3 + z^4/5 + ...), with z <= 1/3
     z = y / (2 + y)
@@ -94,13 +95,13 @@ def _softplus_sigmoid(s):
 
 @triton.jit
 def _compose(e_first, b_first, e_then, b_then):
-    """Two steps in one: (1 + e_then) ((1 + e_first) h + b_first) + b_then, without the ones that would round e."""
+    """Compose two steps, (1 + e_then) ((1 + e_first) h + b_first) + b_then, without adding 1 to e, which rounds e."""
     return e_first + (e_then + e_then * e_first), b_then + (b_first + e_then * b_first)
 
 
 @triton.jit
 def _scan(e, b, carry):
-    """States after every step of a chunk, along the first axis, from the state `carry` of each channel before it."""
+    """States after every step of a chunk, along the first axis. `carry` is each channel's state before the chunk."""
     e, b = tl.associative_scan((e, b), 0, _compose)
     return b + (carry[None, :] + e * carry[None, :])
 
@@ -120,9 +121,9 @@ def _with_row(tile, index, row):
 
 @triton.jit
 def _channels(group_channels, group_tiles, groups, BLOCK_D: tl.constexpr):
-    """This program's image, group, number among the image's tiles, channels, and which of them are the group's.
+    """This program's image, group, tile number in the image, channels, and which of these belong to the group.
 
-    What is multiplied by a stride is 64 bits wide: tensors may have more than 2^31 elements.
+    Numbers that are multiplied by a stride have 64 bits, because tensors may have more than 2^31 elements.
     """
     tile = tl.program_id(0) % (group_tiles * groups)
     image = (tl.program_id(0) // (group_tiles * groups)).to(tl.int64)
@@ -222,7 +223,7 @@ def _forward_kernel(
             A = _load_rate(A_ptr, d, n, d_valid, N, A_IS_LOG)
             B_ptrs = B_group_ptr + tl.cast(n, tl.int64) * B_stride_n + t * B_stride_l
             B = tl.load(B_ptrs, mask=t < L, other=0).to(dtype)
-            # Beyond the end dt is 0, so that the last row holds the state after the last valid step.
+            # Beyond the end, dt is 0. So the last row holds the state after the last valid step.
             e = _expm1(dt * A[None, :])
             h = _scan(e, dt * u * B[:, None], _row(carries, n))
             _store(h_ptr + (channel * N + n) * L, t, valid, h)
@@ -269,7 +270,7 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """With lam the gradient that reaches each state, lam_t = grad_t + a_{t+1} lam_{t+1}: a scan from the other end."""
+    """The gradient that reaches each state is a scan from the other end: lam_t = grad_t + a_{t+1} lam_{t+1}."""
     dtype: tl.constexpr = A_ptr.dtype.element_ty
     image, group, tile, d, d_valid = _channels(group_channels, group_tiles, groups, BLOCK_D)
     grad_ptrs = grad_ptr + image * grad_stride_b + d * grad_stride_d
@@ -307,7 +308,7 @@ def _backward_kernel(
             lam = _scan(e_next, grad, _row(carries, n))
             carries = _with_row(carries, n, _row(lam, BLOCK_L - 1))
 
-            # a_t h_{t-1} as it is: recovering it as h_t - drive_t would cancel.
+            # a_t h_{t-1} as a product: h_t - drive_t would lose digits by cancellation.
             decay = _exp(dt * A)
             lam_carried = lam * (decay * h_previous)
             lam_B += lam * B
@@ -340,7 +341,7 @@ class _Options(NamedTuple):
 
 
 class _Tiling(NamedTuple):
-    """How the channels of an image are dealt out to programs: tiles do not straddle groups."""
+    """How the channels of an image are divided among programs. A tile lies within one group."""
 
     groups: int
     group_channels: int
@@ -352,9 +353,9 @@ class _Tiling(NamedTuple):
 def _tiling(u: Tensor, B: Tensor) -> _Tiling:
     """Tiles of up to 512 elements for one warp: scans and sums then need neither shared memory nor barriers.
 
-    8 channels and 64 positions were chosen by what the compiler makes of them for sm_80 and sm_90, not by timings. With
-    more channels the backward kernel spills far more registers; with fewer, where u is channels-last, even less of the
-    32 bytes that a GPU reads at once would be used. Smaller groups leave room for more positions.
+    8 channels and 64 positions were chosen from the compiled code for sm_80 and sm_90, not from timings. With more
+    channels, the backward kernel spills far more registers. With fewer, programs would use even less of the 32 bytes
+    that a GPU reads at once if u is channels-last. Smaller groups leave room for more positions.
     """
     _, channels, length = u.shape
     groups = 1 if B.dim() == 3 else B.shape[1]
@@ -371,7 +372,7 @@ def _launch(
     options: _Options,
     strides: tuple[int, ...] = (),
 ) -> None:
-    """Run `kernel` on the operator's inputs, then on `others`; `strides` are those of the first of these."""
+    """Launch `kernel` with the operator's inputs and then `others`. `strides` are those of the first of `others`."""
     u, delta, A, B, delta_bias = inputs
     if u.shape[0] == 0:
         return
@@ -430,7 +431,7 @@ def selective_scan_state_backward(
     inputs, options, tiling = (u, delta, A, B, delta_bias), _Options(delta_softplus, A_is_log), _tiling(u, B)
     h = _states(inputs, options, tiling)
     batch, channels, states, length = h.shape
-    # On a CPU this is Triton's interpreter, which cuts numbers to bfloat16 instead of rounding: leave it to PyTorch.
+    # On a CPU, Triton's interpreter runs. It truncates to bfloat16 instead of rounding, so PyTorch does the cast.
     activation = u.dtype if u.is_cuda else A.dtype
 
     grad_u, grad_delta = h.new_empty(u.shape, dtype=activation), h.new_empty(u.shape, dtype=activation)

@@ -1,7 +1,8 @@
-// State fusion of planes whose rows are contiguous, forward, for AVX-512: lanes are columns.
+// Forward pass of state fusion for planes with contiguous rows, with AVX-512. Lanes are columns.
 //
-// Nothing is transposed or copied. A vector of columns goes down the plane; each row is loaded once, shifted to the seven
-// columns that taps reach, and added to the eleven output rows that it reaches, whose sums stay in registers.
+// Nothing is transposed or copied. A vector of columns goes down the plane. Each row is loaded once, shifted to the
+// seven columns that taps reach, and added to the output rows that it reaches. Eleven sums of output rows stay in
+// registers.
 #pragma once
 
 #include <immintrin.h>
@@ -14,7 +15,7 @@ namespace rows {
 
 constexpr int kLanes = 16, kReach = 5, kSums = 2 * kReach + 1;
 constexpr int kOffsets[] = {-5, -3, -1, 0, 1, 3, 5}, kCount = 7;  // of taps, along rows and along columns
-constexpr int kTaps = 25, kWeightsHeld = 9;  // weights in registers all the time: of 7 to 13, the fastest
+constexpr int kTaps = 25, kWeightsHeld = 9;  // weights that stay in registers; 9 is the fastest of 7 to 13
 static_assert(kRowsWidth >= kLanes + kReach, "the first 16 columns are not to need what is beyond the last");
 
 // The number of the tap in each of the seven rows and columns, in the order of planes.cpp; -1 where there is none.
@@ -35,7 +36,7 @@ INLINE Integers within(Integers columns, int width) {
   return columns < width ? columns : Integers{} + (width - 1);
 }
 
-// 16 columns, those beyond the last one being copies of it.
+// 16 columns. Those beyond the last column are copies of it.
 struct Segment {
   int64_t offset;
   Integers lanes;
@@ -51,13 +52,13 @@ struct Segment {
   }
 };
 
-// Lanes n to n + 15 of `low` and `high` after it.
+// Lanes n to n + 15 of `low` followed by `high`.
 template <int n>
 INLINE __m512 shift(__m512 low, __m512 high) {
   return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(high), _mm512_castps_si512(low), n));
 }
 
-// Rows of a plane, from a column on. They are gone through one by one, lest GCC keep a pointer to each of several.
+// Rows of a plane, from a column on. `next` steps through them one by one, so that GCC does not keep several pointers.
 struct Rows {
   float* data;
   int64_t stride;
@@ -72,20 +73,20 @@ struct Rows {
   }
 };
 
-// 16 columns, or the last ones, of a plane. Left: they are the first. Right: taps reach beyond the last. Observe: the
-// sums are multiplied by C, and D x is added.
+// 16 columns of a plane, or its last ones. Left: they are the first. Right: taps reach beyond the last column. Observe:
+// the sums are multiplied by C, and D x is added.
 template <bool Left, bool Right, bool Observe>
 struct Block {
   Rows in;  // of column 0
   int64_t column;
-  Segment here, next;      // on the right
-  __mmask16 has_next, has;  // columns after these, and these
+  Segment here, next;      // only if Right
+  __mmask16 has_next, has;  // existing lanes of the next columns and of these
   Rows C, x, out;
   __m512 D;
 
   INLINE void load(const float* row, __m512 (&shifted)[kCount]) const {
     __m512 before = Left ? _mm512_set1_ps(row[0]) : _mm512_loadu_ps(row + column - kLanes);
-    if (!Left) asm("" : "+v"(before));  // one load, not one for each shift
+    if (!Left) asm("" : "+v"(before));  // makes GCC load once, not for each shift
     const __m512 same = Right ? here.load(row) : _mm512_loadu_ps(row + column);
     const __m512 after = Right ? next.load(row) : _mm512_maskz_loadu_ps(has_next, row + column + kLanes);
     shifted[0] = shift<kLanes - 5>(before, same);
@@ -110,7 +111,7 @@ INLINE __m512 join(__m256 low, __m256 high) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
-// Up to eight last columns of two planes.
+// The last columns of two planes, up to eight of each.
 template <bool Observe>
 struct Ends {
   Rows in;  // of column 0
@@ -144,17 +145,17 @@ struct Ends {
     }
     float* const to = out.next();
     _mm256_mask_storeu_ps(to, has, _mm512_castps512_ps256(sum));
-    // Not as the 256 bits extracted: GCC 12 fuses the two into an instruction that touches the lanes it is not to store.
+    // Not by extracting 256 bits: GCC 12 fuses both steps into an instruction that accesses masked-out lanes.
     _mm512_mask_storeu_ps(to + out_channel - 8, has << 8, sum);
   }
 };
 
-// Rows of the plane, and those of them that are asked for.
+// The rows of the plane, and those of the strip.
 struct Strip {
   int64_t height, begin, rows;
 };
 
-// Goes down a strip: sums[j] is that of the output row that is j - 5 rows before the input row, and is stored when j is 10.
+// Goes down a strip. sums[j] belongs to the output row j - 5 rows before the input row, and is stored when j is 10.
 template <class Columns>
 struct Sums {
   Columns columns;
@@ -171,7 +172,7 @@ struct Sums {
     for (int i = 0; i < kSums; ++i) sums[i] = _mm512_setzero_ps();
   }
 
-  // Adds an input row, counted from five before the strip. Inner: the output rows that it reaches are all in the strip.
+  // Adds an input row, counted from five rows before the strip. Inner: all output rows it reaches are in the strip.
   template <bool Inner>
   INLINE void add(int64_t row) {
     __m512 shifted[kCount];
@@ -206,13 +207,13 @@ NOINLINE void fuse(const Columns& columns, const Strip& strip, const float* weig
   const Rows plane = sums.columns.in;
   for (int64_t row = 0; row < first; ++row) sums.template add<false>(row);
   sums.columns.in.skip(strip.begin + kReach);
-#pragma GCC unroll 2  // of 1, 2, 3, 4 and 11, which would have no sums to move, the fastest
+#pragma GCC unroll 2  // the fastest of 1, 2, 3, 4 and 11, although with 11 no sums would move
   for (int64_t row = first; row < last; ++row) sums.template add<true>(row);
   sums.columns.in = plane;
   for (int64_t row = last; row < strip.rows + 2 * kReach; ++row) sums.template add<false>(row);
 }
 
-// A task: a strip of two channels, whose last columns share a vector if they fit.
+// A task: a strip of two channels. Their last columns share a vector if they fit.
 struct Pair {
   const Problem& p;
   int64_t batch, channel, channels;
@@ -224,7 +225,7 @@ struct Pair {
     return {(float*)v.data + batch * v.batch + (channel + c) * v.channel + n * v.state + column, v.row};
   }
 
-  // D x at first, then the sum over the states so far.
+  // The rows that are added to the sums: x (with factor D) for the first state, then the sum over the states so far.
   INLINE Rows rows_of_x(int64_t c, int64_t n, int64_t column) const {
     return n == 0 ? rows_of(p.x, c, 0, column) : rows_of(p.out, c, 0, column);
   }

@@ -1,4 +1,4 @@
-// What both kernel packages do around their kernels; both have this file.
+// Functions around the CPU kernels; both kernel packages have a copy of this file.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,7 +10,8 @@
 
 namespace host {
 
-// What PyTorch itself would use: the best this processor has, or less if ATEN_CPU_CAPABILITY says so.
+// Chooses the instruction set as PyTorch does: the best of this processor, or a lesser one that ATEN_CPU_CAPABILITY
+// names.
 #ifdef KERNELS_X86
 template <class Kernels>
 const Kernels& choose(const Kernels& portable, const Kernels& avx2, const Kernels& avx512) {
@@ -19,7 +20,7 @@ const Kernels& choose(const Kernels& portable, const Kernels& avx2, const Kernel
 }
 #endif
 
-// Memory for one thread's tasks, kept for the next call: new memory is slow to touch first, often slower than a task.
+// Memory for one thread's tasks, kept for the next call: the first access to new memory often takes longer than a task.
 inline void* scratch(size_t bytes) {
   constexpr size_t kKept = 8 << 20;
   thread_local c10::DataPtr memory;
@@ -33,7 +34,7 @@ inline void* scratch(size_t bytes) {
   return memory.get();
 }
 
-// Runs every task, each thread with scratch memory of its own.
+// Runs every task. Each thread has its own scratch memory.
 template <class Kernel, class Problem>
 void run(const Kernel& kernel, const Problem& p, int64_t tasks) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -42,8 +43,8 @@ void run(const Kernel& kernel, const Problem& p, int64_t tasks) {
   });
 }
 
-// out[i][j] = sum over k of parts[i][k][j], i < outer and k < terms, in double precision and in the order of k whatever
-// the thread.
+// out[i][j] = sum over k of parts[i][k][j], for i < outer and k < terms. The sum is in double precision and in the
+// order of k, so it does not depend on the threads.
 template <class Part>
 at::Tensor sum(const at::Tensor& parts, int64_t outer, int64_t terms, at::Tensor out) {
   if (terms == 1) return out.copy_(parts.view(out.sizes()));

@@ -64,7 +64,7 @@ struct Taps {
   }
 };
 
-// Where the kernels of state fusion have their taps among the 25, the centre being everyone's.
+// The place of each kernel's taps among the 25 taps of state fusion. All kernels share the centre.
 struct FusionTaps {
   std::vector<int> rows, columns;
   int index[3][9];
@@ -120,7 +120,7 @@ Taps fusion_weights(const Tensor& h, const Weights& weights, const Tensor& alpha
 Taps conv_weights(const Tensor& weight, int64_t dilation, const Sizes& sizes) {
   const int height = sizes.kernel_height, width = sizes.kernel_width;
   Taps taps{height == 3 && width == 3 && dilation == 1 ? kSquare3 : kAny, {}, {}, {}};
-  const int step = std::min(dilation, std::max(sizes.height, sizes.width));  // beyond the plane all is alike
+  const int step = std::min(dilation, std::max(sizes.height, sizes.width));  // larger ones give the same result
   for (int i = 0; i < height; ++i)
     for (int j = 0; j < width; ++j) taps.add(step * (i - height / 2), step * (j - width / 2));
   taps.allocate(weight, at::promoteTypes(weight.scalar_type(), at::kFloat), weight.size(0));
@@ -144,8 +144,8 @@ Problem problem(const Sizes& sizes, const Taps& taps, bool replicate) {
   return p;
 }
 
-// A strip with its margins is to stay in the second-level cache, and there are to be tasks for several threads: how many
-// there are must not matter.
+// A strip with its margins should stay in the L2 cache, and there should be tasks for several threads. The choice must
+// not depend on the number of threads.
 void choose_strips(Problem& p, const Kernel& kernel) {
   const int64_t row_bytes = (p.width + 2 * p.reach_columns) * kernel.vector_bytes;
   const int64_t fitting = kStripBytes / row_bytes - 2 * p.reach_rows;
@@ -157,8 +157,8 @@ void choose_strips(Problem& p, const Kernel& kernel) {
 
 int64_t tasks(const Problem& p, const Kernel& kernel) { return p.batch * p.blocks(kernel.lanes) * p.strips; }
 
-// Whether `fusion_rows` computes it, and sooner than the kernel whose lanes are channels. It goes down columns: short ones
-// end too soon, and what is not in a cache would be read in the wrong order.
+// Whether `fusion_rows` can compute the problem, and faster than the kernel whose lanes are channels. It goes down
+// columns: short columns do not pay off, and planes that are not in a cache would be read in a bad order.
 bool takes_rows(const Problem& p, Types types) {
   constexpr int64_t kLeastHeight = 24, kMostElements = 2 << 20;
   const auto has_rows = [](const View& v) { return !v.data || v.column == 1; };
@@ -174,7 +174,8 @@ void run_forward(Problem& p, Types types, const Tensor& out) {
   host::run(kernel, p, tasks(p, kernel));
 }
 
-// The gradients for the taps' weights and, in the last row, for D or the bias, (taps + 1, D); C's if there is a C.
+// `weights` has the gradients of the taps' weights and, in the last row, of D or the bias: (taps + 1, D). `C` has C's
+// gradient if there is a C.
 struct SharedGradients {
   Tensor weights, C;
 };
@@ -234,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Tenso
 
 // ----- state fusion
 
-// The gradients of the three kernels and of alpha, from those of the 25 taps.
+// Computes the gradients of the three kernels and of alpha from those of the 25 taps.
 template <class S>
 void unmerge(const Tensor& taps, const Weights& weights, const Tensor& alpha, const Weights& grads,
              const Tensor& grad_alpha) {

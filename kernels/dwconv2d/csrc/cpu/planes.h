@@ -2,7 +2,7 @@
 //
 // All operators are one computation on planes, with some parts left out:
 //
-//   conv_n(p) = sum over taps k of weight_k in_n(p + offset_k)         in_n continued beyond the plane
+//   conv_n(p) = sum over taps k of weight_k in_n(p + offset_k)         in_n padded beyond the plane
 //   out(p)    = sum_n C_n(p) conv_n(p) + D x(p)                        state_fusion_output
 //   out_n(p)  = conv_n(p) + bias                                       dilated_dwconv2d, state_fusion
 #pragma once
@@ -11,37 +11,37 @@
 
 namespace dwconv2d {
 
-// A tensor (batch, channels, states, height, width) and its strides in elements; `data` is null if there is none.
+// A tensor (batch, channels, states, height, width) and its strides in elements. `data` is null if there is no tensor.
 struct View {
   const void* data = nullptr;
   int64_t batch = 0, channel = 0, state = 0, row = 0, column = 0;
 };
 
-// Arrangements of taps for which there is code of their own: a kernel of 3x3 without dilation, and state fusion's.
+// Arrangements of taps that have their own code: a 3x3 kernel without dilation, and state fusion.
 enum Pattern { kAny, kSquare3, kFusion };
 
 struct Problem {
   int64_t batch, channels, states, height, width;
-  bool replicate;  // how planes are continued: by their nearest border value, or by zeros
+  bool replicate;  // pad planes by their nearest border value, or else by zeros
 
   Pattern pattern;
   int taps;
-  const int *tap_rows, *tap_columns;  // offset of each tap, those of one row together
-  int distinct_rows;                  // how many rows they are in
-  int reach_rows, reach_columns;      // the largest of them
+  const int *tap_rows, *tap_columns;  // offset of each tap; taps of one row are adjacent
+  int distinct_rows;                  // number of rows that have taps
+  int reach_rows, reach_columns;      // largest absolute offset
   const void* weights;                // (taps, weight_pitch) of the computation's type, zeros after the last channel
   int64_t weight_pitch;
 
   View in, C, x, bias, D;
-  View out;  // forward; backward, the gradient of `in`
+  View out;  // in the backward pass, the gradient of `in`
 
-  // Backward, with `grad` that of the forward pass's `out`.
+  // For the backward pass. `grad` is the gradient of the forward pass's `out`.
   View grad, grad_x;
   void* grad_C;        // (batch, states, blocks, height, width) of the computation's type, to be summed over blocks
   void* grad_weights;  // (batch, strips, taps + 1, channels), to be summed over both; the last is for D or the bias
 
-  // A strip is as many rows of a plane as are taken at once, a task one strip of as many channels as fit a vector.
-  // Whatever thread runs a task, it writes the same numbers.
+  // A strip is the rows of a plane that are processed at once. A task is one strip of as many channels as fit in a
+  // vector. Its results do not depend on the thread that runs it.
   int64_t strip_rows, strips;
 
   int64_t blocks(int64_t lanes) const { return (channels + lanes - 1) / lanes; }
@@ -53,14 +53,14 @@ struct Kernel {
   void (*run)(const Problem&, int64_t task, void* scratch);
 };
 
-// The type of `in`, then that of what is read and written beside it.
+// The type of `in`, then the type of the other activations.
 enum Types { kFloat32, kFloat64, kFloat16, kBFloat16, kFloat32WithFloat16, kFloat32WithBFloat16, kTypes };
 
 constexpr int64_t kRowsWidth = 24;
 
 struct Kernels {
   Kernel forward[kTypes], backward[kTypes];
-  // Forward, state fusion of float32 planes with contiguous rows of at least kRowsWidth; `run` is null if there is none.
+  // Forward pass of state fusion, for float32 planes with contiguous rows of at least kRowsWidth. `run` may be null.
   Kernel fusion_rows;
 };
 

@@ -1,6 +1,6 @@
 #define VECTOR_BYTES 64
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // in its own intrinsics: GCC bug 105593
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false for GCC's own intrinsics: GCC bug 105593
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include "fusion_rows.h"

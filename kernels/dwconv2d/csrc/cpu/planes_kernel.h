@@ -1,6 +1,6 @@
 // Depthwise convolution of planes, forward and backward, for one vector length.
 //
-// Lanes are channels, so a plane needs no care for its width. A strip of it is copied into a buffer with margins; every
+// Lanes are channels, so a plane may have any width. A strip of the plane is copied into a buffer with margins. Every
 // tap is then a pointer, and a few neighbouring pixels share each load of a weight.
 #pragma once
 
@@ -12,17 +12,17 @@ namespace {
 
 using namespace simd;
 
-constexpr int kPixels = VECTOR_BYTES == 64 ? 14 : 8;  // accumulators of a convolution, of 32 or 16 registers
-constexpr int kTapsAtOnce = 8;  // and of a weight's gradient
-constexpr int64_t kColumns = 16;  // as many at once as leave all rows that taps reach in the first-level cache
-constexpr int64_t kTokens = 1024;  // pixels that are read, computed and written at once, or more if a row has more
-constexpr int64_t kSumInFloat = 128;  // pixels after which a sum goes on in double precision
+constexpr int kPixels = VECTOR_BYTES == 64 ? 14 : 8;  // accumulators of a convolution, among 32 or 16 registers
+constexpr int kTapsAtOnce = 8;  // accumulators of a weight's gradient
+constexpr int64_t kColumns = 16;  // columns at once; few, so that all rows that taps reach stay in the L1 cache
+constexpr int64_t kTokens = 1024;  // pixels to read, compute and write at once, or more if a row has more
+constexpr int64_t kSumInFloat = 128;  // pixels after which a float sum is added to a double
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t clamp(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
-// Room for one task, in vectors.
+// Memory for one task, in vectors.
 struct Scratch {
   char* next;
 
@@ -34,7 +34,7 @@ struct Scratch {
   }
 };
 
-// A strip with margins on all sides, of rows from `first` on, each of `pitch` pixels.
+// A strip with margins on all sides. Its rows start at `first`, and each has `pitch` pixels.
 template <class S>
 struct Buffer {
   S* data;
@@ -55,7 +55,7 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
-// Pixels of some rows, one after the other: in a tile or, where they are vectors already, in the tensor.
+// Pixels of some rows, one after the other. They are in a tile, or in the tensor if the tensor already has vectors.
 template <class S>
 struct Pixels {
   S* data;
@@ -68,7 +68,7 @@ struct Pixels {
   }
 };
 
-// A task's place in the problem. T is the type of `in`, U that of what is beside it.
+// A task's place in the problem. T is the type of `in`, U the type of the other activations.
 template <class T, class U>
 struct Task {
   using S = typename State<T>::type;
@@ -93,14 +93,14 @@ struct Task {
     return (const V*)v.data + batch * v.batch + channel * v.channel + n * v.state + y * v.row;
   }
 
-  // Rows that are read, computed and written at once.
+  // The number of rows to read, compute and write at once.
   INLINE int64_t rows_at_once() const { return most(1, kTokens / p.width); }
 
   // The rows of the strip and, within the plane, of its margins.
   INLINE int64_t first_row() const { return most(0, begin - p.reach_rows); }
   INLINE int64_t last_row() const { return least(p.height, end + p.reach_rows); }
 
-  // `rows` rows of a view as a tile of (rows width, lanes), whatever its strides.
+  // Reads `rows` rows of a view, of any strides, as a tile of (rows width, lanes).
   template <class V>
   INLINE void read(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
     const bool one_run = rows == 1 || v.row == p.width * v.column;
@@ -117,13 +117,13 @@ struct Task {
       store_tile(const_cast<V*>(at<V>(v, n, y + i)), tile + i * tokens * W, v.channel, v.column, channels, tokens);
   }
 
-  // Whether those rows of a view are vectors one after the other.
+  // Whether `rows` rows of a view are vectors one after the other.
   template <class V>
   INLINE bool is_direct(const View& v, int64_t rows) const {
     return kSame<V, S> && channels == W && v.channel == 1 && (rows == 1 || v.row == p.width * v.column);
   }
 
-  // Rows of a view to read: where they are, or copied to the tile.
+  // Rows of a view to read, in the tensor or copied to the tile.
   template <class V>
   INLINE Pixels<const S> look(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
     if (is_direct<V>(v, rows)) return {(const S*)at<V>(v, n, y), v.column};
@@ -131,7 +131,7 @@ struct Task {
     return {tile, W};
   }
 
-  // Rows of a view to write: where they are, or the tile, which `write` then copies there.
+  // Rows of a view to write, in the tensor or in the tile, which `write` then copies to the tensor.
   template <class V>
   INLINE Pixels<S> place_for(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
     if (is_direct<V>(v, rows)) return {(S*)at<V>(v, n, y), v.column};
@@ -143,7 +143,7 @@ struct Task {
     if (pixels.data == tile) write<V>(tile, v, n, y, rows);
   }
 
-  // C for each pixel of some rows, the same for all channels.
+  // Reads C for each pixel of some rows. C is the same for all channels.
   INLINE void read_C(S* numbers, int64_t n, int64_t y, int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i) {
       const U* from = (const U*)p.C.data + batch * p.C.batch + n * p.C.state + (y + i) * p.C.row;
@@ -151,7 +151,7 @@ struct Task {
     }
   }
 
-  // One number a channel, zeros after the last.
+  // One number for each channel, and zeros after the last.
   template <class V>
   INLINE Vec<S> per_channel(const View& v) const {
     S lanes[W] = {};
@@ -163,7 +163,7 @@ struct Task {
     return {data, begin - p.reach_rows, p.width + 2 * p.reach_columns, p.reach_columns};
   }
 
-  // Whether single rows are read as fast as several at once.
+  // Whether reading single rows is as fast as reading several at once.
   INLINE bool fills_vectors(const View& v) const { return v.channel == 1 || p.width >= 2 * W; }
 
   // Fills a row's margins with its border values or with zeros.
@@ -174,7 +174,7 @@ struct Task {
     fill(end, right, to.margin);
   }
 
-  // The rows beyond the plane: copies of the nearest, or zeros.
+  // Fills the rows beyond the plane with copies of the nearest row or with zeros.
   INLINE void continue_plane(const Buffer<S>& to, bool replicate) const {
     for (int64_t y = begin - p.reach_rows; y < end + p.reach_rows; ++y) {
       if (0 <= y && y < p.height) continue;
@@ -187,7 +187,7 @@ struct Task {
     }
   }
 
-  // The strip of in_n.
+  // Reads the strip of in_n.
   INLINE void read_strip(const Buffer<S>& to, S* tile, int64_t n) const {
     const bool direct = fills_vectors(p.in);
     for (int64_t y = first_row(), rows; y < last_row(); y += rows) {
@@ -208,7 +208,7 @@ struct Task {
   }
 };
 
-// What becomes of a convolution's sums: out(i) is the sum of pixel i, C(i) sum + factor other(i), or sum other(i).
+// What happens with a convolution's sums: out(i) is the sum of pixel i, or C(i) sum + factor other(i), or sum other(i).
 template <class S>
 struct Finish {
   enum { kSum, kObserve, kMultiply } what;
@@ -219,7 +219,7 @@ struct Finish {
 
   template <int Pixels>
   INLINE void operator()(int64_t first, const Vec<S> (&sums)[Pixels]) const {
-    const auto to = out;  // copies, which no store can change
+    const auto to = out;  // local copies, which no store can change
     const auto from = other;
     if (what == kSum) {
       for (int j = 0; j < Pixels; ++j) to.set(first + j, sums[j]);
@@ -245,8 +245,8 @@ struct Any {
   }
 };
 
-// Taps that are known when compiling: what several of them take from a row is loaded once. Sign is that of the columns,
-// -1 in an adjoint.
+// Taps that the compiler knows: values of a row that several taps need are loaded once. Sign is the sign of the
+// columns, -1 in an adjoint.
 template <class Taps>
 struct Known {
   template <int Sign, int Pixels, class S>
@@ -289,7 +289,8 @@ INLINE void convolve_pixels(const S* from, const int64_t* offsets, const S* weig
   }
 }
 
-// All pixels of `rows` rows `pitch` apart. Columns are taken in blocks, and those in pieces, that differ by one at most.
+// Convolves all pixels of `rows` rows that are `pitch` apart. Columns are divided into blocks, and blocks into pieces,
+// whose sizes differ by one at most.
 template <class Taps, int Sign, class S>
 NOINLINE void convolve(const S* from, int64_t pitch, const int64_t* offsets, const S* weights, int taps, int64_t rows,
                        int64_t width, Vec<S> start, const Finish<S>& finish) {
@@ -312,14 +313,14 @@ template <int Sign, class S>
 INLINE void convolve(const Problem& p, const S* from, int64_t pitch, const int64_t* offsets, const S* weights,
                      int64_t rows, Vec<S> start, const Finish<S>& finish) {
   auto run = convolve<Any, 1, S>;
-  if constexpr (kSame<S, float>) {  // double precision is for checking gradients
+  if constexpr (kSame<S, float>) {  // double precision is for gradient checks
     if (p.pattern == kSquare3) run = convolve<Known<Square3>, Sign, S>;
     if (p.pattern == kFusion) run = convolve<Known<Fusion>, Sign, S>;
   }
   run(from, pitch, offsets, weights, p.taps, rows, p.width, start, finish);
 }
 
-// What both passes have at hand: a strip of `in`, weights, and where the taps are.
+// What both passes use: a strip of `in`, the weights, and the offsets of the taps.
 template <class T, class U>
 struct Convolution {
   using S = typename State<T>::type;
@@ -347,7 +348,7 @@ struct Convolution {
     for (int k = 0; k < p.taps; ++k) offsets[k] = (p.tap_rows[k] * in.pitch + p.tap_columns[k]) * W;
   }
 
-  // Finishes start + conv_n for the pixels of rows, counted from 0.
+  // Computes start + conv_n for the pixels of `count` rows and passes the sums to `finish`, which counts pixels from 0.
   INLINE void rows(int64_t y, int64_t count, Vec<S> start, const Finish<S>& finish) const {
     convolve<1>(task.p, in.row(y), in.pitch, offsets, weights, count, start, finish);
   }
@@ -369,7 +370,7 @@ void forward(const Problem& p, int64_t index, void* memory) {
   constexpr int W = Task<T, U>::W;
   const int64_t size = conv.tile_vectors(p);
   S *room = scratch.take<S>(size), *room_of_x = scratch.take<S>(size), *C = scratch.take<S>(size);
-  S* sums = scratch.take<S>(0);  // of a strip, where there are several states to sum over
+  S* sums = scratch.take<S>(0);  // of a strip, if there are several states to sum over
   const Vec<S> bias = task.template per_channel<U>(p.bias), D = task.template per_channel<S>(p.D);
 
   for (int64_t n = 0; n < p.states; ++n) {
@@ -395,8 +396,8 @@ void forward(const Problem& p, int64_t index, void* memory) {
   }
 }
 
-// The gradient of `in` is the same computation with taps that point the other way, but at a border that stands for the
-// rows or columns beyond it too. There it takes sums of rows, and for the columns sums within each row.
+// The gradient of `in` is the same computation with taps that point the other way, except at a border that is
+// replicated beyond the plane. There, the taps take sums of rows and, for the columns, sums within each row.
 template <class T, class U>
 struct Adjoint {
   using S = typename State<T>::type;
@@ -405,7 +406,7 @@ struct Adjoint {
   const Convolution<T, U>& conv;
   const Task<T, U>& task;
   Buffer<S> grad;  // zeros beyond the plane
-  S* sums;         // for each row of taps, what a border row takes
+  S* sums;         // for each row of taps, the values that a border row takes
   int64_t *offsets, *border_offsets;
 
   static INLINE int64_t vectors(const Problem& p) {
@@ -422,7 +423,7 @@ struct Adjoint {
     for (int k = 0; k < p.taps; ++k) offsets[k] = -conv.offsets[k];
   }
 
-  // The sum of the rows whose tap in a row `offset` away is the border row y.
+  // Sums the rows whose tap, `offset` rows away, reads the border row y.
   INLINE void sum_rows(S* to, int64_t y, int offset) const {
     const Problem& p = task.p;
     fill(to, Vec<S>{}, grad.pitch);
@@ -435,7 +436,8 @@ struct Adjoint {
     }
   }
 
-  // Where each tap of the border row y takes what had gone to it, as an offset to row y of the gradients.
+  // Computes sums for the border row y, and the address at which each tap reads them, relative to row y of the
+  // gradients.
   INLINE void aim_at_sums(int64_t y) const {
     const Problem& p = task.p;
     S* sum = sums - grad.pitch * W;
@@ -445,7 +447,7 @@ struct Adjoint {
     }
   }
 
-  // What comes back to the columns at the plane's borders from those beyond.
+  // Adds to the columns at the plane's borders what belongs to the columns beyond.
   INLINE void add_columns(const Pixels<S>& out, const S* row, const int64_t* offsets) const {
     const Problem& p = task.p;
     Vec<S> left = {}, right = {};
@@ -461,7 +463,7 @@ struct Adjoint {
     out.set(p.width - 1, out.get(p.width - 1) + right);
   }
 
-  // Rows of the gradient.
+  // Computes rows of the gradient.
   INLINE void rows(const Pixels<S>& out, int64_t begin, int64_t count) const {
     const Problem& p = task.p;
     for (int64_t y = begin, some; y < begin + count; y += some) {
@@ -478,7 +480,8 @@ struct Adjoint {
   }
 };
 
-// Sums over many pixels, a vector each: in floats for a while, then in double precision.
+// Sums over many pixels, each a vector. Callers add floats for some pixels, then add the result here in double
+// precision.
 struct Sums {
   double* data;
   int64_t lanes;
@@ -489,7 +492,7 @@ struct Sums {
   }
 };
 
-// Adds to the sums of `Taps` taps what the rows from `begin` to `end` have for the gradients of their weights.
+// Adds the contributions of the rows from `begin` to `end` to the gradients of the weights of `Taps` taps.
 template <int Taps, class S>
 INLINE void add_some_weight_gradients(const Sums& sums, int tap, const int64_t* offsets, const Buffer<S>& in,
                                       const Buffer<S>& grad, int64_t begin, int64_t end, int64_t width) {
@@ -547,7 +550,7 @@ void backward(const Problem& p, int64_t index, void* memory) {
   memset(sums.data, 0, (p.taps + 1) * W * sizeof(double));
   const Vec<S> D = task.template per_channel<S>(p.D);
 
-  // D x, or the bias.
+  // The gradients of D and x, or of the bias.
   for (int64_t y = task.begin, rows; y < task.end; y += rows) {
     rows = least(task.rows_at_once(), task.end - y);
     const Pixels<const S> g = task.template look<U>(tile, p.grad, 0, y, rows);

@@ -1,5 +1,5 @@
-// Depthwise convolutions and their gradients for what there are no tiles for: a thread for each result, straight from
-// global memory. Any taps, planes of any size, and double precision.
+// Depthwise convolutions and their gradients without tiles: a thread computes each result from global memory. These
+// kernels take any taps, planes of any size, and double precision.
 #pragma once
 
 #include "elements.cuh"
@@ -9,11 +9,12 @@
 namespace dwconv2d {
 
 constexpr int kDirectThreads = 128;
-constexpr int kDistributeThreads = 1024;  // three blocks are all that there are
+constexpr int kDistributeThreads = 1024;  // the launch has only three blocks
 
 __device__ __forceinline__ int64_t global_index() { return int64_t(blockIdx.x) * kDirectThreads + threadIdx.x; }
 
-// An element of a tensor of planes, counted row after row, state after state, channel (or channel block) after channel.
+// An element of a tensor of planes. `index` counts row after row, state after state, and channel (or channel block)
+// after channel.
 struct Pixel {
   int64_t batch;
   int channel, state, row, column;
@@ -30,7 +31,7 @@ struct Pixel {
   }
 };
 
-// Where in the plane a tap looks, or -1 for a zero outside.
+// The position in the plane that a tap reads, or -1 for a zero outside.
 __device__ __forceinline__ int seen(int position, int size, bool zeros) {
   const int inside = min(max(position, 0), size - 1);
   return zeros && inside != position ? -1 : inside;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_forward(const Params p)
   narrow(sum, at<Input>(p.result, me.batch, me.channel, me.state)[me.place]);
 }
 
-// Positions whose tap at an offset sees `target`.
+// The positions whose tap at an offset reads `target`.
 struct Range {
   int first, last;
 
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p)
   }
 }
 
-// Terms of the gradients for the taps and for D or the bias: one of them, for one channel and slice of an image.
+// Terms of the gradients of the taps, and of D or the bias. A thread computes one term, for one channel and slice
+// of an image.
 template <typename Taps, typename Element, typename Input, bool kOutput>
 __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params p) {
   using State = typename StateOf<Input>::type;
@@ -175,8 +177,8 @@ __global__ void __launch_bounds__(kDirectThreads) direct_C_gradient(const Params
   static_cast<State*>(p.terms_C)[index] = sum;
 }
 
-// From the gradients of the 25 taps (D, 25) those of one of the fusion's kernels (D, 9) and of its factor in alpha, a
-// block to each.
+// Computes the gradients of the fusion's kernels (D, 9) and of alpha from those of the 25 taps (D, 25). Each block
+// computes those of one kernel and its factor.
 template <typename State>
 __global__ void __launch_bounds__(kDistributeThreads)
     distribute_taps(const Params p, const State* taps, State* kernels0, State* kernels1, State* kernels2,

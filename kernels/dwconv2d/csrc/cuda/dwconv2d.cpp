@@ -1,4 +1,4 @@
-// The CUDA kernels as kernels of the operators: checks, allocations, launches.
+// Registers the CUDA kernels as kernels of the operators: checks, allocations, launches.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -25,7 +25,7 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
-// The kernels read planes row after row; others, such as channels-last ones, are copied first.
+// The kernels read contiguous planes. Others, such as channels-last ones, are copied first.
 Tensor with_contiguous_planes(const Tensor& t) {
   const int64_t height = t.size(-2), width = t.size(-1);
   const bool rows = width == 1 || t.stride(-1) == 1, planes = height == 1 || t.stride(-2) == width;
@@ -45,8 +45,8 @@ Planes planes_of(const Tensor& t, bool of_states = false) {
 
 Tensor empty_contiguous(const Tensor& like) { return at::empty(like.sizes(), like.options()); }
 
-// A result laid out as another tensor. The kernels write contiguous planes; where those are not asked for, they are
-// copied in the end.
+// A result with the layout of another tensor. The kernels write contiguous planes. If the layout is another one, `get`
+// copies them.
 class Result {
  public:
   explicit Result(const Tensor& like) : result_(empty_laid_out_as(like)), written_(result_) {
@@ -62,7 +62,7 @@ class Result {
   Tensor result_, written_;
 };
 
-// The inputs of an operator as the kernels want them, and what they are told; this keeps the copies alive.
+// An operator's inputs in the layout that the kernels need, and the kernels' parameters. It keeps the copies alive.
 struct Call {
   Params p;
   Tensor input, grad, C, x, weights[3], alpha, D, bias;
@@ -114,7 +114,7 @@ struct Call {
     }
     p.kernel_height = int(sizes.kernel_height);
     p.kernel_width = int(sizes.kernel_width);
-    p.dilation = int(std::min<int64_t>(dilation, std::max(p.height, p.width)));  // beyond a plane all are alike
+    p.dilation = int(std::min<int64_t>(dilation, std::max(p.height, p.width)));  // larger ones give the same result
     p.zeros = zeros;
   }
 
@@ -138,8 +138,8 @@ Sum sum(const Tensor& terms, const Tensor& to, int64_t outer, int64_t count, int
   return {terms.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, of_states};
 }
 
-// The gradients of every operator: for the input and x, then sums: for the taps (D, taps), and where these are defined
-// for D or the bias (D) and for C.
+// Computes the gradients of every operator. The first are those of the input and x. Then come sums: for the taps
+// (D, taps), and, if they are defined, for D or the bias (D) and for C.
 void backward(Call& call, const Planes& grad_input, const Planes& grad_x, const Tensor& grad_taps,
               const Tensor& grad_other, const Tensor& grad_C) {
   Params& p = call.p;
@@ -165,7 +165,7 @@ void backward(Call& call, const Planes& grad_input, const Planes& grad_x, const 
   }
   call.run(Pass::kGradients);
 
-  const bool of_states = p.operation != Operation::kConv;  // so are the fusion's parameters
+  const bool of_states = p.operation != Operation::kConv;  // the type of the fusion's parameters
   Sums sums;
   sums.first = sum(terms_taps, grad_taps, 1, slices, taps, of_states);
   if (grad_other.defined()) sums.second = sum(terms_other, grad_other, 1, slices, p.channels, of_states);
@@ -175,7 +175,7 @@ void backward(Call& call, const Planes& grad_input, const Planes& grad_x, const 
   C10_CUDA_CHECK(launch_sums(sums, p.dtype, c10::cuda::getCurrentCUDAStream()));
 }
 
-// The gradients for the fusion's three kernels and alpha.
+// The gradients of the fusion's three kernels and alpha.
 struct WeightGradients {
   Tensor kernels[3], alpha, taps;
 

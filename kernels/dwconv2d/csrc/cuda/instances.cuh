@@ -1,4 +1,4 @@
-// Which kernel it is that serves a call.
+// Chooses the kernel for a call.
 #pragma once
 
 #include "direct_kernel.cuh"
@@ -6,7 +6,8 @@
 
 namespace dwconv2d {
 
-// What a kernel is a template of: its taps, and the types of what is convolved and of the result, C and x.
+// The template arguments of a kernel: its taps, the type of the convolved planes, the type of the result, C and x, and
+// whether it computes the output equation.
 template <typename SomeTaps, typename ElementOfInput, typename InputType, bool kHasOutput>
 struct Instance {
   using Taps = SomeTaps;
@@ -64,7 +65,7 @@ auto with_direct(const Params& p, Function function) {
   }
 }
 
-// Threads that the kernels without tiles take: one a result.
+// The number of threads of the kernels without tiles: one for each result.
 inline int64_t direct_results(const Params& p, Pass pass) {
   const int64_t planes = p.batch * p.channels, states = pass == Pass::kForward && p.has_output() ? 1 : p.states;
   if (pass != Pass::kGradients) return planes * states * p.pixels();

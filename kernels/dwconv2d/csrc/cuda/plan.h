@@ -1,4 +1,4 @@
-// What the kernels are given: sizes, planes in memory, and how they are divided among blocks and threads.
+// The kernels' parameters: sizes, planes in memory, and how planes are divided among blocks and threads.
 #pragma once
 
 #include <algorithm>
@@ -14,24 +14,25 @@ using namespace gpu;
 enum class Operation { kFusion, kOutput, kConv };
 enum class Pass { kForward, kAdjoint, kGradients };
 
-// What of a block's part of a tensor is one run of memory.
+// The unit that is contiguous in a block's part of a tensor.
 enum class Run { kRow, kPlane, kPlanes };
 
-// A tensor of planes, each contiguous; strides between them in elements, 0 for a dimension that it does not have.
+// A tensor of contiguous planes. The strides between planes are in elements, and 0 for a dimension that the tensor does
+// not have.
 struct Planes {
   const void* data = nullptr;
   int64_t batch = 0, channel = 0, state = 0;
   Run run = Run::kRow;
-  int width = 1;  // elements that are moved at once
+  int width = 1;  // elements to move at once
 };
 
-constexpr int kUnit = 7;  // a thread's outputs: 7 rows of 7 columns, which divide 56, 28, 14 and 7
+constexpr int kUnit = 7;  // a thread's outputs are 7 rows of 7 columns; 7 divides 56, 28, 14 and 7
 constexpr int kMaxThreads = 128;
 constexpr int kMaxGroups = 16;                                   // units of columns in a tile
-constexpr int kMuchShared = 48 * 1024, kMostShared = 64 * 1024;  // bytes a block: if it can be helped, and at all
+constexpr int kMuchShared = 48 * 1024, kMostShared = 64 * 1024;  // bytes per block: preferred and hard limit
 
-// Rows or columns of a plane, in tiles of as many units as cover one. The last tile ends with the plane and the last
-// unit with its tile: all are whole, and some positions are in two.
+// Rows or columns of a plane, which are divided into tiles, and each tile into units. The last tile ends with the
+// plane, and the last unit ends with its tile. So all are whole, and some positions are in two.
 struct Axis {
   int size = 0, tile = 0, tiles = 1, units = 0;
 
@@ -49,19 +50,19 @@ struct Place {
   int plane, strip, group;  // strip: unit of rows; group: unit of columns
 };
 
-// A block works on one tile of `planes` planes, consecutive channels of one image, each held by `threads_per_plane`
-// threads. For the gradients it may take several such sets of planes, in `passes`.
+// A block works on one tile of `planes` planes, which are consecutive channels of one image. `threads_per_plane`
+// threads hold a plane. For the gradients, a block may process several such sets of planes, in `passes`.
 struct Plan {
-  bool tiled = false;  // or else a thread for each result, straight from global memory
+  bool tiled = false;  // otherwise, a thread computes each result from global memory
   Axis rows, columns;
   int reach = 0;  // of the taps
   int planes = 0, threads_per_plane = 0, threads = 0;
-  int sets = 0, passes = 1, channel_blocks = 0;  // sets of planes, and blocks, of an image's tile
-  // In shared memory what is convolved has `frame` rows of zeros above and below, and its first column is at a multiple
+  int sets = 0, passes = 1, channel_blocks = 0;  // sets of planes, and blocks, per tile of an image
+  // In shared memory, convolved planes have `frame` rows of zeros above and below. Their first column is at a multiple
   // of `unit`, after at least `frame` columns of zeros.
   int frame = 0, unit = 1, pitch = 0, plane_pitch = 0;
-  bool strips_outermost = false;  // order of the threads: strip, plane, group; or else plane, strip, group
-  // Bytes into shared memory, which starts with what is convolved, or products of the gradients, or results.
+  bool strips_outermost = false;  // thread order: strip, plane, group; otherwise plane, strip, group
+  // Byte offsets in shared memory. It starts with the convolved planes, products for the gradients, or results.
   int grad = 0, x = 0, C = 0, sums = 0, parts = 0, shared = 0;
   Divisor by_groups, by_planes, by_strips, by_channel_blocks, by_tiles, by_tile_columns, by_outputs, by_columns;
 
@@ -77,18 +78,18 @@ struct Plan {
 
 struct Params {
   Operation operation = Operation::kFusion;
-  Dtype dtype = Dtype::kFloat;  // of x and C, or of all of the convolution's; states are double if this is, else float
+  Dtype dtype = Dtype::kFloat;  // of x and C, or of all convolution tensors; states are double if it is, else float
   int64_t batch = 0;
   int channels = 0, states = 1, height = 0, width = 0;
   int kernel_height = 0, kernel_width = 0, dilation = 1;  // of the convolution
   bool zeros = false;                                     // its padding, instead of replicated borders
-  // `input` is what is convolved, `grad` the gradient of the result. C and x are of the fusion with output alone.
+  // `input` is convolved, and `grad` is the gradient of the result. Only the fusion with output has C and x.
   Planes input, grad, C, x;
-  // Contiguous: the fusion's kernels by dilation, or the convolution's one; null where there is none.
+  // Contiguous parameters: the fusion's kernels by dilation, or the convolution's kernel. Missing ones are null.
   const void *kernels[3] = {}, *alpha = nullptr, *D = nullptr, *bias = nullptr;
   Planes result, grad_input, grad_x;
-  // Terms of the other gradients, still to be summed over slices of images, or over channel blocks. `terms_other` is
-  // for D or the bias, null without either.
+  // Terms of the other gradients, still to be summed over slices of images or over channel blocks. `terms_other` is for
+  // D or the bias, or null without either.
   void *terms_taps = nullptr, *terms_other = nullptr;  // (B, slices, D, taps) and (B, slices, D)
   void* terms_C = nullptr;                             // (B, channel blocks, N, H, W)
   int slices = 1;
@@ -102,7 +103,8 @@ struct Params {
 
 // ----- which kernels
 
-// There are kernels for tiles of float states, for the fusion's taps and for squares of these sizes.
+// Whether there is a kernel for tiles. There are kernels for float states, for the fusion's taps and for square kernels
+// of these sizes.
 inline bool has_tiles(const Params& p) {
   const int k = p.kernel_height;
   const bool square = k == p.kernel_width && (k == 3 || k == 5 || k == 7 || k == 11) && p.dilation == 1;
@@ -110,7 +112,7 @@ inline bool has_tiles(const Params& p) {
          (p.operation != Operation::kConv || square);
 }
 
-// Taps whose weights a thread holds at a time: those of one row of a large kernel, or else all.
+// The number of taps whose weights a thread holds at a time: one row of a large kernel, or all taps of others.
 constexpr int kLargestWhole = 5;
 inline int taps_at_once(const Params& p) {
   return p.operation == Operation::kConv && p.kernel_height > kLargestWhole ? p.kernel_width : p.taps();
@@ -118,8 +120,8 @@ inline int taps_at_once(const Params& p) {
 
 // ----- how planes are moved
 
-// Elements in 16 bytes, in 4 bytes, or one: the most of which all offsets are multiples. Planes of one run begin where
-// they begin.
+// Elements in 16 bytes, elements in 4 bytes, or 1: the largest that divides all offsets. It need not divide the offsets
+// of single planes in a run of planes.
 inline int width_of(const Planes& planes, int size, std::initializer_list<int64_t> lengths) {
   int64_t bits = reinterpret_cast<uintptr_t>(planes.data) / size | planes.batch | planes.state;
   if (planes.run != Run::kPlanes) bits |= planes.channel;
@@ -130,7 +132,7 @@ inline int width_of(const Planes& planes, int size, std::initializer_list<int64_
   return 1;
 }
 
-// Of planes that lie in shared memory as they do in global memory, row after row; `count` of them in a block.
+// For planes that have the same layout in shared memory as in global memory, row after row. A block has `count` planes.
 inline void choose_access(Planes& planes, int size, int count, const Params& p, const Plan& plan) {
   if (plan.tiles() > 1) {
     planes.run = Run::kRow;
@@ -158,7 +160,7 @@ inline Axis split(int size, int most_units) {
   return axis;
 }
 
-// Rows or columns of shared memory that hold a tile with what surrounds it, wherever it lies.
+// Rows or columns of shared memory that hold any tile and its surroundings.
 inline int extent(const Axis& axis, const Plan& plan, int unit) {
   const int most = ceil_div(axis.tile + 2 * plan.reach + unit - 1, unit) * unit;
   return axis.tiles == 1 ? axis.size + 2 * plan.frame * unit : most;
@@ -172,12 +174,12 @@ inline void lay_out(Plan& plan, const Params& p, Pass pass) {
   const int64_t planes = plan.planes, outputs = plan.outputs();
   plan.threads = ceil_div(plan.planes * plan.threads_per_plane, kWarp) * kWarp;
 
-  // Results replace what was convolved, or x.
+  // Results replace the convolved planes, or x.
   const int64_t convolved = planes * plan.plane_pitch * (pass == Pass::kAdjoint ? 4 : element);
   const int64_t grad = gradients ? planes * outputs * input : 0;
   const int64_t x = output && pass != Pass::kAdjoint ? planes * outputs * input : 0;
   const int64_t C = output && pass != Pass::kAdjoint ? outputs * input : 0;
-  // Forward, sums over states, by thread; for the gradients, over channels.
+  // In the forward pass, each thread's sums over states; for the gradients, sums over channels.
   const int64_t forward_sums = output && p.states > 1 && pass == Pass::kForward ? kUnit * kUnit * plan.threads * 4 : 0;
   const int64_t sums = plan.passes > 1 ? outputs * 4 : forward_sums;
   const int64_t parts = gradients ? (taps_at_once(p) + 1) * plan.threads * 4 : 0;
@@ -185,17 +187,17 @@ inline void lay_out(Plan& plan, const Params& p, Pass pass) {
   plan.grad = padded_to_16(std::max(convolved, planes * outputs * element));
   plan.C = plan.grad + padded_to_16(grad);
   plan.sums = plan.C + padded_to_16(C);
-  plan.x = plan.parts = plan.sums + padded_to_16(sums);  // parts come when x is no longer needed
+  plan.x = plan.parts = plan.sums + padded_to_16(sums);  // parts replace x when it is no longer needed
   plan.shared = plan.x + padded_to_16(std::max(x, parts));
 }
 
-// Pitches without padding.
+// Sets pitches without padding.
 inline void pack(Plan& plan) {
   plan.pitch = extent(plan.columns, plan, plan.unit);
   plan.plane_pitch = extent(plan.rows, plan, 1) * plan.pitch;
 }
 
-// Where the lanes of a block's first warp begin to read, by plane, row and column.
+// The plane, row and column at which the lanes of a block's first warp begin to read.
 struct Lanes {
   int count = 0, planes[kWarp], rows[kWarp], columns[kWarp];
 
@@ -208,7 +210,7 @@ struct Lanes {
     }
   }
 
-  // The most that meet in one bank of shared memory, of all lanes or of those in the first plane.
+  // The most lanes that read from one bank of shared memory, among all lanes or those in the first plane.
   int conflicts(const Plan& plan, int size, bool all) const {
     int words[kWarp] = {}, before = -1, most = 0;
     for (int lane = 0; lane < count; ++lane) {
@@ -221,7 +223,7 @@ struct Lanes {
   }
 };
 
-// Pads rows, then planes, so that lanes meet in fewer banks.
+// Pads rows, then planes, so that fewer lanes read from the same bank.
 inline void spread_over_banks(Plan& plan, int size, const Params& p, Pass pass) {
   const Lanes lanes(plan);
   const int rows = extent(plan.rows, plan, 1), pitch = plan.pitch;
@@ -245,7 +247,7 @@ inline void spread_over_banks(Plan& plan, int size, const Params& p, Pass pass) 
   if (plan.planes > 1) search(kWarp, /*planes=*/true);
 }
 
-// At most 8, a power of two, and so few that there are blocks enough for the largest GPUs.
+// A power of two, at most 8, and so small that there are enough blocks for the largest GPUs.
 inline int best_passes(const Params& p, const Plan& plan) {
   if (!p.has_output() || p.states > 1) return 1;
   int passes = 1;
@@ -259,7 +261,7 @@ inline void set_passes(Plan& plan, const Params& p, int passes) {
   if (plan.shared > kMostShared) set_passes(plan, p, 1);
 }
 
-// How the input, or for the adjoint the result's gradient, gets into shared memory.
+// Chooses how the input, or for the adjoint the result's gradient, is loaded into shared memory.
 inline void choose_convolved(Params& p, Plan& plan, Pass pass, int size) {
   if (pass == Pass::kAdjoint) {
     const int64_t columns = plan.columns.tiles == 1 ? p.width : 1;
@@ -283,7 +285,8 @@ inline void choose_convolved(Params& p, Plan& plan, Pass pass, int size) {
   }
 }
 
-// As many planes as there are threads for, fewer if they take too much shared memory; the last set as full as others.
+// Chooses as many planes as there are threads for, or fewer if they take too much shared memory. The sets are as equal
+// as possible.
 inline void choose_planes(Params& p, Plan& plan, Pass pass, int size) {
   const int most = plan.tiles() == 1 ? std::min(kMaxThreads / plan.threads_per_plane, p.channels) : 1;
   for (int planes = most;; planes = ceil_div(planes, 2)) {
@@ -296,7 +299,7 @@ inline void choose_planes(Params& p, Plan& plan, Pass pass, int size) {
   }
 }
 
-// Without tiles: positions, for the taps' gradients, and channels, for C's, that one thread sums over.
+// Without tiles, one thread sums over kSlice positions for a tap's gradient, or over kChannelBlock channels for C's.
 constexpr int kSlice = 512, kChannelBlock = 32;
 
 // Chooses p.plan, p.slices, and how planes are moved.

@@ -1,8 +1,8 @@
-// Where planes are, which taps a convolution has, and their weights.
+// Addresses of planes, the taps of a convolution, and their weights.
 //
-// A stencil's taps are in parts, for large kernels one row of taps each, so that the weights of a part fit registers.
-// Rows of a part and columns of a row are numbered from 0; a tap's number is its place in the order of rows, then
-// columns, in which every stencil mirrors itself about its centre.
+// A stencil's taps are divided into parts, so that the weights of a part fit in registers. A part of a large kernel is
+// one row of taps. Rows of a part and columns of a row are numbered from 0. Taps are numbered row after row. In this
+// order, every stencil mirrors itself about its centre.
 #pragma once
 
 #include "elements.cuh"
@@ -16,7 +16,7 @@ __device__ __forceinline__ T* at(const Planes& planes, int64_t batch, int64_t ch
          state * planes.state;
 }
 
-// The state fusion's 25 taps: squares of 3 x 3 at distances 1, 3 and 5 around a centre that all three have.
+// The state fusion's 25 taps: squares of 3 x 3 at distances 1, 3 and 5 around a common centre.
 struct FusionStencil {
   static constexpr int kReach = 5, kTaps = 25;
   static constexpr int kParts = 1, kPartRows = 7, kPartTaps = 25, kRowReach = 5;
@@ -31,7 +31,7 @@ struct FusionStencil {
     const int y = row < 0 ? -row : row, x = column < 0 ? -column : column;
     return y > x ? y : x;
   }
-  // The place in its own kernel of the tap in a row and column that `distance` divides.
+  // The place, in the kernel of this distance, of the tap in a row and column that `distance` divides.
   static constexpr int place(int row, int column, int distance) {
     return 3 * (row / distance + 1) + column / distance + 1;
   }
@@ -43,7 +43,7 @@ struct FusionStencil {
   }
   static constexpr int index(int offset) { return offset < 0 ? (offset + 5) / 2 : offset == 0 ? 3 : (offset + 7) / 2; }
 
-  // alpha times the kernels that have this tap.
+  // The sum of alpha times the weight, over the kernels that have this tap.
   template <typename State>
   static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
     const int y = row(a), x = column(a, b), own = distance(y, x);
@@ -89,7 +89,7 @@ struct SquareStencil {
   }
 };
 
-// The same taps, or those of any other convolution, one at a time.
+// Functions for one tap at a time: of the fusion, and below of any other convolution.
 struct FusionTaps {
   static __device__ __forceinline__ int rows(const Params&) { return FusionStencil::kPartRows; }
   static __device__ __forceinline__ int columns(const Params&, int a) { return FusionStencil::columns(a); }
@@ -122,7 +122,7 @@ struct ConvTaps {
   }
 
  private:
-  // Beyond any plane all offsets are alike.
+  // All offsets beyond any plane give the same result.
   static __device__ __forceinline__ int offset(const Params& p, int taps) {
     constexpr int64_t kMost = 1 << 30;
     const int64_t offset = int64_t(taps) * p.dilation;

@@ -1,17 +1,18 @@
-// Depthwise convolutions and their gradients, tile by tile, in CUDA C++ that a host compiler can also run
+// Depthwise convolutions and their gradients, tile by tile, in CUDA C++ that a host compiler also accepts
 // (tests/kernels/cuda_emulation).
 //
-// A thread owns 7 x 7 outputs of one plane and holds their sums in registers. It reads each row of what is convolved
-// once, 7 columns and those within reach to the left and right, and adds it to every output row that it touches. All
-// loops are unrolled, so that a sum, a weight and a value of the row are registers.
+// A thread owns 7 x 7 outputs of one plane and holds their sums in registers. It reads each row of the convolved plane
+// once: 7 columns, and those within reach to the left and right. It adds the row to every output row that the row
+// reaches. All loops are unrolled, so that sums, weights and values of the row are in registers.
 //
-// Borders are addresses: the rows and columns that a thread reads are clamped to the plane, which replicates its
-// borders, or to a frame of zeros around it. So planes lie in shared memory as they do in global memory, where possible
-// as one run; 7 columns apart, lanes read without bank conflicts at widths of 56, 28, 14 and 7.
+// Borders are handled by addresses. The rows and columns that a thread reads are clamped: to the plane, which
+// replicates its borders, or to a frame of zeros around it. So planes have the same layout in shared memory as in
+// global memory, and are one run of memory where possible. Lanes are 7 columns apart, so they read without bank
+// conflicts at widths of 56, 28, 14 and 7.
 //
-// The adjoint of replicate padding adds what falls outside of the plane to its borders. Before it is weighted, this is
-// a sum of the border's neighbours inside: of columns it is taken in registers, of rows by reading them again, for the
-// few warps at the border (`fold_rows`).
+// The adjoint of replicate padding adds what falls outside the plane to its borders. Before the weights are applied,
+// this is a sum of the border's neighbours inside the plane. The kernel sums columns in registers. It sums rows by
+// reading them again, in the few warps at the border (`fold_rows`).
 #pragma once
 
 #include <type_traits>
@@ -22,11 +23,11 @@
 
 namespace dwconv2d {
 
-// ----- who a block and a thread are
+// ----- the places of a block and a thread
 
 struct Block {
   int batch, tile, row_tile, column_tile, channel_block;
-  int row, column;  // the first of its tile
+  int row, column;  // of the tile's first position
 
   __device__ __forceinline__ explicit Block(const Params& p) {
     const Plan& plan = p.plan;
@@ -53,11 +54,11 @@ struct Set {
 struct Thread {
   int index;
   Place place;
-  bool mine;        // whether it has a plane; one that has none reads the first, and its results go nowhere
-  int row, column;  // the first that it owns, in the tile
-  int output;       // and the place of that in a dense tile of the set
+  bool mine;        // whether it has a plane; if not, it reads the first one, and its results are not used
+  int row, column;  // of its first output, in the tile
+  int output;       // index of its first output in a dense tile of the set
 
-  // Opaque: cheaper found out again than kept in registers.
+  // Opaque, because computing these numbers again is cheaper than keeping them in registers.
   __device__ __forceinline__ Thread(const Plan& plan, const Set& set)
       : index(opaque(threadIdx.x)), place(plan.place(index)) {
     mine = index < plan.planes * plan.threads_per_plane && place.plane < set.count;
@@ -68,7 +69,7 @@ struct Thread {
   }
 };
 
-// The part of a plane that a tile takes with its surroundings; `top` and `left` may be in the frame.
+// The part of a plane that a tile and its surroundings cover. `top` and `left` may be in the frame.
 struct Region {
   int top, left, bottom, right;
 
@@ -88,12 +89,12 @@ struct Box {
   int planes, rows, columns;
 };
 
-// Walks a box in steps of as many elements as there are threads.
+// Visits a thread's elements of a box. Each step is as many elements as there are threads.
 struct Walk {
   int plane, row, column;
   Box box, step;
 
-  // Opaque, or else these divisions of every walk would be done first of all and wait in registers.
+  // Opaque. Otherwise, the compiler would do these divisions of every walk first and keep the results in registers.
   __device__ __forceinline__ explicit Walk(const Box& box) : box(box), step(split(opaque(blockDim.x))) {
     const Box start = split(opaque(threadIdx.x));
     plane = start.planes;
@@ -120,7 +121,7 @@ struct Walk {
   }
 };
 
-// One unit of memory, to global memory or from there; from there complete after `wait_for_copies`.
+// Moves one unit to or from global memory. A move from global memory is complete after `wait_for_copies`.
 template <int kWidth, bool kStore, typename T>
 __device__ __forceinline__ void move_unit(T* shared, T* global) {
   using Unit = Pack<T, kWidth>;
@@ -169,7 +170,7 @@ __device__ __forceinline__ void move_box(
   }
 }
 
-// A tile of a set's planes without its surroundings, row after row; planes of shared memory are `pitch` apart.
+// Moves a tile of a set's planes without its surroundings, row after row. Planes in shared memory are `pitch` apart.
 template <bool kStore, typename T>
 __device__ __forceinline__ void move_tile(
     const Params& p, const Block& block, const Planes& planes, T* global, T* shared, int count, int pitch) {
@@ -198,7 +199,7 @@ __device__ __forceinline__ void store_tile(
   move_tile<true>(p, block, planes, to, shared, set.count, p.plan.outputs());
 }
 
-// Fills what is convolved with zeros, of which a frame is to remain.
+// Fills the memory of the convolved planes with zeros. The frame keeps them.
 __device__ __forceinline__ void fill_with_zeros(const Plan& plan) {
   using Unit = Pack<float, 4>;
   Unit* const units = shared_at<Unit>(0);
@@ -207,7 +208,7 @@ __device__ __forceinline__ void fill_with_zeros(const Plan& plan) {
   __syncthreads();
 }
 
-// The input of a set of planes, with what surrounds the tile.
+// Loads the input of a set of planes, with the tile's surroundings.
 template <typename Element>
 __device__ __forceinline__ void load_input(const Params& p, const Block& block, const Set& set, int state) {
   const Plan& plan = p.plan;
@@ -227,11 +228,11 @@ __device__ __forceinline__ void load_input(const Params& p, const Block& block, 
 
 // ----- between shared memory and registers
 
-// What one thread reads of what is convolved.
+// The part of the convolved plane that one thread reads.
 template <typename T, int kReach>
 class Window {
  public:
-  bool top, bottom, left, right;  // whether its outputs end where a plane with replicated borders does
+  bool top, bottom, left, right;  // whether its outputs end at this border of a replicated plane
 
   __device__ __forceinline__ Window(const Params& p, const Block& block, const Thread& me) {
     const Plan& plan = p.plan;
@@ -240,7 +241,7 @@ class Window {
     row_ = row - region.top;
     low_ = -plan.frame - region.top;
     high_ = p.height - 1 + plan.frame - region.top;
-    pitch_ = opaque(plan.pitch * int(sizeof(T)));  // or else the addresses of all rows would wait in registers
+    pitch_ = opaque(plan.pitch * int(sizeof(T)));  // otherwise all rows' addresses would be kept in registers
     top = !p.zeros && row == 0;
     bottom = !p.zeros && row == p.height - kUnit;
     left = !p.zeros && column == 0;
@@ -254,14 +255,14 @@ class Window {
     }
   }
 
-  // The same, so that what is read again takes no registers in between.
+  // A copy of the window, so that values that are read again take no registers in between.
   __device__ __forceinline__ Window again() const {
     Window window = *this;
     window.pitch_ = opaque(pitch_);
     return window;
   }
 
-  // The row that is `offset` below the thread's first.
+  // Reads the row that is `offset` below the thread's first.
   __device__ __forceinline__ void read(int offset, float (&values)[kUnit + 2 * kReach]) const {
     const int row = min(max(row_ + offset, low_), high_) * pitch_;
 #pragma unroll
@@ -274,13 +275,13 @@ class Window {
   }
 
  private:
-  int own_, halo_[2 * kReach];  // bytes into shared memory at which columns have the region's first row
-  int row_, low_, high_;        // from that row on: the thread's first, and the first and last that it may read
+  int own_, halo_[2 * kReach];  // byte offsets in shared memory of columns in the region's first row
+  int row_, low_, high_;        // from that row on: the thread's first row, and the limits of what it may read
   int pitch_;
 };
 
-// A row of a window. With kFold the plane's first and last column see, at an offset into the plane, the sum of the
-// columns up to there: what the adjoint adds to a border.
+// A row of a window. With kFold, the plane's first and last column read, at an offset into the plane, the sum of the
+// columns up to the offset, which the adjoint adds to a border.
 template <int kReach, bool kFold>
 struct Row {
   float values[kUnit + 2 * kReach];
@@ -301,7 +302,7 @@ struct Row {
       }
     }
   }
-  // What output column j sees at an offset.
+  // The value that output column j reads at an offset.
   __device__ __forceinline__ float at(int j, int offset) const {
     if (kFold && j == 0 && offset > 0) return left[offset];
     if (kFold && j == kUnit - 1 && offset < 0) return right[-offset];
@@ -311,7 +312,7 @@ struct Row {
 
 using Square = float[kUnit][kUnit];
 
-// Calls function(m) for m from kFirst to kLast, each a constant, which compilers do not unroll a loop this long for.
+// Calls function(m) for each m from kFirst to kLast as a constant. Compilers do not unroll a loop of this length.
 template <int kFirst, int kLast, typename Function>
 __device__ __forceinline__ void for_each_constant(Function function) {
   function(std::integral_constant<int, kFirst>());
@@ -335,8 +336,8 @@ __device__ __forceinline__ void add_taps(const Row<Stencil::kReach, kFold>& row,
   }
 }
 
-// Adds to the first and last row what falls above and below the plane: for a tap row that reaches r rows into it, the
-// border's r nearest rows.
+// Adds to the first and last row what falls above and below the plane: for a row of taps that reaches r rows into the
+// plane, these are the r rows nearest to the border.
 template <typename Stencil, typename T>
 __device__ __forceinline__ void fold_rows(const Window<T, Stencil::kReach>& window, int part_row,
                                           const float (&weights)[Stencil::kPartTaps], Square& sums) {
@@ -362,7 +363,7 @@ __device__ __forceinline__ void fold_rows(const Window<T, Stencil::kReach>& wind
   }
 }
 
-// The weights of a thread's channel, mirrored about the centre for the adjoint.
+// The weights of a thread's channel. For the adjoint, they are mirrored about the centre.
 template <typename Stencil, typename Input, bool kMirrored>
 struct Weights {
   static constexpr int kTaps = Stencil::kPartTaps;
@@ -376,7 +377,7 @@ struct Weights {
   }
 };
 
-// sums += the convolution of what the thread's window shows, or its adjoint. `weights` are of the first part.
+// sums += the convolution of the thread's window, or its adjoint. `weights` are those of the first part.
 template <typename Stencil, bool kAdjoint, typename Input, typename T>
 __device__ __forceinline__ void convolve(const Params& p, int channel, const Window<T, Stencil::kReach>& window,
                                          Weights<Stencil, Input, kAdjoint> weights, Square& sums) {
@@ -396,7 +397,7 @@ __device__ __forceinline__ void convolve(const Params& p, int channel, const Win
   }
 }
 
-// sums[tap] += sum over the thread's outputs of grad times what the tap sees, for the taps of a part.
+// sums[tap] += sum over the thread's outputs of grad times the value that the tap reads, for the taps of a part.
 template <typename Stencil, typename T>
 __device__ __forceinline__ void correlate(const Window<T, Stencil::kReach>& window, int part_row, const Square& grad,
                                           float (&sums)[Stencil::kPartTaps]) {
@@ -415,8 +416,8 @@ __device__ __forceinline__ void correlate(const Window<T, Stencil::kReach>& wind
   });
 }
 
-// Calls function(i, j, k) for the thread's outputs; k is the place of row i and column j in a dense tile, from the
-// thread's first.
+// Calls function(i, j, k) for the thread's outputs. k is the index of row i and column j in a dense tile, counted from
+// the thread's first output.
 template <typename Function>
 __device__ __forceinline__ void for_each_output(const Plan& plan, Function function) {
   const int pitch = opaque(plan.columns.tile);
@@ -470,7 +471,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
       }
       if (!last) for_each_output(plan, [&](int i, int j, int) { before[i * kUnit + j] = sums[i][j]; });
     }
-    __syncthreads();  // what the results replace has been read
+    __syncthreads();  // all threads have read what the results replace
     if (kOutput && !last) continue;
     if (me.mine) for_each_output(plan, [&](int i, int j, int k) { narrow(sums[i][j], result[k]); });
     __syncthreads();
@@ -481,8 +482,8 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
 
 // ----- backward
 
-// The gradient of the convolution's result, with zeros around it: `grad`, or grad C_n in the output equation, whose
-// gradient D grad of x is written on the way.
+// Loads the gradient of the convolution's result, with zeros around it: `grad`, or grad C_n for the output equation.
+// For the latter, it also writes x's gradient, D grad.
 template <int kWidth, typename Input, bool kOutput>
 __device__ __forceinline__ void load_grad(const Params& p, const Block& block, const Set& set, int state) {
   using Unit = Pack<Input, kWidth>;
@@ -521,7 +522,7 @@ __device__ __forceinline__ void load_grad(const Params& p, const Block& block, c
   }
 }
 
-// The same of whole planes that lie one after another: in units of 16 bytes, wherever rows and planes begin.
+// The same for whole planes that are one run of memory. It reads units of 16 bytes, wherever rows and planes begin.
 template <typename Input, bool kOutput>
 __device__ __forceinline__ void load_grad_run(const Params& p, const Block& block, const Set& set, int state) {
   constexpr int kWidth = 16 / sizeof(Input);
@@ -553,7 +554,7 @@ __device__ __forceinline__ void load_grad_run(const Params& p, const Block& bloc
       }
       if (pixel == pixels) {
         pixel = row = 0;
-        if (plane + 1 < set.count) ++plane;  // or the unit ends here
+        if (plane + 1 < set.count) ++plane;  // otherwise the unit ends here
       }
     }
     if constexpr (kOutput) {
@@ -562,7 +563,7 @@ __device__ __forceinline__ void load_grad_run(const Params& p, const Block& bloc
   }
 }
 
-// The gradient for the input, and for x of the output equation.
+// Computes the gradient of the input, and for the output equation that of x.
 template <typename Stencil, typename Element, typename Input, bool kOutput>
 __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) {
   constexpr int kWide = 16 / sizeof(Input), kWord = 4 / sizeof(Input);
@@ -604,7 +605,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) 
 // Sums `parts` (numbers, threads) over the threads of each plane and calls store(plane, number, sum).
 template <int kNumbers, typename Function>
 __device__ __forceinline__ void sum_parts(const Plan& plan, const float* parts, int planes, Function store) {
-  int lanes = 1;  // to a sum, which take four parts or more each
+  int lanes = 1;  // lanes per sum; each lane adds at least four parts
   while (lanes < kWarp && 8 * lanes <= plan.threads_per_plane) lanes *= 2;
   const int lane = threadIdx.x % lanes, sums = planes * kNumbers;
 #pragma unroll 1
@@ -622,7 +623,7 @@ __device__ __forceinline__ void sum_parts(const Plan& plan, const float* parts, 
   }
 }
 
-// A block's terms of C's gradient: sums over planes, of what each has in a tile of `products`, and over passes.
+// A block's terms of C's gradient: sums of the planes' tiles of `products`, over planes and passes.
 template <int kWidth>
 __device__ __forceinline__ void sum_planes(const Params& p, const Block& block, const float* products, int planes,
                                            int state, bool first_pass, bool last_pass) {
@@ -661,7 +662,7 @@ __device__ __forceinline__ void sum_planes(const Params& p, const Block& block, 
   }
 }
 
-// Terms of the gradients for the taps, for D or the bias, and for C.
+// Computes terms of the gradients of the taps, of D or the bias, and of C.
 template <typename Stencil, typename Element, typename Input, bool kOutput>
 __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p) {
   constexpr int kPartTaps = Stencil::kPartTaps;
@@ -694,7 +695,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p
       wait_for_copies();
       __syncthreads();
 
-      // What is in another tile or unit too counts once.
+      // Outputs that are in two tiles or units count once.
       const int other_rows = plan.rows.owned(opaque(block.row_tile), me.place.strip) - block.row - me.row;
       const int other_columns =
           plan.columns.owned(opaque(block.column_tile), me.place.group) - block.column - me.column;
@@ -708,7 +709,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p
 #pragma unroll 1
       for (int part = 0; part < Stencil::kParts; ++part) {
         correlate<Stencil>(window, Stencil::part_row(part), grad, taps);
-        if (n + 1 < p.states) continue;  // one part, then
+        if (n + 1 < p.states) continue;  // then there is only one part
         if (kOutput) __syncthreads();    // x has been read
 #pragma unroll
         for (int tap = 0; tap < kPartTaps; ++tap) {

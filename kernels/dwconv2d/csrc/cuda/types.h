@@ -1,4 +1,4 @@
-// What the host and the kernels of several packages have in common.
+// Types that the host and the kernels of several packages share.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// to[o, i] = sum over t of terms[o, t, i], with terms in the states' dtype, and `to` too if `of_states`.
+// to[o, i] = sum over t of terms[o, t, i]. `terms` have the states' dtype, and so does `to` if `of_states`.
 struct Sum {
   const void* terms = nullptr;
   void* to = nullptr;
@@ -26,7 +26,7 @@ struct Sum {
   constexpr int64_t blocks() const { return ceil_div<int64_t>(outer * inner, kWarp); }
 };
 
-// What one launch adds up.
+// The sums of one launch.
 struct Sums {
   Sum first, second, third;
 

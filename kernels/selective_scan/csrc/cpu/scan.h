@@ -5,15 +5,15 @@
 
 namespace selective_scan {
 
-// Tokens are taken in chunks that stay in the first-level cache; a multiple of every vector length.
+// The number of tokens of a chunk, which stays in the L1 cache. It is a multiple of every vector length.
 constexpr int64_t kChunk = 64;
 
 enum DType { kFloat32, kFloat64, kFloat16, kBFloat16, kDTypes };
 
-// Pointers and strides, in elements. What a pass does not use stays null.
+// Pointers, and strides in elements. Members that a pass does not use stay null.
 struct Problem {
   int64_t batch, channels, states, length, groups;
-  bool softplus, A_is_log;  // with the latter the rates are -exp(A)
+  bool softplus, A_is_log;  // if A_is_log, the rates are -exp(A)
   const void *u, *delta, *A, *B, *bias, *grad;
   int64_t u_strides[3], delta_strides[3], A_strides[2], B_strides[4], bias_stride, grad_strides[4];
 
@@ -23,12 +23,12 @@ struct Problem {
   double *grad_A, *grad_bias;  // (B, D, N) and (B, D), still to be summed over the batch
   void* grad_B;                // (B, G, blocks, N, L) of the states' dtype, still to be summed over blocks
 
-  // One lane of a vector is one channel, and a block is as many consecutive channels of one group as fit a vector.
+  // One lane of a vector is one channel. A block is as many consecutive channels of one group as fit in a vector.
   int64_t blocks(int64_t lanes) const { return (channels / groups + lanes - 1) / lanes; }
   int64_t chunks() const { return (length + kChunk - 1) / kChunk; }
 };
 
-// A task is one image and one block of channels; whatever thread runs it, it writes the same numbers.
+// A task is one image and one block of channels. Its results do not depend on the thread that runs it.
 struct Kernel {
   int64_t lanes;
   int64_t (*scratch_bytes)(const Problem&);

@@ -1,7 +1,7 @@
-// Forward and backward of the state scan for one vector length.
+// Forward and backward pass of the state scan for one vector length.
 //
-// Lanes are channels and tokens are taken one after the other, so the recurrence needs no scan across lanes. The
-// gradient lambda_t = grad_t + exp(dt_{t+1} A) lambda_{t+1} is the same recurrence from the other end.
+// Lanes are channels, and the loops run over tokens, so the recurrence needs no scan across lanes. The gradient
+// lambda_t = grad_t + exp(dt_{t+1} A) lambda_{t+1} is the same recurrence from the other end.
 #pragma once
 
 #include "scan.h"
@@ -12,8 +12,8 @@ namespace {
 
 using namespace simd;
 
-// exp(dt A) as a factor and, less 1, as a change: the one is exact where little of the state is left, the other where
-// little is taken away.
+// `factor` is exp(dt A), and `change` is exp(dt A) - 1. `factor` is accurate if little of the state is left, and
+// `change` if little is taken away.
 template <class S>
 struct Decay {
   Vec<S> factor, change;
@@ -24,9 +24,10 @@ struct Decay {
   }
 };
 
-// A state that may decay so slowly that it lasts for thousands of tokens. h + (change h + b) rounds what is small
-// relative to itself, and `rest` keeps what the sum rounds away (Kahan, 1965). Where more than half is lost, the old
-// state may be far larger than the new one, and its rounding errors too: there factor h + b is right.
+// A state that may decay so slowly that it lasts for thousands of tokens. In h + (change h + b), the sum in brackets is
+// small and so is its rounding error, and `rest` keeps what the sum rounds away (Kahan, 1965). If a step takes more
+// than half of the state, the old state and its rounding errors may be far larger than the new state. Then factor h + b
+// is accurate.
 template <class S>
 struct Running {
   Vec<S> value, rest;
@@ -40,7 +41,7 @@ struct Running {
   }
 };
 
-// Room for one task, in pieces of (tokens, lanes) tiles and (states, lanes) rows.
+// Memory for one task, in pieces: (tokens, lanes) tiles and (states, lanes) rows.
 struct Scratch {
   char* next;
 
@@ -118,7 +119,7 @@ struct Task {
     load_tile(tile, first, s[1], s[3], channels, tokens(chunk));
   }
 
-  // dt and dt u of a chunk; the derivative of softplus where it is asked for.
+  // Loads dt and dt u of a chunk, and the derivative of softplus if `sigmoid` is not null.
   INLINE void load_steps(S* dt, S* drive, S* u, S* sigmoid, int64_t chunk) const {
     load_activation(u, p.u, p.u_strides, chunk);
     load_activation(dt, p.delta, p.delta_strides, chunk);
@@ -167,7 +168,7 @@ void forward(const Problem& p, int64_t index, void* memory) {
   }
 }
 
-// The state before each chunk, (chunks, states, lanes).
+// Computes the state before each chunk, (chunks, states, lanes).
 template <class T, class S>
 INLINE void scan_carries(const Task<T>& task, S* carries, S* dt, S* drive, S* u, S* B) {
   constexpr int W = Task<T>::W;
@@ -191,7 +192,7 @@ int64_t backward_scratch(const Problem& p) {
   return VECTOR_BYTES * (p.states * (1 + 4 + 2 + p.chunks()) + 1 + kChunk * 12);
 }
 
-// lambda and the decay of the token after the ones at hand.
+// lambda and the decay of the token after the current ones.
 template <class S>
 struct Later {
   Running<S> lambda;
@@ -235,7 +236,7 @@ void backward(const Problem& p, int64_t index, void* memory) {
       Running<S> h{load(carries + (chunk * p.states + n) * W), {}};
       for (int t = 0; t < tokens; ++t) {
         decays[t] = Decay<S>::of(load(dt + t * W) * A);
-        store(carried + t * W, decays[t].factor * h.value);  // not as h_t - dt B u, which cancels
+        store(carried + t * W, decays[t].factor * h.value);  // h_t - dt B u would lose digits
         h.step(decays[t], load(drive + t * W) * B[t]);
       }
 

@@ -1,9 +1,9 @@
 // Vectors of VECTOR_BYTES, functions of them, and tiles of (tokens, lanes): lanes are channels. Both kernel packages
-// have this file.
+// have a copy of this file.
 //
-// Included once by each file that is compiled for one instruction set. Everything here has internal linkage and no
-// template of the standard library is used: the linker would keep one of several copies of an inline function, and
-// that may be the one for instructions which the machine does not have.
+// Each file that is compiled for one instruction set includes this header once. Everything here has internal linkage,
+// and nothing uses a template of the standard library: the linker keeps one of several copies of an inline function,
+// and this copy may have instructions that the machine does not have.
 #pragma once
 
 #include <math.h>
@@ -52,7 +52,7 @@ INLINE uint32_t float_to_bits(float f) {
 INLINE float widen(float x) { return x; }
 INLINE double widen(double x) { return x; }
 INLINE float widen(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
-// The exponent is moved by a multiplication, which is exact and makes subnormal numbers normal.
+// A multiplication moves the exponent. It is exact and makes subnormal numbers normal.
 INLINE float widen(Half x) {
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinity and NaN keep an exponent of ones
@@ -71,7 +71,7 @@ INLINE void narrow(float x, BFloat16& y) {
 }
 INLINE void narrow(float x, Half& y) {
   const uint32_t bits = float_to_bits(x), magnitude = bits & 0x7fffffff;
-  // Below 2^-14 float16 has steps of 2^-24, which are those of float32 just above 1/2: adding 1/2 rounds.
+  // Below 2^-14, float16 has steps of 2^-24, like float32 just above 1/2. So adding 1/2 rounds.
   const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
@@ -113,14 +113,15 @@ INLINE void store(S* p, Vec<S> v) {
   memcpy(p, &v, VECTOR_BYTES);
 }
 
-// 2^k p + 2^k - 1 is exp(x) - 1 for x = k ln 2 + r and p = exp(r) - 1; half of 2^k, so that k = 128 is representable.
+// exp(x) - 1 is 2^k p + 2^k - 1 for x = k ln 2 + r and p = exp(r) - 1. `half_scale` is 2^k / 2, so that k = 128 is
+// representable.
 struct Exponential {
   Floats p, half_scale;
 };
 
 INLINE Exponential exponential(Floats x) {
   const Floats low = {}, lowest = low - 87.5f, highest = low + 89.0f;
-  x = x < lowest ? lowest : x;  // comparisons with NaN are false: it stays
+  x = x < lowest ? lowest : x;  // comparisons with NaN are false, so a NaN stays
   x = x > highest ? highest : x;
   // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the lowest bits.
   const float magic = 0x1.8p23f;
@@ -138,7 +139,7 @@ INLINE Floats exp(Exponential e) { return 2.0f * (e.half_scale * e.p + e.half_sc
 INLINE Floats expm1(Exponential e) { return 2.0f * (e.half_scale * e.p + (e.half_scale - 0.5f)); }
 INLINE Floats exp(Floats x) { return exp(exponential(x)); }
 
-// log(1 + y) for y in [0, 1], to 3e-8 of the result.
+// log(1 + y) for y in [0, 1], with a relative error of 3e-8.
 INLINE Floats log1p(Floats y) {
   Floats q = y * -0x1.24b298p-8f + 0x1.9d455ap-6f;
   q = q * y + -0x1.11708cp-4f;
@@ -153,7 +154,7 @@ INLINE Floats log1p(Floats y) {
 
 INLINE Floats abs(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
-// Double precision is for checking gradients: the C library's, lane by lane.
+// Double precision is for gradient checks, so these functions call the C library for each lane.
 template <double (*function)(double)>
 INLINE Doubles each(Doubles x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = function(x[j]);
@@ -167,8 +168,8 @@ INLINE Doubles abs(Doubles x) { return each<::fabs>(x); }
 
 // ----- transposition
 
-// Lanes of `a` with the lanes of `b` in place of those whose index has the bit Step: the upper (lower) half of each
-// 2 Step square is exchanged with its neighbour. log2(lanes) rounds of it transpose a square of vectors.
+// Exchanges the lanes of `a` whose index has the bit Step with the lanes of `b` whose index does not. log2(lanes)
+// rounds of exchanges transpose a square of vectors.
 #if defined(__clang__) || __GNUC__ >= 12
 template <int... I>
 struct Indices {};
@@ -210,11 +211,13 @@ INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
   if constexpr (Step > 1) transpose<S, Step / 2>(rows);
 }
 
-// ----- tiles: tokens of up to kLanes channels, the channels of a token side by side
+// ----- tiles: tokens of up to kLanes channels; the channels of a token are adjacent
 //
-// A call takes a whole tile, so it is not inlined: its callers would compile for twice as long and be twice as large.
+// A call processes a whole tile, so it is not inlined. Inlining would double the size of its callers and the time to
+// compile them.
 
-// The first of the next W tokens to transpose: the last ones overlap those before rather than being fewer. -1 at the end.
+// The first of the next W tokens to transpose, or -1 at the end. The last W tokens may overlap those before them, so
+// that there are always W.
 INLINE int64_t next_square(int64_t t, int64_t tokens, int W) {
   if (t >= tokens) return -1;
   return t + W <= tokens ? t : tokens - W;
@@ -265,7 +268,7 @@ NOINLINE void store_tile(T* p, const S* tile, int64_t stride_d, int64_t stride_l
   }
 }
 
-// The sum of the lanes for each token, always in the order of the channels.
+// Sums the lanes of each token, always in the order of the channels.
 template <class S>
 NOINLINE void sum_lanes(S* sums, const S* tile, int64_t tokens) {
   constexpr int W = kLanes<S>;

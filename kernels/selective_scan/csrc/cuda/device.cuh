@@ -1,4 +1,4 @@
-// What the kernels need of the GPU and C++ does not have; tests/kernels/cuda_emulation has the same names for a host.
+// GPU functions that C++ does not have. tests/kernels/cuda_emulation has functions of the same names for a host.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,14 +9,14 @@
 
 namespace gpu {
 
-// Relative error about 2^-22, also next to 1; results below 2^-126 are 0.
+// The relative error is about 2^-22, even next to 1. Results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// NaN if x is; fmax would drop it.
+// NaN if x is NaN; fmax would drop the NaN.
 __device__ __forceinline__ float max_or_nan(float x, float y) {
 #if __CUDA_ARCH__ >= 800
   float z;
@@ -39,7 +39,7 @@ __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
-// Two at once, the first in the lower half.
+// Converts two numbers at once. The first goes into the lower half.
 __device__ __forceinline__ uint32_t to_halves(float first, float second) {
   const __half2 pair = __floats2half2_rn(first, second);
   return __half_as_ushort(pair.x) | uint32_t(__half_as_ushort(pair.y)) << 16;
@@ -49,13 +49,13 @@ __device__ __forceinline__ uint32_t to_bfloat16s(float first, float second) {
   return __bfloat16_as_ushort(pair.x) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
 }
 
-// The same number, of which the compiler knows nothing: what is computed from it stays in its loop.
+// Returns x but hides its value from the compiler, so that the compiler moves no computation from x out of its loop.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// The value of the lane `distance` to the left (kUp) or right; the lane's own where there is none.
+// The value of the lane `distance` to the left (kUp) or right, or the lane's own value if there is no such lane.
 template <bool kUp, typename T>
 __device__ __forceinline__ T shuffle(T value, int distance) {
   constexpr unsigned kAll = 0xffffffff;
@@ -67,7 +67,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
-// From global to shared memory, both aligned to as many bytes; complete after `wait_for_copies`.
+// Copies from global to shared memory. Both addresses are aligned to the size of the copy, which is complete after
+// `wait_for_copies`.
 __device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));

@@ -65,7 +65,7 @@ __device__ __forceinline__ T* shared_at(size_t offset) {
 
 constexpr int kSumThreads = 224;
 
-// Adds up to three sums. The order of additions depends on the sizes alone, so results repeat to the bit.
+// Computes up to three sums. The order of additions depends only on the sizes, so results repeat to the bit.
 template <typename State, typename Output>
 __global__ void __launch_bounds__(kSumThreads) sum_terms(Sums sums) {
   constexpr int kSlices = kSumThreads / kWarp;

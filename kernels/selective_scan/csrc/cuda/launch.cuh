@@ -1,4 +1,4 @@
-// A launch whose dynamic shared memory may exceed the 48 KiB that need no permission.
+// Launches a kernel whose dynamic shared memory may exceed 48 KiB, the most that needs no opt-in.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@ template <typename Kernel, typename... Args>
 cudaError_t launch(Kernel* kernel, int64_t blocks, int threads, size_t shared, cudaStream_t stream, Args... args) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared > 48 * 1024) {
-    // All that the card has: less, for one thread's launch, would be taken from another's.
+    // Ask for all that the GPU has: if one thread asked for less, another thread's launch could fail.
     int device = 0, most = 0;
     auto error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

@@ -1,4 +1,4 @@
-// What the kernels are given: sizes, strided views, and how the rows are divided among blocks and threads.
+// The kernels' parameters: sizes, strided views, and how the rows are divided among blocks and threads.
 #pragma once
 
 #include <algorithm>
@@ -10,16 +10,16 @@ namespace selective_scan {
 
 using namespace gpu;
 
-// A tensor with strides in elements; dimensions that it does not have, and those of size 1, have stride 0.
+// A tensor with strides in elements. Dimensions that it does not have, and dimensions of size 1, have stride 0.
 struct View {
   const void* data = nullptr;
-  int64_t batch = 0, channel = 0, state = 0, token = 0;  // `channel` is B's group
-  // How a tile is loaded: lanes along rows rather than tokens, and 16 bytes at once.
+  int64_t batch = 0, channel = 0, state = 0, token = 0;  // for B, `channel` is the group
+  // How a tile is loaded: with lanes along rows instead of tokens, and with 16 bytes at once.
   bool along_rows = false, wide = false;
 };
 
-// A row is one channel of one image. A block works on `rows` rows of one (image, group), each held by
-// `threads_per_row` threads of `items` consecutive tokens; longer rows are walked in `chunks`. A block may take several
+// A row is one channel of one image. A block works on `rows` rows of one (image, group). `threads_per_row` threads hold
+// a row, with `items` consecutive tokens each; a block processes longer rows in `chunks`. A block may process several
 // such sets of rows, in `passes`.
 struct Plan {
   int items = 0, rows = 0, threads_per_row = 0, threads = 0, passes = 1, channels_per_group = 0;
@@ -34,11 +34,11 @@ struct Plan {
 struct Params {
   int64_t batch = 0;
   int channels = 0, states = 0, length = 0, groups = 0;
-  bool softplus = false, A_is_log = false;  // with the latter the rates are -exp(A)
+  bool softplus = false, A_is_log = false;  // if A_is_log, the rates are -exp(A)
   View u, delta, A, B, bias, grad;  // bias.data is null without a bias, grad.data in the forward pass
   // Forward: the states (B, D, N, L), or null if only `boundaries` are wanted.
   void* h = nullptr;
-  // The state that enters each chunk (B, D, N, chunks), where a row of the backward pass takes several.
+  // The state that enters each chunk (B, D, N, chunks), if a row of the backward pass has several chunks.
   void* boundaries = nullptr;
   void *grad_u = nullptr, *grad_delta = nullptr;  // (B, D, L)
   // Terms of the other gradients, still to be summed over images or row blocks.
@@ -53,20 +53,20 @@ struct Params {
 constexpr int kMaxThreads = 224;
 constexpr int kManyItems = 14, kFewItems = 7;  // 3136 = 224 * 14, 784 = 56 * 14, 196 = 14 * 14, 49 = 7 * 7
 
-// A loop over states takes registers that 14 items do not leave, nor do items of double precision.
+// 14 items leave no registers for a loop over states, and neither do items of double precision.
 inline int best_items(const Params& p, Dtype dtype) {
   const bool many = p.states == 1 && dtype != Dtype::kDouble;
   return many && (p.length % kManyItems == 0 || p.length > 16 * kFewItems) ? kManyItems : kFewItems;
 }
 
-// Fewest rows for which lanes that run along channels use whole 32-byte sectors; 1 if lanes run along tokens.
+// The fewest rows with which lanes along channels use whole 32-byte sectors, or 1 if lanes run along tokens.
 inline int rows_per_sector(const Params& p, Dtype dtype) {
   const auto by_channel = [](const View& view) { return view.channel == 1 && view.token != 1; };
   const bool channels_last = by_channel(p.u) && by_channel(p.delta);
   return channels_last ? std::min(32 / size_of(dtype), p.channels / p.groups) : 1;
 }
 
-// As many rows as leave the fewest idle lanes, the blocks of one group taken together.
+// The number of rows that leaves the fewest idle lanes in all blocks of one group.
 inline int best_rows(int threads_per_row, int channels, int multiple) {
   const int most = std::max(std::min(kMaxThreads / threads_per_row, channels), multiple);
   int best = multiple;
@@ -81,7 +81,7 @@ inline int best_rows(int threads_per_row, int channels, int multiple) {
   return best;
 }
 
-// At most `most`, a power of two, and so few that there are blocks enough for the largest GPUs.
+// A power of two, at most `most`, and so small that there are enough blocks for the largest GPUs.
 inline int best_passes(const Params& p, const Plan& plan, int most) {
   int passes = 1;
   while (2 * passes <= std::min(most, plan.sets) && p.batch * p.groups * plan.sets >= 2048 * passes) passes *= 2;
@@ -99,7 +99,7 @@ inline bool starts_at_units(const View& view, int unit, int64_t channels) {
          view.channel * channels % unit == 0;
 }
 
-// With outputs as new allocations, and states that are one.
+// Whether `Plan::flat` holds. The outputs are new allocations, so they need no check. There must be one state.
 inline bool is_flat(const Params& p, const Plan& plan, Dtype dtype) {
   const int unit = 16 / size_of(dtype);
   const bool one_row = plan.rows == 1;
@@ -135,7 +135,7 @@ inline void make_plan(Params& p, Dtype dtype, bool backward) {
   plan.chunks = ceil_div(p.length, most_threads * plan.items);
   plan.threads_per_row = ceil_div(ceil_div(p.length, plan.chunks), plan.items);
   if (plan.chunks > 1) {
-    // Chunks that start at a multiple of 16 bytes, where lanes along tokens load as much at once.
+    // Chunks start at a multiple of 16 bytes if lanes along tokens load 16 bytes at once.
     const int whole = multiple > 1 ? 2 : 8;
     plan.threads_per_row = std::min(most_threads, ceil_div(plan.threads_per_row, whole) * whole);
     plan.chunks = ceil_div(p.length, plan.chunk());
@@ -147,8 +147,8 @@ inline void make_plan(Params& p, Dtype dtype, bool backward) {
   plan.sets = ceil_div(plan.channels_per_group, plan.rows);
   plan.flat = is_flat(p, plan, dtype);
   const bool one_state_kernel = plan.items == kManyItems || plan.flat;
-  // Forward, a block's first instructions and B's tile serve several passes; backward, so does a block's share of B's
-  // gradient, of which few are to be written.
+  // In the forward pass, a block's first instructions and B's tile serve several passes. In the backward pass,
+  // several passes also share the block's sum for B's gradient, so that fewer sums are written.
   set_passes(plan, one_state_kernel ? best_passes(p, plan, backward ? std::max(1, 8 / plan.rows) : 4) : 1);
 
   plan.by_threads_per_row = Divisor(plan.threads_per_row);
@@ -159,7 +159,7 @@ inline void make_plan(Params& p, Dtype dtype, bool backward) {
   p.plan = plan;
 }
 
-// Of a backward pass, the forward pass over the same chunks that finds the states that enter them.
+// The forward pass before a backward pass, over the same chunks. It computes the states that enter them.
 inline Params boundary_pass(Params p) {
   set_passes(p.plan, 1);
   p.h = nullptr;

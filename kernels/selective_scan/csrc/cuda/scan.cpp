@@ -1,4 +1,4 @@
-// The CUDA kernels as kernels of the operators: checks, allocations, launches.
+// Registers the CUDA kernels as kernels of the operators: checks, allocations, launches.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -28,7 +28,7 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
-// The dimensions that hold each index, -1 for one that the tensor does not have.
+// `batch`, `channel`, `state` and `token` are the tensor's dimensions for these indices, or -1 if it has none.
 View view_of(const Tensor& t, int batch, int channel, int state, int token) {
   const auto stride = [&](int dim) { return dim < 0 || t.size(dim) == 1 ? 0 : t.stride(dim); };
   View view;
@@ -40,7 +40,7 @@ View view_of(const Tensor& t, int batch, int channel, int state, int token) {
   return view;
 }
 
-// Every row block reads B: worth a copy if its tokens are apart, unless few rows share it.
+// Every row block reads B. So a copy is worth it if B's tokens are not adjacent, unless few rows share B.
 Tensor with_adjacent_tokens(const Tensor& B, const Sizes& sizes) {
   const bool apart = sizes.length > 1 && B.stride(-1) != 1;
   return apart && sizes.channels / sizes.groups >= 8 ? B.contiguous() : B;
@@ -48,7 +48,7 @@ Tensor with_adjacent_tokens(const Tensor& B, const Sizes& sizes) {
 
 Params params_of(const Sizes& sizes, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                  const std::optional<Tensor>& bias, bool softplus, bool A_is_log) {
-  // Far beyond what fits, but for the margin that the arithmetic of chunks needs.
+  // Far more than fits in memory. The limit leaves a margin for the arithmetic of chunks.
   constexpr int64_t kMost = INT32_MAX / 2;
   TORCH_CHECK_VALUE(sizes.length <= kMost && sizes.channels <= kMost && sizes.states <= kMost && sizes.batch <= kMost,
                     "sizes above ", kMost, " are not supported on CUDA");
@@ -68,7 +68,7 @@ Params params_of(const Sizes& sizes, const Tensor& u, const Tensor& delta, const
   return p;
 }
 
-// A gradient, contiguous as the kernels write it, as `at::empty_like` lays out its input's.
+// Lays out a gradient, which the kernels write contiguously, as `at::empty_like` lays out its input.
 Tensor laid_out_as(const Tensor& input, const Tensor& grad) {
   const Tensor out = at::empty_like(input);
   return out.strides() == grad.strides() ? grad : out.copy_(grad);

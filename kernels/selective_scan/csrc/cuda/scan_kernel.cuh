@@ -1,12 +1,12 @@
-// The state scan and its gradient, in CUDA C++ that a host compiler can also run (tests/kernels/cuda_emulation).
+// The state scan and its gradient, in CUDA C++ that a host compiler also accepts (tests/kernels/cuda_emulation).
 //
 // Each thread owns `kItems` consecutive tokens of a row and reduces them to a step x -> value + 2^exponent x. Steps
-// compose; a scan over them, by shuffles within a warp and through shared memory across warps, gives every thread the
-// state that enters its tokens. Exponents are sums of dt A log2(e), so that no error of a decay is multiplied along a
-// row, and decays that underflow are zeros like any other.
+// compose. A scan over them, by shuffles within a warp and through shared memory across warps, gives every thread the
+// state that enters its tokens. Exponents are sums of dt A log2(e). So errors of decays are not multiplied along a row,
+// and decays that underflow are ordinary zeros.
 //
-// A block's tile is `rows` x `chunk` elements, row after row, so that thread k owns the elements from k kItems on
-// whatever the shape. Both factors of kItems, 7 and 14, make those accesses free of bank conflicts.
+// A block's tile is `rows` x `chunk` elements, row after row. So thread k owns the elements from k kItems on, for every
+// shape. With kItems of 7 or 14, these accesses have no bank conflicts.
 #pragma once
 
 #include <type_traits>
@@ -23,16 +23,17 @@ constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ float exp2_of(float x) { return exp2_approx(x); }
 
-// exp(x) for x <= 0, to a relative 2e-7 down to underflow: the rounding of x log2(e) is undone to first order.
+// exp(x) for x <= 0, with a relative error of 2e-7 down to underflow. A first-order term corrects the rounding
+// of x log2(e).
 __device__ __forceinline__ float exp_of_negative(float x) {
-  x = fmaxf(x, -104.0f);  // or -inf would meet itself below
+  x = fmaxf(x, -104.0f);  // otherwise -inf would give inf - inf below
   const float power = x * float(kLog2e);
   const float y = exp2_approx(power);
   return fmaf(y, fmaf(power, -float(kLn2), x), y);
 }
 __device__ __forceinline__ double exp_of_negative(double x) { return exp(x); }
 
-// log(1 + z) for 0 <= z <= 1, to a relative 1.4e-7: z times the minimax polynomial of log(1 + z) / z.
+// log(1 + z) for 0 <= z <= 1, with a relative error of 1.4e-7: z times the minimax polynomial of log(1 + z) / z.
 __device__ __forceinline__ float log1p_of(float z) {
   float y = 0.0052326940931379795f;
   y = fmaf(y, z, -0.029505237936973572f);
@@ -59,7 +60,7 @@ __device__ __forceinline__ State sigmoid(State s) {
   return (s > 0 ? State(1) : z) * reciprocal(1 + z);
 }
 
-// ----- who a thread is
+// ----- a thread's place and work
 
 struct Thread {
   int index, lane, warp;
@@ -79,7 +80,7 @@ struct Thread {
   __device__ __forceinline__ int last_warp() const { return (index - place + per_row - 1) / kWarp; }
 };
 
-// A block's rows, consecutive channels of one group, and those of one of its passes.
+// A block's rows, which are consecutive channels of one group. `Rows` below are those of one pass.
 struct BlockRows {
   int batch, group, channel, count;
 
@@ -100,7 +101,7 @@ struct Rows {
       : channel(block.channel + pass * p.plan.rows), count(min(p.plan.rows, block.count - pass * p.plan.rows)) {}
 };
 
-// Where a block is in its work, and the tokens there.
+// A block's current chunk, pass and state, and the chunk's tokens.
 struct Place {
   int chunk, pass, state;
   int start, tokens;
@@ -126,7 +127,7 @@ __device__ __forceinline__ State rate_of(const Params& p, int channel, int state
 
 // ----- shared memory
 
-// Byte offsets of the arrays. `states` is what a tile of the output or of its gradient takes.
+// Byte offsets of the arrays. `states` holds a tile of the output or of its gradient.
 template <typename Input>
 struct Layout {
   using State = typename StateOf<Input>::type;
@@ -149,7 +150,7 @@ struct Layout {
 
 __device__ __forceinline__ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Walks a table of `width` columns, row after row, from element `start` on, each `step`th.
+// Visits every `step`th element of a table of `width` columns, row after row, from element `start` on.
 struct Walk {
   int row, column, row_step, column_step, width;
 
@@ -169,7 +170,7 @@ struct Walk {
   }
 };
 
-// Lanes along tokens, kWidth of each at once.
+// Loads with lanes along tokens, kWidth tokens at once.
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_along_tokens(
     T* tile, const T* from, const View& view, int rows, int tokens, int pitch) {
@@ -188,7 +189,7 @@ __device__ __forceinline__ void load_along_tokens(
   }
 }
 
-// Lanes along rows, kWidth of them at once.
+// Loads with lanes along rows, kWidth rows at once.
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_along_rows(
     T* tile, const T* from, const View& view, int rows, int tokens, int pitch) {
@@ -204,7 +205,7 @@ __device__ __forceinline__ void load_along_rows(
   }
 }
 
-// `rows` x `tokens` elements into a tile whose rows are `pitch` apart, by the whole block. Complete after
+// The whole block loads `rows` x `tokens` elements into a tile whose rows are `pitch` apart. The load is complete after
 // `wait_for_copies` and a barrier.
 template <typename T>
 __device__ __forceinline__ void load_tile(T* tile, const T* from, const View& view, int rows, int tokens, int pitch) {
@@ -224,7 +225,7 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, const View& vi
   }
 }
 
-// Neighbours in the tile and in memory: `count` elements in units of 16 bytes.
+// Loads `count` elements that are adjacent in the tile and in memory, in units of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void load_run(T* tile, const T* from, int count) {
   constexpr int kWidth = 16 / sizeof(T);
@@ -239,7 +240,7 @@ __device__ __forceinline__ void load_run(T* tile, const T* from, int count) {
   }
 }
 
-// One row, with zeros from `tokens` to `size`.
+// Loads one row, with zeros from `tokens` to `size`.
 template <typename T>
 __device__ __forceinline__ void load_row(T* tile, const T* from, const View& view, int tokens, int size) {
   constexpr int kWidth = 16 / sizeof(T);
@@ -249,7 +250,7 @@ __device__ __forceinline__ void load_row(T* tile, const T* from, const View& vie
   for (int i = whole + threadIdx.x; i < size; i += blockDim.x) tile[i] = i < tokens ? from[i * view.token] : T();
 }
 
-// Zeros where a tile has none of the tensor's elements: without u, B and grad nothing comes of an item.
+// Stores zeros where a tile lies outside the tensor: items whose u, B and grad are zero contribute nothing.
 template <typename T>
 __device__ __forceinline__ void fill_rest(T* tile, int rows, int tokens, const Plan& plan) {
   const int pitch = plan.chunk();
@@ -272,7 +273,7 @@ __device__ __forceinline__ void load_tile(
   fill_rest(tile, rows, tokens, plan);
 }
 
-// A warp's elements, from `begin` of the tile to `end`, as far as they lie in the tensor; kWidth of them at once.
+// Stores a warp's elements, from `begin` of the tile to `end`, if they lie in the tensor; kWidth of them at once.
 template <int kWidth, typename T>
 __device__ __forceinline__ void store_along_tokens(
     T* to, int64_t row_stride, const T* tile, int rows, int tokens, int pitch, int begin, int end) {
@@ -287,7 +288,7 @@ __device__ __forceinline__ void store_along_tokens(
   }
 }
 
-// The elements of a tile that the warp's own threads have written, `size` of them, to rows `row_stride` apart.
+// Stores the `size` elements of a tile that the warp's own threads have written, to rows `row_stride` apart.
 template <bool kFlat, typename T>
 __device__ __forceinline__ void store_tile(
     T* to, int64_t row_stride, const T* tile, int rows, int tokens, int pitch, int size) {
@@ -349,8 +350,8 @@ __device__ __forceinline__ void write_items(T* tile, const State (&items)[kItems
   for (int i = 0; i < kItems; i += kGroup<kItems>) write_group<kGroup<kItems>>(tile + i, items + i);
 }
 
-// dt = delta + bias, through softplus if asked, in place. From `items` on, where a tile has none of the tensor's elements,
-// it is 0: with the bias alone a decay could overflow there, and what comes from the right be NaN.
+// Computes dt = delta + bias, or softplus of the sum, in place. From `items` on, the tile lies outside the tensor, and
+// dt is 0: with only the bias, a decay could overflow there, and the values from the right could be NaN.
 template <int kItems, typename State>
 __device__ __forceinline__ void step_sizes(State (&delta)[kItems], State bias, bool through_softplus, int items) {
 #pragma unroll
@@ -378,7 +379,7 @@ __device__ __forceinline__ State apply(const Step<State>& step, State x) {
   return step.value + exp2_of(step.exponent) * x;
 }
 
-// The steps of `reach` lanes before this one and its own, composed; kUp: "before" is to the left.
+// Composes the steps of `reach` lanes before this one with its own. With kUp, "before" is to the left.
 template <bool kUp, typename State>
 __device__ __forceinline__ Step<State> scan_warp(Step<State> step, int reach) {
 #pragma unroll
@@ -392,14 +393,14 @@ __device__ __forceinline__ Step<State> scan_warp(Step<State> step, int reach) {
   return step;
 }
 
-// Everything before this lane, in its row and warp.
+// The composed steps of all lanes before this one, in its row and warp.
 template <bool kUp, typename State>
 __device__ __forceinline__ Step<State> steps_before(const Step<State>& scanned, int reach) {
   const Step<State> before{shuffle<kUp>(scanned.exponent, 1), shuffle<kUp>(scanned.value, 1)};
   return reach > 0 ? before : Step<State>{0, 0};
 }
 
-// What enters the thread's tokens from the left, given what enters the row's chunk.
+// The state that enters the thread's tokens from the left, given the state that enters the row's chunk.
 template <typename State>
 __device__ __forceinline__ State enter_from_left(
     const Thread& me, const Step<State>* tails, const Step<State>& before, State entering) {
@@ -420,7 +421,7 @@ __device__ __forceinline__ State enter_from_right(
   return apply(before, entering);
 }
 
-// to[row] += or = the sum over the threads of that row of what each has left in `parts`; the first row is `to`'s.
+// Adds up the `parts` of each row's threads. The sum of a row is stored in to[row * stride], or with `add` added to it.
 template <typename State>
 __device__ __forceinline__ void sum_parts(
     const Thread& me, const State* parts, const Plan& plan, int rows, bool add, State* to, int64_t stride) {
@@ -437,13 +438,13 @@ __device__ __forceinline__ void sum_parts(
 
 // ----- kernels
 
-// Blocks that an SM should hold, which bounds a thread's registers: as many as no architecture has to spill for.
+// Blocks that an SM should hold, which limits a thread's registers: the most for which no architecture spills.
 template <typename Input, int kItems, bool kFlat>
 constexpr int kBlocksForward = sizeof(Input) == 8 ? 1 : kFlat ? 4 : kItems == kManyItems ? 3 : 2;
 template <typename Input, int kItems, bool kFlat>
 constexpr int kBlocksBackward = sizeof(Input) == 8 ? 1 : kFlat && kItems == kFewItems ? 3 : 2;
 
-// What the forward pass needs at a place and did not need at the one before.
+// Loads what the forward pass needs at a place and did not need at the place before.
 template <bool kFlat, typename Input>
 __device__ __forceinline__ void load_place(
     const Params& p, const BlockRows& block, const Place& place, Input* u, Input* delta, Input* B) {
@@ -460,7 +461,7 @@ __device__ __forceinline__ void load_place(
   }
 }
 
-// Forward. With `h` null it leaves the states that enter each chunk in `boundaries` instead.
+// The forward pass. If `h` is null, it stores the states that enter each chunk in `boundaries` instead.
 template <typename Input, int kItems, bool kOneState, bool kFlat>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFlat>) scan_forward(const Params p) {
   using State = typename StateOf<Input>::type;
@@ -503,7 +504,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFl
                      : static_cast<State*>(p.boundaries)[row * p.plan.chunks + place.chunk];
     }
 
-    // Every item's state if none entered the thread, and the exponent that takes one there.
+    // Every item's state if a zero state entered the thread, and the exponent of the entering state's factor.
     State exponents[kItems], values[kItems];
     read_items(B_tile + me.place * kItems, values);
     Step<State> step{0, 0};
@@ -520,7 +521,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFl
     if (me.lane == kWarp - 1) tails[me.warp] = step;
     __syncthreads();
 
-    // All threads have read their inputs: the next may come in.
+    // All threads have read their inputs, so the next ones may be loaded.
     Place next = place;
     if (n + 1 < states) {
       next.state = n + 1;
@@ -547,12 +548,12 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFl
   }
 }
 
-// The two scans of the backward pass over a thread's items. With mu_t = a_t lambda_t, what token t hands to the one
-// before it, lambda_t = grad_t + mu_{t+1}: steps of the same exponents as those of h, from the other side.
+// The two scans of the backward pass over a thread's items. Token t passes mu_t = a_t lambda_t to the token before it,
+// so lambda_t = grad_t + mu_{t+1}. The steps of mu have the same exponents as those of h, but come from the other side.
 template <int kItems, typename State>
 struct Items {
   State decay[kItems];
-  State drive[kItems];  // dt B u, until `carry`
+  State drive[kItems];  // dt B u; after `carry`, a_t h_{t-1}
 
   __device__ __forceinline__ Step<State> step_of_h(const State (&dt)[kItems], State rate) {
     Step<State> step{0, 0};
@@ -573,7 +574,7 @@ struct Items {
     return mu;
   }
 
-  // Puts a_t h_{t-1} in place of the drive, carried as it is: recovering it as h_t - drive_t would cancel.
+  // Replaces the drive by a_t h_{t-1}, computed as a product: h_t - drive_t would lose digits by cancellation.
   __device__ __forceinline__ void carry(State h) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -584,7 +585,7 @@ struct Items {
   }
 };
 
-// The derivative of dt with respect to delta is sigmoid(factor delta + offset), also without softplus: then it is 1.
+// The derivative of dt with respect to delta is sigmoid(factor delta + offset). Without softplus, this is 1.
 template <typename State>
 struct Slope {
   State factor, offset;
@@ -593,7 +594,7 @@ struct Slope {
       : factor(through_softplus ? 1 : 0), offset(through_softplus ? bias : State(200)) {}
 };
 
-// An item's gradients, in the place of u and delta, from the sums over n of lambda B and of A lambda a h.
+// Replaces an item's u and delta by their gradients, from the sums over n of lambda B and of A lambda a h.
 template <typename State>
 __device__ __forceinline__ void input_gradients(
     const Slope<State>& slope, State dt, State from_drive, State from_decay, State& u, State& delta) {
@@ -611,8 +612,8 @@ __device__ __forceinline__ void sum_rows(const State* tile, int rows, int tokens
   }
 }
 
-// Backward; the chunks from the last to the first. A boundary's state is replaced, once used, by the mu that crosses
-// it.
+// The backward pass, with chunks from the last to the first. After a boundary's state is used, the mu that crosses the
+// boundary replaces it.
 template <typename Input, int kItems, bool kOneState, bool kFlat>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kFlat>) scan_backward(const Params p) {
   using State = typename StateOf<Input>::type;
@@ -694,7 +695,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
         items.carry(enter_from_left(me, left_tails, before, entering_h));
         State mu = enter_from_right(me, right_tails, after, entering_mu);
 
-        // The inputs are read again rather than held in registers, a group at a time, from the right.
+        // Read the inputs again, a group at a time from the right, instead of holding them in registers.
         constexpr int kWidth = kGroup<kItems>;
         State term_A = 0;
 #pragma unroll
@@ -769,7 +770,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
   }
 }
 
-// ----- which kernel
+// ----- the choice of a kernel
 
 template <typename T, int kItemsOfThread, bool kIsOneState, bool kIsFlat>
 struct Instance {
