@@ -1,6 +1,7 @@
 """Modules that compute the same by kernels that are faster on a CPU. One call swaps them in, another one out.
 
     model = optimise_for_cpu(spatialmamba_tiny())
+    model = optimise_for_cpu(spatialmamba_tiny().eval(), hold_weights=True)  # for inference in bfloat16
 
 Linear layers and 1x1 convolutions use MKL or oneDNN, whichever is faster (`linear.py`). This repository's kernel
 runs depthwise 3x3 convolutions. The C library keeps the memory that PyTorch frees (`classification/memory.py`).
@@ -13,8 +14,17 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from classification.memory import keep_freed_memory
+from classification.models.held import Holding, folded, holds, pack, product
 from classification.models.linear import MKL_LEADS, dilation, is_product, linear
-from classification.models.spatialmamba import StructureAwareSSM, to_planes, to_tokens
+from classification.models.spatialmamba import (
+    GLOBAL_HOOKS,
+    ConvLayer,
+    Mlp,
+    StructureAwareSSM,
+    has_hooks,
+    to_planes,
+    to_tokens,
+)
 
 
 class CpuLinear(nn.Linear):
@@ -105,20 +115,132 @@ class CpuStructureAwareSSM(StructureAwareSSM):
 
 
 STRIP = 512  # columns of a result
-_SWAPPED = (CpuLinear, CpuPointwiseConv2d, CpuStridedConv2d, CpuDepthwiseConv2d, CpuStructureAwareSSM)
 
 
-def optimise_for_cpu(model: nn.Module) -> nn.Module:
+# ----- inference in bfloat16 by weights that are held packed
+
+
+class HeldLinear(Holding, CpuLinear):
+    """`CpuLinear` that holds its weight packed for inference in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) if self.fits(x) else super().forward(x)
+
+    def fits(self, x: Tensor) -> bool:
+        return holds(x, self.weight, self.bias) and x.shape[-1] == self.in_features
+
+    def product(self, x: Tensor, then: str = "none") -> Tensor:
+        packed = self.held("weight", lambda: pack(self.weight, self.bias, x), self.weight, self.bias)
+        return product(x, *packed, then)
+
+
+class HeldMlp(Mlp):
+    """`Mlp` whose first product applies GELU, in inference in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, act = self.fc1, self.act
+        known = type(fc1) is HeldLinear and type(act) is nn.GELU and act.approximate == "none"
+        if known and fc1.fits(x) and not _is_hooked(fc1, act):
+            return self.fc2(fc1.product(x, "gelu"))
+        return super().forward(x)
+
+
+class HeldConvLayer(Holding, ConvLayer):
+    """`ConvLayer` as one convolution and ReLU in inference in bfloat16: batch norm is folded into the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (holds(x) and self._is_one() and self._fits(x)):
+            return super().forward(x)
+        conv = self.conv
+        sources = (conv.weight, conv.bias, *self.norm.parameters(), *self.norm.buffers())
+        if type(conv) is CpuPointwiseConv2d and conv.stride == (1, 1):
+            tokens = to_tokens(x)
+            y = to_planes(product(tokens, *self.held("product", lambda: self._packed(tokens), *sources)))
+        else:
+            weight, bias = self.held("convolution", self._folded, *sources)
+            y = F.conv2d(x.bfloat16(), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return y.relu_() if type(self.act) is nn.ReLU else y
+
+    def _fits(self, x: Tensor) -> bool:
+        return x.dim() == 4 and x.shape[1] == self.conv.in_channels and holds(x, self.conv.weight, self.conv.bias)
+
+    def _packed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, bias = folded(self.conv, self.norm)
+        return pack(weight.flatten(1), bias, tokens)
+
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = folded(self.conv, self.norm)
+        return weight.bfloat16(), None if bias is None else bias.bfloat16()
+
+    def _is_one(self) -> bool:
+        conv, norm, act = self.conv, self.norm, self.act
+        plain = type(conv) is nn.Conv2d or _PLAIN.get(type(conv)) is nn.Conv2d
+        batch_norm = type(norm) is nn.BatchNorm2d and not norm.training and norm.running_var is not None and norm.affine
+        known = (batch_norm or type(norm) is nn.Identity) and type(act) in (nn.ReLU, nn.Identity)
+        return plain and known and conv.padding_mode == "zeros" and not _is_hooked(conv, norm, act)
+
+
+class HeldStructureAwareSSM(Holding, CpuStructureAwareSSM):
+    """`CpuStructureAwareSSM` with weights held packed for inference in bfloat16; a product applies the gate's SiLU."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        layer = self.in_proj
+        if type(layer) is not HeldLinear or layer.bias is not None or not layer.fits(u) or _is_hooked(layer):
+            return super().forward(u)
+        x, z = self.held("in_proj", lambda: [pack(half, None, u)[0] for half in layer.weight.chunk(2)], layer.weight)
+        return self.out_proj(self.gate(product(u, x), product(u, z, then="swish")))
+
+    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.stride(1) != 1 or not holds(x, weight):
+            return super().project(x, weight)
+        tokens, name = to_tokens(x), "x_proj" if weight is self.x_proj_weight else "dt_proj"
+        return to_planes(product(tokens, *self.held(name, lambda: pack(weight, None, tokens), weight)))
+
+
+def _is_hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of the modules does more than its class does, so that it must be called."""
+    return any(GLOBAL_HOOKS) or any(map(has_hooks, modules))
+
+
+_PLAIN = {
+    CpuLinear: nn.Linear,
+    HeldLinear: nn.Linear,
+    CpuPointwiseConv2d: nn.Conv2d,
+    CpuStridedConv2d: nn.Conv2d,
+    CpuDepthwiseConv2d: nn.Conv2d,
+    CpuStructureAwareSSM: StructureAwareSSM,
+    HeldStructureAwareSSM: StructureAwareSSM,
+    HeldConvLayer: ConvLayer,
+    HeldMlp: Mlp,
+}
+_HELD = {
+    CpuLinear: HeldLinear,
+    CpuStructureAwareSSM: HeldStructureAwareSSM,
+    ConvLayer: HeldConvLayer,
+    Mlp: HeldMlp,
+}
+
+
+def optimise_for_cpu(model: nn.Module, hold_weights: bool = False) -> nn.Module:
     """Change the classes of `model`'s modules in place to the classes above. Return `model`.
 
     Parameters, names, hooks and modes stay the same. Results differ by rounding alone. The modules work in training and
     in evaluation, also inside a whole detector. On other devices, they do what they did before. Only modules change
-    whose class is exactly PyTorch's or `StructureAwareSSM`: adapters and quantised layers stay. The process keeps freed
+    whose class is exactly PyTorch's or this repository's: adapters and quantised layers stay. The process keeps freed
     memory from then on, see `keep_freed_memory`.
+
+    Args:
+        model: the model.
+        hold_weights: for inference in bfloat16, under autocast or with a model in bfloat16: hold a copy of the weights
+            that is cast and packed once, 2 bytes a weight. If a weight changes, its copy is made anew. But changes
+            through `.data` are not seen until `model.eval()` or `model.train()` is called.
     """
     keep_freed_memory()
     for module in model.modules():
-        if (swapped := _class_for(module)) is not None:
+        swapped = _class_for(module)
+        if hold_weights:
+            swapped = _HELD.get(swapped or type(module), swapped)
+        if swapped is not None:
             module.__class__ = swapped
     return model
 
@@ -126,8 +248,9 @@ def optimise_for_cpu(model: nn.Module) -> nn.Module:
 def undo_optimise_for_cpu(model: nn.Module) -> nn.Module:
     """Restore in place the classes that `optimise_for_cpu` changed. Return `model`."""
     for module in model.modules():
-        if type(module) in _SWAPPED:
-            module.__class__ = type(module).__base__
+        if type(module) in _PLAIN:
+            module.__dict__.pop("_held", None)
+            module.__class__ = _PLAIN[type(module)]
     return model
 
 

@@ -52,13 +52,19 @@ def fusible(x: Tensor, *modules: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     # By its dictionary: attributes of a module take the host longer, and this is asked in each call of the model.
-    own = module.__dict__
-    if type(module) not in FUSIBLE or "forward" in own or any(map(own.get, HOOKS)):
+    if type(module) not in FUSIBLE or has_hooks(module):
         return False
     if type(module) not in PARAMETRISED:
         return True
+    own = module.__dict__
     weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
     return weight is not None and bias is not None and bias.dim() == 1
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's `forward`, apart from hooks of all modules."""
+    own = module.__dict__
+    return "forward" in own or any(map(own.get, HOOKS))
 
 
 # Entries of a module's dictionary that hold hooks, or that `Module.compile` sets.
@@ -254,9 +260,13 @@ class StructureAwareSSM(nn.Module):
             uses = depthwise_silu(x, self.conv2d.weight, self.conv2d.bias, uses=3)  # (B, D, H, W), contiguous
             gated = norm_gate(self.ssm(*uses), z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
         else:
-            x = F.silu(self.conv2d(to_planes(x)))  # (B, D, H, W), laid out as tokens
-            gated = self.out_norm(to_tokens(self.ssm(x))) * F.silu(z)
+            gated = self.gate(x, F.silu(z))
         return self.out_proj(gated)
+
+    def gate(self, x: Tensor, z: Tensor) -> Tensor:
+        """Tokens of the state space model of x, normalised, times z: (B, H, W, D) each."""
+        x = F.silu(self.conv2d(to_planes(x)))  # (B, D, H, W), laid out as tokens
+        return self.out_norm(to_tokens(self.ssm(x))) * z
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
         """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W)."""

@@ -77,7 +77,7 @@ def test_a_checkpoint_of_other_channels(tmp_path):
         {"model": SpatialMamba(1, 10, **VARIANTS["spatialmamba_micro"]).state_dict()}, tmp_path / "grey.pth"
     )
     assert export_checkpoint(tmp_path / "grey.pth", tmp_path / "grey.pt2", size=33) < 1e-5
-    with pytest.raises(UserError, match=r"grey\.pth: takes images of 1 channels; figures"):
+    with pytest.raises(UserError, match=r"grey\.pth: takes images of 1 channels, but figures"):
         load(str(tmp_path / "grey.pth"))
 
 

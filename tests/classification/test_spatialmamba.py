@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import GOLDEN, LAYOUT, fill, image
+from randomised import randomised
 from torch import Tensor, nn
 
 from classification import models
@@ -27,17 +28,6 @@ PARAMETERS = {"tiny": 26_748_862, "small": 43_074_280, "base": 95_745_592}
 def relative(actual: Tensor, expected: Tensor | np.ndarray) -> float:
     expected = torch.as_tensor(expected)
     return ((actual.detach() - expected).norm() / expected.norm()).item()
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fusion kernels, alpha and batch norm statistics are constant at first; make every value matter."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in model.state_dict().items():
-        if "state_fusion" in name or "running_mean" in name:
-            value.copy_(0.3 * torch.randn(value.shape, generator=generator))
-        elif "running_var" in name:
-            value.copy_(1 + torch.rand(value.shape, generator=generator))
-    return model
 
 
 # ----- the published model

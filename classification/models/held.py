@@ -1,0 +1,100 @@
+"""Inference in bfloat16 on a CPU by weights that are cast and packed for oneDNN once. The modules in `cpu.py` call it.
+
+Autocast casts each weight again in each call, and oneDNN brings it into a layout of its own. Here both happen once,
+batch norm is folded into the convolution before it, and oneDNN applies GELU and SiLU as it stores a product. It could
+apply ReLU too, but would turn NaN into 0.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def _supported() -> bool:
+    # Operators of Inductor, which PyTorch builds with oneDNN have. Without AVX-512, oneDNN has no packed bfloat16.
+    operators = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
+    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    return there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+SUPPORTED = _supported()
+DTYPE = torch.bfloat16
+
+
+def holds(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether packed weights may be used for x: inference on a CPU in bfloat16, or under autocast to it."""
+    if torch.compiler.is_compiling() or not SUPPORTED or torch.is_grad_enabled():
+        return False
+    if type(x) is not Tensor or x.dim() < 2 or x.numel() == 0:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        dtypes = (DTYPE, torch.float32) if torch.get_autocast_dtype("cpu") == DTYPE else ()
+    else:
+        dtypes = (DTYPE,)
+    if not _is_plain(x, dtypes) or _is_observed():
+        return False
+    return all(weight is None or (type(weight) is nn.Parameter and _is_plain(weight, dtypes)) for weight in weights)
+
+
+def _is_plain(t: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return t.device.type == "cpu" and t.dtype in dtypes and t.layout == torch.strided
+
+
+def _is_observed() -> bool:
+    """Whether PyTorch traces, transforms or counts what is called: it knows no packed weights."""
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
+
+
+class Holding(nn.Module):
+    """Holds packed weights until one of the tensors that they are made of changes.
+
+    A change by an in-place operation, by an optimizer or by `load_state_dict` is seen. A change through `.data` is not,
+    until `train()` or `eval()` is called.
+    """
+
+    def held(self, name: str, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
+        """Return what `make` returned for these sources, or call it if one has changed since."""
+        sources = [one for one in sources if one is not None]
+        if any(one.is_inference() for one in sources):  # such tensors do not count their changes
+            return make()
+        key = [(one.data_ptr(), one._version, one.dtype) for one in sources]
+        kept = self.__dict__.setdefault("_held", {})
+        if name not in kept or kept[name][0] != key:
+            with torch.autocast("cpu", enabled=False):
+                # The sources' memory is kept too, so that no other tensor gets its address.
+                kept[name] = (key, make(), [one.detach() for one in sources])
+        return kept[name][1]
+
+    def train(self, mode: bool = True) -> "Holding":
+        self.__dict__.pop("_held", None)
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:  # copies and files are without packed weights
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+
+
+def pack(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Pack a weight (C_out, C_in) and a bias for products of tokens as many as x has."""
+    tokens = x.numel() // x.shape[-1]
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(DTYPE).contiguous(), tokens)
+    return packed, None if bias is None else bias.detach().to(DTYPE)
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """x weight^T + bias of tokens (..., C_in) in bfloat16, and then "none", "gelu" or "swish", which is SiLU."""
+    # GELU's argument "none" means that it is exact, not by tanh.
+    return torch.ops.mkldnn._linear_pointwise(x.to(DTYPE), packed, bias, then, [], "none" if then == "gelu" else "")
+
+
+def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return float32 weight and bias of a convolution with the batch norm after it, if it is one, folded in."""
+    weight, bias = conv.weight.detach().float(), None if conv.bias is None else conv.bias.detach().float()
+    if not isinstance(norm, nn.BatchNorm2d):
+        return weight, bias
+    scale = norm.weight.detach().float() * (norm.running_var.float() + norm.eps).rsqrt()
+    mean = norm.running_mean.float() if bias is None else norm.running_mean.float() - bias
+    return weight * scale[:, None, None, None], norm.bias.detach().float() - mean * scale

@@ -1,0 +1,187 @@
+"""Inference in bfloat16 on a CPU by packed weights: values, when they are packed anew, and when they are not used."""
+
+import copy
+import io
+
+import pytest
+import torch
+from randomised import randomised
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from classification.models import cpu, held, optimise_for_cpu, spatialmamba_micro, undo_optimise_for_cpu
+from classification.models.spatialmamba import ConvLayer, Mlp, StructureAwareSSM
+
+pytestmark = pytest.mark.skipif(not held.SUPPORTED, reason="oneDNN packs no bfloat16 weights on this processor")
+AUTOCAST = dict(device_type="cpu", dtype=torch.bfloat16)
+
+
+def holding(model: nn.Module) -> nn.Module:
+    return optimise_for_cpu(copy.deepcopy(model).eval(), hold_weights=True)
+
+
+def infer(model: nn.Module, x: Tensor, autocast: bool = True) -> Tensor:
+    with torch.inference_mode(), torch.autocast(**AUTOCAST, enabled=autocast):
+        return model(x)
+
+
+def used(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if module.__dict__.get("_held")]
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(24, 40), (2, 5, 7, 24)),
+    "linear without bias": (lambda: nn.Linear(24, 40, bias=False), (3, 24)),
+    "MLP": (lambda: Mlp(24, 96), (2, 5, 7, 24)),
+    "state space model": (lambda: StructureAwareSSM(24), (2, 5, 7, 24)),
+    "four states": (lambda: StructureAwareSSM(24, d_state=4), (1, 3, 4, 24)),
+    "convolution, batch norm and ReLU": (lambda: ConvLayer(3, 24, 3, stride=2), (2, 3, 9, 11)),
+    "1x1 without ReLU": (lambda: ConvLayer(24, 40, 1, bias=True, act=False), (2, 24, 5, 7)),
+    "1x1 with ReLU": (lambda: ConvLayer(24, 40, 1, bias=True, norm=False), (2, 24, 5, 7)),
+    "depthwise": (lambda: ConvLayer(24, 24, 3, stride=2, groups=24, bias=True, norm=False), (2, 24, 5, 7)),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers(kind, channels_last):
+    """As near to float64 as bfloat16 allows, in any memory layout."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = randomised(make()).eval(), torch.randn(shape)
+    if channels_last:
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    exact = copy.deepcopy(layer).double()(x.double()).detach()
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        fast = holding(layer if autocast else copy.deepcopy(layer).to(dtype))
+        if not autocast and "state" in kind:
+            continue  # its parameters stay float32
+        y = infer(fast, x.to(dtype), autocast)
+        assert used(fast)
+        assert y.dtype == torch.bfloat16
+        assert y.shape == exact.shape
+        assert error(y, exact) < 0.01
+
+
+@pytest.mark.parametrize("size", [(33, 47), (96, 64)])
+def test_model(size):
+    torch.manual_seed(0)
+    model = randomised(spatialmamba_micro(num_classes=7)).eval()
+    x = torch.randn(2, 3, *size)
+    exact = copy.deepcopy(model).double()(x.double()).detach()
+    plain, fast = infer(optimise_for_cpu(copy.deepcopy(model)), x), holding(model)
+    assert error(infer(fast, x), exact) < max(1.5 * error(plain, exact), 0.01)
+    assert len(used(fast)) > 30
+    again = infer(fast, x)
+    assert torch.equal(again, infer(fast, x))
+    assert fast.state_dict().keys() == model.state_dict().keys()
+    with torch.inference_mode():
+        assert torch.equal(fast(x), optimise_for_cpu(copy.deepcopy(model))(x))  # float32 as without
+
+
+def test_changes_are_seen():
+    torch.manual_seed(0)
+    layer = ConvLayer(24, 40, 1)
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), layer, nn.Flatten(2), nn.Linear(35, 8)).eval()
+    fast, x = holding(model), torch.randn(2, 3, 7, 9)
+    linear = fast[3]
+
+    def check() -> None:
+        fresh = holding(fast)
+        assert not used(fresh)  # copies hold nothing
+        y = infer(fast, x)
+        assert torch.equal(y, infer(fresh, x))
+        assert not torch.equal(y, check.before)
+        check.before = y
+
+    check.before = torch.zeros(2, 40, 8)
+    check()
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        check()
+        linear.bias.add_(1)
+        check()
+        fast[1].norm.running_mean.add_(1)
+        check()
+        fast[1].norm.weight.mul_(3)
+        check()
+    fast.load_state_dict({name: -value for name, value in fast.state_dict().items()}, strict=False)
+    fast[1].norm.running_var.abs_()
+    check()
+    fast.load_state_dict({k: v.clone().abs() for k, v in fast.state_dict().items()}, assign=True)
+    check()
+    for _ in range(3):
+        linear.weight = nn.Parameter(torch.randn(8, 35))
+        check()
+    fast.train()
+    fast(x).square().sum().backward()
+    torch.optim.SGD(fast.parameters(), 0.1).step()
+    fast.eval()
+    check()
+    linear.weight.data.mul_(2)  # which nothing counts, until eval() or train()
+    fast.eval()
+    check()
+    linear.weight.data = torch.randn(8, 35)
+    check()
+    file = io.BytesIO()
+    torch.save(fast, file)
+    undo_optimise_for_cpu(fast)
+    assert not used(fast)
+    assert type(fast[1]) is ConvLayer
+    assert type(fast[3]) is nn.Linear
+
+
+def test_not_where_it_would_be_missed():
+    """Gradients, other dtypes, transforms, what counts or traces, and hooks of layers that would be left out."""
+    torch.manual_seed(0)
+    model, x = holding(randomised(spatialmamba_micro(num_classes=7))), torch.randn(2, 3, 33, 47)
+    linear, tokens = model.head, torch.randn(2, 128)
+    with torch.autocast(**AUTOCAST, cache_enabled=False):  # or it would hide weights from torch.jit.trace
+        model(x).sum().backward()
+        assert linear.weight.grad is not None
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            model(x)
+        assert counted.get_total_flops() > 1e6
+        with torch.no_grad():
+            torch.func.vmap(linear)(tokens)
+            torch.func.jvp(linear, (tokens,), (tokens,))
+            torch.jit.trace(linear, tokens, check_trace=False)
+    with torch.no_grad():
+        model(x)
+        with torch.autocast("cpu", dtype=torch.float16):
+            linear(tokens)
+        with pytest.raises(RuntimeError, match=r"same dtype|but got|expected"):
+            linear(tokens.bfloat16())
+        with torch.autocast(**AUTOCAST), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            linear(tokens[:, 1:])
+    assert not used(model)
+
+    seen = []
+    block = model.layers[0].blocks[0]
+    hooked = [block.mlp.act, block.self_attention.in_proj, model.patch_embed.conv1.norm, model.patch_embed.conv1.act]
+    for module in hooked:
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    infer(model, x)
+    assert {*seen} == {*hooked}
+
+
+def test_nan_is_not_hidden():
+    """oneDNN's own ReLU makes NaN 0."""
+    x = torch.randn(1, 3, 32, 32)
+    x[0, 1, 5, 6] = torch.nan
+    assert infer(holding(spatialmamba_micro(num_classes=7)), x).isnan().all()
+    layer = holding(ConvLayer(3, 8, 1, norm=False))
+    assert infer(layer, x)[0, :, 5, 6].isnan().all()
+    assert type(layer.conv) is cpu.CpuPointwiseConv2d
+
+
+def test_compiled():
+    torch.manual_seed(0)
+    model, x = holding(randomised(Mlp(24, 96))), torch.randn(2, 5, 24)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.inference_mode(), torch.autocast(**AUTOCAST):
+        assert error(compiled(x), model(x).double()) < 0.01
