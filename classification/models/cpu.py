@@ -1,7 +1,7 @@
 """Modules that compute the same by kernels that are faster on a CPU. One call swaps them in, another one out.
 
     model = optimise_for_cpu(spatialmamba_tiny())
-    model = optimise_for_cpu(spatialmamba_tiny().eval(), hold_weights=True)  # for inference in bfloat16
+    model = optimise_for_cpu(spatialmamba_tiny().eval(), hold_weights=True)  # for inference
 
 Linear layers and 1x1 convolutions use MKL or oneDNN, whichever is faster (`linear.py`). This repository's kernel
 runs depthwise 3x3 convolutions. The C library keeps the memory that PyTorch frees (`classification/memory.py`).
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from classification.memory import keep_freed_memory
-from classification.models.held import Holding, folded, holds, pack, product
+from classification.models.held import Holding, folded, held_dtype, pack, product
 from classification.models.linear import MKL_LEADS, dilation, is_product, linear
 from classification.models.spatialmamba import (
     GLOBAL_HOOKS,
@@ -117,84 +117,88 @@ class CpuStructureAwareSSM(StructureAwareSSM):
 STRIP = 512  # columns of a result
 
 
-# ----- inference in bfloat16 by weights that are held packed
+# ----- inference by weights that are held packed, see `held.py`
 
 
 class HeldLinear(Holding, CpuLinear):
-    """`CpuLinear` that holds its weight packed for inference in bfloat16."""
+    """`CpuLinear` that holds its weight packed for inference."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x) if self.fits(x) else super().forward(x)
+        dtype = self.held_dtype(x)
+        return super().forward(x) if dtype is None else self.product(x, dtype)
 
-    def fits(self, x: Tensor) -> bool:
-        return holds(x, self.weight, self.bias) and x.shape[-1] == self.in_features
+    def held_dtype(self, x: Tensor) -> torch.dtype | None:
+        return held_dtype(x, self.weight, self.bias) if x.shape[-1:] == self.weight.shape[1:] else None
 
-    def product(self, x: Tensor, then: str = "none") -> Tensor:
-        packed = self.held("weight", lambda: pack(self.weight, self.bias, x), self.weight, self.bias)
-        return product(x, *packed, then)
+    def product(self, x: Tensor, dtype: torch.dtype, then: str = "none") -> Tensor:
+        packed = self.held(dtype, lambda: pack(self.weight, self.bias, dtype, x), self.weight, self.bias)
+        return product(x.to(dtype), *packed, then)
 
 
 class HeldMlp(Mlp):
-    """`Mlp` whose first product applies GELU, in inference in bfloat16."""
+    """`Mlp` whose first product applies GELU in inference."""
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, act = self.fc1, self.act
         known = type(fc1) is HeldLinear and type(act) is nn.GELU and act.approximate == "none"
-        if known and fc1.fits(x) and not _is_hooked(fc1, act):
-            return self.fc2(fc1.product(x, "gelu"))
-        return super().forward(x)
+        if not known or (dtype := fc1.held_dtype(x)) is None or _is_hooked(fc1, act):
+            return super().forward(x)
+        return self.fc2(fc1.product(x, dtype, "gelu"))
 
 
 class HeldConvLayer(Holding, ConvLayer):
-    """`ConvLayer` as one convolution and ReLU in inference in bfloat16: batch norm is folded into the weights."""
+    """`ConvLayer` as one convolution and ReLU in inference: batch norm is folded into the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (holds(x) and self._is_one() and self._fits(x)):
-            return super().forward(x)
         conv = self.conv
+        fits = type(conv) in _CONVOLUTIONS and x.dim() == 4 and x.shape[1] == conv.in_channels
+        if not fits or (dtype := held_dtype(x, conv.weight, conv.bias)) is None or not self._is_one():
+            return super().forward(x)
         sources = (conv.weight, conv.bias, *self.norm.parameters(), *self.norm.buffers())
         if type(conv) is CpuPointwiseConv2d and conv.stride == (1, 1):
-            tokens = to_tokens(x)
-            y = to_planes(product(tokens, *self.held("product", lambda: self._packed(tokens), *sources)))
+            tokens = to_tokens(x).to(dtype)
+            y = to_planes(product(tokens, *self.held(dtype, lambda: self._packed(dtype, tokens), *sources)))
         else:
-            weight, bias = self.held("convolution", self._folded, *sources)
-            y = F.conv2d(x.bfloat16(), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+            weight, bias = self.held(dtype, lambda: self._folded(dtype), *sources)
+            y = F.conv2d(x.to(dtype), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y.relu_() if type(self.act) is nn.ReLU else y
-
-    def _fits(self, x: Tensor) -> bool:
-        return x.dim() == 4 and x.shape[1] == self.conv.in_channels and holds(x, self.conv.weight, self.conv.bias)
-
-    def _packed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight, bias = folded(self.conv, self.norm)
-        return pack(weight.flatten(1), bias, tokens)
-
-    def _folded(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = folded(self.conv, self.norm)
-        return weight.bfloat16(), None if bias is None else bias.bfloat16()
 
     def _is_one(self) -> bool:
         conv, norm, act = self.conv, self.norm, self.act
-        plain = type(conv) is nn.Conv2d or _PLAIN.get(type(conv)) is nn.Conv2d
         batch_norm = type(norm) is nn.BatchNorm2d and not norm.training and norm.running_var is not None and norm.affine
         known = (batch_norm or type(norm) is nn.Identity) and type(act) in (nn.ReLU, nn.Identity)
-        return plain and known and conv.padding_mode == "zeros" and not _is_hooked(conv, norm, act)
+        return known and conv.padding_mode == "zeros" and not _is_hooked(conv, norm, act)
+
+    def _packed(self, dtype: torch.dtype, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, bias = folded(self.conv, self.norm)
+        return pack(weight.flatten(1), bias, dtype, tokens)
+
+    def _folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        weight, bias = folded(self.conv, self.norm)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class HeldStructureAwareSSM(Holding, CpuStructureAwareSSM):
-    """`CpuStructureAwareSSM` with weights held packed for inference in bfloat16; a product applies the gate's SiLU."""
+    """`CpuStructureAwareSSM` with weights held packed for inference; a product applies the gate's SiLU."""
 
     def forward(self, u: Tensor) -> Tensor:
         layer = self.in_proj
-        if type(layer) is not HeldLinear or layer.bias is not None or not layer.fits(u) or _is_hooked(layer):
+        known = type(layer) is HeldLinear and layer.bias is None
+        if not known or (dtype := layer.held_dtype(u)) is None or _is_hooked(layer):
             return super().forward(u)
-        x, z = self.held("in_proj", lambda: [pack(half, None, u)[0] for half in layer.weight.chunk(2)], layer.weight)
+
+        def halves() -> list[Tensor]:
+            return [pack(half, None, dtype, u)[0] for half in layer.weight.chunk(2)]
+
+        u, (x, z) = u.to(dtype), self.held(("in_proj", dtype), halves, layer.weight)
         return self.out_proj(self.gate(product(u, x), product(u, z, then="swish")))
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.stride(1) != 1 or not holds(x, weight):
+        if x.stride(1) != 1 or (dtype := held_dtype(x, weight)) is None:
             return super().project(x, weight)
-        tokens, name = to_tokens(x), "x_proj" if weight is self.x_proj_weight else "dt_proj"
-        return to_planes(product(tokens, *self.held(name, lambda: pack(weight, None, tokens), weight)))
+        tokens, name = to_tokens(x).to(dtype), "x_proj" if weight is self.x_proj_weight else "dt_proj"
+        packed = self.held((name, dtype), lambda: pack(weight, None, dtype, tokens), weight)
+        return to_planes(product(tokens, *packed))
 
 
 def _is_hooked(*modules: nn.Module) -> bool:
@@ -202,6 +206,7 @@ def _is_hooked(*modules: nn.Module) -> bool:
     return any(GLOBAL_HOOKS) or any(map(has_hooks, modules))
 
 
+_CONVOLUTIONS = (nn.Conv2d, CpuPointwiseConv2d, CpuStridedConv2d, CpuDepthwiseConv2d)
 _PLAIN = {
     CpuLinear: nn.Linear,
     HeldLinear: nn.Linear,
@@ -231,9 +236,9 @@ def optimise_for_cpu(model: nn.Module, hold_weights: bool = False) -> nn.Module:
 
     Args:
         model: the model.
-        hold_weights: for inference in bfloat16, under autocast or with a model in bfloat16: hold a copy of the weights
-            that is cast and packed once, 2 bytes a weight. If a weight changes, its copy is made anew. But changes
-            through `.data` are not seen until `model.eval()` or `model.train()` is called.
+        hold_weights: for inference, hold a copy of the weights that is cast and packed once: in bfloat16 under autocast
+            or for a model in bfloat16, and in float32 where oneDNN leads. If a weight changes, its copy is made anew.
+            But changes through `.data` are not seen until `model.eval()` or `model.train()` is called.
     """
     keep_freed_memory()
     for module in model.modules():

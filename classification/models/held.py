@@ -1,6 +1,6 @@
-"""Inference in bfloat16 on a CPU by weights that are cast and packed for oneDNN once. The modules in `cpu.py` call it.
+"""Inference on a CPU by weights that are cast and packed for oneDNN once. The modules in `cpu.py` call it.
 
-Autocast casts each weight again in each call, and oneDNN brings it into a layout of its own. Here both happen once,
+In each call, autocast casts the weights again, and oneDNN brings them into a layout of its own. Here both happen once,
 batch norm is folded into the convolution before it, and oneDNN applies GELU and SiLU as it stores a product. It could
 apply ReLU too, but would turn NaN into 0.
 """
@@ -11,34 +11,41 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from classification.models.linear import MKL_LEADS
 
-def _supported() -> bool:
-    # Operators of Inductor, which PyTorch builds with oneDNN have. Without AVX-512, oneDNN has no packed bfloat16.
-    operators = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
-    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
-    return there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# Operators of Inductor, which a PyTorch with oneDNN has.
+OPERATORS = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
+
+
+def _supported() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS):
+        return ()
+    bfloat16 = (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()  # by AVX-512
+    return bfloat16 if MKL_LEADS else (*bfloat16, torch.float32)
 
 
 SUPPORTED = _supported()
-DTYPE = torch.bfloat16
 
 
-def holds(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether packed weights may be used for x: inference on a CPU in bfloat16, or under autocast to it."""
+def held_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype | None:
+    """Return the dtype in which packed weights compute for x; None if they may not be used.
+
+    They are used for inference on a CPU in bfloat16, by autocast or by a model in bfloat16, and in float32 where oneDNN
+    is faster than MKL.
+    """
     if torch.compiler.is_compiling() or not SUPPORTED or torch.is_grad_enabled():
-        return False
+        return None
     if type(x) is not Tensor or x.dim() < 2 or x.numel() == 0:
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        dtypes = (DTYPE, torch.float32) if torch.get_autocast_dtype("cpu") == DTYPE else ()
-    else:
-        dtypes = (DTYPE,)
-    if not _is_plain(x, dtypes) or _is_observed():
-        return False
-    return all(weight is None or (type(weight) is nn.Parameter and _is_plain(weight, dtypes)) for weight in weights)
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtypes = {dtype, torch.float32} if torch.is_autocast_enabled("cpu") else {dtype}
+    if dtype not in SUPPORTED or not _is_plain(x, dtypes) or _is_observed():
+        return None
+    plain = all(weight is None or (type(weight) is nn.Parameter and _is_plain(weight, dtypes)) for weight in weights)
+    return dtype if plain else None
 
 
-def _is_plain(t: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+def _is_plain(t: Tensor, dtypes: set[torch.dtype]) -> bool:
     return t.device.type == "cpu" and t.dtype in dtypes and t.layout == torch.strided
 
 
@@ -56,7 +63,7 @@ class Holding(nn.Module):
     until `train()` or `eval()` is called.
     """
 
-    def held(self, name: str, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
+    def held(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
         """Return what `make` returned for these sources, or call it if one has changed since."""
         sources = [one for one in sources if one is not None]
         if any(one.is_inference() for one in sources):  # such tensors do not count their changes
@@ -77,17 +84,20 @@ class Holding(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_held"}
 
 
-def pack(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Pack a weight (C_out, C_in) and a bias for products of tokens as many as x has."""
+def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cast a weight (C_out, C_in) and a bias, and pack the weight for products of tokens as many as x has."""
     tokens = x.numel() // x.shape[-1]
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(DTYPE).contiguous(), tokens)
-    return packed, None if bias is None else bias.detach().to(DTYPE)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), tokens)
+    return packed, None if bias is None else bias.detach().to(dtype)
 
 
 def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    """x weight^T + bias of tokens (..., C_in) in bfloat16, and then "none", "gelu" or "swish", which is SiLU."""
+    """x weight^T + bias of tokens (..., C_in), and then "none", "gelu" or "swish", which is SiLU.
+
+    x must have the dtype of the weight.
+    """
     # GELU's argument "none" means that it is exact, not by tanh.
-    return torch.ops.mkldnn._linear_pointwise(x.to(DTYPE), packed, bias, then, [], "none" if then == "gelu" else "")
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "none" if then == "gelu" else "")
 
 
 def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
