@@ -405,7 +405,7 @@ def check_sizes_everywhere(cfg: Config) -> None:
 def _turns(dataset: ConfigDict) -> bool:
     """Return whether a data set loads images as their EXIF orientation says."""
     steps = _steps(dataset.get("pipeline") or ())
-    return not any("ignore_orientation" in str(step.get("color_type")) for step in steps)
+    return not any(str(step.get("color_type")).endswith(("ignore_orientation", "unchanged")) for step in steps)
 
 
 def _decodes_by_pillow(step: ConfigDict) -> bool:
@@ -626,31 +626,46 @@ def _check_maps(dataset: ConfigDict, root: str, key: str) -> None:
     if not names:
         raise UserError(f"{folder}: no file ends with {suffix!r}; set {key}.img_suffix to what the images end with")
     steps = [kind_of(step) for step in _steps(dataset.get("pipeline") or ())]
-    if prefix.get("seg_map_path") and "LoadAnnotations" in steps:
-        maps, suffix = os.path.join(root, prefix["seg_map_path"]), _argument(dataset, "seg_map_suffix")
+    suffix = _argument(dataset, "seg_map_suffix")
+    if prefix.get("seg_map_path") and "LoadAnnotations" in steps and isinstance(suffix, str):
+        maps = os.path.join(root, prefix["seg_map_path"])
         _check_all_there(source, names, suffix, maps, _files_in(maps), f"{key}.seg_map_suffix")
 
 
 def _files_in(folder: str) -> set[str]:
-    """Return the paths of the files in a folder and below, relative to it, without hidden files and link cycles."""
-    found = set()
-    for at, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.join(os.path.realpath(at), "")
-        folders[:] = [one for one in folders if not here.startswith(os.path.join(os.path.realpath(here + one), ""))]
-        found |= {os.path.normpath(os.path.join(os.path.relpath(at, folder), n)) for n in names if n[0] != "."}
+    """Return the paths of the files in a folder and below, relative to it, without hidden files and broken links.
+
+    Raises:
+        UserError: a link leads to a folder that holds it, so there is no end.
+    """
+    found, folders, start = set(), [folder], os.path.join(folder, "")
+    while folders:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:
+            for one in entries:
+                if one.is_dir():
+                    if one.is_symlink() and _leads_up(one.path):
+                        raise UserError(f"{one.path}: is a link to a folder that holds it; remove it")
+                    folders.append(one.path)
+                elif one.name[0] != "." and (not one.is_symlink() or os.path.exists(one.path)):
+                    found.add(one.path.removeprefix(start))
     return found
+
+
+def _leads_up(link: str) -> bool:
+    target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    return os.path.commonpath([target, here]) == target
 
 
 def _names_in(path: str) -> list[str]:
     """Return the names of an ann_file of mmseg, one a line."""
     advice = "write the name of an image, without its suffix, on each line"
     try:
-        names = Path(path).read_text(encoding="utf-8").splitlines()
+        names = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # as mmengine reads it
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 ({error}); {advice}") from error
     if names and names[0].startswith("\ufeff"):
         raise UserError(f"{path}: begins with a byte order mark, a part of the first name; write it without")
-    for i, name in enumerate(names or [""], 1):
+    for i, name in enumerate(names, 1):
         if not name.strip():
             raise UserError(f"{path}: line {i} is empty; {advice}")
     return [os.path.normpath(name.strip()) for name in names]
@@ -658,7 +673,7 @@ def _names_in(path: str) -> list[str]:
 
 def _check_all_there(source: str, names: list[str], suffix: str, folder: str, files: set[str], key: str) -> None:
     missing = [name + suffix for name in names if name + suffix not in files]
-    missing = [name for name in missing if not os.path.exists(os.path.join(folder, name))]  # hidden, or in other case
+    missing = [name for name in missing if not os.path.isfile(os.path.join(folder, name))]  # hidden, or in other case
     if missing:
         raise UserError(
             f"{source}: {len(missing)} of {len(names)} files are not in {folder}, as {missing[0]}; add them, or set "
@@ -713,7 +728,7 @@ def _check_foreground(dataset: ConfigDict, root: str, key: str, cfg: Config) -> 
 
 def _labels_in(path: str) -> set[int]:
     """Return the labels in a map. It is empty if the file is no map: LoadAnnotations or CheckLabels reports that."""
-    with suppress(OSError, ValueError), Image.open(path, formats=image_formats()) as image:
+    with suppress(Exception), Image.open(path, formats=image_formats()) as image:
         labels = np.asarray(image)
         return {int(label) for label in np.unique(labels)} if labels.dtype.kind in "bui" and labels.ndim == 2 else set()
     return set()

@@ -19,6 +19,8 @@ from classification.openmmlab.messages import print_log
 CHUNK = 2**24  # bytes; a list of categories fits into them
 SMALL = 2**27  # bytes of the largest file that is read whole; COCO's own, half a gigabyte, is known to be sound
 LARGEST = 2**31  # pixels; NaN is not below it either
+FARTHEST = 10  # sides of its image that a mask's point may be away
+SURE = 0.8  # intersection over union of a box and its mask's extent that shows that both are in the same place
 SAME_PLACE = 0.3  # intersection over union of a mask's extent and its box, at least
 
 # Reasons why mmdet passes over an annotation. The first three are only named if mmdet keeps no annotation.
@@ -165,6 +167,8 @@ def _check_classes(path: str, names: list[str], classes: list[str], key: str) ->
             f"{key}.metainfo.classes, and set num_classes of the heads"
         )
     in_file = [name for name in names if name in classes]
+    if alike := [name for name, number in Counter(in_file).items() if number > 1]:
+        raise UserError(f"{path}: has more than one category {alike[0]!r}; join them, or rename all but one")
     if in_file != classes:  # mmdet numbers labels in the file's order, not in that of `classes`
         raise UserError(f"{key}.metainfo.classes must be in the order of {path}: {', '.join(in_file)}")
 
@@ -181,8 +185,9 @@ def _check_entries(
     _check_ids(path, "annotations", [one["id"] for one in annotations])
     for key in ("image_id", "category_id"):
         _check_plain(path, f"annotations[{{}}].{key}", [one[key] for one in annotations])
-    _check_values(path, images, annotations, use)
     known = {image["id"]: image for image in images}
+    wanted = {category["id"] for category in categories if category["name"] in classes}
+    _check_values(path, images, annotations, known, wanted, use)
     _check_corners(path, annotations, known)
     numbers = {category["id"] for category in categories}
     lost = [one["image_id"] for one in annotations if one["image_id"] not in known]
@@ -198,16 +203,20 @@ def _check_entries(
             f"{path}: {len(foreign)} of its annotations have a category_id, as {foreign[0]!r}, that none of its "
             "categories has; mmdet would leave them out"
         )
-    wanted = {category["id"] for category in categories if category["name"] in classes}
     reasons = [_reason_against(one, known, wanted, use) for one in annotations]
     _count_passed_over(path, images, Counter(reasons))
     left = _without_filtered(path, images, annotations, wanted, use.filters)
     _check_file_names(path, left, annotations)
+    _note_repeated(path, annotations)
     if use.folder is not None:
         _check_images_exist(path, left, use.folder)
     if use.masks:
-        read = [i for i, reason in enumerate(reasons) if reason is None or annotations[i].get("iscrowd")]
-        _check_masks(path, {i: annotations[i] for i in read if annotations[i]["image_id"] in known}, known, use)
+        read = {
+            i: one
+            for i, (one, reason) in enumerate(zip(annotations, reasons, strict=True))
+            if one["image_id"] in known and one["category_id"] in wanted and (use.compared or _is_read(one, reason))
+        }
+        _check_masks(path, read, known, use)
     if use.compared and any(one["id"] == 0 for one in annotations):
         print_log(
             f"{path}: an annotation has the id 0. pycocotools counts its object as missed, whatever is predicted; "
@@ -223,18 +232,33 @@ def _check_keys(path: str, what: str, entries: list[dict], keys: Sequence[str]) 
                 raise UserError(f"{path}: {what}[{i}] has no {key!r}; each of its {what} needs {', '.join(keys)}")
 
 
-def _check_values(path: str, images: list[dict], annotations: list[dict], use: Use) -> None:
-    """Check what mmdet reads of each image, and of each annotation that is not marked "ignore"."""
+def _is_read(annotation: dict, reason: str | None) -> bool:
+    """Whether mmdet reads the annotation's mask. It reads crowds, and leaves out what is marked "ignore"."""
+    return reason is None or (reason == MARKED and not annotation.get("ignore"))
+
+
+def _check_values(path: str, images: list[dict], annotations: list[dict], known: dict, wanted: set, use: Use) -> None:
+    """Check what mmdet reads of each image, and of each of its annotations that is not marked "ignore".
+
+    pycocotools reads annotations of the wanted categories, whether they are marked or not.
+    """
     for i, image in enumerate(images):
-        if not isinstance(image["file_name"], str):
-            raise UserError(f"{path}: images[{i}].file_name is {image['file_name']!r:.100}; write a text")
+        name = image["file_name"]
+        if not isinstance(name, str) or os.path.basename(name) in ("", ".", ".."):
+            raise UserError(f"{path}: images[{i}].file_name is {name!r:.100}; write the name of a file")
         for key in ("width", "height"):
             if not _is_number(image[key]):
                 raise UserError(f"{path}: images[{i}].{key} is {image[key]!r:.100}; write a number of pixels")
-    needed = ("bbox", "area", *(("iscrowd",) if use.compared else ()))  # pycocotools looks up the last
     for i, one in enumerate(annotations):
-        if one.get("ignore") and not use.compared:
+        compared = use.compared and one["category_id"] in wanted
+        if one["image_id"] not in known or (one.get("ignore") and not compared):
             continue
+        for key in ("ignore", "iscrowd"):
+            if one.get(key, 0) not in (0, 1, *(() if compared else (None,))):
+                raise UserError(f"{path}: annotations[{i}].{key} is {one[key]!r:.100}; write 0 or 1")
+        if compared and not _is_number(one["id"]):
+            raise UserError(f"{path}: annotations[{i}].id is {one['id']!r:.100}, which pycocotools needs as a number")
+        needed = ("bbox", "area", *(("iscrowd",) if compared else ()))
         for key in needed:
             if key not in one:
                 advice = "; write 0, or 1 for a crowd" if key == "iscrowd" else ""
@@ -254,6 +278,8 @@ def _is_number(value: object) -> bool:
 
 def _check_ids(path: str, what: str, ids: list) -> None:
     _check_plain(path, f"{what}[{{}}].id", ids)
+    if what != "annotations" and len({isinstance(one, str) for one in ids}) > 1:  # pycocotools sorts the others
+        raise UserError(f"{path}: some ids of its {what} are texts, others numbers; write numbers")
     for one, number in Counter(ids).items():
         if number > 1:
             raise UserError(f"{path}: {number} of its {what} have the id {one!r}; give each its own")
@@ -280,6 +306,7 @@ def _check_corners(path: str, annotations: list[dict], images: dict) -> None:
             continue
         (x, y, width, height), whole = one["bbox"], (image["width"], image["height"])
         could_be = x < width <= whole[0] + 1 and y < height <= whole[1] + 1 and min(x, y) >= 0
+        could_be = could_be and not _is_around(one["bbox"], one.get("segmentation"), whole)
         reaches = x + width > whole[0] + 1 or y + height > whole[1] + 1 or min(x, y) < -1
         boxes, beyond, corners = boxes + 1, beyond + reaches, corners + could_be
         corners_beyond += could_be and reaches
@@ -296,6 +323,14 @@ def _check_corners(path: str, annotations: list[dict], images: dict) -> None:
             + (f", and {corners_beyond} of these would fit if they were {advice}" if suspect else "; they are clipped"),
             level=logging.WARNING,
         )
+
+
+def _is_around(box: list[float], segmentation: object, size: tuple[int, int]) -> bool:
+    """Whether polygons show that a box is [x, y, width, height]."""
+    with suppress(TypeError, ValueError):
+        if isinstance(segmentation, list):
+            return _overlap(_extent(segmentation, [*size], strict=False), box) > SURE
+    return False
 
 
 # ----- what mmdet passes over
@@ -404,15 +439,27 @@ def _check_file_names(path: str, images: list[dict], annotations: list[dict]) ->
                 )
 
 
+def _note_repeated(path: str, annotations: list[dict]) -> None:
+    """Warn of objects that are there twice: of two, a detector can find but one."""
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    objects = Counter(str([one.get(key) for key in keys]) for one in annotations if not one.get("iscrowd"))
+    if repeated := objects.total() - len(objects):
+        print_log(
+            f"{path}: {repeated} of its annotations repeat another one's image, category, bbox and segmentation, as "
+            f"{objects.most_common(1)[0][0]:.100}; each counts as an object of its own",
+            level=logging.WARNING,
+        )
+
+
 def _check_images_exist(path: str, images: list[dict], folder: str) -> None:
     """Raise a UserError if image files are missing. It lists folders, as many files are slow to look for one by one."""
     listed = defaultdict(set)
     places = [os.path.split(os.path.join(folder, image["file_name"])) for image in images]
     for parent in dict.fromkeys(parent for parent, _ in places):
-        with suppress(OSError):
-            listed[parent] = set(os.listdir(parent))
+        with suppress(OSError), os.scandir(parent) as entries:
+            listed[parent] = {one.name for one in entries if not one.is_symlink()}
     missing = [os.path.join(*place) for place in places if place[1] not in listed[place[0]]]
-    missing = [one for one in missing if not os.path.exists(one)]  # file systems may ignore case
+    missing = [one for one in missing if not os.path.isfile(one)]  # links; or the file system ignores case
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of its {len(images)} images are not there, as {missing[0]}; set data_prefix.img "
@@ -428,16 +475,16 @@ def _check_masks(path: str, annotations: dict[int, dict], images: dict, use: Use
         if not segmentation:
             raise UserError(f"{path}: annotations[{i}] has no segmentation, and {use.key} reads masks; write one")
         size = [image["height"], image["width"]]
-        if isinstance(segmentation, dict) and list(segmentation["size"]) != size:
+        if isinstance(segmentation, dict) and segmentation.get("size") != size:
             raise UserError(
-                f"{path}: annotations[{i}].segmentation.size is {segmentation['size']!r:.100}, but its image is "
+                f"{path}: annotations[{i}].segmentation.size is {segmentation.get('size')!r:.100}, but its image is "
                 f"{size[0]} pixels high and {size[1]} wide; write [height, width], and counts down the columns"
             )
         try:
-            extent = _extent(segmentation, size)
-        except (OverflowError, TypeError, ValueError) as error:
+            extent = _extent(segmentation, size, strict=use.compared)
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"{path}: annotations[{i}].segmentation cannot be read ({error})") from error
-        if _overlap(extent, one["bbox"]) < SAME_PLACE:
+        if min(one["bbox"][2:]) >= 1 and _overlap(extent, one["bbox"]) < SAME_PLACE:
             apart[i] = extent
     if not apart:
         return
@@ -451,25 +498,58 @@ def _check_masks(path: str, annotations: dict[int, dict], images: dict, use: Use
     print_log(text, level=logging.WARNING)
 
 
-def _extent(segmentation: list | dict, size: list[int]) -> list[float]:
-    """Return [x, y, width, height] of a mask's pixels or of all its polygons; `size` is the image's [height, width].
+def _extent(segmentation: list | dict, size: list[int], strict: bool) -> list[float]:
+    """Return [x, y, width, height] of a mask's pixels or of all its polygons.
+
+    Args:
+        segmentation: polygons or an RLE.
+        size: the image's [height, width].
+        strict: refuse polygons of less than three points, which mmdet leaves out and pycocotools does not read.
 
     Raises:
-        ValueError: the mask is not of that size, or holds what is no number.
+        KeyError, TypeError, ValueError: the mask is of other pixels, or holds what is no number.
     """
     if isinstance(segmentation, dict):
         from pycocotools import mask as rle  # which only detection needs
 
+        counts = segmentation["counts"]
+        counts = _decompressed(counts) if isinstance(counts, str) else np.asarray(counts)
+        if counts.dtype.kind != "i" or counts.ndim != 1 or counts.sum() != size[0] * size[1] or counts.min() < 0:
+            raise ValueError(f"its counts are not of {size[0] * size[1]} pixels")
         if isinstance(segmentation["counts"], list):
-            if sum(segmentation["counts"]) != size[0] * size[1] or min(segmentation["counts"]) < 0:
-                raise ValueError(f"its counts are not of {size[0] * size[1]} pixels")
             segmentation = rle.frPyObjects(segmentation, *size)
         return rle.toBbox(segmentation).tolist()
-    points = np.concatenate([np.asarray(one, float) for one in _polygons(segmentation)]).reshape(-1, 2)
-    if not np.isfinite(points).all():
-        raise ValueError("a point is not finite")
+    polygons = _polygons(segmentation)
+    if not polygons or (strict and len(polygons) < len(segmentation)):
+        raise ValueError("a polygon is no list of x and y of three points or more")
+    arrays = [np.asarray(one, float) for one in polygons]
+    if any(one.ndim != 1 for one in arrays):
+        raise ValueError("a polygon is no plain list of x1, y1, x2, y2, ...")
+    points = np.concatenate(arrays).reshape(-1, 2)
+    if not (np.abs(points) <= FARTHEST * max(size)).all():  # pycocotools walks along each edge, pixel by pixel
+        raise ValueError("a point is far from its image")
     low, high = points.min(0), points.max(0)
     return [*low.tolist(), *(high - low).tolist()]
+
+
+def _decompressed(text: str) -> np.ndarray:
+    """Return the counts of a compressed RLE.
+
+    A count is written in groups of five bits from the lowest on, of which the last has the sign; bit 5 says that more
+    follow. From the fourth on, a count is the difference from the one before the last.
+    """
+    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError("its counts are damaged")
+    ends = np.flatnonzero(codes & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    if places.max() > 11:
+        raise ValueError("its counts are damaged")
+    counts = np.add.reduceat((codes & 31) << 5 * places, starts)
+    counts -= np.where(codes[ends] & 16, np.int64(1) << 5 * (places[ends] + 1), 0)
+    counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
+    return counts
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> float:

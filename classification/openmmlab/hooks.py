@@ -1,5 +1,6 @@
 """Hooks that our tools add to a toolchain's training: they report what the toolchain does in silence, or stop it."""
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -122,8 +123,8 @@ class CheckResumed(Hook):
         path, meta = runner._load_from, checkpoint.get("meta")
         parts = {f"meta.{key}": isinstance(meta, dict) and isinstance(meta.get(key), int) for key in ("epoch", "iter")}
         parts |= {key: isinstance(checkpoint.get(key), dict) for key in ("message_hub", "optimizer")}
-        schedules = runner.param_schedulers or []
-        parts["param_schedulers"] = not schedules or bool(checkpoint.get("param_schedulers"))
+        schedules, states = runner.param_schedulers or [], checkpoint.get("param_schedulers") or []
+        parts["param_schedulers"] = not schedules or bool(states)
         if lacking := [name for name, there in parts.items() if not there]:
             raise UserError(
                 f"{path}: has no {', '.join(lacking)}, so training cannot go on from it; resume an epoch_*.pth or "
@@ -134,44 +135,67 @@ class CheckResumed(Hook):
                 f"{path}: holds averaged weights and those that training goes on from, but the config has no EMAHook; "
                 "add it to custom_hooks, or start from the averaged weights by load_from, without --resume"
             )
-        _check_schedules(schedules, checkpoint.get("param_schedulers"), path)
+        _check_schedules(schedules, states, path)
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path)
 
 
 def _check_schedules(schedules: list | dict, states: object, path: str) -> None:
-    if not schedules or isinstance(schedules, dict):  # a dict has those of several optimizers
+    """Raise a UserError if the states are not of these schedules: mmengine would load what both have."""
+    if isinstance(schedules, dict):  # of several optimizers
         return
-    if not isinstance(states, list) or len(states) != len(schedules):  # mmengine would load as many as both have
-        number = len(states) if isinstance(states, list) else "no"
+    states = states if isinstance(states, list) else []
+    kinds = [_settings(one) <= set(state) for one, state in zip(schedules, states, strict=False)]
+    if len(states) != len(schedules) or not all(kinds):
         raise UserError(
-            f"{path}: has {number} rate schedules, the config's param_scheduler {len(schedules)}; set those that it "
-            "was trained with, or start from its weights by load_from, without --resume"
+            f"{path}: has {len(states)} rate schedules, which are not the {len(schedules)} of the config's "
+            "param_scheduler; set those that it was trained with, or start from its weights by load_from, without "
+            "--resume"
         )
 
 
-OF_EACH_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+def _settings(schedule: object) -> set[str]:
+    """Return the names of a schedule's own settings that are part of its state, as `T_max`."""
+    initialisers = [vars(base)["__init__"] for base in type(schedule).__mro__ if "__init__" in vars(base)]
+    names = {name for one in initialisers[:-1] for name in inspect.signature(one).parameters}  # but object's
+    return {name for name, value in schedule.state_dict().items() if name in names and not callable(value)}
+
+
+OF_ALGORITHM = ("alpha", "betas", "lambd", "momentum", "rho")  # settings that tell one kind of optimizer from another
 
 
 def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path: str) -> None:
-    """Bring the saved moments into the layout of their parameters, as a file may have any."""
+    """Check that an optimizer's saved state fits, and bring it into the layout of the parameters."""
     if not isinstance(wrapper, OptimWrapper):
         return
-    own = [group["params"] for group in wrapper.optimizer.param_groups]  # the wrapper's have one more, of its settings
+    # Of the optimizer, for the wrapper's groups have one more, of its settings.
+    own = [group["params"] for group in wrapper.optimizer.param_groups]
     try:
-        there = [list(group["params"]) for group in saved["param_groups"]]
+        groups = saved["param_groups"]
+        there = [list(group["params"]) for group in groups]
         if list(map(len, there)) != list(map(len, own)):
-            sizes = [f"{len(groups)} groups of {sum(map(len, groups))} parameters" for groups in (there, own)]
+            sizes = [f"{len(sides)} groups of {sum(map(len, sides))} parameters" for sides in (there, own)]
             raise ValueError(f"it has {sizes[0]}, the config's {sizes[1]}")
+        for name in OF_ALGORITHM:
+            if (name in groups[0]) != (name in wrapper.optimizer.defaults):
+                raise ValueError(f"one of them has {name}, the other has not")
+        adam = [one.get("decoupled_weight_decay", False) for one in (groups[0], wrapper.optimizer.defaults)]
+        if adam[0] != adam[1] and "decoupled_weight_decay" in groups[0]:
+            raise ValueError("one of them is AdamW, the other Adam")
         for i, parameter in zip(chain(*there), chain(*own), strict=True):
-            moments = saved["state"].get(i, {})
-            for name in OF_EACH_WEIGHT:
-                if moments.get(name) is not None:
-                    moments[name] = like(parameter, moments[name], f"state[{i}].{name}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            state = saved["state"].get(i, {})
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[name] = like(parameter, value, f"state[{i}].{name}")
+                elif isinstance(value, torch.Tensor) and (name in OF_EACH_WEIGHT or not value.isfinite().all()):
+                    like(parameter, value, f"state[{i}].{name}")  # which says what is wrong with it
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: its optimizer does not fit the config's optim_wrapper ({error!s:.300}); set the one that it was "
             "trained with, or start from its weights by load_from, without --resume"
         ) from error
+
+
+OF_EACH_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
 
 def _schedules(checkpoint: dict, done: int, end: int) -> str:

@@ -11,6 +11,7 @@ from classification.errors import UserError
 from classification.openmmlab.messages import print_log
 
 LARGEST = 255  # of 8 bits
+TURNED = range(2, 9)  # orientations of EXIF by which an image is turned or mirrored
 
 
 @TRANSFORMS.register_module()
@@ -107,24 +108,21 @@ class CheckSize:
         return results
 
 
-UPRIGHT = 1  # EXIF's orientation of an image that is not turned
-
-
 def _note_orientation(path: str | None) -> bool:
     """Warn if an image has an EXIF orientation by which it is turned, and return whether it has."""
     try:
         with Image.open(path, formats=image_formats()) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    except (AttributeError, OSError, SyntaxError, ValueError):  # an array, or another file; the loader has read it
+            turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
+    except Exception:  # an array, or a file that is damaged or too large for Pillow; the loader has read it
         return False
-    if orientation != UPRIGHT:
+    if turned:
         print_log(
             f"{path}: is turned by its EXIF orientation, as other images may be; if boxes, masks or label maps were "
             "drawn before that, set color_type='color_ignore_orientation' of LoadImageFromFile",
             logger="current",
             level=logging.WARNING,
         )
-    return orientation != UPRIGHT
+    return turned
 
 
 @TRANSFORMS.register_module()
@@ -142,7 +140,7 @@ class CheckBits:
         try:
             with Image.open(path, formats=image_formats()) as image:
                 mode = image.mode
-        except (OSError, ValueError):  # the loader reports a missing or unknown file
+        except Exception:  # on a damaged file, Pillow's plugins raise any error; the loader reports it
             return results
         if mode not in EIGHT_BITS_A_BAND:
             raise UserError(
@@ -156,17 +154,23 @@ def _not_of_a_byte(path: str) -> int | None:
     """Return the smallest or largest label of a map if it is not in 0 to 255, else None. LoadAnnotations would wrap it.
 
     Raises:
-        UserError: labels are not whole numbers, or the file format is lossy.
+        UserError: labels are not whole numbers, or the file format is lossy, or they are scaled as they are read.
     """
     try:
         with Image.open(path, formats=image_formats()) as image:
             lossy = image.format in ("JPEG", "MPO")
+            bits = _bits_of_grey(path) if image.format == "PNG" and image.mode == "L" else None
             labels = None if lossy or image.mode in ("1", "L", "P") else np.asarray(image)
-    except (OSError, ValueError):  # LoadAnnotations has read the file by other means
+    except Exception:  # LoadAnnotations has read the file by other means
         return None
     if lossy:
         raise UserError(
             f"{path}: is a JPEG, which changes labels where they meet: write the map as PNG, from what it was made of"
+        )
+    if bits in (2, 4):
+        raise UserError(
+            f"{path}: is a grey PNG of {bits} bits, whose labels are multiplied by {LARGEST // (2**bits - 1)} as they "
+            "are read, for white is 255; write 8 bits, or a palette"
         )
     if labels is None:
         return None
@@ -174,3 +178,9 @@ def _not_of_a_byte(path: str) -> int | None:
         raise UserError(f"{path}: has labels of type {labels.dtype}: write whole numbers of 8 bits")
     smallest, largest = int(labels.min(initial=0)), int(labels.max(initial=0))
     return smallest if smallest < 0 else largest if largest > LARGEST else None
+
+
+def _bits_of_grey(path: str) -> int:
+    """Return the bits of a pixel in a grey PNG, from its header."""
+    with open(path, "rb") as file:
+        return file.read(25)[24]

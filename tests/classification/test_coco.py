@@ -89,6 +89,7 @@ BAD = {
     "names": (coco(categories=[{"id": 1}]), 'it has no "categories" list'),
     "no name": (coco(categories=[{"id": 1, "name": None}]), 'it has no "categories" list'),
     "other": (coco(categories=[dict(id=1, name="dog")]), "has no category 'cat' of the config's classes; its own"),
+    "a name twice": (coco(categories=[dict(id=i, name="cat") for i in (1, 2)]), "has more than one category 'cat'"),
     "no annotation": (coco(annotations=[]), "has no annotations, so there is nothing to train on"),
     "no image": (coco(images=[]), "has no images, so there is nothing to train on"),
     "null": (coco(annotations=None), "a.json: its annotations are no list of objects"),
@@ -99,7 +100,10 @@ BAD = {
     **{f"annotation without {key}": (coco(without(key, annotation())), f"a.json: annotations[0] has no '{key}'")
        for key in ("id", "image_id", "category_id", "bbox", "area")},
     "no mask": (coco(annotation()), "a.json: annotations[0] has no segmentation, and train_dataloader"),
-    "file name": (coco(images=[image(file_name=3)]), "a.json: images[0].file_name is 3; write a text"),
+    **{f"file name {name!r}": (coco(images=[image(file_name=name)]), f"images[0].file_name is {name!r}; write")
+       for name in (3, "", "folder/", ".")},
+    "some ids as texts": (coco(images=[image(1), image("2")]), "some ids of its images are texts, others numbers"),
+    "iscrowd as text": (coco(annotation(iscrowd="0")), "a.json: annotations[0].iscrowd is '0'; write 0 or 1"),
     "width": (coco(images=[image(width=None)]), "a.json: images[0].width is None; write a number of pixels"),
     "area": (coco(annotation(area="9")), "a.json: annotations[0].area is '9'; write a number of pixels"),
     **{f"bbox {box}": (coco(annotation(bbox=box)), f"a.json: annotations[0].bbox is {box!r}; write [x, y, width,")
@@ -150,6 +154,18 @@ BAD = {
         coco(annotation(segmentation={"size": [64, 40], "counts": [41, 9, *[31, 9] * 11, 2070]})),
         "a.json: 1 of its 1 masks are elsewhere than their boxes, as annotations[0], whose mask",
     ),
+    **{f"{what} counts": (
+        coco(annotation(segmentation=compressed(counts=counts))),
+        f"a.json: annotations[0].segmentation cannot be read (its counts are {said}",
+    ) for what, counts, said in (
+        ("cut", compressed()["counts"][:-4], "not of 2560"), ("more", compressed()["counts"] + "1", "not of 2560"),
+        ("odd", "~~", "damaged)"), ("endless", "o" * 40, "damaged)"),
+    )},
+    "a number as size": (
+        coco(annotation(segmentation={"size": 64, "counts": "a"})), "annotations[0].segmentation.size is 64, but its"
+    ),
+    "points in points": (coco(annotation(segmentation=[[[1, 1], [9, 1], [9, 9]] * 2])), "(a polygon is no plain"),
+    "far points": (coco(annotation(segmentation=[[1, 1, 1e9, 1, 9, 12]])), "cannot be read (a point is far from"),
     "texts as points": (coco(annotation(segmentation=[["a"] * 6])), "a.json: annotations[0].segmentation cannot be"),
     "points between 0 and 1": (
         coco(annotation(segmentation=triangle(0.02, 0.02, 0.2, 0.2))),
@@ -188,6 +204,15 @@ def test_valid_files(check):
     assert check(coco(annotation(segmentation=compressed(40, 64))), pipeline=[]) == []
     assert check(coco(without("iscrowd", annotation())), pipeline=[]) == []
     assert check(coco(annotation(id=0)), pipeline=[]) == []
+    # A box at the border that its mask shows to be [x, y, width, height].
+    border = annotation(bbox=[3, 5, 39, 60], segmentation=triangle(3, 5, 39, 60))
+    assert check(coco(border)) == ["1 of its 1 boxes reach beyond their images by more than a pixel; they are clipped"]
+    # What is left out needs less.
+    left_out = [annotation(ignore=1, iscrowd=1, bbox=None, area=None), without("bbox", annotation(image_id=9))]
+    left_out += [annotation(category_id=2, iscrowd=1)]
+    assert [one[:24] for one in check(coco(annotation(segmentation=triangle()), *left_out, **TWO))] == [
+        "1 of its annotations are"
+    ]
 
 
 def test_what_pycocotools_compares(check):
@@ -196,6 +221,15 @@ def test_what_pycocotools_compares(check):
     assert said.startswith("an annotation has the id 0. pycocotools counts its object as missed")
     with pytest.raises(UserError, match=r"a\.json: annotations\[0\] has no 'iscrowd'; write 0, or 1 for a crowd"):
         check(coco(without("iscrowd", annotation())), "val", compared=True)
+    assert check(coco(annotation(), without("iscrowd", annotation(category_id=2)), **TWO), "val", pipeline=[]) == []
+    for change, message in {
+        "id": (dict(id="a"), r"annotations\[1\].id is 'a', which pycocotools needs as a number"),
+        "polygon": (dict(segmentation=[*triangle(), [1, 1, 2, 2]]), "a polygon is no list of x and y of three points"),
+        "thin": (dict(bbox=[1, 1, 0.5, 9], segmentation=[[1, 1, 2, 2]]), "a polygon is no list of x and y of three"),
+    }.values():
+        both = [annotation(segmentation=triangle()), annotation(**{"id": 2, **change})]
+        with pytest.raises(UserError, match=message):
+            check(coco(annotations=both), "val", compared=True)
     with pytest.raises(UserError, match=r"annotations\[0\].segmentation.size is \[40, 64\]"):
         check(coco(annotation(segmentation=compressed(40, 64))), "val", compared=True, pipeline=[])
 
@@ -218,13 +252,28 @@ def test_what_mmdet_passes_over_is_counted(check):
     lost = coco(*(annotation(image_id=i) for i in (1, 8, 9)))
     (said,) = check(lost, pipeline=[])
     assert said == "2 of its annotations are of images, as image_id 8, that it does not have; they are left out"
-    some = [annotation(**change, segmentation=triangle())
-            for change in ({}, {"area": 0}, {"area": 0}, {"bbox": [0, 0, 0, 9]}, {"iscrowd": 1})]  # fmt: skip
+    some = [
+        annotation(**change, segmentation=triangle())
+        for change in (
+            {},
+            {"area": 0, "bbox": [1, 2, 9, 12]},
+            {"area": 0, "bbox": [2, 1, 9, 12]},
+            {"bbox": [0, 0, 0, 9]},
+            {"iscrowd": 1},
+        )
+    ]
     some += [annotation(segmentation=compressed())]
     for polygons, number in ((None, 3), (dict(type="LoadAnnotations", with_mask=True, poly2mask=False), 4)):
         said = check(coco(*some), "val", compared=True, pipeline=[polygons] if polygons else [])  # the same file: once
         assert said == [f"mmdet passes over {number} of its 6 annotations, over 2 because their area is not above 0"]
-    apart = [annotation(segmentation=triangle(20, 20, 5, 5)), *[annotation(segmentation=triangle())] * 2]
+    twice = [annotation(), annotation(), annotation(bbox=[5, 5, 9, 9])]
+    (said,) = check(coco(*twice), pipeline=[])
+    assert said.startswith(
+        "1 of its annotations repeat another one's image, category, bbox and segmentation, as [1, 1,"
+    )
+    apart = [annotation(segmentation=triangle(20, 20, 5, 5), area=9 + i, bbox=[1, 1, 9, 12 - i / 9]) for i in range(3)]
+    for one in apart[1:]:
+        one["segmentation"] = triangle()
     (said,) = check(coco(*apart))
     assert said.startswith(
         "1 of its 3 masks are elsewhere than their boxes, as annotations[0], whose mask takes up [20.0,"

@@ -1,6 +1,7 @@
 """`MM_SpatialMamba`: the backbone as mmengine builds it, what it loads, and what mmengine reads safely."""
 
 import argparse
+import itertools
 import json
 import logging
 import pickle
@@ -26,7 +27,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import dump, load
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.optim import OneCycleLR, OptimWrapper
+from mmengine.optim import CosineAnnealingLR, LinearLR, OneCycleLR, OptimWrapper
 from mmengine.registry import HOOKS, MODELS, TRANSFORMS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, load_checkpoint
 
@@ -1195,12 +1196,14 @@ def test_images_have_the_size_that_their_annotations_are_for():
 def test_images_that_are_turned_but_keep_their_size(tmp_path, log):
     """By 180 degrees, or square: boxes and maps that were drawn on the image as it lies would be elsewhere."""
     steps = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")]
-    files = [str(tmp_path / f"{orientation}.jpg") for orientation in (1, 3, 6)]
-    for orientation, path in zip((1, 3, 6), files, strict=True):
+    files = [str(tmp_path / f"{orientation}.jpg") for orientation in (1, 9, 3, 6)]
+    for orientation, path in zip((1, 9, 3, 6), files, strict=True):
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.new("RGB", (8, 8)).save(path, exif=exif)
-    for scope, color_type in (("mmdet", None), ("mmdet", "color_ignore_orientation"), ("mmseg", None)):
+    (tmp_path / "damaged.jpg").write_bytes(Path(files[2]).read_bytes().replace(b"Exif\0\0MM", b"Exif\0\0MX"))
+    kinds = [(None, True), ("color_ignore_orientation", False), ("unchanged", False)]
+    for scope, (color_type, said_once) in itertools.product(("mmdet", "mmseg"), kinds):
         pipeline = [{**steps[0], **({"color_type": color_type} if color_type else {})}, steps[1]]
         dataset = dict(pipeline=pipeline, type=dict, metainfo=dict(classes=["a"]))
         cfg = Config(dict(default_scope=scope, model={}, train_dataloader=dict(dataset=dataset)))
@@ -1209,11 +1212,11 @@ def test_images_that_are_turned_but_keep_their_size(tmp_path, log):
         (added,) = [one for one in cfg.train_dataloader.dataset.pipeline if one.type.startswith("Check")]
         check = TRANSFORMS.build(added)
         labels = dict(gt_seg_map=np.zeros((8, 8), np.uint8), seg_map_path=str(tmp_path / "map.png"))
-        for path in (files[0], None, *files[1:]):
+        for path in (files[0], None, str(tmp_path / "damaged.jpg"), *files[1:]):
             check(dict(img_path=path, ori_shape=(8, 8), height=8, width=8, **labels))
         said = [one.getMessage() for one in log.records if one.levelno == logging.WARNING]
-        assert len(said) == (color_type is None)
-        assert all(one.startswith(f"{files[1]}: is turned by its EXIF orientation, as other") for one in said)
+        assert len(said) == said_once
+        assert all(one.startswith(f"{files[2]}: is turned by its EXIF orientation, as other") for one in said)
         log.clear()
 
 
@@ -1354,34 +1357,52 @@ def test_a_run_that_goes_on_counts_as_before(meta, schedules, loop, said, log):
     assert saved == {"meta": {"processes": 1}}
 
 
+LAYER = torch.nn.Linear(2, 1, bias=False)
+OPTIMIZER = torch.optim.AdamW(LAYER.parameters())
+COSINE = CosineAnnealingLR(OPTIMIZER, T_max=5)
+
+
 def resumable(**changed) -> dict:
     """A checkpoint of training of a layer of two weights, with a schedule."""
     state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(1, 2), "exp_avg_sq": torch.ones(2, 1).t()}}
-    optimizer = {"state": state, "param_groups": [{"lr": 1.0, "params": [0]}]}
-    parts = dict(meta={"epoch": 1, "iter": 3}, message_hub={}, optimizer=optimizer, param_schedulers=[{"end": 1}])
-    return {key: value for key, value in {**parts, **changed}.items() if value is not None}
+    optimizer = {"state": state, "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99), "params": [0]}]}
+    parts = dict(meta={"epoch": 1, "iter": 3}, message_hub={}, optimizer=optimizer)
+    return {k: v for k, v in {**parts, "param_schedulers": [COSINE.state_dict()], **changed}.items() if v is not None}
 
 
+def optimizer_of(groups: int = 1, **state) -> dict:
+    settings = [{"betas": (0.9, 0.99), "params": [i]} for i in range(groups)]
+    return dict(optimizer={"state": {0: state}, "param_groups": settings})
+
+
+NOT_ITS_OWN = r"its optimizer does not fit the config's optim_wrapper \("
 RESUMED = {
     "meta": (dict(meta=None), "has no meta.epoch, meta.iter, so training cannot go on from it; resume an epoch_"),
     "message_hub": (dict(message_hub=None), "has no message_hub, so"),
     "a best one": (dict(optimizer=None, param_schedulers=None), "has no optimizer, param_schedulers, so"),
     "no schedules": (dict(param_schedulers=[]), "has no param_schedulers, so"),
-    "two schedules": (dict(param_schedulers=[{}, {}]), "has 2 rate schedules, the config's param_scheduler 1; set"),
+    "two schedules": (dict(param_schedulers=[COSINE.state_dict()] * 2), "has 2 rate schedules, which are not the 1 of"),
+    "another schedule": (
+        dict(param_schedulers=[LinearLR(OPTIMIZER, start_factor=0.1, end=5).state_dict()]),
+        "has 1 rate schedules, which are not the 1 of the config's param_scheduler; set",
+    ),
     "EMAHook": (dict(ema_state_dict={}), "holds averaged weights and .* but the config has no EMAHook; add it"),
-    "two groups": (
-        dict(optimizer={"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}),
-        r"its optimizer does not fit the config's optim_wrapper \(it has 2 groups of 2 parameters, the config's 1 gr",
-    ),
+    "two groups": (optimizer_of(2), NOT_ITS_OWN + "it has 2 groups of 2 parameters, the config's 1 gr"),
     "another weight": (
-        dict(optimizer={"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"params": [0]}]}),
-        r"\(state\[0\]\.exp_avg is \(3,\), not \(1, 2\)\); set",
+        optimizer_of(exp_avg=torch.ones(3)),
+        NOT_ITS_OWN + r"state\[0\]\.exp_avg is \(3,\), not \(1, 2\)",
     ),
-    "NaN": (
-        dict(optimizer={"state": {0: {"exp_avg": torch.full((1, 2), torch.nan)}}, "param_groups": [{"params": [0]}]}),
-        r"\(state\[0\]\.exp_avg is not finite\); set",
+    "NaN": (optimizer_of(exp_avg=torch.full((1, 2), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.exp_avg is not finite"),
+    "NaN elsewhere": (optimizer_of(row=torch.full((1,), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.row is"),
+    "SGD": (
+        dict(optimizer={"state": {}, "param_groups": [{"momentum": 0.9, "params": [0]}]}),
+        NOT_ITS_OWN + "one of them has betas, the other has not",
     ),
-    "no groups": (dict(optimizer={"state": {}}), r"does not fit the config's optim_wrapper \('param_groups'\)"),
+    "Adam": (
+        dict(optimizer={"state": {}, "param_groups": [{"betas": 1, "decoupled_weight_decay": False, "params": [0]}]}),
+        NOT_ITS_OWN + "one of them is AdamW, the other Adam",
+    ),
+    "no groups": (dict(optimizer={"state": {}}), NOT_ITS_OWN + "'param_groups'"),
 }
 
 
@@ -1389,10 +1410,8 @@ RESUMED = {
 def test_a_run_goes_on_from_whole_checkpoints_alone(kind):
     """mmengine would begin anew what a checkpoint lacks: moments, and with them schedules, at other rates."""
     changed, message = RESUMED[kind]
-    wrapper = OptimWrapper(torch.optim.AdamW(torch.nn.Linear(2, 1, bias=False).parameters()))
-    runner = argparse.Namespace(
-        _resume=True, _load_from="c.pth", param_schedulers=[{}], optim_wrapper=wrapper, hooks=[]
-    )
+    runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[])
+    runner.optim_wrapper = OptimWrapper(OPTIMIZER)
     hook = hooks.CheckResumed()
     with pytest.raises(UserError, match=f"^c\\.pth: .*{message}"):
         hook.after_load_checkpoint(runner, resumable(**changed))
@@ -1401,10 +1420,12 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind):
     runner._resume = True
     whole = resumable()
     hook.after_load_checkpoint(runner, whole)
-    assert whole["optimizer"]["state"][0]["exp_avg_sq"].stride() == wrapper.param_groups[0]["params"][0].stride()
+    assert whole["optimizer"]["state"][0]["exp_avg_sq"].stride() == LAYER.weight.stride()
     runner.hooks = [EMAHook()]
     hook.after_load_checkpoint(runner, resumable(ema_state_dict={}))
     runner.param_schedulers = None
+    with pytest.raises(UserError, match="has 1 rate schedules, which are not the 0 of"):
+        hook.after_load_checkpoint(runner, resumable())
     hook.after_load_checkpoint(runner, resumable(param_schedulers=None))
 
 

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -20,7 +22,7 @@ pytest.importorskip("mmseg", reason="make install-openmmlab")
 import mmseg
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, VISUALIZERS, init_default_scope
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
@@ -278,7 +280,8 @@ def test_files_that_are_missing(tmp_path):
     for name in ("i/a.jpg", "i/deep/b.jpg", "i/.c.jpg", "m/a.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "i/deep/cycle").symlink_to(tmp_path / "i")
+    (tmp_path / "m/deep").mkdir()
+    (tmp_path / "m/deep/b.png").symlink_to("nowhere.png")
     init_default_scope("mmseg")
 
     def check(listed: bytes | None = None, **more):
@@ -298,12 +301,15 @@ def test_files_that_are_missing(tmp_path):
     refused(r"names\.txt: 1 of 2 files are not in .*/m, as deep/b\.png", b"a\ndeep/b\n")
     refused(r"names\.txt: line 2 is empty; write the name", b"a\n\n")
     refused(r"names\.txt: line 1 is empty; write the name", b"")
+    refused(r"names\.txt: 1 of 2 files are not in .*/i, as x\\x85y\.jpg", "a\nx\x85y\n".encode())
     refused(r"names\.txt: begins with a byte order mark", "\ufeffa\n".encode())
     refused(r"names\.txt: cannot be read as UTF-8", "é\n".encode("latin-1"))
     refused(r"/i: no file ends with '\.tif'; set train_dataloader\.dataset\.img_suffix", img_suffix=".tif")
-    (tmp_path / "m/deep").mkdir()
+    (tmp_path / "m/deep/b.png").unlink()
     (tmp_path / "m/deep/b.png").touch()
     check()
+    (tmp_path / "i/deep/cycle").symlink_to(tmp_path / "i")
+    refused(r"/i/deep/cycle: is a link to a folder that holds it; remove it")
 
 
 def test_class_255_of_more(capsys):
@@ -342,6 +348,25 @@ def test_labels_that_a_byte_does_not_hold(labels, message, tmp_path):
     results = dict(gt_seg_map=np.full((4, 4), 2, np.uint8), seg_map_path=str(path), reduce_zero_label=False)
     with pytest.raises(UserError, match=message):
         CheckLabels(3)(results)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_labels_that_are_scaled_as_they_are_read(bits, tmp_path):
+    """Pillow makes 255 of the largest grey of 2 or 4 bits, so that label 1 is 85 or 17."""
+    path, labels = tmp_path / "map.png", np.array([[0, 1, 1, 0, 1, 0, 0, 1]] * 2, np.uint8)
+    digits = (labels[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in digits.reshape(2, -1))
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts.items())
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    results = dict(seg_map_path=str(path), reduce_zero_label=False, seg_fields=[])
+    loaded = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations"))(results)
+    if bits in (2, 4):
+        assert loaded["gt_seg_map"].max() == {2: 85, 4: 17}[bits]  # the reason for this
+        with pytest.raises(UserError, match=rf"map\.png: is a grey PNG of {bits} bits, whose labels are multiplied by"):
+            CheckLabels(100)(loaded)
+    else:
+        assert np.array_equal(CheckLabels(2)(loaded)["gt_seg_map"], labels)
 
 
 def test_labels_are_checked_wherever_they_are_loaded():
