@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from classification.memory import keep_freed_memory
-from classification.models.held import Holding, folded, held_dtype, pack, product
+from classification.models.held import Holding, depthwise, folded, held_dtype, pack, pack_depthwise, product
 from classification.models.linear import MKL_LEADS, dilation, is_product, linear
 from classification.models.spatialmamba import (
     GLOBAL_HOOKS,
@@ -115,6 +115,7 @@ class CpuStructureAwareSSM(StructureAwareSSM):
 
 
 STRIP = 512  # columns of a result
+LARGE = 150_000  # numbers; in smaller planes this repository's depthwise convolution is as fast in bfloat16
 
 
 # ----- inference by weights that are held packed, see `held.py`
@@ -136,14 +137,14 @@ class HeldLinear(Holding, CpuLinear):
 
 
 class HeldMlp(Mlp):
-    """`Mlp` whose first product applies GELU in inference."""
+    """`Mlp` by packed weights in inference. Its first product applies GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, act = self.fc1, self.act
+        fc1, act, fc2 = self.fc1, self.act, self.fc2
         known = type(fc1) is HeldLinear and type(act) is nn.GELU and act.approximate == "none"
         if not known or (dtype := fc1.held_dtype(x)) is None or _is_hooked(fc1, act):
             return super().forward(x)
-        return self.fc2(fc1.product(x, dtype, "gelu"))
+        return fc2(fc1.product(x, dtype, "gelu"))
 
 
 class HeldConvLayer(Holding, ConvLayer):
@@ -178,6 +179,23 @@ class HeldConvLayer(Holding, ConvLayer):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+class HeldDepthwiseConv2d(Holding, CpuDepthwiseConv2d):
+    """`CpuDepthwiseConv2d` by oneDNN in inference in bfloat16, for large planes laid out as tokens: it is faster there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if (dtype := self.held_dtype(x)) is None else self.convolution(x, dtype)
+
+    def held_dtype(self, x: Tensor) -> torch.dtype | None:
+        fits = x.numel() > LARGE and x.dim() == 4 and x.shape[1] == self.in_channels and x.stride(1) == 1
+        dtype = held_dtype(x, self.weight, self.bias) if fits else None
+        return dtype if dtype == torch.bfloat16 else None
+
+    def convolution(self, x: Tensor, dtype: torch.dtype, then: str = "none") -> Tensor:
+        x = x.to(dtype)
+        packed = self.held(dtype, lambda: pack_depthwise(self.weight, self.bias, dtype, x), self.weight, self.bias)
+        return depthwise(x, *packed, then)
+
+
 class HeldStructureAwareSSM(Holding, CpuStructureAwareSSM):
     """`CpuStructureAwareSSM` with weights held packed for inference; a product applies the gate's SiLU."""
 
@@ -192,6 +210,12 @@ class HeldStructureAwareSSM(Holding, CpuStructureAwareSSM):
 
         u, (x, z) = u.to(dtype), self.held(("in_proj", dtype), halves, layer.weight)
         return self.out_proj(self.gate(product(u, x), product(u, z, then="swish")))
+
+    def gate(self, x: Tensor, z: Tensor) -> Tensor:
+        conv, planes = self.conv2d, to_planes(x)
+        if type(conv) is not HeldDepthwiseConv2d or (dtype := conv.held_dtype(planes)) is None or _is_hooked(conv):
+            return super().gate(x, z)
+        return self.out_norm(to_tokens(self.ssm(conv.convolution(planes, dtype, "swish")))) * z
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.stride(1) != 1 or (dtype := held_dtype(x, weight)) is None:
@@ -213,6 +237,7 @@ _PLAIN = {
     CpuPointwiseConv2d: nn.Conv2d,
     CpuStridedConv2d: nn.Conv2d,
     CpuDepthwiseConv2d: nn.Conv2d,
+    HeldDepthwiseConv2d: nn.Conv2d,
     CpuStructureAwareSSM: StructureAwareSSM,
     HeldStructureAwareSSM: StructureAwareSSM,
     HeldConvLayer: ConvLayer,
@@ -220,6 +245,7 @@ _PLAIN = {
 }
 _HELD = {
     CpuLinear: HeldLinear,
+    CpuDepthwiseConv2d: HeldDepthwiseConv2d,
     CpuStructureAwareSSM: HeldStructureAwareSSM,
     ConvLayer: HeldConvLayer,
     Mlp: HeldMlp,

@@ -14,7 +14,10 @@ from torch.autograd import forward_ad
 from classification.models.linear import MKL_LEADS
 
 # Operators of Inductor, which a PyTorch with oneDNN has.
-OPERATORS = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
+OPERATORS = (
+    "_is_mkldnn_bf16_supported",
+    *("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"),
+)
 
 
 def _supported() -> tuple[torch.dtype, ...]:
@@ -33,27 +36,29 @@ def held_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype | None:
     They are used for inference on a CPU in bfloat16, by autocast or by a model in bfloat16, and in float32 where oneDNN
     is faster than MKL.
     """
-    if torch.compiler.is_compiling() or not SUPPORTED or torch.is_grad_enabled():
+    # This runs for each layer in each call, so what is most often decisive comes first.
+    if torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling() or not SUPPORTED:
         return None
-    if type(x) is not Tensor or x.dim() < 2 or x.numel() == 0:
+    dtypes = (x.dtype,)
+    if torch.is_autocast_enabled("cpu"):
+        dtypes = (torch.get_autocast_dtype("cpu"), torch.float32)
+    if dtypes[0] not in SUPPORTED or not _is_plain(x, dtypes) or x.dim() < 2 or x.numel() == 0 or _is_observed():
         return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    dtypes = {dtype, torch.float32} if torch.is_autocast_enabled("cpu") else {dtype}
-    if dtype not in SUPPORTED or not _is_plain(x, dtypes) or _is_observed():
-        return None
-    plain = all(weight is None or (type(weight) is nn.Parameter and _is_plain(weight, dtypes)) for weight in weights)
-    return dtype if plain else None
+    for weight in weights:
+        if weight is not None and not (type(weight) is nn.Parameter and _is_plain(weight, dtypes)):
+            return None
+    return dtypes[0]
 
 
-def _is_plain(t: Tensor, dtypes: set[torch.dtype]) -> bool:
-    return t.device.type == "cpu" and t.dtype in dtypes and t.layout == torch.strided
+def _is_plain(t: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return t.dtype in dtypes and t.device.type == "cpu" and t.layout == torch.strided
 
 
 def _is_observed() -> bool:
     """Whether PyTorch traces, transforms or counts what is called: it knows no packed weights."""
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
+    return forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
 
 
 class Holding(nn.Module):
@@ -98,6 +103,21 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, then: str = "
     """
     # GELU's argument "none" means that it is exact, not by tanh.
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "none" if then == "gelu" else "")
+
+
+ONCE, SAME = [1, 1], [1, 1]  # stride or dilation, and padding of a 3x3 kernel
+
+
+def pack_depthwise(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cast and pack a depthwise 3x3 kernel (C, 1, 3, 3) for planes x (B, C, H, W)."""
+    geometry = (SAME, ONCE, ONCE, x.shape[1])
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach().to(dtype), *geometry, list(x.shape))
+    return packed, None if bias is None else bias.detach().to(dtype)
+
+
+def depthwise(x: Tensor, packed: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
+    """The depthwise 3x3 convolution of planes laid out as tokens, and then "none" or "swish", which is SiLU."""
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, SAME, ONCE, ONCE, x.shape[1], then, [], "")
 
 
 def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
