@@ -180,7 +180,7 @@ class HeldConvLayer(Holding, ConvLayer):
 
 
 class HeldDepthwiseConv2d(Holding, CpuDepthwiseConv2d):
-    """`CpuDepthwiseConv2d` by oneDNN in inference in bfloat16, for large planes laid out as tokens: it is faster there."""
+    """`CpuDepthwiseConv2d` by oneDNN in bfloat16 inference, for large planes laid out as tokens: it is faster there."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if (dtype := self.held_dtype(x)) is None else self.convolution(x, dtype)
