@@ -41,11 +41,11 @@ EXAMPLE, BACKBONE, ONNX = "import timm", "import classification.models.openmmlab
 EXPLAINED = "mixing_matrix"
 MINE, DETECTOR, SEGMENTER, CLASSIFIER = "_base_", "mmdet.apis", "mmseg.apis", "import ImageClassificationInferencer"
 SLURM = "slurm_train.sh"  # tests/classification/test_distributed.py
-GPU = "bfloat16"  # kernels/gpu_check.sh, on a GPU
+GPU = ("bfloat16 --batch", "AMP bfloat16", "dtypes bfloat16")  # kernels/gpu_check.sh, on a GPU
 TIMM_TESTS = "pip download"  # by hand: they are timm's, which it downloads
 TIMM_TRAIN = "runpy"  # test_scripts_of_timm
 SERVE = "--serve"  # tests/classification/test_explain_page.py
-NOT_HERE = (INSTALL, SLURM, GPU, TIMM_TESTS, TIMM_TRAIN, SERVE)
+NOT_HERE = (INSTALL, SLURM, *GPU, TIMM_TESTS, TIMM_TRAIN, SERVE)
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
 
