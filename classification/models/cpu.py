@@ -264,7 +264,8 @@ def optimise_for_cpu(model: nn.Module, hold_weights: bool = False) -> nn.Module:
         model: the model.
         hold_weights: for inference, hold a copy of the weights that is cast and packed once: in bfloat16 under autocast
             or for a model in bfloat16, and in float32 where oneDNN leads. If a weight changes, its copy is made anew.
-            But changes through `.data` are not seen until `model.eval()` or `model.train()` is called.
+            But a change of a few numbers through `.data` may not be seen until `model.eval()` or `model.train()` is
+            called.
     """
     keep_freed_memory()
     for module in model.modules():

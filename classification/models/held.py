@@ -6,6 +6,7 @@ apply ReLU too, but would turn NaN into 0.
 """
 
 from collections.abc import Callable
+from ctypes import string_at
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,9 @@ def _is_observed() -> bool:
 class Holding(nn.Module):
     """Holds packed weights until one of the tensors that they are made of changes.
 
-    A change by an in-place operation, by an optimizer or by `load_state_dict` is seen. A change through `.data` is not,
-    until `train()` or `eval()` is called.
+    A change by an in-place operation, by an optimizer or by `load_state_dict` is seen. PyTorch does not count changes
+    through `.data`: they are seen if they reach the first, middle or last numbers of a tensor, and all of them once
+    `train()` or `eval()` is called.
     """
 
     def held(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
@@ -73,7 +75,7 @@ class Holding(nn.Module):
         sources = [one for one in sources if one is not None]
         if any(one.is_inference() for one in sources):  # such tensors do not count their changes
             return make()
-        key = [(one.data_ptr(), one._version, one.dtype) for one in sources]
+        key = [(one.data_ptr(), one._version, one.dtype, *_sample(one)) for one in sources]
         kept = self.__dict__.setdefault("_held", {})
         if name not in kept or kept[name][0] != key:
             with torch.autocast("cpu", enabled=False):
@@ -87,6 +89,16 @@ class Holding(nn.Module):
 
     def __getstate__(self) -> dict:  # copies and files are without packed weights
         return {name: value for name, value in self.__dict__.items() if name != "_held"}
+
+
+SAMPLED = 64  # bytes
+
+
+def _sample(t: Tensor) -> list[bytes]:
+    """Return the bytes of the first, middle and last numbers of a tensor."""
+    size = t.numel() * t.element_size() if t.is_contiguous() else t.element_size()
+    length, start = min(SAMPLED, size), t.data_ptr()
+    return [string_at(start + offset, length) for offset in (0, (size - length) // 2, size - length)]
 
 
 def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> tuple[Tensor, Tensor | None]:

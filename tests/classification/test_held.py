@@ -129,7 +129,12 @@ def test_changes_are_seen():
     torch.optim.SGD(fast.parameters(), 0.1).step()
     fast.eval()
     check()
-    linear.weight.data.mul_(2)  # which nothing counts, until eval() or train()
+    linear.weight.data.mul_(2)  # which PyTorch does not count
+    check()
+    for place in (0, linear.weight.numel() // 2, -1):
+        linear.weight.data.flatten()[place] += 9
+        check()
+    linear.weight.data[0, 34] += 9  # of which only eval() or train() tells
     fast.eval()
     check()
     linear.weight.data = torch.randn(8, 35)
