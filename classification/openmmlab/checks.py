@@ -610,7 +610,7 @@ def _check_maps(dataset: ConfigDict, root: str, key: str) -> None:
     if not prefix.get("img_path") or not isinstance(suffix, str):
         return
     folder = os.path.join(root, prefix["img_path"])
-    images = _files_in(folder)
+    images, broken = _files_in(folder)
     if not dataset.get("ann_file") and prefix.get("seg_map_path") != prefix["img_path"]:
         _note_images_left_out(folder, images, suffix, key)
     reads = getattr(_type_of(dataset), "load_data_list", None)
@@ -623,37 +623,42 @@ def _check_maps(dataset: ConfigDict, root: str, key: str) -> None:
         _check_all_there(source, names, suffix, folder, images, f"{key}.img_suffix")
     else:
         names = sorted(name.removesuffix(suffix) for name in images if name.endswith(suffix))
+        if broken := [name for name in broken if name.endswith(suffix)]:
+            raise UserError(f"{folder}: {len(broken)} of its images are links that lead nowhere, as {broken[0]}")
     if not names:
         raise UserError(f"{folder}: no file ends with {suffix!r}; set {key}.img_suffix to what the images end with")
     steps = [kind_of(step) for step in _steps(dataset.get("pipeline") or ())]
     suffix = _argument(dataset, "seg_map_suffix")
     if prefix.get("seg_map_path") and "LoadAnnotations" in steps and isinstance(suffix, str):
         maps = os.path.join(root, prefix["seg_map_path"])
-        _check_all_there(source, names, suffix, maps, _files_in(maps), f"{key}.seg_map_suffix")
+        _check_all_there(source, names, suffix, maps, _files_in(maps)[0], f"{key}.seg_map_suffix")
 
 
-def _files_in(folder: str) -> set[str]:
-    """Return the paths of the files in a folder and below, relative to it, without hidden files and broken links.
+def _files_in(folder: str) -> tuple[set[str], list[str]]:
+    """Return the files in a folder and below, and the links there that lead nowhere, by paths relative to it.
+
+    Hidden files are left out, as mmengine does.
 
     Raises:
-        UserError: a link leads to a folder that holds it, so there is no end.
+        UserError: a link leads to a folder that it lies in, so there is no end.
     """
-    found, folders, start = set(), [folder], os.path.join(folder, "")
+    found, broken = set(), []
+    start, real = os.path.join(folder, ""), os.path.realpath(folder)
+    folders = [(folder, real, {real})]  # each with its real path, and those of the folders that lead to it
     while folders:
-        with suppress(OSError), os.scandir(folders.pop()) as entries:
+        at, real, above = folders.pop()
+        with suppress(OSError), os.scandir(at) as entries:
             for one in entries:
                 if one.is_dir():
-                    if one.is_symlink() and _leads_up(one.path):
-                        raise UserError(f"{one.path}: is a link to a folder that holds it; remove it")
-                    folders.append(one.path)
-                elif one.name[0] != "." and (not one.is_symlink() or os.path.exists(one.path)):
+                    inner = os.path.realpath(one.path) if one.is_symlink() else os.path.join(real, one.name)
+                    if inner in above:
+                        raise UserError(f"{one.path}: is a link to a folder that it lies in; remove it")
+                    folders.append((one.path, inner, {*above, inner}))
+                elif one.name[0] != "." and one.is_symlink() and not os.path.exists(one.path):
+                    broken.append(one.path.removeprefix(start))
+                elif one.name[0] != ".":
                     found.add(one.path.removeprefix(start))
-    return found
-
-
-def _leads_up(link: str) -> bool:
-    target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
-    return os.path.commonpath([target, here]) == target
+    return found, broken
 
 
 def _names_in(path: str) -> list[str]:

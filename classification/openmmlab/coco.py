@@ -516,9 +516,10 @@ def _extent(segmentation: list | dict, size: list[int], strict: bool) -> list[fl
         counts = _decompressed(counts) if isinstance(counts, str) else np.asarray(counts)
         if counts.dtype.kind != "i" or counts.ndim != 1 or counts.sum() != size[0] * size[1] or counts.min() < 0:
             raise ValueError(f"its counts are not of {size[0] * size[1]} pixels")
+        whole = {"size": [int(side) for side in size], "counts": segmentation["counts"]}
         if isinstance(segmentation["counts"], list):
-            segmentation = rle.frPyObjects(segmentation, *size)
-        return rle.toBbox(segmentation).tolist()
+            whole = rle.frPyObjects(whole, *whole["size"])
+        return rle.toBbox(whole).tolist()
     polygons = _polygons(segmentation)
     if not polygons or (strict and len(polygons) < len(segmentation)):
         raise ValueError("a polygon is no list of x and y of three points or more")

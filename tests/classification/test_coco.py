@@ -194,6 +194,8 @@ def test_valid_files(check):
         assert check(BAD[kind][0]) == []
     assert check(without("annotations", coco()), "test") == []  # as COCO's own image_info_test-dev2017
     masks = [compressed(), {"size": [64, 40], "counts": [65, 12, *[52, 12] * 8, 1971]}, triangle(1.4, 0.8, 8.2, 12.3)]
+    floats = coco(annotation(segmentation=masks[1] | {"size": [64.0, 40.0]}), images=[image(width=40.0, height=64.0)])
+    assert check(floats) == []
     crowd = annotation(iscrowd=1, segmentation=compressed())
     for split in ("train", "val"):
         assert check(coco(*(annotation(segmentation=mask) for mask in masks), crowd), split, split == "val") == []

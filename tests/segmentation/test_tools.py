@@ -308,8 +308,13 @@ def test_files_that_are_missing(tmp_path):
     (tmp_path / "m/deep/b.png").unlink()
     (tmp_path / "m/deep/b.png").touch()
     check()
-    (tmp_path / "i/deep/cycle").symlink_to(tmp_path / "i")
-    refused(r"/i/deep/cycle: is a link to a folder that holds it; remove it")
+    (tmp_path / "i/e.jpg").symlink_to("nowhere.jpg")
+    refused(r"/i: 1 of its images are links that lead nowhere, as e\.jpg")
+    (tmp_path / "i/e.jpg").unlink()
+    (tmp_path / "i/deep/to_m").symlink_to(tmp_path / "m")
+    check()
+    (tmp_path / "m/to_i").symlink_to(tmp_path / "i")  # each in itself has no cycle
+    refused(r"/i/deep/to_m/to_i: is a link to a folder that it lies in; remove it")
 
 
 def test_class_255_of_more(capsys):
