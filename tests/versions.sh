@@ -11,7 +11,7 @@ mkdir -p "$out"
 # The kernels are built in copies, so that those of this checkout stay as they are.
 check() { # PYTHON TORCH FOLDER
     "$1" -m venv "$3/venv" && local python=$3/venv/bin/python &&
-        grep -v '^torch' requirements.txt >"$3/requirements.txt" &&
+        grep -v '^torch\|^-e' requirements.txt >"$3/requirements.txt" &&
         $python -m pip install -q "torch==$2" torchvision -r "$3/requirements.txt" &&
         cp -r kernels classification tests pyproject.toml README.md "$3" && rm -f "$3"/kernels/*/*/_C_torch*.so && cd "$3" &&
         FORCE_ONLY_CPU=1 $python -m pip install -q -e kernels/selective_scan -e kernels/dwconv2d -e . &&
