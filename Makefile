@@ -38,7 +38,7 @@ install: $(INSTALLED)
 $(INSTALLED): requirements.txt pyproject.toml $(wildcard kernels/*/pyproject.toml kernels/*/setup.py kernels/*/csrc/*.* kernels/*/csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements.txt
-	$(BIN)/python -m pip install -e kernels/selective_scan -e kernels/dwconv2d -e .
+	$(BIN)/python -m pip install -e kernels/selective_scan -e kernels/dwconv2d
 	touch $@
 
 install-openmmlab: $(OPENMMLAB)
