@@ -129,7 +129,8 @@ class HeldLinear(Holding, CpuLinear):
         return super().forward(x) if dtype is None else self.product(x, dtype)
 
     def held_dtype(self, x: Tensor) -> torch.dtype | None:
-        return held_dtype(x, self.weight, self.bias) if x.shape[-1:] == self.weight.shape[1:] else None
+        fits = x.shape[-1:] == self.weight.shape[1:] and _fits(self.bias, self.weight)
+        return held_dtype(x, self.weight, self.bias) if fits else None
 
     def product(self, x: Tensor, dtype: torch.dtype, then: str = "none") -> Tensor:
         packed = self.held(dtype, lambda: pack(self.weight, self.bias, dtype, x), self.weight, self.bias)
@@ -152,23 +153,33 @@ class HeldConvLayer(Holding, ConvLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
-        fits = type(conv) in _CONVOLUTIONS and x.dim() == 4 and x.shape[1] == conv.in_channels
-        if not fits or (dtype := held_dtype(x, conv.weight, conv.bias)) is None or not self._is_one():
+        fits = type(conv) in _CONVOLUTIONS and x.dim() == 4 and x.shape[1] == conv.in_channels and self._is_one()
+        if not fits or (dtype := held_dtype(x, *(sources := self._sources())[:4])) is None:
             return super().forward(x)
-        sources = (conv.weight, conv.bias, *self.norm.parameters(), *self.norm.buffers())
-        if type(conv) is CpuPointwiseConv2d and conv.stride == (1, 1):
+        # Another eps gives other weights.
+        packs = type(conv) is CpuPointwiseConv2d and conv.stride == (1, 1) and to_tokens(x).is_contiguous()
+        name = dtype, getattr(self.norm, "eps", None), packs
+        if packs:
             tokens = to_tokens(x).to(dtype)
-            y = to_planes(product(tokens, *self.held(dtype, lambda: self._packed(dtype, tokens), *sources)))
+            y = to_planes(product(tokens, *self.held(name, lambda: self._packed(dtype, tokens), *sources)))
         else:
-            weight, bias = self.held(dtype, lambda: self._folded(dtype), *sources)
+            weight, bias = self.held(name, lambda: self._folded(dtype), *sources)
             y = F.conv2d(x.to(dtype), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y.relu_() if type(self.act) is nn.ReLU else y
+
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        conv, norm = self.conv, self.norm
+        of_norm = (norm.weight, norm.bias, norm.running_mean, norm.running_var) if type(norm) is nn.BatchNorm2d else ()
+        return (conv.weight, conv.bias, *of_norm)
 
     def _is_one(self) -> bool:
         conv, norm, act = self.conv, self.norm, self.act
         batch_norm = type(norm) is nn.BatchNorm2d and not norm.training and norm.running_var is not None and norm.affine
+        batch_norm = batch_norm and norm.running_mean.is_cpu and norm.running_var.is_cpu
         known = (batch_norm or type(norm) is nn.Identity) and type(act) in (nn.ReLU, nn.Identity)
-        return known and conv.padding_mode == "zeros" and not _is_hooked(conv, norm, act)
+        return (
+            known and conv.padding_mode == "zeros" and _fits(conv.bias, conv.weight) and not _is_hooked(conv, norm, act)
+        )
 
     def _packed(self, dtype: torch.dtype, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         weight, bias = folded(self.conv, self.norm)
@@ -187,6 +198,7 @@ class HeldDepthwiseConv2d(Holding, CpuDepthwiseConv2d):
 
     def held_dtype(self, x: Tensor) -> torch.dtype | None:
         fits = x.numel() > LARGE and x.dim() == 4 and x.shape[1] == self.in_channels and x.stride(1) == 1
+        fits = fits and _fits(self.bias, self.weight)
         dtype = held_dtype(x, self.weight, self.bias) if fits else None
         return dtype if dtype == torch.bfloat16 else None
 
@@ -223,6 +235,11 @@ class HeldStructureAwareSSM(Holding, CpuStructureAwareSSM):
         tokens, name = to_tokens(x).to(dtype), "x_proj" if weight is self.x_proj_weight else "dt_proj"
         packed = self.held((name, dtype), lambda: pack(weight, None, dtype, tokens), weight)
         return to_planes(product(tokens, *packed))
+
+
+def _fits(bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether a layer's bias has the shape that PyTorch's own layer checks."""
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 def _is_hooked(*modules: nn.Module) -> bool:

@@ -46,7 +46,7 @@ def held_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype | None:
     if dtypes[0] not in SUPPORTED or not _is_plain(x, dtypes) or x.dim() < 2 or x.numel() == 0 or _is_observed():
         return None
     for weight in weights:
-        if weight is not None and not (type(weight) is nn.Parameter and _is_plain(weight, dtypes)):
+        if weight is not None and not (type(weight) is nn.Parameter and _is_plain(weight, dtypes) and weight.numel()):
             return None
     return dtypes[0]
 
@@ -57,17 +57,29 @@ def _is_plain(t: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
 
 def _is_observed() -> bool:
     """Whether PyTorch traces, transforms or counts what is called: it knows no packed weights."""
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0:
+        return True
+    if torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+
+
+class Kept(dict):
+    """The packed weights of a module. Deep copies and files of the module have none."""
+
+    def __deepcopy__(self, memo: dict) -> "Kept":
+        return Kept()
+
+    def __reduce__(self) -> tuple:
+        return Kept, ()
 
 
 class Holding(nn.Module):
     """Holds packed weights until one of the tensors that they are made of changes.
 
-    A change by an in-place operation, by an optimizer or by `load_state_dict` is seen. PyTorch does not count changes
-    through `.data`: they are seen if they reach the first, middle or last numbers of a tensor, and all of them once
-    `train()` or `eval()` is called.
+    A change by an in-place operation or by `load_state_dict` is seen. PyTorch does not count changes through `.data`
+    and by optimizers with `fused=True`: they are seen if they reach the first, middle or last numbers of a tensor, and
+    all of them once `train()` or `eval()` is called.
     """
 
     def held(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
@@ -75,8 +87,8 @@ class Holding(nn.Module):
         sources = [one for one in sources if one is not None]
         if any(one.is_inference() for one in sources):  # such tensors do not count their changes
             return make()
-        key = [(one.data_ptr(), one._version, one.dtype, *_sample(one)) for one in sources]
-        kept = self.__dict__.setdefault("_held", {})
+        key = [(one.data_ptr(), one._version, one.dtype, one.shape, one.stride(), *_sample(one)) for one in sources]
+        kept = self.__dict__.setdefault("_held", Kept())
         if name not in kept or kept[name][0] != key:
             with torch.autocast("cpu", enabled=False):
                 # The sources' memory is kept too, so that no other tensor gets its address.
@@ -87,16 +99,14 @@ class Holding(nn.Module):
         self.__dict__.pop("_held", None)
         return super().train(mode)
 
-    def __getstate__(self) -> dict:  # copies and files are without packed weights
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
-
 
 SAMPLED = 64  # bytes
 
 
 def _sample(t: Tensor) -> list[bytes]:
     """Return the bytes of the first, middle and last numbers of a tensor."""
-    size = t.numel() * t.element_size() if t.is_contiguous() else t.element_size()
+    dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+    size = (t.numel() if dense else 1) * t.element_size()
     length, start = min(SAMPLED, size), t.data_ptr()
     return [string_at(start + offset, length) for offset in (0, (size - length) // 2, size - length)]
 

@@ -139,8 +139,20 @@ def test_changes_are_seen():
     check()
     linear.weight.data = torch.randn(8, 35)
     check()
+    fast[1].norm.eps = 1
+    check()
+    linear.weight = nn.Parameter(linear.weight.detach().flatten().view(35, 8).T)  # the same memory in other order
+    check()
+    optimizer = torch.optim.AdamW(fast.parameters(), lr=0.1, fused=True)
+    with torch.autocast(**AUTOCAST):
+        fast(x).square().sum().backward()
+    optimizer.step()  # which PyTorch does not count either
+    check()
     file = io.BytesIO()
     torch.save(fast, file)
+    parametrised = nn.utils.parametrizations.spectral_norm(copy.deepcopy(linear))
+    infer(parametrised, x.new_ones(2, 35))
+    copy.deepcopy(parametrised)
     undo_optimise_for_cpu(fast)
     assert not used(fast)
     assert type(fast[1]) is ConvLayer
@@ -179,6 +191,21 @@ def test_not_where_it_would_be_missed():
         module.register_forward_hook(lambda module, *_: seen.append(module))
     infer(model, x)
     assert {*seen} == {*hooked}
+
+
+def test_what_the_plain_layers_refuse():
+    layer = holding(nn.Linear(24, 8))
+    layer.bias = nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"size of tensor|expand|bias"):
+        infer(layer, torch.ones(2, 24))
+    layer.bias = nn.Parameter(torch.ones(()))  # F.linear adds it to each
+    assert torch.equal(
+        infer(layer, torch.ones(2, 24)), infer(undo_optimise_for_cpu(copy.deepcopy(layer)), torch.ones(2, 24))
+    )
+    layer = holding(ConvLayer(3, 8, 3))
+    layer.norm.to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        infer(layer, torch.ones(1, 3, 8, 8))
 
 
 def test_nan_is_not_hidden():
