@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from classification.memory import keep_freed_memory
-from classification.models.held import Holding, depthwise, folded, held_dtype, pack, pack_depthwise, product
+from classification.models.held import Holding, depthwise, folded, held_dtype, pack, pack_depthwise, product, steps
 from classification.models.linear import MKL_LEADS, dilation, is_product, linear
 from classification.models.spatialmamba import (
     GLOBAL_HOOKS,
@@ -281,10 +281,12 @@ def optimise_for_cpu(model: nn.Module, hold_weights: bool = False) -> nn.Module:
         model: the model.
         hold_weights: for inference, hold a copy of the weights that is cast and packed once: in bfloat16 under autocast
             or for a model in bfloat16, and in float32 where oneDNN leads. If a weight changes, its copy is made anew.
-            But a change of a few numbers through `.data` may not be seen until `model.eval()` or `model.train()` is
-            called.
+            But a change through `.data`, NumPy, or another tensor or process that shares the memory may not be seen
+            until `model.eval()` or `model.train()` is called.
     """
     keep_freed_memory()
+    if hold_weights:
+        steps.count()
     for module in model.modules():
         swapped = _class_for(module)
         if hold_weights:

@@ -11,6 +11,7 @@ from ctypes import string_at
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from classification.models.linear import MKL_LEADS
 
@@ -46,13 +47,18 @@ def held_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype | None:
     if dtypes[0] not in SUPPORTED or not _is_plain(x, dtypes) or x.dim() < 2 or x.numel() == 0 or _is_observed():
         return None
     for weight in weights:
-        if weight is not None and not (type(weight) is nn.Parameter and _is_plain(weight, dtypes) and weight.numel()):
+        if weight is not None and not (type(weight) is nn.Parameter and _is_plain(weight, dtypes) and _counts(weight)):
             return None
     return dtypes[0]
 
 
 def _is_plain(t: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     return t.dtype in dtypes and t.device.type == "cpu" and t.layout == torch.strided
+
+
+def _counts(weight: Tensor) -> bool:
+    """Whether a weight has memory, and PyTorch counts its changes, which it does not if made in inference mode."""
+    return weight.data_ptr() != 0 and not weight.is_inference()
 
 
 def _is_observed() -> bool:
@@ -62,6 +68,24 @@ def _is_observed() -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+
+
+class Steps:
+    """Counts the steps of all optimizers in the process: those with `fused=True` do not count a weight's changes."""
+
+    def __init__(self):
+        self.made, self.hook = 0, None
+
+    def count(self) -> None:
+        """Count from now on."""
+        if self.hook is None:
+            self.hook = register_optimizer_step_post_hook(self._add)
+
+    def _add(self, *_: object) -> None:
+        self.made += 1
+
+
+steps = Steps()
 
 
 class Kept(dict):
@@ -77,23 +101,27 @@ class Kept(dict):
 class Holding(nn.Module):
     """Holds packed weights until one of the tensors that they are made of changes.
 
-    A change by an in-place operation or by `load_state_dict` is seen. PyTorch does not count changes through `.data`
-    and by optimizers with `fused=True`: they are seen if they reach the first, middle or last numbers of a tensor, and
-    all of them once `train()` or `eval()` is called.
+    A change by an in-place operation, by an optimizer or by `load_state_dict` is seen. PyTorch does not count changes
+    through `.data`, NumPy, or another tensor or process that shares the memory: they are seen if they reach the first,
+    middle or last 64 bytes of a tensor, and all of them once `train()` or `eval()` is called.
     """
 
     def held(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
         """Return what `make` returned for these sources, or call it if one has changed since."""
         sources = [one for one in sources if one is not None]
-        if any(one.is_inference() for one in sources):  # such tensors do not count their changes
+        if any(one.is_inference() for one in sources):  # batch norm's buffers, whose changes are not counted
             return make()
-        key = [(one.data_ptr(), one._version, one.dtype, one.shape, one.stride(), *_sample(one)) for one in sources]
+        key = [
+            steps.made,
+            *((one.data_ptr(), one._version, one.dtype, one.shape, one.stride(), *_sample(one)) for one in sources),
+        ]
         kept = self.__dict__.setdefault("_held", Kept())
-        if name not in kept or kept[name][0] != key:
+        entry = kept.get(name)
+        if entry is None or entry[0] != key:
             with torch.autocast("cpu", enabled=False):
                 # The sources' memory is kept too, so that no other tensor gets its address.
-                kept[name] = (key, make(), [one.detach() for one in sources])
-        return kept[name][1]
+                entry = kept[name] = (key, make(), [one.detach() for one in sources])
+        return entry[1]
 
     def train(self, mode: bool = True) -> "Holding":
         self.__dict__.pop("_held", None)
