@@ -15,6 +15,7 @@ from classification.config import LEAST, OFF_OR_MORE, default_config, load_confi
 from classification.data import build_mixup
 from classification.data.build import _train_transform
 from classification.errors import UserError
+from classification.metrics import MetricsLog
 from classification.models import SpatialMamba, spatialmamba_micro
 from classification.optim import build_optimizer
 
@@ -595,3 +596,11 @@ def test_other_commands_refuse_too(module, tmp_path):
     assert done.stderr.startswith(f"error: {tmp_path}")
     assert "Traceback" not in done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["other.txt"]
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path):
+    """TensorBoard does not take it."""
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"\\udcff: metrics cannot be written"):
+        MetricsLog(folder, 0)

@@ -618,6 +618,24 @@ def test_environments_of_the_tools(launcher, variables, message, tmp_path, monke
         tools._read_config(argparse.Namespace(config=str(tmp_path / "c.py"), launcher=launcher, local_rank=0), "mmdet")
 
 
+def test_a_name_makes_no_line_of_its_own():
+    """Nor does the traceback in which a data loader's worker wraps an error."""
+    assert str(UserError("a\nerror: b\x1b[0m")) == r"a\nerror: b\x1b[0m"
+    wrapped = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n"
+    assert str(UserError(f"{wrapped}classification.errors.UserError: a.png: no\n")) == "a.png: no"
+
+
+def test_a_folder_of_best_checkpoints_alone(tmp_path):
+    """They are of weights only: no run goes on from them, and a new one would overwrite them."""
+    (tmp_path / "best_mIoU_iter_6.pth").touch()
+    with pytest.raises(
+        UserError, match=r"holds best_mIoU_iter_6\.pth of an earlier run, which this one would overwrite"
+    ):
+        tools._check_nothing_is_overwritten(str(tmp_path))
+    with pytest.raises(UserError, match=r"holds only best_mIoU_iter_6\.pth, from which no run can go on"):
+        tools._check_nothing_is_lost(str(tmp_path))
+
+
 def test_what_another_process_leaves_behind_is_one_line(monkeypatch):
     def work(*_):
         raise RuntimeError(error)

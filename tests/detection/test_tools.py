@@ -216,10 +216,10 @@ def draw(tmp_path_factory) -> Callable[[np.ndarray, InstanceData], np.ndarray]:
 
 
 def test_more_classes_than_colours():
-    """The demo's config has ten colours: further classes get others, and the ten keep theirs."""
+    """The demo's config has ten colours: further classes get others, and the ten keep theirs. A "$" is text."""
     init_default_scope("mmdet")
     visualizer = VISUALIZERS.build({**Config.fromfile(MICRO).visualizer, "name": "more"})
-    visualizer.dataset_meta = dict(classes=tuple(map(str, range(13))))
+    visualizer.dataset_meta = dict(classes=(*map(str, range(13)), r"$\frac{$"))
 
     def edge(label: int) -> tuple[int, ...]:
         """The colour of the upper edge of a box, on black."""
@@ -230,7 +230,7 @@ def test_more_classes_than_colours():
         )
         return tuple(drawn[60, 300])
 
-    colors = [edge(label) for label in (0, 3, 9, 10, 11, 12)]
+    colors = [edge(label) for label in (0, 3, 9, 10, 11, 12, 13)]
     assert len(set(colors)) == len(colors)
     for label, color in zip((0, 3, 9), colors, strict=False):
         np.testing.assert_allclose(color, 0.8 * np.array(visualizer.bbox_color[label]), atol=2)
