@@ -423,7 +423,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
     held: dict[int, int] = {}
     claimed = 0
     for key, value in state.items():
-        fault = _fault(value) if isinstance(key, str) else "is not a name"
+        fault = _fault(value) if isinstance(key, str) and key.isprintable() else "is not a name"
         if not fault and not value.is_floating_point() and not key.endswith(counts):
             fault = f"is of dtype {_name(value.dtype)}, not of floating point"
         if fault:
@@ -566,6 +566,37 @@ def _flush_folder(folder: Path) -> None:
 # ----- the checkpoints of a run: epoch_E.pth after E epochs, epoch_E_step_S.pth S batches later, and further names
 
 
+def lock_folder(folder: Path, elsewhere: str, beside: str) -> tuple[TextIO, str | None]:
+    """Make a folder, and keep other runs out of it until the returned file is closed.
+
+    Args:
+        folder: the run's folder.
+        elsewhere: the option that names another folder, if this one cannot be written to.
+        beside: the option that names another folder, if this one is taken.
+
+    Returns:
+        the open file, and a note if the file system has no locks.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error}); choose another {elsewhere}") from error
+    try:
+        fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            lock_file.close()
+            raise UserError(
+                f"{folder}: another process is training in it; wait for that one to end, or pass another {beside}"
+            ) from error
+        return lock_file, f"{folder}: its file system has no locks; start one run in it at a time ({error})"
+    return lock_file, None
+
+
 class CheckpointFolder:
     """The checkpoints in a run's folder.
 
@@ -655,21 +686,8 @@ class CheckpointFolder:
         """
         if self.lock_file is not None:  # opening and closing the file again would release the lock
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock_file = (self.folder / ".lock").open("a")
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written to ({error}); choose another --output") from error
-        try:
-            fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                lock_file.close()
-                raise UserError(
-                    f"{self.folder}: another process is training in it; wait for that one to end, or pass another --tag"
-                ) from error
-            self.notes.append(f"{self.folder}: its file system has no locks; start one run in it at a time ({error})")
-        self.lock_file = lock_file
+        self.lock_file, note = lock_folder(self.folder, "--output", "--tag")
+        self.notes += [note] if note else []
         if self.seen is not None and self.seen != self._present():
             raise UserError(
                 f"{self.folder}: another process has trained in it meanwhile; the same command goes on from there"

@@ -111,6 +111,8 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     content = plain(content, path, lambda value: value.array if isinstance(value, _Array) else value)
     if "param_schedulers" in content:
         content["param_schedulers"] = _without_functions(content["param_schedulers"])
+    if isinstance(content.get("meta"), dict):
+        content["meta"].pop("config", None)  # resuming, mmengine would run it as Python; its own checkpoints have `cfg`
     if isinstance(content.get("state_dict"), dict):
         # mmengine would skip entries that are no weights.
         check_weights(content["state_dict"], path, counts="", tied=True)

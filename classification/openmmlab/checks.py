@@ -37,7 +37,9 @@ def check_channels(model: ConfigDict) -> None:
         return
     dims, depths = backbone.get("dims", 64), backbone.get("depths", (2, 4, 8, 4))
     dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-    given = [dims[i] for i in backbone.get("out_indices", (0, 1, 2, 3)) if -len(dims) <= i < len(dims)]
+    # The maps come in the order of the stages.
+    stages = sorted(i % len(dims) for i in backbone.get("out_indices", (0, 1, 2, 3)) if -len(dims) <= i < len(dims))
+    given = [dims[i] for i in stages]
     if neck := model.get("neck"):
         _compare_channels("neck", neck[0] if isinstance(neck, list) else neck, given)
     else:
@@ -130,6 +132,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         for dataset in datasets:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
         for metric in _metrics(cfg, split):
+            _check_loads_maps(metric, datasets, split)
             if metric.get("ann_file"):
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
                 if not _is_elsewhere(metric):
@@ -428,6 +431,22 @@ def _check_no_pickles(value: object, key: str) -> None:
         raise UserError(f"{key} is 'pickle', which can run code; write the data for 'numpy' or 'nifti'")
 
 
+def _check_loads_maps(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
+    """Raise a UserError if IoUMetric is to compare predictions with label maps, but a pipeline loads none."""
+    if kind_of(metric) != "IoUMetric" or metric.get("format_only"):
+        return
+    for dataset in datasets:
+        steps = [kind_of(step) for step in _steps(dataset.get("pipeline") or ())]
+        loads = not steps or any(step.startswith("Load") and "Annotation" in step for step in steps)
+        has = "data_prefix" not in dataset or dataset.data_prefix.get("seg_map_path") is not None
+        if not (loads and has):
+            raise UserError(
+                f"{split}_evaluator's IoUMetric compares predictions with label maps, but {split}_dataloader.dataset "
+                f"{'has no data_prefix.seg_map_path' if loads else 'has no LoadAnnotations in its pipeline'}; if there "
+                "are no maps, set format_only=True and output_dir in the metric, which then only writes the predictions"
+            )
+
+
 def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
     """Raise a UserError if CocoMetric's file has other categories than the data set; warn if it is another file.
 
@@ -577,7 +596,10 @@ def _classes(dataset: ConfigDict, key: str) -> list[str]:
         classes = getattr(_type_of(dataset), "METAINFO", {}).get("classes") or ()  # None for V3Det until it is read
     if isinstance(classes, str):
         _must_exist(classes, "file of classes", f"{key}.metainfo.classes")
-        return list_from_file(classes)
+        try:
+            return list_from_file(classes)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{classes}: is no text in UTF-8 ({error}); write it anew in that encoding") from error
     return list(classes)
 
 
@@ -765,7 +787,7 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
     for part, head in heads:
         if kind_of(head) not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
             raise UserError(
-                f"{part}.num_classes is {head['num_classes']}, but {key} has {classes} classes; make them equal"
+                f"{part}.num_classes is {head['num_classes']!r}, but {key} has {classes} classes; make them equal"
             )
 
 
@@ -855,13 +877,27 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
     )
 
 
-def check_written_names(dataset: object, suffix: bool) -> None:
-    """Raise a UserError if the results of two images would get the same file name, with or without the suffix."""
+def check_written_names(dataset: object, suffix: bool, folders: Sequence[str] = ()) -> None:
+    """Raise a UserError if two results would get the same file name, or a result that of an image or a label map.
+
+    Args:
+        dataset: of a toolchain.
+        suffix: whether the names of results keep the suffix of the image's name.
+        folders: in which label maps are written.
+    """
     seen: dict[str, str] = {}
+    written = {os.path.realpath(folder) for folder in folders}
     for i in range(len(dataset)) if hasattr(dataset, "get_data_info") else ():
-        path = dataset.get_data_info(i).get("img_path")
+        info = dataset.get_data_info(i)
+        path = info.get("img_path")
         if not isinstance(path, str):
             return
+        for own in (path, info.get("seg_map_path")) if written else ():
+            if isinstance(own, str) and os.path.realpath(os.path.dirname(own)) in written:
+                raise UserError(
+                    f"{os.path.dirname(own)}: holds the data, and predicted maps would be written over it; name "
+                    "another folder (--out, output_dir)"
+                )
         name = os.path.basename(path)
         other = seen.setdefault(name if suffix else os.path.splitext(name)[0], path)
         if other != path:

@@ -1,13 +1,15 @@
 """Hooks that our tools add to a toolchain's training: they report what the toolchain does in silence, or stop it."""
 
+import hashlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
@@ -112,7 +114,8 @@ class CheckResumed(Hook):
 
     Raises:
         UserError: the checkpoint lacks the optimizer, the schedules or what counts epochs; or they are of another model
-            or config; or it holds averaged weights (EMAHook), and the config has no EMAHook.
+            or config; or it holds averaged weights (EMAHook), and the config has no EMAHook; or the processes begin at
+            different iterations.
     """
 
     priority = "HIGH"  # before EMAHook
@@ -121,10 +124,16 @@ class CheckResumed(Hook):
         if not runner._resume:
             return
         path, meta = runner._load_from, checkpoint.get("meta")
-        parts = {f"meta.{key}": isinstance(meta, dict) and isinstance(meta.get(key), int) for key in ("epoch", "iter")}
+        parts = {f"meta.{key}": isinstance(meta, dict) and _counts(meta.get(key)) for key in ("epoch", "iter")}
         parts |= {key: isinstance(checkpoint.get(key), dict) for key in ("message_hub", "optimizer")}
+        hub = checkpoint["message_hub"] if parts["message_hub"] else {}
+        kept = ("log_scalars", "runtime_info", "resumed_keys")
+        parts |= {f"message_hub.{key}": isinstance(hub.get(key), dict) for key in kept if hub}
+        seed = meta.get("seed") if isinstance(meta, dict) else None
+        parts["meta.seed that is a number"] = seed is None or isinstance(seed, int)
         schedules, states = runner.param_schedulers or [], checkpoint.get("param_schedulers") or []
-        parts["param_schedulers"] = not schedules or bool(states)
+        steps = [state.get("last_step", 0) for state in states if isinstance(state, dict)] if states else []
+        parts["param_schedulers"] = not schedules or (bool(states) and all(map(_counts, steps)))
         if lacking := [name for name, there in parts.items() if not there]:
             raise UserError(
                 f"{path}: has no {', '.join(lacking)}, so training cannot go on from it; resume an epoch_*.pth or "
@@ -137,6 +146,83 @@ class CheckResumed(Hook):
             )
         _check_schedules(schedules, states, path)
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path)
+        _forget_other_best(runner, hub["runtime_info"], path)
+
+    def before_train(self, runner) -> None:
+        first, last = torch.tensor(runner.iter), torch.tensor(runner.iter)
+        all_reduce(first, "min")
+        all_reduce(last, "max")
+        if first != last:  # a folder that not all machines share
+            raise UserError(
+                f"some processes begin at iteration {first.item()}, others at {last.item()}, for they have found "
+                f"different checkpoints: let all machines share {runner.work_dir}, or copy the checkpoint to each"
+            )
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+class CheckSameData(Hook):
+    """Compares what the processes are to read. With other lists of images, each trains or is tested on other data.
+
+    Raises:
+        UserError: in all processes, if the data of one differ from those of the first, as a stale copy does.
+    """
+
+    def before_train(self, runner) -> None:
+        _check_same_data(runner.train_dataloader.dataset, "training")
+
+    def before_val(self, runner) -> None:
+        _check_same_data(runner.val_dataloader.dataset, "validation")
+
+    def before_test(self, runner) -> None:
+        _check_same_data(runner.test_dataloader.dataset, "test")
+
+
+def _check_same_data(dataset: object, name: str) -> None:
+    if get_world_size() == 1:
+        return
+    infos = map(dataset.get_data_info, range(len(dataset))) if hasattr(dataset, "get_data_info") else ()
+    names = "\n".join(os.path.basename(str(info.get("img_path"))) for info in infos)
+    facts = len(dataset), hashlib.sha256(names.encode(errors="replace")).hexdigest()
+    first, *others = all_gather_object(facts)
+    for rank, (images, digest) in enumerate(others, start=1):
+        if (images, digest) != first:
+            same = "of other names" if images == first[0] else f"in place of {first[0]}"
+            raise UserError(
+                f"process {rank} has other {name} data than process 0: {images} images {same}; give all machines the "
+                "same data"
+            )
+
+
+def _forget_other_best(runner, info: dict, path: str) -> None:
+    """Let CheckpointHook know a best checkpoint only if it is in this run's own folder.
+
+    CheckpointHook deletes the best checkpoint as soon as it has a better one, wherever the file is.
+    """
+    savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+    folders = [saving_folder(hook.out_dir, runner.work_dir) for hook in savers]
+    if any("://" in folder for folder in folders):
+        return
+    sought = [name for hook in savers for name in getattr(hook, "key_indicators", None) or ()]
+    for name in [name for name in info if str(name).startswith("best_ckpt")]:
+        best = os.path.basename(str(info.pop(name)))
+        own = [file for file in (os.path.join(folder, best) for folder in folders) if os.path.isfile(file)]
+        alike = len(sought) != 1 or sought == ["auto"] or best.startswith(f"best_{sought[0].replace('/', '_')}_")
+        if own and alike:
+            info[name] = own[0]
+            continue
+        info.pop(name.replace("ckpt", "score", 1), None)
+        why = f"is not in {runner.work_dir}" if alike else f"is not by {sought[0]}, which save_best names now"
+        _warn(f"{path}: its best checkpoint, {best}, {why}; the best one is sought anew")
+
+
+def saving_folder(out_dir: str | None, work_dir: str) -> str:
+    """Return the folder in which CheckpointHook saves: the work dir or, in `out_dir`, a folder of its name."""
+    if out_dir is None or str(out_dir) == work_dir:
+        return work_dir
+    return os.path.join(out_dir, os.path.basename(work_dir.rstrip(os.sep)))
 
 
 def _check_schedules(schedules: list | dict, states: object, path: str) -> None:

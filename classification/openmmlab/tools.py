@@ -7,8 +7,10 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from mmengine import registry as root
@@ -17,6 +19,7 @@ from mmengine.registry import METRICS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
 
+from classification.checkpoint import lock_folder
 from classification.errors import UserError, end_with, is_file
 from classification.models import optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
@@ -41,9 +44,11 @@ from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
     AverageBatchNorm,
     CheckResumed,
+    CheckSameData,
     NameAbsentClasses,
     NoteOtherProcesses,
     StopAtInvalidLoss,
+    saving_folder,
 )
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.saved_config import note_other_config, note_other_start, note_what_goes_on
@@ -113,8 +118,14 @@ def get_flops(scope: str, size: tuple[int, int]) -> None:
         description="Print parameters and FLOPs, custom operators counted.", allow_abbrev=False
     )
     add_common_arguments(parser)
-    parser.add_argument("--shape", type=int, nargs=2, default=size, metavar=("H", "W"), help="of the image")
+    parser.add_argument("--shape", type=_pixels, nargs=2, default=size, metavar=("H", "W"), help="of the image")
     _run(_get_flops, parser.parse_args(), scope)
+
+
+def _pixels(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels")
+    return int(text)
 
 
 def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Namespace, scope: str) -> None:
@@ -152,6 +163,11 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     except Exception as error:  # a config is a program, or a file that may be broken anywhere
         reason = " ".join(str(error).split())[:500]
         raise UserError(f"{args.config}: cannot be read ({type(error).__name__}: {reason})") from error
+    if args.config.lower().endswith(yaml_files.OF_DATA):
+        try:
+            yaml_files.check_types(cfg.to_dict())
+        except UserError as error:
+            raise UserError(f"{args.config}: {error}") from error
     if cfg.get("default_scope") != scope:
         raise UserError(f"{args.config}: is a config of {cfg.get('default_scope')}, this is a tool for {scope}")
     init_default_scope(scope)
@@ -163,8 +179,32 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
-    check_channels(cfg.model)
+    with _reading(args.config):
+        check_channels(cfg.model)
+    _check_lengths(cfg)
     return cfg
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turn an error in our checks of a config into one line: a part of it is of another kind than usual."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: a part of it is not what configs have there ({type(error).__name__}: {error!s:.200}); compare it "
+            "with the configs in configs/spatialmamba"
+        ) from error
+
+
+def _check_lengths(cfg: Config) -> None:
+    """Raise a UserError if training is to end before it begins: mmengine would say nothing."""
+    loop = cfg.get("train_cfg")
+    for key in ("max_epochs", "max_iters") if isinstance(loop, dict) else ():
+        if key in loop and not (isinstance(loop[key], int) and loop[key] > 0):
+            raise UserError(f"train_cfg.{key} is {loop[key]!r}, but must be a whole number above 0")
 
 
 def merge_options(cfg: Config, options: dict) -> None:
@@ -181,6 +221,36 @@ def merge_options(cfg: Config, options: dict) -> None:
     before = _ends(cfg)
     cfg.merge_from_dict(options)
     _note_schedules_left(before, _ends(cfg))
+    _note_root_without_data(cfg, old)
+
+
+def _note_root_without_data(cfg: Config, written: str | None) -> None:
+    """Warn if no data set lies under `data_root`: a config that inherits another changes the variable, but no copy."""
+    loaders = {name: cfg.get(f"{name}_dataloader") for name in ("train", "val", "test")}
+    places = {name: _first_root(loader.get("dataset")) for name, loader in loaders.items() if isinstance(loader, dict)}
+    places = {name: place for name, place in places.items() if place}
+    root = (cfg.get("data_root") or "").rstrip("/")
+    if root and places and not any(f"{place}/".startswith(f"{root}/") for place in places.values()):
+        name, place = next(iter(places.items()))
+        print_log(
+            f"data_root is {cfg.data_root}, but no data is read from there: {name}_dataloader.dataset has {place}. Set "
+            "data_root of each data set, and ann_file of the evaluators"
+            + (
+                f"; or leave data_root = {written!r} out of the config, and pass --cfg-options data_root"
+                if written
+                else ""
+            ),
+            level=logging.WARNING,
+        )
+
+
+def _first_root(dataset: object) -> str | None:
+    """Return the data_root of a data set, or of the first one in it that has one."""
+    if isinstance(dataset, list | tuple):
+        return next(filter(None, map(_first_root, dataset)), None)
+    if not isinstance(dataset, dict):
+        return None
+    return dataset.get("data_root") or _first_root([dataset.get("dataset"), dataset.get("datasets")])
 
 
 # Settings that a tool does not use, by the first part of the key.
@@ -316,6 +386,10 @@ RANKS = {  # the variables of rank, number of processes, and rank and number on 
 }
 
 
+# What says that a launcher has started several processes.
+STARTED = {"WORLD_SIZE": "pytorch", "SLURM_STEP_NUM_TASKS": "slurm", "OMPI_COMM_WORLD_SIZE": "mpi"}
+
+
 def _prepare(cfg: Config, args: argparse.Namespace) -> None:
     cfg.launcher = args.launcher
     cfg.work_dir = _work_dir(args, cfg)
@@ -343,6 +417,12 @@ def _name_ranks(launcher: str, local_rank: int) -> None:
             )
         os.environ[name] = os.environ[source]
     values = whole_numbers()
+    started = next((name for name in STARTED if values.get(name, 1) > 1), None)
+    if launcher == "none" and started:
+        raise UserError(
+            f"{started} is {values[started]}, but --launcher is none: each process would work alone, all in the same "
+            f"folder; pass --launcher {STARTED[started]}, or unset {started}"
+        )
     if launcher != "none" and values["RANK"] >= values["WORLD_SIZE"]:
         raise UserError(
             f"RANK is {values['RANK']}, but WORLD_SIZE is {values['WORLD_SIZE']}: ranks are 0 to that less 1"
@@ -399,7 +479,15 @@ def _replace_sync_bn(value: object) -> int:
 
 
 def _build(cfg: Config) -> Runner:
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    kind = RUNNERS.get(cfg.runner_type) if "runner_type" in cfg else Runner
+    if not (inspect.isclass(kind) and issubclass(kind, Runner)):
+        raise UserError(f"runner_type is {cfg.runner_type}, which is no kind of mmengine's Runner: leave it out")
+    try:
+        runner = kind.from_cfg(cfg)
+    except (TypeError, ValueError) as error:
+        if MM_SpatialMamba.__name__ not in str(error):
+            raise
+        raise UserError(f"model.backbone does not fit: {error!s:.300}") from error
     check_operators(_unwrapped(runner))
     if not torch.cuda.is_available():
         optimise_for_cpu(_unwrapped(runner))
@@ -418,21 +506,26 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume or (cfg.get("resume") and not cfg.get("load_from")):
         _find_what_to_resume(args, cfg)
-    elif not cfg.get("resume"):
-        _check_nothing_is_overwritten(_work_dir(args, cfg))
-    check_file(cfg.get("load_from"))
-    check_file(pretrained_of(cfg.model))
-    check_data(cfg, ("train", "val"))
-    check_labels_everywhere(cfg)
-    note_class_weights(cfg)
-    note_other_normalisation(cfg)
-    check_bits_everywhere(cfg)
-    check_sizes_everywhere(cfg)
+    if not cfg.get("resume"):
+        _check_nothing_is_overwritten(args, cfg)
+    elif cfg.get("load_from"):
+        _check_no_other_run_is_overwritten(args, cfg)
+    with _reading(args.config):
+        check_file(cfg.get("load_from"))
+        check_file(pretrained_of(cfg.model))
+        check_data(cfg, ("train", "val"))
+        check_labels_everywhere(cfg)
+        note_class_weights(cfg)
+        note_other_normalisation(cfg)
+        check_bits_everywhere(cfg)
+        check_sizes_everywhere(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
+    lock = _lock(args, cfg)  # held until training ends
     runner = _build(cfg)
-    for hook in (NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckResumed, NoteOtherProcesses):
+    own = (NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckResumed, CheckSameData, NoteOtherProcesses)
+    for hook in own:
         runner.register_hook(hook())
     if path := cfg.get("load_from"):
         resumed = bool(cfg.get("resume"))
@@ -448,6 +541,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
             if isinstance(module, MM_SpatialMamba):
                 module.loaded_later = True
     runner.train()
+    if lock:
+        lock.close()
 
 
 def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
@@ -456,7 +551,7 @@ def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
     if args.resume in (None, RESUME_LATEST):
         latest = _latest_checkpoint(_work_dir(args, cfg))
         if not latest:
-            _check_nothing_is_lost(_work_dir(args, cfg))
+            _check_nothing_is_lost(args, cfg)
         if not latest and cfg.get("load_from"):
             print_log(f"nothing to resume yet: training starts from load_from, {cfg.load_from}", logger="current")
             cfg.resume = False
@@ -464,27 +559,58 @@ def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
     cfg.resume, cfg.load_from = True, latest
 
 
-def _check_nothing_is_lost(work_dir: str) -> None:
-    """Raise a UserError if the work dir has checkpoints but no last_checkpoint file.
+def _check_nothing_is_lost(args: argparse.Namespace, cfg: Config) -> None:
+    """Raise a UserError if the run's folder has checkpoints but no last_checkpoint file.
 
     mmengine finds the latest checkpoint by that file. Without it, training would start anew and overwrite them.
     """
-    if newest := _newest_checkpoint(work_dir):
+    folder = _saving_folder(args, cfg)
+    if newest := _newest_checkpoint(folder):
         raise UserError(
-            f"{work_dir}: holds {newest}, but no last_checkpoint that says where to go on; name the checkpoint, as "
-            f"--resume {os.path.join(work_dir, newest)}, or another --work-dir"
+            f"{folder}: holds {newest}, but no last_checkpoint that says where to go on; name the checkpoint, as "
+            f"--resume {os.path.join(folder, newest)}, or another --work-dir"
         )
-    if best := _best_checkpoint(work_dir):  # of weights only
-        raise UserError(f"{work_dir}: holds only {best}, from which no run can go on; name another --work-dir")
+    if best := _best_checkpoint(folder):  # of weights only
+        raise UserError(f"{folder}: holds only {best}, from which no run can go on; name another --work-dir")
 
 
-def _check_nothing_is_overwritten(work_dir: str) -> None:
-    """Raise a UserError if the work dir has checkpoints: mmengine would start anew and overwrite them."""
-    if newest := _newest_checkpoint(work_dir) or _best_checkpoint(work_dir):
+def _check_nothing_is_overwritten(args: argparse.Namespace, cfg: Config) -> None:
+    """Raise a UserError if the run's folder has checkpoints: mmengine would start anew and overwrite them."""
+    folder = _saving_folder(args, cfg)
+    if newest := _newest_checkpoint(folder) or _best_checkpoint(folder):
         raise UserError(
-            f"{work_dir}: holds {newest} of an earlier run, which this one would overwrite; go on with that run by "
+            f"{folder}: holds {newest} of an earlier run, which this one would overwrite; go on with that run by "
             "--resume, or name another --work-dir"
         )
+
+
+def _check_no_other_run_is_overwritten(args: argparse.Namespace, cfg: Config) -> None:
+    """Raise a UserError if a run goes on from a checkpoint elsewhere, and its own folder holds checkpoints."""
+    folder, resumed = _saving_folder(args, cfg), Path(cfg.load_from).expanduser()
+    newest = _newest_checkpoint(folder) or _best_checkpoint(folder)
+    if newest and resumed.resolve().parent != Path(folder).resolve():
+        raise UserError(
+            f"{folder}: holds {newest} of an earlier run, which the one that goes on from {resumed} would overwrite; "
+            "name another --work-dir"
+        )
+
+
+def _lock(args: argparse.Namespace, cfg: Config) -> TextIO | None:
+    """Keep other runs out of the run's folder, in the first process. Look once more whether one was there before."""
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    lock, note = lock_folder(Path(_saving_folder(args, cfg)), "--work-dir", "--work-dir")
+    if note:
+        print_log(note, level=logging.WARNING)
+    if not cfg.get("resume"):
+        _check_nothing_is_overwritten(args, cfg)
+    return lock
+
+
+def _saving_folder(args: argparse.Namespace, cfg: Config) -> str:
+    """Return the folder of the run's checkpoints."""
+    saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    return saving_folder(saver.get("out_dir"), os.path.abspath(_work_dir(args, cfg)))
 
 
 def _newest_checkpoint(work_dir: str) -> str | None:
@@ -505,9 +631,20 @@ def _latest_checkpoint(work_dir: str) -> str | None:
     return moved if moved and os.path.isfile(moved) else noted
 
 
+def _check_can_be_written(path: str | None, folder: bool = True) -> None:
+    """Raise a UserError if a folder or a file cannot be made, so that no result is lost after the work is done."""
+    whole = Path(path).expanduser().absolute() if path else None
+    place = next(one for one in (whole, *whole.parents) if one.exists()) if whole else None
+    if place and (place.is_dir() != (folder or place != whole) or not os.access(place, os.W_OK)):
+        raise UserError(f"{path}: cannot be written, because {place} is in the way or may not be written to")
+
+
 def _test(args: argparse.Namespace, cfg: Config) -> None:
     if args.out and cfg.default_scope == "mmdet" and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"{args.out}: predictions are written as a pickle; name a .pkl file")
+    _check_can_be_written(args.out, folder=cfg.default_scope == "mmseg")
+    for folder in (args.show_dir, _work_dir(args, cfg)):
+        _check_can_be_written(folder)
     check_file(args.checkpoint)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show or args.show_dir:
@@ -516,20 +653,22 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
         _augment(args, cfg)
     if args.out and cfg.default_scope == "mmseg":
         write_maps(cfg, args.out)
-    check_data(cfg, ("test",))
-    check_labels_everywhere(cfg)
-    check_bits_everywhere(cfg)
-    check_sizes_everywhere(cfg)
+    with _reading(args.config):
+        check_data(cfg, ("test",))
+        check_labels_everywhere(cfg)
+        check_bits_everywhere(cfg)
+        check_sizes_everywhere(cfg)
     _prepare(cfg, args)
     runner = _build(cfg)
-    runner.register_hook(NameAbsentClasses())
+    for hook in (NameAbsentClasses, CheckSameData):
+        runner.register_hook(hook())
     meta = check_checkpoint(
         _unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"), reduces=reduces_zero_label(cfg, "test")
     )
     note_other_config(cfg, meta, args.checkpoint)
-    maps = any(getattr(metric, "output_dir", None) for metric in runner.test_evaluator.metrics)
-    if maps or args.show_dir:
-        check_written_names(runner.test_dataloader.dataset, suffix=not maps)
+    folders = [metric.output_dir for metric in runner.test_evaluator.metrics if getattr(metric, "output_dir", None)]
+    if folders or args.show_dir:
+        check_written_names(runner.test_dataloader.dataset, suffix=not folders, folders=folders)
     if args.out and cfg.default_scope == "mmdet":
         runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
     runner.test()

@@ -154,24 +154,17 @@ def _not_of_a_byte(path: str) -> int | None:
     """Return the smallest or largest label of a map if it is not in 0 to 255, else None. LoadAnnotations would wrap it.
 
     Raises:
-        UserError: labels are not whole numbers, or the file format is lossy, or they are scaled as they are read.
+        UserError: labels are not whole numbers, or the file is compressed with losses, or they are changed as they are
+            read.
     """
     try:
         with Image.open(path, formats=image_formats()) as image:
-            lossy = image.format in ("JPEG", "MPO")
-            bits = _bits_of_grey(path) if image.format == "PNG" and image.mode == "L" else None
-            labels = None if lossy or image.mode in ("1", "L", "P") else np.asarray(image)
+            fault = _changes_labels(image, path)
+            labels = None if fault or image.mode in ("1", "L", "P") else np.asarray(image)
     except Exception:  # LoadAnnotations has read the file by other means
         return None
-    if lossy:
-        raise UserError(
-            f"{path}: is a JPEG, which changes labels where they meet: write the map as PNG, from what it was made of"
-        )
-    if bits in (2, 4):
-        raise UserError(
-            f"{path}: is a grey PNG of {bits} bits, whose labels are multiplied by {LARGEST // (2**bits - 1)} as they "
-            "are read, for white is 255; write 8 bits, or a palette"
-        )
+    if fault:
+        raise UserError(f"{path}: {fault}")
     if labels is None:
         return None
     if labels.dtype.kind not in "bui":
@@ -180,7 +173,43 @@ def _not_of_a_byte(path: str) -> int | None:
     return smallest if smallest < 0 else largest if largest > LARGEST else None
 
 
-def _bits_of_grey(path: str) -> int:
-    """Return the bits of a pixel in a grey PNG, from its header."""
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+LOSSY = ("AVIF", "JPEG", "MPO")
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+
+
+def _changes_labels(image: Image.Image, path: str) -> str | None:
+    """Say why a map's labels are not those that were meant; None if nothing is known against them."""
+    kind = image.format
+    compression = image.info.get("compression") if kind == "TIFF" else None
+    lossy = kind in LOSSY or (kind == "WEBP" and _head(path)[12:16] == b"VP8 ")
+    lossy |= kind == "JPEG2000" and not _is_reversible(path)
+    if lossy or compression in LOSSY_TIFF:
+        name = f"TIFF compressed as {compression}" if compression else kind.replace("MPO", "JPEG")
+        return f"is a {name}, which changes labels where they meet: write the map as PNG, from what it was made of"
+    tags = image.tag_v2 if kind == "TIFF" else {}
+    bits = _head(path)[24] if kind == "PNG" else tags.get(BITS, (8,))[0]
+    largest = image.tile[0][3][-1] if kind == "PPM" and image.mode == "L" else LARGEST
+    if isinstance(largest, int) and largest < LARGEST:
+        return f"is a PGM whose white is {largest}, so that its labels are stretched to {LARGEST}; write it as PNG"
+    if image.mode == "L" and bits in (2, 4):
+        return (
+            f"is a grey {kind} of {bits} bits, whose labels are multiplied by {LARGEST // (2**bits - 1)} as they are "
+            "read, for white is 255; write 8 bits, or a palette"
+        )
+    if getattr(image, "n_frames", 1) > 1:
+        return f"has {image.n_frames} pages, of which the first alone would be read: write one map a file"
+    if image.mode in ("1", "L") and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        return "is a TIFF in which 0 is white, so that its labels are inverted as they are read; write it as PNG"
+    return None
+
+
+def _is_reversible(path: str) -> bool:
+    """Whether a JPEG 2000 file has the transform without losses, by its first COD segment (ISO 15444-1, A.6.1)."""
+    _, found, segment = _head(path, 65536).partition(b"\xff\x52")
+    return bool(found) and segment[11:12] == b"\1"
+
+
+def _head(path: str, size: int = 32) -> bytes:
     with open(path, "rb") as file:
-        return file.read(25)[24]
+        return file.read(size)

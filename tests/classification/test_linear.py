@@ -176,6 +176,8 @@ def test_modules_are_swapped_and_given_back(threads):
     [
         nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect"),
         nn.Conv2d(6, 6, 3, padding=1, groups=6, stride=2),
+        nn.Conv2d(6, 12, 3, stride=2),
+        nn.Conv2d(6, 12, 3, stride=2, padding=2),
         nn.Conv2d(6, 6, 3, padding=2, groups=6, dilation=2),
         nn.Conv2d(6, 6, 3, padding=1, groups=3),
         nn.Conv2d(6, 12, 3, padding=1, groups=6),

@@ -6,6 +6,9 @@ import json
 import logging
 import pickle
 import re
+import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
@@ -576,6 +579,28 @@ CONFIGS = {
     "base.py": ("_base_ = './nowhere.py'", "FileNotFoundError"),
     "wrong.py": ("model = undefined", "NameError"),
     "empty.yaml": ("default_scope: mmdet", "has no model; write it, or inherit a config"),
+    "call.json": (
+        '{"default_scope": "mmdet", "model": {"a": [{"type": "subprocess.Popen", "args": ["touch", "ran"]}]}}',
+        "model.a.0.type is 'subprocess.Popen', which is no class of the toolchains",
+    ),
+    "function.yaml": (
+        "model: {type: mmengine.call_command}",
+        "model.type is 'mmengine.call_command', which is no class",
+    ),
+    "classes.json": (
+        '{"default_scope": "x", "model": {"type": "mmdet.MaskRCNN", "a": {"type": "torch.optim.AdamW"}}}',
+        "is a config of x",
+    ),
+    "odd.json": (
+        '{"default_scope": "mmdet", "model": {"backbone": {"depth": 1}}, "optim_wrapper": {}, "train_cfg": {}, '
+        '"train_dataloader": {}}',
+        "a part of it is not what configs have there (AttributeError",
+    ),
+    "short.json": (
+        '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {}, "train_cfg": {"max_iters": -1}, '
+        '"train_dataloader": {}}',
+        "train_cfg.max_iters is -1, but must be a whole number above 0",
+    ),
     "scope.json": ('{"default_scope": "mmseg"}', "is a config of mmseg, this is a tool for mmdet"),
     "less.json": ('{"default_scope": "mmdet", "model": {}}', "has no optim_wrapper"),
     "options.json": ('{"default_scope": "mmdet", "model": [1]}', "--cfg-options: do not fit"),
@@ -608,6 +633,8 @@ def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
         ("pytorch", dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="abc"), "LOCAL_RANK is 'abc', not a whole number"),
         ("none", dict(LOCAL_RANK="abc"), "LOCAL_RANK is 'abc', not a whole number"),
         ("none", dict(SLURM_NTASKS="4"), "is a config of None"),  # of a shell in a job: one process
+        ("none", dict(RANK="1", WORLD_SIZE="2"), "WORLD_SIZE is 2, but --launcher is none: each process would work"),
+        ("none", dict(SLURM_STEP_NUM_TASKS="4"), "pass --launcher slurm, or unset SLURM_STEP_NUM_TASKS"),
     ],
 )
 def test_environments_of_the_tools(launcher, variables, message, tmp_path, monkeypatch):
@@ -616,6 +643,138 @@ def test_environments_of_the_tools(launcher, variables, message, tmp_path, monke
     (tmp_path / "c.py").write_text("model = dict()")
     with pytest.raises(UserError, match=message):
         tools._read_config(argparse.Namespace(config=str(tmp_path / "c.py"), launcher=launcher, local_rank=0), "mmdet")
+
+
+def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
+    """Its checkpoint names the best one of another run, which CheckpointHook would delete, and may hold code."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "best_a.pth").touch()
+    saver = CheckpointHook()
+    run = argparse.Namespace(hooks=[saver], work_dir=str(tmp_path / "mine"), iter=3)
+    said = []
+    monkeypatch.setattr(hooks, "_warn", said.append)
+    info = {"best_ckpt": str(tmp_path / "old" / "best_a.pth"), "best_score": 1.0, "epoch": 1}
+    hooks._forget_other_best(run, info, "x.pth")
+    assert info == {"best_ckpt": str(tmp_path / "mine" / "best_a.pth"), "best_score": 1.0, "epoch": 1}
+    info = {"best_ckpt_mIoU": str(tmp_path / "old" / "best_b.pth"), "best_score_mIoU": 1.0}
+    hooks._forget_other_best(run, info, "x.pth")
+    assert info == {}
+    saver.key_indicators = ["coco/bbox_mAP"]
+    for best, kept in (("best_aAcc_iter_3.pth", False), ("best_coco_bbox_mAP_epoch_3.pth", True)):
+        (tmp_path / "mine" / best).touch()
+        info = {"best_ckpt": best, "best_score": 90.0}
+        hooks._forget_other_best(run, info, "x.pth")
+        assert len(info) == (2 if kept else 0)
+    start, end = "x.pth: its best checkpoint, ", "; the best one is sought anew"
+    assert said == [
+        f"{start}best_b.pth, is not in {run.work_dir}{end}",
+        f"{start}best_aAcc_iter_3.pth, is not by coco/bbox_mAP, which save_best names now{end}",
+    ]
+
+    path = save(
+        {"state_dict": {"a": torch.ones(1)}, "meta": {"config": "import os", "cfg": "a = 1"}}, tmp_path / "c.pth"
+    )
+    assert load_from_local(path)["meta"] == {"cfg": "a = 1"}
+    with pytest.raises(UserError, match=r"hold 'a\\x1b\[31m', which is not a name"):
+        load_from_local(save({"state_dict": {"a\x1b[31m": torch.ones(1)}}, tmp_path / "d.pth"))
+
+    class Listed(list):
+        def get_data_info(self, i):
+            return dict(img_path=self[i])
+
+    monkeypatch.setattr(hooks, "get_world_size", lambda: 2)
+    for mine, theirs, message in (
+        (["/1/a.png", "/1/b.png"], (2, None), None),
+        (["/1/a.png", "/1/b.png"], (2, "x"), "process 1 has other test data than process 0: 2 images of other names"),
+        (["/1/a.png", "/1/b.png"], (1, "x"), "process 1 has other test data than process 0: 1 images in place of 2"),
+    ):
+        gathered = lambda facts, of=theirs: [facts, (of[0], of[1] or facts[1])]  # noqa: E731
+        monkeypatch.setattr(hooks, "all_gather_object", gathered)
+        run.test_dataloader = argparse.Namespace(dataset=Listed(mine))
+        if message:
+            with pytest.raises(UserError, match=message):
+                hooks.CheckSameData().before_test(run)
+        else:
+            hooks.CheckSameData().before_test(run)
+
+    hooks.CheckResumed().before_train(run)
+    monkeypatch.setattr(hooks, "all_reduce", lambda number, how: number.fill_(0 if how == "min" else 3))
+    with pytest.raises(UserError, match=r"some processes begin at iteration 0, others at 3, for they have found"):
+        hooks.CheckResumed().before_train(run)
+
+
+def test_one_run_trains_in_a_folder(tmp_path):
+    args, cfg = argparse.Namespace(work_dir=str(tmp_path / "run"), config="c.py"), Config(dict())
+    tools._lock(args, cfg).close()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"run: another process is training in it; .* or pass another --work-dir"):
+            tools._lock(args, cfg)
+        other.communicate(b"\n")
+    (tmp_path / "run" / "iter_3.pth").touch()  # by a run that has begun and ended since this one looked
+    with pytest.raises(UserError, match=r"holds iter_3\.pth of an earlier run"):
+        tools._lock(args, cfg)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run: cannot be written to"):
+        tools._lock(argparse.Namespace(work_dir=str(tmp_path / "file" / "run"), config="c.py"), cfg)
+
+
+def test_results_that_could_not_be_written(tmp_path):
+    """A test takes hours, and is lost if its results cannot be written in the end."""
+    (tmp_path / "file").touch()
+    for path, folder, refused in (
+        (None, True, False), ("new/folder", True, False), ("new/a.pkl", False, False), ("file", False, False),
+        ("file", True, True), ("file/a.pkl", False, True), ("", True, False), (".", False, True),
+    ):  # fmt: skip
+        path = str(tmp_path / path) if path else path
+        if refused:
+            with pytest.raises(
+                UserError, match=r"cannot be written, because .* is in the way or may not be written to"
+            ):
+                tools._check_can_be_written(path, folder)
+        else:
+            tools._check_can_be_written(path, folder)
+    with pytest.raises(UserError, match="runner_type is FlexibleRunner, which is no kind of mmengine's Runner"):
+        tools._build(Config(dict(model={}, runner_type="FlexibleRunner")))
+    (tmp_path / "names.txt").write_bytes("Käfer".encode("latin-1"))
+    names = str(tmp_path / "names.txt")
+    with pytest.raises(UserError, match=r"names\.txt: is no text in UTF-8"):
+        checks._classes(ConfigDict(type=dict, metainfo=dict(classes=names)), "train_dataloader.dataset")
+
+
+def test_iou_needs_maps():
+    steps, prefix = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")], dict(img_path="a")
+    augmented = [dict(type="TestTimeAug", transforms=[[dict(type="Resize")], [dict(type="LoadAnnotations")]])]
+    for dataset, message in (
+        (dict(pipeline=steps), None),
+        (dict(pipeline=augmented), None),
+        (dict(pipeline=steps[:1]), "has no LoadAnnotations in its pipeline"),
+        (dict(pipeline=steps, data_prefix=prefix), r"has no data_prefix\.seg_map_path"),
+        (dict(pipeline=steps, data_prefix=prefix | dict(seg_map_path="b")), None),
+    ):
+        for metric in (dict(type="mmseg.IoUMetric"), dict(type="IoUMetric", format_only=True)):
+            call = partial(checks._check_loads_maps, ConfigDict(metric), [ConfigDict(dataset)], "test")
+            if message and "format_only" not in metric:
+                with pytest.raises(UserError, match=rf"but test_dataloader\.dataset {message}"):
+                    call()
+            else:
+                call()
+
+
+def test_maps_are_not_written_over_the_data(tmp_path):
+    class Maps(list):
+        def get_data_info(self, i):
+            return dict(img_path=str(tmp_path / "images" / "a.jpg"), seg_map_path=str(tmp_path / "labels" / "a.png"))
+
+    (tmp_path / "link").symlink_to(tmp_path / "labels")
+    for folder, refused in (("out", False), ("link", True), ("images/../labels", True), ("images", True)):
+        if refused:
+            with pytest.raises(UserError, match=r"holds the data, and predicted maps would be written over it"):
+                checks.check_written_names(Maps([0]), False, [str(tmp_path / folder)])
+        else:
+            checks.check_written_names(Maps([0]), False, [str(tmp_path / folder)])
 
 
 def test_a_name_makes_no_line_of_its_own():
@@ -628,12 +787,25 @@ def test_a_name_makes_no_line_of_its_own():
 def test_a_folder_of_best_checkpoints_alone(tmp_path):
     """They are of weights only: no run goes on from them, and a new one would overwrite them."""
     (tmp_path / "best_mIoU_iter_6.pth").touch()
+    args, cfg = argparse.Namespace(work_dir=str(tmp_path), config="c.py"), Config(dict())
     with pytest.raises(
         UserError, match=r"holds best_mIoU_iter_6\.pth of an earlier run, which this one would overwrite"
     ):
-        tools._check_nothing_is_overwritten(str(tmp_path))
+        tools._check_nothing_is_overwritten(args, cfg)
     with pytest.raises(UserError, match=r"holds only best_mIoU_iter_6\.pth, from which no run can go on"):
-        tools._check_nothing_is_lost(str(tmp_path))
+        tools._check_nothing_is_lost(args, cfg)
+    # CheckpointHook's out_dir has a folder of the work dir's name.
+    elsewhere = argparse.Namespace(work_dir=f"work/{tmp_path.name}", config="c.py")
+    saved = Config(dict(default_hooks=dict(checkpoint=dict(out_dir=str(tmp_path.parent)))))
+    with pytest.raises(UserError, match=r"holds best_mIoU_iter_6\.pth of an earlier run"):
+        tools._check_nothing_is_overwritten(elsewhere, saved)
+    tools._check_nothing_is_overwritten(elsewhere, cfg)
+    # A run that goes on from another folder's checkpoint is another run.
+    cfg.load_from = str(tmp_path / "other" / "iter_5.pth")
+    with pytest.raises(UserError, match=r"of an earlier run, which the one that goes on from .*iter_5\.pth would"):
+        tools._check_no_other_run_is_overwritten(args, cfg)
+    cfg.load_from = str(tmp_path / "iter_5.pth")
+    tools._check_no_other_run_is_overwritten(args, cfg)
 
 
 def test_what_another_process_leaves_behind_is_one_line(monkeypatch):
@@ -1075,6 +1247,15 @@ def test_misspelt_options_are_named(monkeypatch):
     tools.merge_options(Config(dict(model={}, max_epochs=12)), {"max_epochs": 36, "data_root": "b"})
     assert ["changes nothing now" in said[0], "none that could be replaced" in said[1]] == [True, True]
     said.clear()
+    # A config that inherits another one has a data_root of its own, but the data sets have the other's.
+    inner = dict(dataset=dict(type="RepeatDataset", dataset=dict(data_root="data/coco/")))
+    for root, option, lost in (("", "b", True), ("a/", None, True), ("a/", "b", True), ("data/coco", "b", False)):
+        cfg = Config(dict(model={}, data_root=root, train_dataloader=inner))
+        tools.merge_options(cfg, {"data_root": option} if option else {})
+        assert ["no data is read from there: train_dataloader.dataset has data/coco/" in one for one in said] == [
+            True
+        ] * lost
+        said.clear()
     for key, meant in (("data_rot", "data_root"), ("load_form", "load_from"), ("optim_wraper.x", "optim_wrapper")):
         cfg = Config(dict(model={}, data_root="a/"))
         tools.merge_options(cfg, {key: 1})
@@ -1384,7 +1565,7 @@ def resumable(**changed) -> dict:
     """A checkpoint of training of a layer of two weights, with a schedule."""
     state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(1, 2), "exp_avg_sq": torch.ones(2, 1).t()}}
     optimizer = {"state": state, "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99), "params": [0]}]}
-    parts = dict(meta={"epoch": 1, "iter": 3}, message_hub={}, optimizer=optimizer)
+    parts = dict(meta={"epoch": 1, "iter": 3}, message_hub=MessageHub("a").state_dict(), optimizer=optimizer)
     return {k: v for k, v in {**parts, "param_schedulers": [COSINE.state_dict()], **changed}.items() if v is not None}
 
 
@@ -1397,6 +1578,10 @@ NOT_ITS_OWN = r"its optimizer does not fit the config's optim_wrapper \("
 RESUMED = {
     "meta": (dict(meta=None), "has no meta.epoch, meta.iter, so training cannot go on from it; resume an epoch_"),
     "message_hub": (dict(message_hub=None), "has no message_hub, so"),
+    "a negative iteration": (dict(meta={"epoch": 1, "iter": -5}), "has no meta.iter, so"),
+    "a schedule's text": (dict(param_schedulers=[{"last_step": "a"}]), "has no param_schedulers, so"),
+    "of message_hub": (dict(message_hub={"log_scalars": {}}), "has no message_hub.runtime_info, message_hub.resumed_k"),
+    "seed": (dict(meta={"epoch": 1, "iter": 3, "seed": "7"}), "has no meta.seed that is a number, so"),
     "a best one": (dict(optimizer=None, param_schedulers=None), "has no optimizer, param_schedulers, so"),
     "no schedules": (dict(param_schedulers=[]), "has no param_schedulers, so"),
     "two schedules": (dict(param_schedulers=[COSINE.state_dict()] * 2), "has 2 rate schedules, which are not the 1 of"),
@@ -1467,12 +1652,34 @@ def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):
 def test_maps_of_other_images_and_lossy_ones(tmp_path):
     """JPEG makes new labels where two meet; a map of another size is another image's."""
     labels = np.zeros((16, 8), np.uint8)
+    tags = {"four.tif": (0x102, 8, 4), "white.tif": (0x106, 1, 0)}  # bits, and whether 0 is white
     for name, size, message in (
         ("a.png", (16, 8, 3), None),
         ("a.png", (8, 16, 3), r"a\.png: is a map of 8x16 pixels, but the image a\.bmp has 16x8; make them equal"),
         ("a.jpg", (16, 8), r"a\.jpg: is a JPEG, which changes labels where they meet"),
+        ("a.webp", (16, 8), r"a\.webp: is a WEBP, which changes labels"),
+        ("lossless.webp", (16, 8), None),
+        ("a.jp2", (16, 8), r"a\.jp2: is a JPEG2000, which changes labels"),
+        ("reversible.jp2", (16, 8), None),
+        ("a.pgm", (16, 8), None),
+        ("eight.pgm", (16, 8), r"eight\.pgm: is a PGM whose white is 8, so that its labels are stretched to 255"),
+        ("pages.tif", (16, 8), r"pages\.tif: has 2 pages, of which the first alone would be read"),
+        ("jpeg.tif", (16, 8), r"jpeg\.tif: is a TIFF compressed as jpeg, which changes labels"),
+        ("a.tif", (16, 8), None),
+        ("four.tif", (16, 8), r"four\.tif: is a grey TIFF of 4 bits, whose labels are multiplied by 17"),
+        ("white.tif", (16, 8), r"white\.tif: is a TIFF in which 0 is white, so that its labels are inverted"),
     ):
-        Image.fromarray(labels).save(tmp_path / name)
+        options = {"jpeg.tif": dict(compression="jpeg"), "lossless.webp": dict(lossless=True)}.get(name, {})
+        options |= {"a.jp2": dict(irreversible=True)}.get(name, {})
+        options |= {"pages.tif": dict(save_all=True, append_images=[Image.fromarray(labels)])}.get(name, {})
+        Image.fromarray(labels).save(tmp_path / name, **options)
+        if name == "eight.pgm":
+            (tmp_path / name).write_bytes(b"P5\n8 16\n8\n" + labels.tobytes())
+        if name in tags:
+            tag, before, after = tags[name]
+            data, entry = (tmp_path / name).read_bytes(), struct.pack("<HHIH", tag, 3, 1, before)
+            assert data.count(entry) == 1
+            (tmp_path / name).write_bytes(data.replace(entry, entry[:-2] + struct.pack("<H", after)))
         results = dict(seg_map_path=str(tmp_path / name), gt_seg_map=labels, ori_shape=size, img_path="a.bmp")
         if message:
             with pytest.raises(UserError, match=message):

@@ -81,7 +81,7 @@ param_scheduler = [
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=5.0))
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(max_keep_ckpts=1),
+    checkpoint=dict(max_keep_ckpts=2),
     visualization=dict(score_thr=0.5),
 )
 custom_imports = dict(imports=["classification.models.openmmlab", "classification.openmmlab.drawing_mmdet"])

@@ -59,7 +59,7 @@ param_scheduler = [
     dict(type="PolyLR", eta_min=0.0, power=1.0, begin=30, end=max_iters, by_epoch=False),
 ]
 optim_wrapper = dict(optimizer=dict(lr=3e-3), clip_grad=dict(max_norm=5.0))
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200, max_keep_ckpts=2))
 steps = ["classification.openmmlab.transforms", "classification.openmmlab.drawing_mmseg"]
 custom_imports = dict(imports=["classification.models.openmmlab", *steps])
 visualizer = dict(type="EnlargedSegVisualizer", alpha=0.3)
