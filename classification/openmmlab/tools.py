@@ -182,6 +182,13 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     with _reading(args.config):
         check_channels(cfg.model)
     _check_lengths(cfg)
+    saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    if getattr(args, "tool", None) == "train" and saver.get("max_keep_ckpts") == 1:
+        print_log(
+            "default_hooks.checkpoint.max_keep_ckpts is 1: mmengine removes the last checkpoint before it writes the "
+            "next, so a full disk or a kill loses the run; set 2",
+            level=logging.WARNING,
+        )
     return cfg
 
 

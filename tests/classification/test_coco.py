@@ -85,6 +85,10 @@ BAD = {
     "UTF-16": (json.dumps(coco()).encode("utf-16"), "a.json: cannot be read as JSON in UTF-8 ('utf-8' codec can't"),
     "Latin-1": (json.dumps(coco(info="é"), ensure_ascii=False).encode("latin-1"), "cannot be read as JSON in UTF-8"),
     "cut off": (json.dumps(coco()).encode()[:-9], "a.json: cannot be read as JSON in UTF-8"),
+    "a list twice": (
+        b'{"annotations": [], ' + json.dumps(coco()).encode()[1:],
+        "a.json: has the key 'annotations' twice in one object",
+    ),
     "list": ([], "a.json: is no COCO annotation file, an object of images"),
     "names": (coco(categories=[{"id": 1}]), 'it has no "categories" list'),
     "no name": (coco(categories=[{"id": 1, "name": None}]), 'it has no "categories" list'),
