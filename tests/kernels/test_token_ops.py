@@ -341,6 +341,18 @@ def test_bad_input(case):
         public(**arguments)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
+@pytest.mark.parametrize("spoil", [torch.flatten, lambda t: t[:, 0], lambda t: t[1:]], ids=["1d", "3d", "channels"])
+def test_bad_weight_of_a_backward_operator(backend, spoil):
+    """It has no bias to check, so the weight's shape must be checked on its own."""
+    _, arguments = example("norm")
+    x, weight, norm_weight = (arguments[name] for name in ("x", "weight", "norm_weight"))
+    grads = torch.randn(3, *x.shape).unbind(0)
+    with pytest.raises(ValueError, match=r"^weight must be \(6, 1, 3, 3\)"):
+        torch.ops.dwconv2d.depthwise_residual_norm_backward(*grads, x, spoil(weight), norm_weight, EPS)
+
+
+@on_cpu_too
 @each_operator
 def test_empty_batch(backend, name):
     operator, arguments = example(name)

@@ -36,7 +36,7 @@ def _silu_fake(x, weight, bias):
 
 @torch.library.register_fake("dwconv2d::depthwise_silu_backward")
 def _silu_backward_fake(grad, x, weight, bias, grad_2=None, grad_3=None):
-    reference.check_silu_inputs(x, weight, bias)
+    reference.check_silu_backward_inputs(grad, x, weight, bias, grad_2, grad_3)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
@@ -48,6 +48,7 @@ def _norm_fake(x, weight, bias, norm_weight, norm_bias, eps, update=None, scale=
 
 @torch.library.register_fake("dwconv2d::depthwise_residual_norm_backward")
 def _norm_backward_fake(grad_r, grad_n, r, x, weight, norm_weight, eps, update=None, scale=None):
+    reference.check_residual_norm_backward_inputs(grad_r, grad_n, r, x, weight, norm_weight, update, scale)
     channels = x.shape[-1:]
     shapes = (weight.shape, channels, channels, channels)
     dtype = reference.computed_dtype(x)

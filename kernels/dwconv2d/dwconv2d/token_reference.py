@@ -12,15 +12,18 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_silu_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise a ValueError or TypeError that names the first argument of `depthwise_silu` that does not fit."""
+    _check_convolution(x, weight)
+    _check(x, "bias", bias, tuple(x.shape[-1:]))
+
+
+def _check_convolution(x: Tensor, weight: Tensor) -> None:
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(
             f"x must be (batch, height, width, channels), where only batch may be 0, got shape {tuple(x.shape)}"
         )
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    channels = x.shape[-1]
-    _check(x, "weight", weight, (channels, 1, 3, 3))
-    _check(x, "bias", bias, (channels,))
+    _check(x, "weight", weight, (x.shape[-1], 1, 3, 3))
 
 
 def check_silu_backward_inputs(
@@ -44,9 +47,30 @@ def check_residual_norm_inputs(
 ) -> None:
     """The same for `depthwise_residual_norm`."""
     check_silu_inputs(x, weight, bias)
-    channels = x.shape[-1]
-    _check(x, "norm_weight", norm_weight, (channels,))
-    _check(x, "norm_bias", norm_bias, (channels,))
+    _check(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
+    _check(x, "norm_bias", norm_bias, tuple(x.shape[-1:]))
+    _check_update(x, update, scale)
+
+
+def check_residual_norm_backward_inputs(
+    grad_r: Tensor,
+    grad_n: Tensor,
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    update: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    """The same for `depthwise_residual_norm_backward`."""
+    _check_convolution(x, weight)
+    _check(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
+    _check_update(x, update, scale)
+    for name, tensor in (("grad_r", grad_r), ("grad_n", grad_n), ("r", r)):
+        check_grad(name, tensor, tuple(x.shape), x)
+
+
+def _check_update(x: Tensor, update: Tensor | None, scale: Tensor | None) -> None:
     if update is not None:
         _check(x, "update", update, tuple(x.shape))
         if update.dtype != x.dtype:
@@ -176,9 +200,7 @@ def depthwise_residual_norm_backward(
     Without a scale, the update's gradient is that of s, and the last result is empty. r is the forward pass's result.
     Gradients of parameters are float32, or float64 for float64.
     """
-    check_residual_norm_inputs(x, weight, weight[:, 0, 0, 0], norm_weight, norm_weight, update, scale)
-    for name, grad in (("grad_r", grad_r), ("grad_n", grad_n), ("r", r)):
-        check_grad(name, grad, tuple(x.shape), x)
+    check_residual_norm_backward_inputs(grad_r, grad_n, r, x, weight, norm_weight, update, scale)
     dtype, shape = computed_dtype(x), x.shape[-1:]
     wide, weight_of_norm = r.to(dtype), norm_weight.to(dtype)
     _, mean, rstd = torch.native_layer_norm(wide, shape, weight_of_norm, None, eps)

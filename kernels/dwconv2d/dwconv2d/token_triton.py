@@ -682,9 +682,7 @@ def depthwise_residual_norm_backward(
     Without a scale, the update's gradient is that of s, and the last result is empty. r is the forward pass's result.
     Gradients of parameters are float32, or float64 for float64.
     """
-    reference.check_residual_norm_inputs(x, weight, weight[:, 0, 0, 0], norm_weight, norm_weight, update, scale)
-    for name, grad in (("grad_r", grad_r), ("grad_n", grad_n), ("r", r)):
-        reference.check_grad(name, grad, tuple(x.shape), x)
+    reference.check_residual_norm_backward_inputs(grad_r, grad_n, r, x, weight, norm_weight, update, scale)
     channels = x.shape[3]
     positions = _positions(x)
     tiling = norm_tiling(channels, backward=True)

@@ -258,7 +258,8 @@ inline int best_passes(const Params& p, const Plan& plan) {
 inline void set_passes(Plan& plan, const Params& p, int passes) {
   plan.passes = passes;
   lay_out(plan, p, Pass::kGradients);
-  if (plan.shared > kMostShared) set_passes(plan, p, 1);
+  // `make_plan` has found room for one pass. If it found none, the launch fails. To try again would never end.
+  if (passes > 1 && plan.shared > kMostShared) set_passes(plan, p, 1);
 }
 
 // Chooses how the input, or for the adjoint the result's gradient, is loaded into shared memory.
