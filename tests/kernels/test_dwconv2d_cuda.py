@@ -41,11 +41,11 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def emulated(library):
-    """`emulated(operation, order="ascending", passes=0)`: an operator with the emulated kernels, differentiable."""
+    """`emulated(operation, order="ascending", rounds=0)`: an operator with the emulated kernels, differentiable."""
 
-    def operator(operation, order="ascending", passes=0):
+    def operator(operation, order="ascending", rounds=0):
         def run(dilation=1, padding_mode="replicate", **tensors):
-            options = operation, dilation, padding_mode == "zeros", passes, ORDERS[order]
+            options = operation, dilation, padding_mode == "zeros", rounds, ORDERS[order]
             return Emulated.apply(library, options, tuple(tensors), *tensors.values())
 
         return run
@@ -104,13 +104,13 @@ def arguments(inputs):
 
 def describe(inputs, options):
     """Numbers and strides as C arrays."""
-    operation, dilation, zeros, passes, _ = options
+    operation, dilation, zeros, rounds, _ = options
     convolved, grad, C, x, weight, *_ = arguments(inputs)
     batch, channels, *states, height, width = convolved.shape
     dtype = DTYPE_CODES[(convolved if x is None else x).dtype]
     numbers = [operation, dtype, batch, channels, *(states or [1]), height, width, *weight.shape[2:]]
     strides = [*strides_of(convolved, "bcs"), *strides_of(grad, "bcs"), *strides_of(C, "bs"), *strides_of(x, "bc")]
-    return (ctypes.c_int64 * 12)(*numbers, dilation, zeros, passes), (ctypes.c_int64 * 12)(*strides)
+    return (ctypes.c_int64 * 12)(*numbers, dilation, zeros, rounds), (ctypes.c_int64 * 12)(*strides)
 
 
 def strides_of(tensor, dims):
@@ -231,7 +231,7 @@ def test_other_kernels(compare, emulated, kernel, dilation, mode):
 @pytest.mark.parametrize("size", [(2, 3, 4, 5), (2, 5, 7, 7), (2, 4, 14, 14), (2, 2, 12, 130)], ids=str)
 @pytest.mark.parametrize("view", ["every_second_image", "other_channels", "expanded", "misaligned"])
 def test_views(check, evaluate, emulated, operation, size, view):
-    """Planes stay contiguous: of others csrc/cuda/dwconv2d.cpp makes copies."""
+    """Planes stay contiguous: of others csrc/cuda/planes.cpp makes copies."""
     make, exact = OPERATORS[operation]
     views = {
         "every_second_image": lambda t: torch.stack([t, torch.full_like(t, math.nan)], 1)[:, 0],
@@ -265,11 +265,11 @@ def test_threads_and_blocks_in_any_order(evaluate, emulated, operation, size, or
             assert torch.equal(actual[name], expected[name]), name
 
 
-@pytest.mark.parametrize("passes", [2, 3])
+@pytest.mark.parametrize("rounds", [2, 3])
 @pytest.mark.parametrize("size", [(2, 5, 28, 28), (1, 7, 56, 56), (1, 300, 7, 7)], ids=str)
-def test_passes(compare, emulated, size, passes):
+def test_rounds(compare, emulated, size, rounds):
     """Several sets of planes a block, the last block with fewer."""
-    compare(emulated(OUTPUT, passes=passes), reference.state_fusion_output, make_output_inputs(*size))
+    compare(emulated(OUTPUT, rounds=rounds), reference.state_fusion_output, make_output_inputs(*size))
 
 
 @pytest.mark.parametrize("operation", [CONV, FUSION, OUTPUT], ids=["conv", "fusion", "output"])
@@ -297,7 +297,7 @@ def plan_of(library, operation, inputs, pass_):
     numbers, strides = describe(inputs, (operation, 1, False, 0, 0))
     results = (ctypes.c_int64 * 9)()
     library.emulated_plan(pass_, numbers, strides, results)
-    names = "tiled", "rows", "columns", "planes", "busy", "threads", "shared", "conflicts", "passes"
+    names = "tiled", "rows", "columns", "planes", "busy", "threads", "shared", "conflicts", "rounds"
     return dict(zip(names, results, strict=True))
 
 

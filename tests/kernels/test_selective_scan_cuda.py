@@ -39,8 +39,8 @@ def library(tmp_path_factory):
 def scan(library):
     """The operator with the emulated kernels, differentiable; `order` is that of blocks and threads."""
 
-    def run(u, delta, A, B, delta_bias=None, delta_softplus=False, A_is_log=False, order="ascending", passes=0):
-        options = int(delta_softplus), passes, int(A_is_log), ORDERS[order]
+    def run(u, delta, A, B, delta_bias=None, delta_softplus=False, A_is_log=False, order="ascending", rounds=0):
+        options = int(delta_softplus), rounds, int(A_is_log), ORDERS[order]
         return EmulatedScan.apply(u, delta, A, B, delta_bias, library, options)
 
     return run
@@ -82,11 +82,11 @@ def call(function, inputs, options, outputs):
     return results
 
 
-def describe(inputs, softplus=0, passes=0, A_is_log=0):
+def describe(inputs, softplus=0, rounds=0, A_is_log=0):
     """Sizes, and the strides of every input by batch, channel, state and token, as C arrays."""
     u, _, A, B, *_ = inputs
     groups = B.shape[1] if B.dim() == 4 else 1
-    sizes = [*u.shape[:2], A.shape[1], u.shape[2], groups, softplus, passes, A_is_log]
+    sizes = [*u.shape[:2], A.shape[1], u.shape[2], groups, softplus, rounds, A_is_log]
     dims = ["bct", "bct", "cs", "bcst" if B.dim() == 4 else "bst", "c", "bcst"]
     strides = [stride for t, d in zip(inputs, dims, strict=True) for stride in strides_of(t, d)]
     return (ctypes.c_int64 * 8)(*sizes), (ctypes.c_int64 * 24)(*strides)
@@ -217,13 +217,13 @@ def test_threads_and_blocks_in_any_order(evaluate, scan, size, last, order):
         assert torch.equal(actual[name], expected[name]), name
 
 
-@pytest.mark.parametrize("passes", [2, 4])
+@pytest.mark.parametrize("rounds", [2, 4])
 @pytest.mark.parametrize(
     "size", [(2, 6, 1, 784, 2), (1, 7, 1, 3136, None), (1, 80, 1, 56, None), (1, 5, 1, 3200, None)]
 )
-def test_passes(compare, scan, size, passes):
+def test_rounds(compare, scan, size, rounds):
     """Several sets of rows per block, the last block with fewer."""
-    compare(functools.partial(scan, passes=passes), exact_scan, make_inputs(*size), delta_softplus=True)
+    compare(functools.partial(scan, rounds=rounds), exact_scan, make_inputs(*size), delta_softplus=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

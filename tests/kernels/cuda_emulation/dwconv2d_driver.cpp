@@ -1,5 +1,5 @@
 // The CUDA kernels of dwconv2d on a host, behind two C functions for ctypes. Allocation and the order of the launches
-// follow csrc/cuda/dwconv2d.cpp.
+// follow csrc/cuda/planes.cpp.
 #include "emulation.h"
 // After it:
 #include "instances.cuh"
@@ -14,12 +14,12 @@ using emulation::Order;
 template <typename Instance>
 void run_tiled(const Params& p, Pass pass, Order order) {
   using Taps = typename Instance::Taps;
-  using Element = typename Instance::Element;
   using Input = typename Instance::Input;
+  using Activation = typename Instance::Activation;
   emulation::launch(p.blocks(), p.plan.threads, p.plan.shared, order, [&] {
-    if (pass == Pass::kForward) return tiled_forward<Taps, Element, Input, Instance::kOutput>(p);
-    if (pass == Pass::kAdjoint) return tiled_adjoint<Taps, Element, Input, Instance::kOutput>(p);
-    return tiled_gradients<Taps, Element, Input, Instance::kOutput>(p);
+    if (pass == Pass::kForward) return tiled_forward<Taps, Input, Activation, Instance::kOutput>(p);
+    if (pass == Pass::kAdjoint) return tiled_adjoint<Taps, Input, Activation, Instance::kOutput>(p);
+    return tiled_gradients<Taps, Input, Activation, Instance::kOutput>(p);
   });
 }
 
@@ -31,16 +31,16 @@ void launch_threads(int64_t threads, Order order, Kernel kernel) {
 template <typename Instance>
 void run_direct(const Params& p, Pass pass, Order order) {
   using Taps = typename Instance::Taps;
-  using Element = typename Instance::Element;
   using Input = typename Instance::Input;
+  using Activation = typename Instance::Activation;
   launch_threads(direct_results(p, pass), order, [&] {
-    if (pass == Pass::kForward) return direct_forward<Taps, Element, Input, Instance::kOutput>(p);
-    if (pass == Pass::kAdjoint) return direct_adjoint<Taps, Element, Input, Instance::kOutput>(p);
-    return direct_gradients<Taps, Element, Input, Instance::kOutput>(p);
+    if (pass == Pass::kForward) return direct_forward<Taps, Input, Activation, Instance::kOutput>(p);
+    if (pass == Pass::kAdjoint) return direct_adjoint<Taps, Input, Activation, Instance::kOutput>(p);
+    return direct_gradients<Taps, Input, Activation, Instance::kOutput>(p);
   });
   if constexpr (Instance::kOutput) {
-    const int64_t terms = p.batch * p.plan.channel_blocks * p.states * p.pixels();
-    if (pass == Pass::kGradients) launch_threads(terms, order, [&] { direct_C_gradient<Element, Input>(p); });
+    const int64_t partials = p.batch * p.plan.channel_blocks * p.states * p.pixels();
+    if (pass == Pass::kGradients) launch_threads(partials, order, [&] { direct_C_gradient<Input, Activation>(p); });
   }
 }
 
@@ -51,26 +51,20 @@ void run(const Params& p, Pass pass, Order order) {
   return p.operation == Operation::kConv ? with_tiled_conv(p, tiled) : with_tiled_fusion(p, tiled);
 }
 
-template <typename State, typename Output>
-void add_up_as(const Sums& sums, Order order) {
-  emulation::launch(sums.blocks(), kSumThreads, kSumThreads * sizeof(State), order,
-                    [&] { sum_terms<State, Output>(sums); });
-}
-
 void add_up(const Sums& sums, Dtype dtype, Order order) {
-  switch (dtype) {
-    case Dtype::kDouble: return add_up_as<double, double>(sums, order);
-    case Dtype::kFloat: return add_up_as<float, float>(sums, order);
-    case Dtype::kHalf: return add_up_as<float, Half>(sums, order);
-    default: return add_up_as<float, BFloat16>(sums, order);
-  }
+  with_type(dtype, [&](auto activation) {
+    using Output = decltype(activation);
+    using State = typename StateOf<Output>::type;
+    emulation::launch(sums.blocks(), kSumThreads, kSumThreads * sizeof(State), order,
+                      [&] { sum_partials<State, Output>(sums); });
+  });
 }
 
 template <typename State>
-void distribute(const Params& p, void* taps, void** to, Order order) {
+void unmerge(const Params& p, void* taps, void** to, Order order) {
   State* const states[] = {static_cast<State*>(to[0]), static_cast<State*>(to[1]), static_cast<State*>(to[2])};
-  emulation::launch(3, kDistributeThreads, kDistributeThreads * sizeof(State), order, [&] {
-    distribute_taps(p, static_cast<const State*>(taps), states[0], states[1], states[2], static_cast<State*>(to[3]));
+  emulation::launch(3, kUnmergeThreads, kUnmergeThreads * sizeof(State), order, [&] {
+    unmerge_taps(p, static_cast<const State*>(taps), states[0], states[1], states[2], static_cast<State*>(to[3]));
   });
 }
 
@@ -84,12 +78,12 @@ Planes contiguous(void* data, const Params& p, int states) {
   return planes;
 }
 
-// The plan of a pass, with more passes over channels than a host has planes for.
-void plan_with_passes(Params& p, Pass pass, int passes) {
+// The plan of a pass, with more rounds over channels than a host has planes for.
+void plan_with_rounds(Params& p, Pass pass, int rounds) {
   make_plan(p, pass);
-  if (pass != Pass::kGradients || !p.plan.tiled || passes == 0) return;
-  set_passes(p.plan, p, passes);
-  p.plan.channel_blocks = ceil_div(p.plan.sets, p.plan.passes);
+  if (pass != Pass::kGradients || !p.plan.tiled || rounds == 0) return;
+  set_rounds(p, rounds);
+  p.plan.channel_blocks = ceil_div(p.plan.sets, p.plan.rounds);
   p.plan.by_channel_blocks = Divisor(p.plan.channel_blocks);
 }
 
@@ -106,7 +100,7 @@ Params make_params(const int64_t* numbers, const void* const* inputs, const int6
     planes[i]->data = inputs[i];
     planes[i]->batch = strides[3 * i], planes[i]->channel = strides[3 * i + 1], planes[i]->state = strides[3 * i + 2];
   }
-  for (int k = 0; k < 3; ++k) p.kernels[k] = inputs[4 + k];
+  for (int k = 0; k < 3; ++k) p.weights[k] = inputs[4 + k];
   p.alpha = inputs[7], p.D = inputs[8], p.bias = inputs[9];
   return p;
 }
@@ -116,7 +110,7 @@ Params make_params(const int64_t* numbers, const void* const* inputs, const int6
 
 using namespace dwconv2d;
 
-// numbers: operation, dtype, batch, channels, states, height, width, kernel height and width, dilation, zeros, passes
+// numbers: operation, dtype, batch, channels, states, height, width, kernel height and width, dilation, zeros, rounds
 // (0: the plan's). inputs: what is convolved, grad, C, x, with strides by batch, channel and state; three kernels,
 // alpha, D, bias. Returns an error's message or null.
 extern "C" const char* emulated_forward(
@@ -137,35 +131,35 @@ extern "C" const char* emulated_backward(
     const auto turn = Order(order);
     p.grad_input = contiguous(outputs[0], p, p.states);
     p.grad_x = contiguous(outputs[1], p, 1);
-    plan_with_passes(p, Pass::kAdjoint, int(numbers[11]));
+    plan_with_rounds(p, Pass::kAdjoint, int(numbers[11]));
     run(p, Pass::kAdjoint, turn);
 
-    plan_with_passes(p, Pass::kGradients, int(numbers[11]));
+    plan_with_rounds(p, Pass::kGradients, int(numbers[11]));
     const Dtype state = p.dtype == Dtype::kDouble ? Dtype::kDouble : Dtype::kFloat;
     const bool conv = p.operation == Operation::kConv;
     const int64_t slices = p.batch * p.slices, taps = int64_t(p.channels) * p.taps();
-    Guarded terms_taps(slices * taps * size_of(state)), terms_other(slices * p.channels * size_of(state));
-    Guarded terms_C(p.batch * p.plan.channel_blocks * p.states * p.pixels() * size_of(state));
+    Guarded partials_taps(slices * taps * size_of(state)), partials_D_or_bias(slices * p.channels * size_of(state));
+    Guarded partials_C(p.batch * p.plan.channel_blocks * p.states * p.pixels() * size_of(state));
     Guarded grad_taps(taps * size_of(state));
-    p.terms_taps = terms_taps.data();
-    p.terms_other = p.operation == Operation::kFusion ? nullptr : terms_other.data();
-    p.terms_C = terms_C.data();
+    p.partials_taps = partials_taps.data();
+    p.partials_D_or_bias = p.operation == Operation::kFusion ? nullptr : partials_D_or_bias.data();
+    p.partials_C = partials_C.data();
     run(p, Pass::kGradients, turn);
 
     Sums sums;
-    sums.first = {p.terms_taps, conv ? outputs[2] : grad_taps.data(), 1, slices, taps, !conv};
-    if (p.terms_other) sums.second = {p.terms_other, outputs[6], 1, slices, p.channels, !conv};
+    sums.first = {p.partials_taps, conv ? outputs[2] : grad_taps.data(), 1, slices, taps, !conv};
+    if (p.partials_D_or_bias) sums.second = {p.partials_D_or_bias, outputs[6], 1, slices, p.channels, !conv};
     if (p.has_output()) {
-      sums.third = {p.terms_C, outputs[7], p.batch, p.plan.channel_blocks, p.states * p.pixels(), false};
+      sums.third = {p.partials_C, outputs[7], p.batch, p.plan.channel_blocks, p.states * p.pixels(), false};
     }
     add_up(sums, p.dtype, turn);
-    if (!conv && state == Dtype::kDouble) distribute<double>(p, grad_taps.data(), outputs + 2, turn);
-    if (!conv && state == Dtype::kFloat) distribute<float>(p, grad_taps.data(), outputs + 2, turn);
-    for (const Guarded* memory : {&terms_taps, &terms_other, &terms_C, &grad_taps}) memory->check();
+    if (!conv && state == Dtype::kDouble) unmerge<double>(p, grad_taps.data(), outputs + 2, turn);
+    if (!conv && state == Dtype::kFloat) unmerge<float>(p, grad_taps.data(), outputs + 2, turn);
+    for (const Guarded* memory : {&partials_taps, &partials_D_or_bias, &partials_C, &grad_taps}) memory->check();
   });
 }
 
-// tiled, tile rows and columns, planes, threads with outputs, threads, bytes of shared memory, conflicts, passes
+// tiled, tile rows and columns, planes, threads with outputs, threads, bytes of shared memory, conflicts, rounds
 extern "C" void emulated_plan(int pass, const int64_t* numbers, const int64_t* strides, int64_t* results) {
   const void* const aligned_but_null[10] = {};
   Params p = make_params(numbers, aligned_but_null, strides);
@@ -175,10 +169,9 @@ extern "C" void emulated_plan(int pass, const int64_t* numbers, const int64_t* s
   p.grad_x = contiguous(nullptr, p, 1);
   make_plan(p, Pass(pass));
   const Plan& plan = p.plan;
-  const int size = p.operation == Operation::kConv && Pass(pass) != Pass::kAdjoint ? size_of(p.dtype) : 4;
-  const int conflicts = plan.tiled ? Lanes(plan).conflicts(plan, size, true) : 0;
+  const int conflicts = plan.tiled ? Lanes(plan).conflicts(plan, p.convolved_bytes(Pass(pass)), true) : 0;
   const int busy = plan.planes * plan.threads_per_plane;
   const int64_t values[] = {plan.tiled,   plan.rows.tile, plan.columns.tile, plan.planes, busy,
-                            plan.threads, plan.shared,    conflicts,         plan.passes};
+                            plan.threads, plan.shared,    conflicts,         plan.rounds};
   std::copy(std::begin(values), std::end(values), results);
 }

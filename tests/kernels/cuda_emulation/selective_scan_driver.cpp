@@ -13,25 +13,25 @@ using emulation::guarded;
 template <typename I>
 void forward(const Params& p, emulation::Order order) {
   emulation::launch(p.blocks(), p.plan.threads, Layout<typename I::Input>(p.plan, false).total, order,
-                    [&] { scan_forward<typename I::Input, I::kItems, I::kOneState, I::kFlat>(p); });
+                    [&] { scan_forward<typename I::Input, I::kItems, I::kFlat>(p); });
 }
 
 template <typename I>
 void backward(const Params& p, emulation::Order order) {
   emulation::launch(p.blocks(), p.plan.threads, Layout<typename I::Input>(p.plan, true).total, order,
-                    [&] { scan_backward<typename I::Input, I::kItems, I::kOneState, I::kFlat>(p); });
+                    [&] { scan_backward<typename I::Input, I::kItems, I::kFlat>(p); });
 }
 
 template <typename State, typename Output>
 void add_up(const Sums& sums, emulation::Order order) {
   emulation::launch(sums.blocks(), kSumThreads, kSumThreads * sizeof(State), order,
-                    [&] { sum_terms<State, Output>(sums); });
+                    [&] { sum_partials<State, Output>(sums); });
 }
 
-// Passes enough to matter take more rows than a host has time for.
-void plan_with_passes(Params& p, Dtype dtype, bool is_backward, int passes) {
+// Rounds enough to matter take more rows than a host has time for.
+void plan_with_rounds(Params& p, Dtype dtype, bool is_backward, int rounds) {
   make_plan(p, dtype, is_backward);
-  if (passes > 0 && (p.plan.items == kManyItems || p.plan.flat)) set_passes(p.plan, passes);
+  if (rounds > 0 && one_state_kernel(p.plan.items, p.plan.flat)) set_rounds(p.plan, rounds);
 }
 
 View view(const void* const* pointers, const int64_t* strides, int i) {
@@ -52,14 +52,14 @@ Params make_params(const int64_t* sizes, const void* const* inputs, const int64_
 
 using namespace selective_scan;
 
-// sizes: batch, channels, states, length, groups, softplus, passes (0: the plan's), A_is_log. inputs and strides: u, delta, A, B,
-// bias, grad, by batch, channel, state and token. Returns an error's message or null.
+// sizes: batch, channels, states, length, groups, softplus, rounds (0: the plan's), A_is_log. inputs and strides: u,
+// delta, A, B, bias, grad, by batch, channel, state and token. Returns an error's message or null.
 extern "C" const char* emulated_forward(
     int dtype, int order, const int64_t* sizes, const void* const* inputs, const int64_t* strides, void* h) {
   return guarded([&] {
     Params p = make_params(sizes, inputs, strides);
     p.h = h;
-    plan_with_passes(p, Dtype(dtype), false, int(sizes[6]));
+    plan_with_rounds(p, Dtype(dtype), false, int(sizes[6]));
     with_instance(p.plan, Dtype(dtype), [&](auto instance) {
       forward<decltype(instance)>(p, emulation::Order(order));
     });
@@ -74,38 +74,38 @@ extern "C" const char* emulated_backward(
     p.grad_u = outputs[0];
     p.grad_delta = outputs[1];
     const auto turn = emulation::Order(order);
-    plan_with_passes(p, Dtype(dtype), true, int(sizes[6]));
+    plan_with_rounds(p, Dtype(dtype), true, int(sizes[6]));
     const int64_t rows = p.batch * p.channels;
     with_instance(p.plan, Dtype(dtype), [&](auto instance) {
       using I = decltype(instance);
       using Input = typename I::Input;
       using State = typename I::State;
       Guarded boundaries(size_t(rows) * p.states * p.plan.chunks * sizeof(State));
-      Guarded terms_A(rows * p.states * sizeof(State)), terms_bias(rows * sizeof(State));
-      Guarded terms_B(size_t(p.blocks()) * p.states * p.length * sizeof(State));
+      Guarded partials_A(rows * p.states * sizeof(State)), partials_bias(rows * sizeof(State));
+      Guarded partials_B(size_t(p.blocks()) * p.states * p.length * sizeof(State));
       p.boundaries = boundaries.data();
-      p.terms_A = terms_A.data();
-      p.terms_bias = terms_bias.data();
-      p.terms_B = terms_B.data();
+      p.partials_A = partials_A.data();
+      p.partials_bias = partials_bias.data();
+      p.partials_B = partials_B.data();
       if (p.plan.chunks > 1) forward<I>(boundary_pass(p), turn);
       backward<I>(p, turn);
       const int64_t images = p.batch * p.groups, tokens = int64_t(p.states) * p.length;
-      const Sums sums{{p.terms_A, outputs[2], 1, p.batch, int64_t(p.channels) * p.states, true},
-                      {p.terms_bias, outputs[4], 1, p.batch, p.channels, true},
-                      {p.terms_B, outputs[3], images, p.plan.row_blocks, tokens, false}};
+      const Sums sums{{p.partials_A, outputs[2], 1, p.batch, int64_t(p.channels) * p.states, true},
+                      {p.partials_bias, outputs[4], 1, p.batch, p.channels, true},
+                      {p.partials_B, outputs[3], images, p.plan.row_blocks, tokens, false}};
       add_up<State, Input>(sums, turn);
-      for (const Guarded* memory : {&boundaries, &terms_A, &terms_bias, &terms_B}) memory->check();
+      for (const Guarded* memory : {&boundaries, &partials_A, &partials_bias, &partials_B}) memory->check();
     });
   });
 }
 
-// items, rows, threads per row, threads, passes, chunks, flat
+// items, rows, threads per row, threads, rounds, chunks, flat
 extern "C" void emulated_plan(int dtype, int backward, const int64_t* sizes, const int64_t* strides, int64_t* numbers) {
   const void* const aligned_but_null[6] = {};
   Params p = make_params(sizes, aligned_but_null, strides);
   make_plan(p, Dtype(dtype), backward);
   const Plan& plan = p.plan;
   const int64_t values[] = {plan.items,  plan.rows,   plan.threads_per_row, plan.threads,
-                            plan.passes, plan.chunks, plan.flat};
+                            plan.rounds, plan.chunks, plan.flat};
   std::copy(std::begin(values), std::end(values), numbers);
 }

@@ -1,15 +1,3 @@
-#include "instances.cuh"
-#include "launch.cuh"
-#include "launch.h"
+#include "tiled_launch.cuh"
 
-namespace dwconv2d {
-
-cudaError_t launch_conv_adjoint(const Params& p, cudaStream_t stream) {
-  return with_tiled_conv(p, [&](auto instance) {
-    using I = decltype(instance);
-    return launch(tiled_adjoint<typename I::Taps, typename I::Element, typename I::Input, I::kOutput>, p.blocks(),
-                  p.plan.threads, p.plan.shared, stream, p);
-  });
-}
-
-}  // namespace dwconv2d
+DEFINE_TILED_LAUNCH(launch_conv_adjoint, with_tiled_conv, tiled_adjoint)

@@ -1,6 +1,6 @@
 #include "instances.cuh"
 #include "launch.cuh"
-#include "launch.h"
+#include "kernels.h"
 
 namespace dwconv2d {
 namespace {
@@ -15,41 +15,37 @@ cudaError_t launch_threads(Kernel* kernel, int64_t threads, const Params& p, cud
 cudaError_t launch_direct(const Params& p, Pass pass, cudaStream_t stream) {
   const int64_t results = direct_results(p, pass);
   return with_direct(p, [&](auto instance) {
-    using Taps = typename decltype(instance)::Taps;
-    using Element = typename decltype(instance)::Element;
-    using Input = typename decltype(instance)::Input;
-    constexpr bool kOutput = decltype(instance)::kOutput;
+    using I = decltype(instance);
+    using Taps = typename I::Taps;
+    using Input = typename I::Input;
+    using Activation = typename I::Activation;
+    constexpr bool kOutput = I::kOutput;
     if (pass == Pass::kForward) {
-      return launch_threads(direct_forward<Taps, Element, Input, kOutput>, results, p, stream);
+      return launch_threads(direct_forward<Taps, Input, Activation, kOutput>, results, p, stream);
     }
     if (pass == Pass::kAdjoint) {
-      return launch_threads(direct_adjoint<Taps, Element, Input, kOutput>, results, p, stream);
+      return launch_threads(direct_adjoint<Taps, Input, Activation, kOutput>, results, p, stream);
     }
-    const auto error = launch_threads(direct_gradients<Taps, Element, Input, kOutput>, results, p, stream);
+    const auto error = launch_threads(direct_gradients<Taps, Input, Activation, kOutput>, results, p, stream);
     if constexpr (kOutput) {
-      const int64_t terms = p.batch * p.plan.channel_blocks * p.states * p.pixels();
-      return error ? error : launch_threads(direct_C_gradient<Element, Input>, terms, p, stream);
+      const int64_t partials = p.batch * p.plan.channel_blocks * p.states * p.pixels();
+      return error ? error : launch_threads(direct_C_gradient<Input, Activation>, partials, p, stream);
     }
     return error;
   });
 }
 
 cudaError_t launch_sums(const Sums& sums, Dtype dtype, cudaStream_t stream) {
-  switch (dtype) {
-    case Dtype::kDouble: return launch_sums_of<double, double>(sums, stream);
-    case Dtype::kFloat: return launch_sums_of<float, float>(sums, stream);
-    case Dtype::kHalf: return launch_sums_of<float, Half>(sums, stream);
-    default: return launch_sums_of<float, BFloat16>(sums, stream);
-  }
+  return with_type(dtype, [&](auto activation) { return launch_sums_of<decltype(activation)>(sums, stream); });
 }
 
-cudaError_t launch_distribute_taps(const Params& p, const void* taps, void* const (&kernels)[3], void* alpha,
-                                   cudaStream_t stream) {
+cudaError_t launch_unmerge_taps(const Params& p, const void* taps, void* const (&weights)[3], void* alpha,
+                                cudaStream_t stream) {
   const auto run = [&](auto zero) {
     using State = decltype(zero);
     const auto to = [](void* data) { return static_cast<State*>(data); };
-    return launch(distribute_taps<State>, 3, kDistributeThreads, kDistributeThreads * sizeof(State), stream, p,
-                  static_cast<const State*>(taps), to(kernels[0]), to(kernels[1]), to(kernels[2]), to(alpha));
+    return launch(unmerge_taps<State>, 3, kUnmergeThreads, kUnmergeThreads * sizeof(State), stream, p,
+                  static_cast<const State*>(taps), to(weights[0]), to(weights[1]), to(weights[2]), to(alpha));
   };
   return p.dtype == Dtype::kDouble ? run(0.0) : run(0.0f);
 }

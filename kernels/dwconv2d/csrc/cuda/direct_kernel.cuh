@@ -9,7 +9,7 @@
 namespace dwconv2d {
 
 constexpr int kDirectThreads = 128;
-constexpr int kDistributeThreads = 1024;  // the launch has only three blocks
+constexpr int kUnmergeThreads = 1024;  // the launch has only three blocks
 
 __device__ __forceinline__ int64_t global_index() { return int64_t(blockIdx.x) * kDirectThreads + threadIdx.x; }
 
@@ -18,13 +18,13 @@ __device__ __forceinline__ int64_t global_index() { return int64_t(blockIdx.x) *
 struct Pixel {
   int64_t batch;
   int channel, state, row, column;
-  int64_t place;  // in its plane
+  int64_t offset;  // in its plane
 
   __device__ __forceinline__ Pixel(int64_t index, int channels, int states, const Params& p) {
     const int64_t rows = index / p.width, planes = rows / p.height, outer = planes / states;
     column = int(index - rows * p.width);
     row = int(rows - planes * p.height);
-    place = int64_t(row) * p.width + column;
+    offset = int64_t(row) * p.width + column;
     state = int(planes - outer * states);
     batch = outer / channels;
     channel = int(outer - batch * channels);
@@ -37,39 +37,39 @@ __device__ __forceinline__ int seen(int position, int size, bool zeros) {
   return zeros && inside != position ? -1 : inside;
 }
 
-template <typename Taps, typename Element, typename Input, typename State = typename StateOf<Input>::type>
-__device__ __forceinline__ State convolve_at(const Params& p, const Element* plane, int channel, int row, int column) {
+template <typename Taps, typename Input, typename Activation, typename State = typename StateOf<Activation>::type>
+__device__ __forceinline__ State convolve_at(const Params& p, const Input* plane, int channel, int row, int column) {
   State sum = 0;
   for (int a = 0; a < Taps::rows(p); ++a) {
     const int y = seen(row + Taps::row(p, a), p.height, p.zeros);
     if (y < 0) continue;
-    const Element* const from = plane + int64_t(y) * p.width;
+    const Input* const from = plane + int64_t(y) * p.width;
     for (int b = 0; b < Taps::columns(p, a); ++b) {
       const int x = seen(column + Taps::column(p, a, b), p.width, p.zeros);
-      if (x >= 0) sum += Taps::template weight<State, Input>(p, channel, a, b) * widen(from[x]);
+      if (x >= 0) sum += Taps::template weight<State, Activation>(p, channel, a, b) * widen(from[x]);
     }
   }
   return sum;
 }
 
-template <typename Taps, typename Element, typename Input, bool kOutput>
+template <typename Taps, typename Input, typename Activation, bool kOutput>
 __global__ void __launch_bounds__(kDirectThreads) direct_forward(const Params p) {
-  using State = typename StateOf<Input>::type;
+  using State = typename StateOf<Activation>::type;
   const Pixel me(global_index(), p.channels, kOutput ? 1 : p.states, p);
   if (me.batch >= p.batch) return;
   const auto convolved = [&](int n) {
-    const Element* const plane = at<Element>(p.input, me.batch, me.channel, n);
-    return convolve_at<Taps, Element, Input>(p, plane, me.channel, me.row, me.column);
+    const Input* const plane = at<Input>(p.input, me.batch, me.channel, n);
+    return convolve_at<Taps, Input, Activation>(p, plane, me.channel, me.row, me.column);
   };
   State sum;
   if constexpr (kOutput) {
-    sum = static_cast<const State*>(p.D)[me.channel] * widen(at<Input>(p.x, me.batch, me.channel, 0)[me.place]);
-    for (int n = 0; n < p.states; ++n) sum += widen(at<Input>(p.C, me.batch, 0, n)[me.place]) * convolved(n);
+    sum = static_cast<const State*>(p.D)[me.channel] * widen(at<Activation>(p.x, me.batch, me.channel, 0)[me.offset]);
+    for (int n = 0; n < p.states; ++n) sum += widen(at<Activation>(p.C, me.batch, 0, n)[me.offset]) * convolved(n);
   } else {
     sum = convolved(me.state);
-    if (p.bias) sum += widen(static_cast<const Input*>(p.bias)[me.channel]);
+    if (p.bias) sum += widen(static_cast<const Activation*>(p.bias)[me.channel]);
   }
-  narrow(sum, at<Input>(p.result, me.batch, me.channel, me.state)[me.place]);
+  narrow(sum, at<Activation>(p.result, me.batch, me.channel, me.state)[me.offset]);
 }
 
 // The positions whose tap at an offset reads `target`.
@@ -82,13 +82,13 @@ struct Range {
   }
 };
 
-template <typename Taps, typename Element, typename Input, bool kOutput>
+template <typename Taps, typename Input, typename Activation, bool kOutput>
 __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p) {
-  using State = typename StateOf<Input>::type;
+  using State = typename StateOf<Activation>::type;
   const Pixel me(global_index(), p.channels, p.states, p);
   if (me.batch >= p.batch) return;
-  const Input* const grad = at<Input>(p.grad, me.batch, me.channel, kOutput ? 0 : me.state);
-  const Input* const C = kOutput ? at<Input>(p.C, me.batch, 0, me.state) : nullptr;
+  const Activation* const grad = at<Activation>(p.grad, me.batch, me.channel, kOutput ? 0 : me.state);
+  const Activation* const C = kOutput ? at<Activation>(p.C, me.batch, 0, me.state) : nullptr;
   State sum = 0;
   for (int a = 0; a < Taps::rows(p); ++a) {
     const Range rows(me.row, Taps::row(p, a), p.height, p.zeros);
@@ -108,26 +108,26 @@ __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p)
         }
         of_tap += of_row;
       }
-      if (columns.first <= columns.last) sum += Taps::template weight<State, Input>(p, me.channel, a, b) * of_tap;
+      if (columns.first <= columns.last) sum += Taps::template weight<State, Activation>(p, me.channel, a, b) * of_tap;
     }
   }
-  narrow(sum, at<Element>(p.grad_input, me.batch, me.channel, me.state)[me.place]);
+  narrow(sum, at<Input>(p.grad_input, me.batch, me.channel, me.state)[me.offset]);
   if (kOutput && me.state == 0) {
     const State D = static_cast<const State*>(p.D)[me.channel];
-    narrow(D * widen(grad[me.place]), at<Input>(p.grad_x, me.batch, me.channel, 0)[me.place]);
+    narrow(D * widen(grad[me.offset]), at<Activation>(p.grad_x, me.batch, me.channel, 0)[me.offset]);
   }
 }
 
-// Terms of the gradients of the taps, and of D or the bias. A thread computes one term, for one channel and slice
-// of an image.
-template <typename Taps, typename Element, typename Input, bool kOutput>
+// Partial sums of the gradients of the taps, and of D or the bias. A thread computes one, for one channel and slice of
+// an image.
+template <typename Taps, typename Input, typename Activation, bool kOutput>
 __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params p) {
-  using State = typename StateOf<Input>::type;
-  const int taps = p.taps(), numbers = taps + (p.terms_other ? 1 : 0);
-  const int64_t index = global_index(), place = index / numbers, slice_of_all = place / p.channels;
+  using State = typename StateOf<Activation>::type;
+  const int taps = p.taps(), numbers = taps + (p.partials_D_or_bias ? 1 : 0);
+  const int64_t index = global_index(), row = index / numbers, slice_of_all = row / p.channels;
   const int64_t batch = slice_of_all / p.slices;
   if (batch >= p.batch) return;
-  const int tap = int(index - place * numbers), channel = int(place - slice_of_all * p.channels);
+  const int tap = int(index - row * numbers), channel = int(row - slice_of_all * p.channels);
   const int64_t first = (slice_of_all - batch * p.slices) * kSlice, last = min(first + kSlice, p.pixels());
 
   const bool is_tap = tap < taps;
@@ -135,69 +135,69 @@ __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params 
   const int row_offset = Taps::row(p, a), column_offset = Taps::column(p, a, b);
   State sum = 0;
   for (int n = 0; n < (is_tap ? p.states : 1); ++n) {
-    const Input* const grad = at<Input>(p.grad, batch, channel, kOutput ? 0 : n);
-    const Element* const plane = at<Element>(p.input, batch, channel, n);
+    const Activation* const grad = at<Activation>(p.grad, batch, channel, kOutput ? 0 : n);
+    const Input* const plane = at<Input>(p.input, batch, channel, n);
     State of_state = 0;
     for (int64_t pixel = first; pixel < last; ++pixel) {
       State term = widen(grad[pixel]);
       if (is_tap) {
-        const int row = int(pixel / p.width), column = int(pixel - int64_t(row) * p.width);
-        const int y = seen(row + row_offset, p.height, p.zeros), x = seen(column + column_offset, p.width, p.zeros);
+        const int from_y = int(pixel / p.width), from_x = int(pixel - int64_t(from_y) * p.width);
+        const int y = seen(from_y + row_offset, p.height, p.zeros), x = seen(from_x + column_offset, p.width, p.zeros);
         if (y < 0 || x < 0) continue;
-        if constexpr (kOutput) term *= widen(at<Input>(p.C, batch, 0, n)[pixel]);
+        if constexpr (kOutput) term *= widen(at<Activation>(p.C, batch, 0, n)[pixel]);
         term *= widen(plane[int64_t(y) * p.width + x]);
       } else if constexpr (kOutput) {
-        term *= widen(at<Input>(p.x, batch, channel, 0)[pixel]);
+        term *= widen(at<Activation>(p.x, batch, channel, 0)[pixel]);
       }
       of_state += term;
     }
     sum += of_state;
   }
   if (is_tap) {
-    static_cast<State*>(p.terms_taps)[place * taps + tap] = sum;
+    static_cast<State*>(p.partials_taps)[row * taps + tap] = sum;
   } else {
-    static_cast<State*>(p.terms_other)[place] = sum;
+    static_cast<State*>(p.partials_D_or_bias)[row] = sum;
   }
 }
 
-// Terms of C's gradient: sums over a block of channels.
-template <typename Element, typename Input>
+// Partial sums of C's gradient: over a block of channels.
+template <typename Input, typename Activation>
 __global__ void __launch_bounds__(kDirectThreads) direct_C_gradient(const Params p) {
-  using State = typename StateOf<Input>::type;
+  using State = typename StateOf<Activation>::type;
   const int64_t index = global_index();
   const Pixel me(index, p.plan.channel_blocks, p.states, p);
   if (me.batch >= p.batch) return;
   const int first = me.channel * kChannelBlock, last = min(first + kChannelBlock, p.channels);
   State sum = 0;
   for (int channel = first; channel < last; ++channel) {
-    const Element* const plane = at<Element>(p.input, me.batch, channel, me.state);
-    const State fused = convolve_at<FusionTaps, Element, Input>(p, plane, channel, me.row, me.column);
-    sum += widen(at<Input>(p.grad, me.batch, channel, 0)[me.place]) * fused;
+    const Input* const plane = at<Input>(p.input, me.batch, channel, me.state);
+    const State fused = convolve_at<FusionTaps, Input, Activation>(p, plane, channel, me.row, me.column);
+    sum += widen(at<Activation>(p.grad, me.batch, channel, 0)[me.offset]) * fused;
   }
-  static_cast<State*>(p.terms_C)[index] = sum;
+  static_cast<State*>(p.partials_C)[index] = sum;
 }
 
 // Computes the gradients of the fusion's kernels (D, 9) and of alpha from those of the 25 taps (D, 25). Each block
 // computes those of one kernel and its factor.
 template <typename State>
-__global__ void __launch_bounds__(kDistributeThreads)
-    distribute_taps(const Params p, const State* taps, State* kernels0, State* kernels1, State* kernels2,
-                    State* grad_alpha) {
+__global__ void __launch_bounds__(kUnmergeThreads)
+    unmerge_taps(const Params p, const State* taps, State* grad_weight3, State* grad_weight3_d3, State* grad_weight3_d5,
+                 State* grad_alpha) {
   State* const sums = shared_at<State>(0);
-  const int k = blockIdx.x, step = 2 * k + 1;
-  State* const to = k == 0 ? kernels0 : k == 1 ? kernels1 : kernels2;
-  const State* const kernels = static_cast<const State*>(p.kernels[k]);
+  const int k = blockIdx.x, dilation = 2 * k + 1;
+  State* const to = k == 0 ? grad_weight3 : k == 1 ? grad_weight3_d3 : grad_weight3_d5;
+  const State* const weights = static_cast<const State*>(p.weights[k]);
   const State alpha = static_cast<const State*>(p.alpha)[k];
   State sum = 0;
-  for (int64_t i = threadIdx.x; i < int64_t(p.channels) * 9; i += kDistributeThreads) {
+  for (int64_t i = threadIdx.x; i < int64_t(p.channels) * 9; i += kUnmergeThreads) {
     const int64_t channel = i / 9;
-    const int place = int(i - channel * 9);
-    const State grad = taps[channel * 25 + FusionStencil::tap_at((place / 3 - 1) * step, (place % 3 - 1) * step)];
+    const int row = int(i - channel * 9) / 3 - 1, column = int(i - channel * 9) % 3 - 1;
+    const State grad = taps[channel * 25 + FusionStencil::tap_at(row * dilation, column * dilation)];
     to[i] = alpha * grad;
-    sum += kernels[i] * grad;
+    sum += weights[i] * grad;
   }
   sums[threadIdx.x] = sum;
-  for (int half = kDistributeThreads / 2; half > 0; half /= 2) {
+  for (int half = kUnmergeThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < unsigned(half)) sums[threadIdx.x] += sums[threadIdx.x + half];
   }

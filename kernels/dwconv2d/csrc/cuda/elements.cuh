@@ -1,4 +1,6 @@
-// Element types, shared memory and sums, for the kernels of several packages.
+// Element types, shared memory and sums.
+//
+// selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 #pragma once
 
 #ifdef __CUDACC__
@@ -16,7 +18,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-template <typename Input>
+// The type of the states, and of the computation, for a type of activations.
+template <typename T>
 struct StateOf {
   using type = float;
 };
@@ -31,21 +34,6 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(Half x) { return half_to_float(x.bits); }
 __device__ __forceinline__ float widen(BFloat16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
 
-// Two numbers in 32 bits, in the order of their addresses.
-__device__ __forceinline__ void widen_pair(uint32_t bits, Half, float& first, float& second) {
-  first = half_to_float(uint16_t(bits));
-  second = half_to_float(uint16_t(bits >> 16));
-}
-__device__ __forceinline__ void widen_pair(uint32_t bits, BFloat16, float& first, float& second) {
-  first = float_of_bits(bits << 16);
-  second = float_of_bits(bits & 0xffff0000);
-}
-
-__device__ __forceinline__ uint32_t narrow_pair(float first, float second, Half) { return to_halves(first, second); }
-__device__ __forceinline__ uint32_t narrow_pair(float first, float second, BFloat16) {
-  return to_bfloat16s(first, second);
-}
-
 __device__ __forceinline__ void narrow(float x, float& to) { to = x; }
 __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 __device__ __forceinline__ void narrow(float x, Half& to) { to.bits = uint16_t(to_halves(x, 0)); }
@@ -55,6 +43,17 @@ template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Pack {
   T values[kWidth];
 };
+
+// Calls function(T()) with T the type of a tensor of this dtype.
+template <typename Function>
+auto with_type(Dtype dtype, Function function) {
+  switch (dtype) {
+    case Dtype::kDouble: return function(double());
+    case Dtype::kFloat: return function(float());
+    case Dtype::kHalf: return function(Half());
+    default: return function(BFloat16());
+  }
+}
 
 constexpr size_t padded(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -67,7 +66,7 @@ constexpr int kSumThreads = 224;
 
 // Computes up to three sums. The order of additions depends only on the sizes, so results repeat to the bit.
 template <typename State, typename Output>
-__global__ void __launch_bounds__(kSumThreads) sum_terms(Sums sums) {
+__global__ void __launch_bounds__(kSumThreads) sum_partials(Sums sums) {
   constexpr int kSlices = kSumThreads / kWarp;
   int64_t block = blockIdx.x;
   Sum sum = sums.first;
@@ -79,19 +78,19 @@ __global__ void __launch_bounds__(kSumThreads) sum_terms(Sums sums) {
       sum = sums.third;
     }
   }
-  const State* const terms = static_cast<const State*>(sum.terms);
+  const State* const partials = static_cast<const State*>(sum.partials);
   State* const parts = shared_at<State>(0);
   const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
   const int64_t output = block * kWarp + lane, o = output / sum.inner, i = output - o * sum.inner;
   State total = 0;
   if (o < sum.outer) {
-    for (int64_t t = slice; t < sum.count; t += kSlices) total += terms[(o * sum.count + t) * sum.inner + i];
+    for (int64_t k = slice; k < sum.count; k += kSlices) total += partials[(o * sum.count + k) * sum.inner + i];
   }
   parts[threadIdx.x] = total;
   __syncthreads();
   if (slice == 0 && o < sum.outer) {
     for (int k = 1; k < kSlices; ++k) total += parts[k * kWarp + lane];
-    if (sum.of_states) {
+    if (sum.in_state_dtype) {
       static_cast<State*>(sum.to)[output] = total;
     } else {
       narrow(total, static_cast<Output*>(sum.to)[output]);

@@ -6,13 +6,13 @@
 
 namespace dwconv2d {
 
-// The template arguments of a kernel: its taps, the type of the convolved planes, the type of the result, C and x, and
-// whether it computes the output equation.
-template <typename SomeTaps, typename ElementOfInput, typename InputType, bool kHasOutput>
+// The template arguments of a kernel: its taps, the type of the input and of its gradient, the type of the other
+// activations (the result, C, x and their gradients), and whether it computes the output equation.
+template <typename T, typename I, typename A, bool kHasOutput>
 struct Instance {
-  using Taps = SomeTaps;
-  using Element = ElementOfInput;
-  using Input = InputType;
+  using Taps = T;
+  using Input = I;
+  using Activation = A;
   static constexpr bool kOutput = kHasOutput;
 };
 
@@ -47,29 +47,24 @@ auto with_tiled_conv(const Params& p, Function function) {
   }
 }
 
-template <typename Input, typename Function>
+template <typename Activation, typename Function>
 auto with_direct(const Params& p, Function function) {
-  using State = typename StateOf<Input>::type;
-  if (p.has_output()) return function(Instance<FusionTaps, State, Input, true>());
-  if (p.operation == Operation::kConv) return function(Instance<ConvTaps, Input, Input, false>());
+  using State = typename StateOf<Activation>::type;
+  if (p.has_output()) return function(Instance<FusionTaps, State, Activation, true>());
+  if (p.operation == Operation::kConv) return function(Instance<ConvTaps, Activation, Activation, false>());
   return function(Instance<FusionTaps, State, State, false>());
 }
 
 template <typename Function>
 auto with_direct(const Params& p, Function function) {
-  switch (p.dtype) {
-    case Dtype::kDouble: return with_direct<double>(p, function);
-    case Dtype::kFloat: return with_direct<float>(p, function);
-    case Dtype::kHalf: return with_direct<Half>(p, function);
-    default: return with_direct<BFloat16>(p, function);
-  }
+  return with_type(p.dtype, [&](auto activation) { return with_direct<decltype(activation)>(p, function); });
 }
 
 // The number of threads of the kernels without tiles: one for each result.
 inline int64_t direct_results(const Params& p, Pass pass) {
   const int64_t planes = p.batch * p.channels, states = pass == Pass::kForward && p.has_output() ? 1 : p.states;
   if (pass != Pass::kGradients) return planes * states * p.pixels();
-  return planes * p.slices * (p.taps() + (p.terms_other ? 1 : 0));
+  return planes * p.slices * (p.taps() + (p.partials_D_or_bias ? 1 : 0));
 }
 
 }  // namespace dwconv2d

@@ -1,4 +1,6 @@
 // Launches a kernel whose dynamic shared memory may exceed 48 KiB, the most that needs no opt-in.
+//
+// selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,9 +24,10 @@ cudaError_t launch(Kernel* kernel, int64_t blocks, int threads, size_t shared, c
   return cudaGetLastError();
 }
 
-template <typename State, typename Output>
+template <typename Output>
 cudaError_t launch_sums_of(const Sums& sums, cudaStream_t stream) {
-  return launch(sum_terms<State, Output>, sums.blocks(), kSumThreads, kSumThreads * sizeof(State), stream, sums);
+  using State = typename StateOf<Output>::type;
+  return launch(sum_partials<State, Output>, sums.blocks(), kSumThreads, kSumThreads * sizeof(State), stream, sums);
 }
 
 }  // namespace gpu

@@ -14,7 +14,7 @@ using namespace gpu;
 enum class Operation { kFusion, kOutput, kConv };
 enum class Pass { kForward, kAdjoint, kGradients };
 
-// The unit that is contiguous in a block's part of a tensor.
+// What is contiguous in a block's part of a tensor: each row, each plane, or all planes together.
 enum class Run { kRow, kPlane, kPlanes };
 
 // A tensor of contiguous planes. The strides between planes are in elements, and 0 for a dimension that the tensor does
@@ -23,12 +23,12 @@ struct Planes {
   const void* data = nullptr;
   int64_t batch = 0, channel = 0, state = 0;
   Run run = Run::kRow;
-  int width = 1;  // elements to move at once
+  int move = 1;  // elements to move at once
 };
 
 constexpr int kUnit = 7;  // a thread's outputs are 7 rows of 7 columns; 7 divides 56, 28, 14 and 7
 constexpr int kMaxThreads = 128;
-constexpr int kMaxGroups = 16;                                   // units of columns in a tile
+constexpr int kMaxColumnUnits = 16;                              // in a tile
 constexpr int kMuchShared = 48 * 1024, kMostShared = 64 * 1024;  // bytes per block: preferred and hard limit
 
 // Rows or columns of a plane, which are divided into tiles, and each tile into units. The last tile ends with the
@@ -45,34 +45,37 @@ struct Axis {
   }
 };
 
-// A thread's place in its block.
-struct Place {
-  int plane, strip, group;  // strip: unit of rows; group: unit of columns
+// A thread's plane in its block, and its units in that plane's tile.
+struct Position {
+  int plane, row_unit, column_unit;
 };
 
 // A block works on one tile of `planes` planes, which are consecutive channels of one image. `threads_per_plane`
-// threads hold a plane. For the gradients, a block may process several such sets of planes, in `passes`.
+// threads hold a plane. For the gradients, a block may process several such sets of planes, in `rounds`.
 struct Plan {
   bool tiled = false;  // otherwise, a thread computes each result from global memory
   Axis rows, columns;
   int reach = 0;  // of the taps
   int planes = 0, threads_per_plane = 0, threads = 0;
-  int sets = 0, passes = 1, channel_blocks = 0;  // sets of planes, and blocks, per tile of an image
+  int sets = 0, rounds = 1, channel_blocks = 0;  // sets of planes, and blocks, per tile of an image
   // In shared memory, convolved planes have `frame` rows of zeros above and below. Their first column is at a multiple
-  // of `unit`, after at least `frame` columns of zeros.
-  int frame = 0, unit = 1, pitch = 0, plane_pitch = 0;
-  bool strips_outermost = false;  // thread order: strip, plane, group; otherwise plane, strip, group
-  // Byte offsets in shared memory. It starts with the convolved planes, products for the gradients, or results.
+  // of `alignment`, after at least `frame` columns of zeros.
+  int frame = 0, alignment = 1, pitch = 0, plane_pitch = 0;
+  bool row_units_outermost = false;  // in the order of threads; otherwise planes are
+  // Byte offsets in shared memory. It starts with the convolved planes, which results or products for C's gradient
+  // replace. `grad` comes after them, so it is also their size.
+  static constexpr int convolved = 0, results = 0, products = 0;
   int grad = 0, x = 0, C = 0, sums = 0, parts = 0, shared = 0;
-  Divisor by_groups, by_planes, by_strips, by_channel_blocks, by_tiles, by_tile_columns, by_outputs, by_columns;
+  Divisor by_column_units, by_planes, by_row_units, by_channel_blocks;
+  Divisor by_tiles, by_tile_columns, by_outputs, by_columns;
 
   constexpr int tiles() const { return rows.tiles * columns.tiles; }
   constexpr int outputs() const { return rows.tile * columns.tile; }
-  constexpr Place place(int thread) const {
-    const int outer = by_groups.divide(thread), group = thread - outer * columns.units;
-    const int outermost = strips_outermost ? by_planes.divide(outer) : by_strips.divide(outer);
-    const int middle = outer - outermost * (strips_outermost ? planes : rows.units);
-    return strips_outermost ? Place{middle, outermost, group} : Place{outermost, middle, group};
+  constexpr Position position(int thread) const {
+    const int outer = by_column_units.divide(thread), column_unit = thread - outer * columns.units;
+    const int outermost = row_units_outermost ? by_planes.divide(outer) : by_row_units.divide(outer);
+    const int middle = outer - outermost * (row_units_outermost ? planes : rows.units);
+    return row_units_outermost ? Position{middle, outermost, column_unit} : Position{outermost, middle, column_unit};
   }
 };
 
@@ -86,18 +89,22 @@ struct Params {
   // `input` is convolved, and `grad` is the gradient of the result. Only the fusion with output has C and x.
   Planes input, grad, C, x;
   // Contiguous parameters: the fusion's kernels by dilation, or the convolution's kernel. Missing ones are null.
-  const void *kernels[3] = {}, *alpha = nullptr, *D = nullptr, *bias = nullptr;
+  const void *weights[3] = {}, *alpha = nullptr, *D = nullptr, *bias = nullptr;
   Planes result, grad_input, grad_x;
-  // Terms of the other gradients, still to be summed over slices of images or over channel blocks. `terms_other` is for
-  // D or the bias, or null without either.
-  void *terms_taps = nullptr, *terms_other = nullptr;  // (B, slices, D, taps) and (B, slices, D)
-  void* terms_C = nullptr;                             // (B, channel blocks, N, H, W)
+  // Partial sums of the other gradients, still to be summed over slices of images or over channel blocks.
+  // `partials_D_or_bias` is null without either.
+  void *partials_taps = nullptr, *partials_D_or_bias = nullptr;  // (B, slices, D, taps) and (B, slices, D)
+  void* partials_C = nullptr;                                    // (B, channel blocks, N, H, W)
   int slices = 1;
   Plan plan;
 
   constexpr bool has_output() const { return operation == Operation::kOutput; }
   constexpr int taps() const { return operation == Operation::kConv ? kernel_height * kernel_width : 25; }
   constexpr int64_t pixels() const { return int64_t(height) * width; }
+  // With tiles: bytes of an element of the input, and of the planes that a pass convolves. The adjoint convolves grad,
+  // or grad C_n, in float.
+  int input_bytes() const { return operation == Operation::kConv ? size_of(dtype) : 4; }
+  int convolved_bytes(Pass pass) const { return pass == Pass::kAdjoint ? 4 : input_bytes(); }
   constexpr int64_t blocks() const { return batch * plan.tiles() * plan.channel_blocks; }
 };
 
@@ -122,28 +129,28 @@ inline int taps_at_once(const Params& p) {
 
 // Elements in 16 bytes, elements in 4 bytes, or 1: the largest that divides all offsets. It need not divide the offsets
 // of single planes in a run of planes.
-inline int width_of(const Planes& planes, int size, std::initializer_list<int64_t> lengths) {
+inline int widest_move(const Planes& planes, int size, std::initializer_list<int64_t> lengths) {
   int64_t bits = reinterpret_cast<uintptr_t>(planes.data) / size | planes.batch | planes.state;
   if (planes.run != Run::kPlanes) bits |= planes.channel;
   for (int64_t length : lengths) bits |= length;
-  for (int width : {16 / size, 4 / size}) {
-    if (bits % width == 0) return width;
+  for (int move : {16 / size, 4 / size}) {
+    if (bits % move == 0) return move;
   }
   return 1;
 }
 
 // For planes that have the same layout in shared memory as in global memory, row after row. A block has `count` planes.
-inline void choose_access(Planes& planes, int size, int count, const Params& p, const Plan& plan) {
-  if (plan.tiles() > 1) {
+inline void choose_access(Planes& planes, int size, int count, const Params& p) {
+  if (p.plan.tiles() > 1) {
     planes.run = Run::kRow;
-    const Axis& columns = plan.columns;
-    planes.width = width_of(planes, size, {p.width, columns.tile, columns.start(columns.tiles - 1)});
+    const Axis& columns = p.plan.columns;
+    planes.move = widest_move(planes, size, {p.width, columns.tile, columns.start(columns.tiles - 1)});
   } else if (count > 1 && planes.channel == p.pixels()) {
     planes.run = Run::kPlanes;
-    planes.width = width_of(planes, size, {count * p.pixels(), p.channels % count * p.pixels()});
+    planes.move = widest_move(planes, size, {count * p.pixels(), p.channels % count * p.pixels()});
   } else {
     planes.run = Run::kPlane;
-    planes.width = width_of(planes, size, {p.pixels()});
+    planes.move = widest_move(planes, size, {p.pixels()});
   }
 }
 
@@ -161,30 +168,30 @@ inline Axis split(int size, int most_units) {
 }
 
 // Rows or columns of shared memory that hold any tile and its surroundings.
-inline int extent(const Axis& axis, const Plan& plan, int unit) {
-  const int most = ceil_div(axis.tile + 2 * plan.reach + unit - 1, unit) * unit;
-  return axis.tiles == 1 ? axis.size + 2 * plan.frame * unit : most;
+inline int extent(const Axis& axis, const Plan& plan, int alignment) {
+  const int most = ceil_div(axis.tile + 2 * plan.reach + alignment - 1, alignment) * alignment;
+  return axis.tiles == 1 ? axis.size + 2 * plan.frame * alignment : most;
 }
 
 inline int padded_to_16(int64_t bytes) { return int(ceil_div<int64_t>(bytes, 16) * 16); }
 
 inline void lay_out(Plan& plan, const Params& p, Pass pass) {
-  const int input = size_of(p.dtype), element = p.operation == Operation::kConv ? input : 4;
+  const int activation_bytes = size_of(p.dtype), input_bytes = p.input_bytes();
   const bool output = p.has_output(), gradients = pass == Pass::kGradients;
   const int64_t planes = plan.planes, outputs = plan.outputs();
   plan.threads = ceil_div(plan.planes * plan.threads_per_plane, kWarp) * kWarp;
 
   // Results replace the convolved planes, or x.
-  const int64_t convolved = planes * plan.plane_pitch * (pass == Pass::kAdjoint ? 4 : element);
-  const int64_t grad = gradients ? planes * outputs * input : 0;
-  const int64_t x = output && pass != Pass::kAdjoint ? planes * outputs * input : 0;
-  const int64_t C = output && pass != Pass::kAdjoint ? outputs * input : 0;
+  const int64_t convolved = planes * plan.plane_pitch * p.convolved_bytes(pass);
+  const int64_t grad = gradients ? planes * outputs * activation_bytes : 0;
+  const int64_t x = output && pass != Pass::kAdjoint ? planes * outputs * activation_bytes : 0;
+  const int64_t C = output && pass != Pass::kAdjoint ? outputs * activation_bytes : 0;
   // In the forward pass, each thread's sums over states; for the gradients, sums over channels.
   const int64_t forward_sums = output && p.states > 1 && pass == Pass::kForward ? kUnit * kUnit * plan.threads * 4 : 0;
-  const int64_t sums = plan.passes > 1 ? outputs * 4 : forward_sums;
+  const int64_t sums = plan.rounds > 1 ? outputs * 4 : forward_sums;
   const int64_t parts = gradients ? (taps_at_once(p) + 1) * plan.threads * 4 : 0;
 
-  plan.grad = padded_to_16(std::max(convolved, planes * outputs * element));
+  plan.grad = padded_to_16(std::max(convolved, planes * outputs * input_bytes));
   plan.C = plan.grad + padded_to_16(grad);
   plan.sums = plan.C + padded_to_16(C);
   plan.x = plan.parts = plan.sums + padded_to_16(sums);  // parts replace x when it is no longer needed
@@ -193,7 +200,7 @@ inline void lay_out(Plan& plan, const Params& p, Pass pass) {
 
 // Sets pitches without padding.
 inline void pack(Plan& plan) {
-  plan.pitch = extent(plan.columns, plan, plan.unit);
+  plan.pitch = extent(plan.columns, plan, plan.alignment);
   plan.plane_pitch = extent(plan.rows, plan, 1) * plan.pitch;
 }
 
@@ -203,10 +210,10 @@ struct Lanes {
 
   explicit Lanes(const Plan& plan) : count(std::min(kWarp, plan.planes * plan.threads_per_plane)) {
     for (int lane = 0; lane < count; ++lane) {
-      const Place place = plan.place(lane);
-      planes[lane] = place.plane;
-      rows[lane] = plan.rows.first(place.strip);
-      columns[lane] = plan.columns.first(place.group);
+      const Position position = plan.position(lane);
+      planes[lane] = position.plane;
+      rows[lane] = plan.rows.first(position.row_unit);
+      columns[lane] = plan.columns.first(position.column_unit);
     }
   }
 
@@ -224,7 +231,9 @@ struct Lanes {
 };
 
 // Pads rows, then planes, so that fewer lanes read from the same bank.
-inline void spread_over_banks(Plan& plan, int size, const Params& p, Pass pass) {
+inline void spread_over_banks(Params& p, Pass pass) {
+  Plan& plan = p.plan;
+  const int size = p.convolved_bytes(pass);
   const Lanes lanes(plan);
   const int rows = extent(plan.rows, plan, 1), pitch = plan.pitch;
   const auto search = [&](int most, bool planes) {
@@ -232,8 +241,8 @@ inline void spread_over_banks(Plan& plan, int size, const Params& p, Pass pass) 
     int fewest = lanes.conflicts(plan, size, planes);
     for (int k = 1; k < most && fewest > 1; ++k) {
       Plan tried = plan;
-      if (!planes) tried.pitch = pitch + k * plan.unit;
-      tried.plane_pitch = rows * tried.pitch + (planes ? k * plan.unit : 0);
+      if (!planes) tried.pitch = pitch + k * plan.alignment;
+      tried.plane_pitch = rows * tried.pitch + (planes ? k * plan.alignment : 0);
       lay_out(tried, p, pass);
       const int found = lanes.conflicts(tried, size, planes);
       if (found < fewest && tried.shared <= kMostShared) {
@@ -248,52 +257,61 @@ inline void spread_over_banks(Plan& plan, int size, const Params& p, Pass pass) 
 }
 
 // A power of two, at most 8, and so small that there are enough blocks for the largest GPUs.
-inline int best_passes(const Params& p, const Plan& plan) {
+inline int best_rounds(const Params& p) {
+  const Plan& plan = p.plan;
   if (!p.has_output() || p.states > 1) return 1;
-  int passes = 1;
-  while (2 * passes <= std::min(8, plan.sets) && p.batch * plan.tiles() * plan.sets >= 2048 * passes) passes *= 2;
-  return passes;
+  int rounds = 1;
+  while (2 * rounds <= std::min(8, plan.sets) && p.batch * plan.tiles() * plan.sets >= 2048 * rounds) rounds *= 2;
+  return rounds;
 }
 
-inline void set_passes(Plan& plan, const Params& p, int passes) {
-  plan.passes = passes;
-  lay_out(plan, p, Pass::kGradients);
-  // `make_plan` has found room for one pass. If it found none, the launch fails. To try again would never end.
-  if (passes > 1 && plan.shared > kMostShared) set_passes(plan, p, 1);
+inline void set_rounds(Params& p, int rounds) {
+  p.plan.rounds = rounds;
+  lay_out(p.plan, p, Pass::kGradients);
+  // `make_plan` has found room for one round. If it found none, the launch fails. To try again would never end.
+  if (rounds > 1 && p.plan.shared > kMostShared) set_rounds(p, 1);
 }
 
-// Chooses how the input, or for the adjoint the result's gradient, is loaded into shared memory.
-inline void choose_convolved(Params& p, Plan& plan, Pass pass, int size) {
-  if (pass == Pass::kAdjoint) {
-    const int64_t columns = plan.columns.tiles == 1 ? p.width : 1;
-    const int bytes = size_of(p.dtype);
-    plan.unit = 1;
-    choose_access(p.grad, bytes, plan.planes, p, plan);
-    if (p.has_output()) choose_access(p.grad_x, bytes, plan.planes, p, plan);
-    const bool alike = !p.has_output() || (p.grad_x.run == p.grad.run && p.grad_x.width == p.grad.width);
-    if (alike && p.grad.run == Run::kPlanes && p.grad.width == 16 / bytes) return;
-    p.grad.run = p.grad_x.run = Run::kRow;
-    p.grad.width = width_of(p.grad, bytes, {columns});
-    for (const Planes* other : {&p.C, &p.grad_x}) {
-      if (p.has_output()) p.grad.width = std::min(p.grad.width, width_of(*other, bytes, {columns}));
-    }
-  } else if (plan.frame == 0 && plan.tiles() == 1) {
-    choose_access(p.input, size, plan.planes, p, plan);
-    plan.unit = 1;
+// Chooses how the input is loaded into shared memory.
+inline void choose_input(Params& p) {
+  const int bytes = p.input_bytes();
+  if (p.plan.frame == 0 && p.plan.tiles() == 1) {
+    choose_access(p.input, bytes, p.plan.planes, p);
+    p.plan.alignment = 1;
   } else {
     p.input.run = Run::kRow;
-    plan.unit = p.input.width = width_of(p.input, size, {p.width});
+    p.plan.alignment = p.input.move = widest_move(p.input, bytes, {p.width});
+  }
+}
+
+// Chooses how the adjoint loads the result's gradient into shared memory. For the output equation, the same loop reads
+// C and writes x's gradient, so all three move as many elements at once.
+inline void choose_grad(Params& p) {
+  const int bytes = size_of(p.dtype);
+  p.plan.alignment = 1;
+  choose_access(p.grad, bytes, p.plan.planes, p);
+  if (p.has_output()) choose_access(p.grad_x, bytes, p.plan.planes, p);
+  const bool alike = !p.has_output() || (p.grad_x.run == p.grad.run && p.grad_x.move == p.grad.move);
+  if (alike && p.grad.run == Run::kPlanes && p.grad.move == 16 / bytes) return;  // `load_grad_run`
+
+  // A region begins and ends at any column of its plane if there are several tiles side by side.
+  const int64_t columns = p.plan.columns.tiles == 1 ? p.width : 1;
+  p.grad.run = p.grad_x.run = Run::kRow;
+  p.grad.move = widest_move(p.grad, bytes, {columns});
+  for (const Planes* planes : {&p.C, &p.grad_x}) {
+    if (p.has_output()) p.grad.move = std::min(p.grad.move, widest_move(*planes, bytes, {columns}));
   }
 }
 
 // Chooses as many planes as there are threads for, or fewer if they take too much shared memory. The sets are as equal
 // as possible.
-inline void choose_planes(Params& p, Plan& plan, Pass pass, int size) {
+inline void choose_planes(Params& p, Pass pass) {
+  Plan& plan = p.plan;
   const int most = plan.tiles() == 1 ? std::min(kMaxThreads / plan.threads_per_plane, p.channels) : 1;
   for (int planes = most;; planes = ceil_div(planes, 2)) {
     plan.sets = ceil_div(p.channels, planes);
     plan.planes = ceil_div(p.channels, plan.sets);
-    choose_convolved(p, plan, pass, size);
+    pass == Pass::kAdjoint ? choose_grad(p) : choose_input(p);
     pack(plan);
     lay_out(plan, p, pass);
     if (planes == 1 || plan.shared <= kMuchShared) return;
@@ -305,46 +323,45 @@ constexpr int kSlice = 512, kChannelBlock = 32;
 
 // Chooses p.plan, p.slices, and how planes are moved.
 inline void make_plan(Params& p, Pass pass) {
-  Plan plan;
+  Plan& plan = p.plan;
+  plan = Plan();
   p.slices = int(ceil_div<int64_t>(p.pixels(), kSlice));
   plan.channel_blocks = ceil_div(p.channels, kChannelBlock);
   plan.tiled = has_tiles(p);
-  p.plan = plan;
   if (!plan.tiled) return;
 
-  const bool conv = p.operation == Operation::kConv;
-  const int input = size_of(p.dtype), element = conv ? input : 4, convolved = pass == Pass::kAdjoint ? 4 : element;
-  plan.reach = conv ? p.kernel_height / 2 : 5;
+  plan.reach = p.operation == Operation::kConv ? p.kernel_height / 2 : 5;
   plan.frame = pass == Pass::kAdjoint || p.zeros;
-  plan.strips_outermost = pass == Pass::kAdjoint;
-  plan.columns = split(p.width, kMaxGroups);
-  for (int strips = kMaxThreads / plan.columns.units; strips > 0; --strips) {
-    plan.rows = split(p.height, strips);
+  plan.row_units_outermost = pass == Pass::kAdjoint;
+  plan.columns = split(p.width, kMaxColumnUnits);
+  for (int row_units = kMaxThreads / plan.columns.units; row_units > 0; --row_units) {
+    plan.rows = split(p.height, row_units);
     plan.threads_per_plane = plan.rows.units * plan.columns.units;
-    choose_planes(p, plan, pass, convolved);
+    choose_planes(p, pass);
     if (plan.shared <= kMostShared) break;
   }
-  plan.by_groups = Divisor(plan.columns.units);
+  plan.by_column_units = Divisor(plan.columns.units);
   plan.by_planes = Divisor(plan.planes);
-  plan.by_strips = Divisor(plan.rows.units);
+  plan.by_row_units = Divisor(plan.rows.units);
   const bool as_in_memory = pass != Pass::kAdjoint && p.input.run != Run::kRow;
-  if (!as_in_memory) spread_over_banks(plan, convolved, p, pass);
+  if (!as_in_memory) spread_over_banks(p, pass);
 
-  if (pass == Pass::kGradients) set_passes(plan, p, best_passes(p, plan));
-  plan.channel_blocks = ceil_div(plan.sets, plan.passes);
+  if (pass == Pass::kGradients) set_rounds(p, best_rounds(p));
+  plan.channel_blocks = ceil_div(plan.sets, plan.rounds);
   plan.by_channel_blocks = Divisor(plan.channel_blocks);
   plan.by_tiles = Divisor(plan.tiles());
   plan.by_tile_columns = Divisor(plan.columns.tiles);
   plan.by_outputs = Divisor(plan.outputs());
   plan.by_columns = Divisor(plan.columns.tile);
-  for (Planes* planes : {&p.x, &p.grad, &p.result}) {
-    const bool of_states = planes == &p.result && p.operation == Operation::kFusion;
-    if (pass != Pass::kAdjoint) choose_access(*planes, of_states ? element : input, plan.planes, p, plan);
+  if (pass != Pass::kAdjoint) {
+    const int bytes = size_of(p.dtype);
+    choose_access(p.x, bytes, plan.planes, p);
+    choose_access(p.grad, bytes, plan.planes, p);
+    choose_access(p.result, p.operation == Operation::kFusion ? p.input_bytes() : bytes, plan.planes, p);
+    choose_access(p.C, bytes, 1, p);
   }
-  choose_access(p.grad_input, element, plan.planes, p, plan);
-  if (pass != Pass::kAdjoint) choose_access(p.C, input, 1, p, plan);
+  choose_access(p.grad_input, p.input_bytes(), plan.planes, p);
   if (pass == Pass::kGradients) p.slices = plan.tiles();
-  p.plan = plan;
 }
 
 }  // namespace dwconv2d

@@ -16,49 +16,50 @@ __device__ __forceinline__ T* at(const Planes& planes, int64_t batch, int64_t ch
          state * planes.state;
 }
 
-// The state fusion's 25 taps: squares of 3 x 3 at distances 1, 3 and 5 around a common centre.
+// The state fusion's 25 taps: squares of 3 x 3 with dilations 1, 3 and 5 around a common centre.
 struct FusionStencil {
   static constexpr int kReach = 5, kTaps = 25;
   static constexpr int kParts = 1, kPartRows = 7, kPartTaps = 25, kRowReach = 5;
 
   static constexpr int row(int a) { return a < 3 ? 2 * a - 5 : a == 3 ? 0 : 2 * a - 7; }
   static constexpr int columns(int a) { return a == 3 ? 7 : 3; }
-  static constexpr int column(int a, int b) { return a == 3 ? row(b) : (b - 1) * distance(row(a), 0); }
+  static constexpr int column(int a, int b) { return a == 3 ? row(b) : (b - 1) * dilation_of(row(a), 0); }
   static constexpr int tap(int a, int b) { return 3 * a + b + (a > 3 ? 4 : 0); }
   static constexpr int part_row(int) { return 0; }
 
-  static constexpr int distance(int row, int column) {
+  // The dilation of the kernel that has a tap at an offset; 0 for the centre, which all three have.
+  static constexpr int dilation_of(int row, int column) {
     const int y = row < 0 ? -row : row, x = column < 0 ? -column : column;
     return y > x ? y : x;
   }
-  // The place, in the kernel of this distance, of the tap in a row and column that `distance` divides.
-  static constexpr int place(int row, int column, int distance) {
-    return 3 * (row / distance + 1) + column / distance + 1;
+  // The index, in the kernel of this dilation, of the tap at an offset that the dilation divides.
+  static constexpr int kernel_index(int row, int column, int dilation) {
+    return 3 * (row / dilation + 1) + column / dilation + 1;
   }
 
   // The number of the tap at an offset.
   static constexpr int tap_at(int row, int column) {
     const int a = index(row);
-    return tap(a, a == 3 ? index(column) : column / distance(row, 0) + 1);
+    return tap(a, a == 3 ? index(column) : column / dilation_of(row, 0) + 1);
   }
   static constexpr int index(int offset) { return offset < 0 ? (offset + 5) / 2 : offset == 0 ? 3 : (offset + 7) / 2; }
 
   // The sum of alpha times the weight, over the kernels that have this tap.
   template <typename State>
   static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
-    const int y = row(a), x = column(a, b), own = distance(y, x);
+    const int y = row(a), x = column(a, b), own = dilation_of(y, x);
     State sum = 0;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-      const int step = 2 * k + 1;
-      if (own != 0 && own != step) continue;
-      const State* const kernel = static_cast<const State*>(p.kernels[k]) + int64_t(channel) * 9;
-      sum += static_cast<const State*>(p.alpha)[k] * kernel[place(y, x, step)];
+      const int dilation = 2 * k + 1;
+      if (own != 0 && own != dilation) continue;
+      const State* const kernel = static_cast<const State*>(p.weights[k]) + int64_t(channel) * 9;
+      sum += static_cast<const State*>(p.alpha)[k] * kernel[kernel_index(y, x, dilation)];
     }
     return sum;
   }
 
-  template <typename Input>
+  template <typename Activation>
   static __device__ __forceinline__ void load(const Params& p, int channel, int, float (&weights)[kPartTaps]) {
 #pragma unroll
     for (int a = 0; a < kPartRows; ++a) {
@@ -81,9 +82,10 @@ struct SquareStencil {
   static constexpr int tap(int a, int b) { return a * kSize + b; }
   static constexpr int part_row(int part) { return kWhole ? 0 : part - kReach; }
 
-  template <typename Input>
+  template <typename Activation>
   static __device__ __forceinline__ void load(const Params& p, int channel, int part, float (&weights)[kPartTaps]) {
-    const Input* const from = static_cast<const Input*>(p.kernels[0]) + int64_t(channel) * kTaps + part * kPartTaps;
+    const int64_t first = int64_t(channel) * kTaps + part * kPartTaps;
+    const Activation* const from = static_cast<const Activation*>(p.weights[0]) + first;
 #pragma unroll
     for (int tap = 0; tap < kPartTaps; ++tap) weights[tap] = widen(from[tap]);
   }
@@ -100,7 +102,7 @@ struct FusionTaps {
   }
   static __device__ __forceinline__ int tap(const Params&, int a, int b) { return FusionStencil::tap(a, b); }
 
-  template <typename State, typename Input>
+  template <typename State, typename Activation>
   static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
     return FusionStencil::weight<State>(p, channel, a, b);
   }
@@ -116,9 +118,9 @@ struct ConvTaps {
   static __device__ __forceinline__ int row_of(const Params& p, int tap) { return tap / p.kernel_width; }
   static __device__ __forceinline__ int tap(const Params& p, int a, int b) { return a * p.kernel_width + b; }
 
-  template <typename State, typename Input>
+  template <typename State, typename Activation>
   static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
-    return widen(static_cast<const Input*>(p.kernels[0])[int64_t(channel) * p.taps() + tap(p, a, b)]);
+    return widen(static_cast<const Activation*>(p.weights[0])[int64_t(channel) * p.taps() + tap(p, a, b)]);
   }
 
  private:

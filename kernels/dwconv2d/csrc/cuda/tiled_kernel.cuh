@@ -23,7 +23,7 @@
 
 namespace dwconv2d {
 
-// ----- the places of a block and a thread
+// ----- the positions of a block and a thread
 
 struct Block {
   int batch, tile, row_tile, column_tile, channel_block;
@@ -42,30 +42,30 @@ struct Block {
   }
 };
 
-// The planes of one pass of a block.
+// The planes of one round of a block.
 struct Set {
   int channel, count;
 
-  __device__ __forceinline__ Set(const Params& p, const Block& block, int pass)
-      : channel((block.channel_block * p.plan.passes + pass) * p.plan.planes),
+  __device__ __forceinline__ Set(const Params& p, const Block& block, int round)
+      : channel((block.channel_block * p.plan.rounds + round) * p.plan.planes),
         count(min(p.plan.planes, p.channels - channel)) {}
 };
 
 struct Thread {
   int index;
-  Place place;
+  Position position;
   bool mine;        // whether it has a plane; if not, it reads the first one, and its results are not used
   int row, column;  // of its first output, in the tile
   int output;       // index of its first output in a dense tile of the set
 
   // Opaque, because computing these numbers again is cheaper than keeping them in registers.
   __device__ __forceinline__ Thread(const Plan& plan, const Set& set)
-      : index(opaque(threadIdx.x)), place(plan.place(index)) {
-    mine = index < plan.planes * plan.threads_per_plane && place.plane < set.count;
-    if (!mine) place.plane = 0;
-    row = plan.rows.first(place.strip);
-    column = plan.columns.first(place.group);
-    output = place.plane * plan.outputs() + row * plan.columns.tile + column;
+      : index(opaque(threadIdx.x)), position(plan.position(index)) {
+    mine = index < plan.planes * plan.threads_per_plane && position.plane < set.count;
+    if (!mine) position.plane = 0;
+    row = plan.rows.first(position.row_unit);
+    column = plan.columns.first(position.column_unit);
+    output = position.plane * plan.outputs() + row * plan.columns.tile + column;
   }
 };
 
@@ -75,11 +75,11 @@ struct Region {
 
   __device__ __forceinline__ Region(const Params& p, const Block& block) {
     const Plan& plan = p.plan;
-    const int mask = ~(plan.unit - 1);
+    const int mask = ~(plan.alignment - 1);
     top = max(block.row - plan.reach, -plan.frame);
     left = max(block.column - plan.reach, -plan.frame) & mask;
     bottom = min(block.row + plan.rows.tile + plan.reach, p.height);
-    right = min((block.column + plan.columns.tile + plan.reach + plan.unit - 1) & mask, p.width);
+    right = min((block.column + plan.columns.tile + plan.reach + plan.alignment - 1) & mask, p.width);
   }
 };
 
@@ -121,15 +121,15 @@ struct Walk {
   }
 };
 
-// Moves one unit to or from global memory. A move from global memory is complete after `wait_for_copies`.
+// Moves kWidth elements to or from global memory. A move from global memory is complete after `wait_for_copies`.
 template <int kWidth, bool kStore, typename T>
-__device__ __forceinline__ void move_unit(T* shared, T* global) {
-  using Unit = Pack<T, kWidth>;
+__device__ __forceinline__ void move_packed(T* shared, T* global) {
+  using Packed = Pack<T, kWidth>;
   if constexpr (kStore) {
-    *reinterpret_cast<Unit*>(global) = *reinterpret_cast<const Unit*>(shared);
-  } else if constexpr (sizeof(Unit) == 16) {
+    *reinterpret_cast<Packed*>(global) = *reinterpret_cast<const Packed*>(shared);
+  } else if constexpr (sizeof(Packed) == 16) {
     copy_16_bytes_async(shared, global);
-  } else if constexpr (sizeof(Unit) == 4) {
+  } else if constexpr (sizeof(Packed) == 4) {
     copy_4_bytes_async(shared, global);
   } else {
     *shared = *global;
@@ -145,25 +145,25 @@ __device__ __forceinline__ void move_box(T* shared, Pitch inside, T* global, Pit
   if (box.planes == 1 && box.rows == 1) {
 #pragma unroll 4
     for (int i = threadIdx.x * kWidth; i < box.columns; i += blockDim.x * kWidth) {
-      move_unit<kWidth, kStore>(shared + i, global + i);
+      move_packed<kWidth, kStore>(shared + i, global + i);
     }
     return;
   }
 #pragma unroll 1
   for (Walk walk({box.planes, box.rows, box.columns / kWidth}); !walk.done(); walk.next()) {
     const int column = walk.column * kWidth;
-    move_unit<kWidth, kStore>(shared + int(walk.plane * inside.plane + walk.row * inside.row) + column,
+    move_packed<kWidth, kStore>(shared + int(walk.plane * inside.plane + walk.row * inside.row) + column,
                               global + walk.plane * outside.plane + walk.row * outside.row + column);
   }
 }
 
 template <bool kStore, typename T>
 __device__ __forceinline__ void move_box(
-    T* shared, Pitch inside, T* global, Pitch outside, const Box& box, int width) {
+    T* shared, Pitch inside, T* global, Pitch outside, const Box& box, int move) {
   constexpr int kWide = 16 / sizeof(T), kWord = 4 / sizeof(T);
-  if (width == kWide) {
+  if (move == kWide) {
     move_box<kWide, kStore>(shared, inside, global, outside, box);
-  } else if (width == kWord) {
+  } else if (move == kWord) {
     move_box<kWord, kStore>(shared, inside, global, outside, box);
   } else {
     move_box<1, kStore>(shared, inside, global, outside, box);
@@ -178,11 +178,11 @@ __device__ __forceinline__ void move_tile(
   if (planes.run == Run::kRow) {
     const Box box{count, plan.rows.tile, plan.columns.tile};
     T* const from = global + int64_t(block.row) * p.width + block.column;
-    move_box<kStore>(shared, {plan.columns.tile, pitch}, from, {p.width, planes.channel}, box, planes.width);
+    move_box<kStore>(shared, {plan.columns.tile, pitch}, from, {p.width, planes.channel}, box, planes.move);
   } else {
     const int pixels = plan.outputs();  // the tile is the plane
     const Box box = planes.run == Run::kPlanes ? Box{1, 1, count * pixels} : Box{count, 1, pixels};
-    move_box<kStore>(shared, {0, pitch}, global, {0, planes.channel}, box, planes.width);
+    move_box<kStore>(shared, {0, pitch}, global, {0, planes.channel}, box, planes.move);
   }
 }
 
@@ -201,19 +201,19 @@ __device__ __forceinline__ void store_tile(
 
 // Fills the memory of the convolved planes with zeros. The frame keeps them.
 __device__ __forceinline__ void fill_with_zeros(const Plan& plan) {
-  using Unit = Pack<float, 4>;
-  Unit* const units = shared_at<Unit>(0);
+  using Packed = Pack<float, 4>;
+  Packed* const memory = shared_at<Packed>(plan.convolved);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < plan.grad / 16; i += blockDim.x) units[i] = Unit{};
+  for (int i = threadIdx.x; i < plan.grad / int(sizeof(Packed)); i += blockDim.x) memory[i] = Packed{};
   __syncthreads();
 }
 
 // Loads the input of a set of planes, with the tile's surroundings.
-template <typename Element>
+template <typename Input>
 __device__ __forceinline__ void load_input(const Params& p, const Block& block, const Set& set, int state) {
   const Plan& plan = p.plan;
-  Element* const shared = shared_at<Element>(0);
-  Element* const global = at<Element>(p.input, block.batch, set.channel, state);
+  Input* const shared = shared_at<Input>(plan.convolved);
+  Input* const global = at<Input>(p.input, block.batch, set.channel, state);
   if (p.input.run != Run::kRow) {
     move_tile<false>(p, block, p.input, global, shared, set.count, plan.plane_pitch);
     return;
@@ -223,7 +223,7 @@ __device__ __forceinline__ void load_input(const Params& p, const Block& block, 
   const int row = max(region.top, 0), column = max(region.left, 0);
   const Box box{set.count, region.bottom - row, region.right - column};
   move_box<false>(shared + (row - region.top) * plan.pitch + column - region.left, {plan.pitch, plan.plane_pitch},
-                  global + int64_t(row) * p.width + column, {p.width, p.input.channel}, box, p.input.width);
+                  global + int64_t(row) * p.width + column, {p.width, p.input.channel}, box, p.input.move);
 }
 
 // ----- between shared memory and registers
@@ -246,7 +246,7 @@ class Window {
     bottom = !p.zeros && row == p.height - kUnit;
     left = !p.zeros && column == 0;
     right = !p.zeros && column == p.width - kUnit;
-    const int zero = me.place.plane * plan.plane_pitch - region.left, last = p.width - 1 + plan.frame;
+    const int zero = me.position.plane * plan.plane_pitch - region.left, last = p.width - 1 + plan.frame;
     own_ = (zero + column) * int(sizeof(T));
 #pragma unroll
     for (int k = 0; k < kReach; ++k) {
@@ -364,23 +364,23 @@ __device__ __forceinline__ void fold_rows(const Window<T, Stencil::kReach>& wind
 }
 
 // The weights of a thread's channel. For the adjoint, they are mirrored about the centre.
-template <typename Stencil, typename Input, bool kMirrored>
+template <typename Stencil, typename Activation, bool kMirrored>
 struct Weights {
   static constexpr int kTaps = Stencil::kPartTaps;
   float values[kTaps];
 
   __device__ __forceinline__ void load(const Params& p, int channel, int part) {
     float inside[kTaps];
-    Stencil::template load<Input>(p, channel, kMirrored ? Stencil::kParts - 1 - part : part, inside);
+    Stencil::template load<Activation>(p, channel, kMirrored ? Stencil::kParts - 1 - part : part, inside);
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) values[tap] = inside[kMirrored ? kTaps - 1 - tap : tap];
   }
 };
 
 // sums += the convolution of the thread's window, or its adjoint. `weights` are those of the first part.
-template <typename Stencil, bool kAdjoint, typename Input, typename T>
+template <typename Stencil, bool kAdjoint, typename Activation, typename T>
 __device__ __forceinline__ void convolve(const Params& p, int channel, const Window<T, Stencil::kReach>& window,
-                                         Weights<Stencil, Input, kAdjoint> weights, Square& sums) {
+                                         Weights<Stencil, Activation, kAdjoint> weights, Square& sums) {
 #pragma unroll 1
   for (int part = 0; part < Stencil::kParts; ++part) {
     if (part > 0) weights.load(p, channel, part);
@@ -431,22 +431,22 @@ __device__ __forceinline__ void for_each_output(const Plan& plan, Function funct
 // ----- forward
 
 // The result of the convolution plus a bias, or of the output equation y = sum_n C_n h'_n + D x.
-template <typename Stencil, typename Element, typename Input, bool kOutput>
+template <typename Stencil, typename Input, typename Activation, bool kOutput>
 __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) {
   const Plan& plan = p.plan;
   const Block block(p);
   const Set set(p, block, 0);
   const Thread me(plan, set);
-  const int channel = set.channel + me.place.plane;
-  Input* const x_tile = shared_at<Input>(plan.x);
-  Input* const C_tile = shared_at<Input>(plan.C);
+  const int channel = set.channel + me.position.plane;
+  Activation* const x_tile = shared_at<Activation>(plan.x);
+  Activation* const C_tile = shared_at<Activation>(plan.C);
 
-  Weights<Stencil, Input, false> weights;
+  Weights<Stencil, Activation, false> weights;
   weights.load(p, channel, 0);
-  const float bias = p.bias ? widen(static_cast<const Input*>(p.bias)[channel]) : 0.0f;
+  const float bias = p.bias ? widen(static_cast<const Activation*>(p.bias)[channel]) : 0.0f;
 #pragma unroll 1
   for (int n = 0; n < p.states; ++n) {
-    load_input<Element>(p, block, set, n);
+    load_input<Input>(p, block, set, n);
     if constexpr (kOutput) {
       load_tile(p, block, p.C, 0, 1, n, C_tile);
       if (n == 0) load_tile(p, block, p.x, set.channel, set.count, 0, x_tile);
@@ -455,12 +455,12 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
     __syncthreads();
     Square sums;
     for_each_output(plan, [&](int i, int j, int) { sums[i][j] = bias; });
-    convolve<Stencil, false>(p, channel, Window<Element, Stencil::kReach>(p, block, me), weights, sums);
+    convolve<Stencil, false>(p, channel, Window<Input, Stencil::kReach>(p, block, me), weights, sums);
 
-    Input* const result = kOutput ? x_tile + me.output : shared_at<Input>(0) + me.output;
+    Activation* const result = kOutput ? x_tile + me.output : shared_at<Activation>(plan.results) + me.output;
     const bool last = n + 1 == p.states;
     if constexpr (kOutput) {
-      const Input* const C = C_tile + me.row * plan.columns.tile + me.column;
+      const Activation* const C = C_tile + me.row * plan.columns.tile + me.column;
       float* const before = shared_at<float>(plan.sums) + me.index * kUnit * kUnit;  // the thread's sums over states
       const float D = static_cast<const float*>(p.D)[channel];
       for_each_output(plan, [&](int i, int j, int k) { sums[i][j] *= widen(C[k]); });
@@ -475,7 +475,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
     if (kOutput && !last) continue;
     if (me.mine) for_each_output(plan, [&](int i, int j, int k) { narrow(sums[i][j], result[k]); });
     __syncthreads();
-    store_tile(p, block, p.result, set, kOutput ? 0 : n, kOutput ? x_tile : shared_at<Input>(0));
+    store_tile(p, block, p.result, set, kOutput ? 0 : n, kOutput ? x_tile : shared_at<Activation>(plan.results));
     if (!last) __syncthreads();
   }
 }
@@ -484,69 +484,70 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
 
 // Loads the gradient of the convolution's result, with zeros around it: `grad`, or grad C_n for the output equation.
 // For the latter, it also writes x's gradient, D grad.
-template <int kWidth, typename Input, bool kOutput>
+template <int kWidth, typename Activation, bool kOutput>
 __device__ __forceinline__ void load_grad(const Params& p, const Block& block, const Set& set, int state) {
-  using Unit = Pack<Input, kWidth>;
+  using Packed = Pack<Activation, kWidth>;
   const Plan& plan = p.plan;
   const Region region(p, block);
   const int top = max(region.top, 0), left = max(region.left, 0);
   const Box box{set.count, region.bottom - top, (region.right - left) / kWidth};
-  const Input* const grad = at<Input>(p.grad, block.batch, set.channel, kOutput ? 0 : state);
+  const Activation* const grad = at<Activation>(p.grad, block.batch, set.channel, kOutput ? 0 : state);
 #pragma unroll 1
   for (Walk walk(box); !walk.done(); walk.next()) {
     const int row = top + walk.row, column = left + walk.column * kWidth;
     const int64_t pixel = int64_t(row) * p.width + column;
-    const Unit unit = *reinterpret_cast<const Unit*>(grad + walk.plane * p.grad.channel + pixel);
+    const Packed packed = *reinterpret_cast<const Packed*>(grad + walk.plane * p.grad.channel + pixel);
     float values[kWidth];
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) values[k] = widen(unit.values[k]);
+    for (int k = 0; k < kWidth; ++k) values[k] = widen(packed.values[k]);
     if constexpr (kOutput) {
       const bool inside = block.row <= row && row < block.row + plan.rows.tile && block.column <= column &&
                           column < block.column + plan.columns.tile;
       if (state == 0 && inside) {
         const int channel = set.channel + walk.plane;
         const float D = static_cast<const float*>(p.D)[channel];
-        Unit grad_x;
+        Packed grad_x;
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) narrow(D * values[k], grad_x.values[k]);
-        *reinterpret_cast<Unit*>(at<Input>(p.grad_x, block.batch, channel, 0) + pixel) = grad_x;
+        *reinterpret_cast<Packed*>(at<Activation>(p.grad_x, block.batch, channel, 0) + pixel) = grad_x;
       }
-      const Unit C = *reinterpret_cast<const Unit*>(at<Input>(p.C, block.batch, 0, state) + pixel);
+      const Packed C = *reinterpret_cast<const Packed*>(at<Activation>(p.C, block.batch, 0, state) + pixel);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) values[k] *= widen(C.values[k]);
     }
-    float* const to = shared_at<float>(0) + walk.plane * plan.plane_pitch +
+    float* const to = shared_at<float>(plan.convolved) + walk.plane * plan.plane_pitch +
                       (row - region.top) * plan.pitch + column - region.left;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) to[k] = values[k];
   }
 }
 
-// The same for whole planes that are one run of memory. It reads units of 16 bytes, wherever rows and planes begin.
-template <typename Input, bool kOutput>
+// The same for whole planes that are one run of memory. It reads 16 bytes at once, wherever rows and planes begin.
+template <typename Activation, bool kOutput>
 __device__ __forceinline__ void load_grad_run(const Params& p, const Block& block, const Set& set, int state) {
-  constexpr int kWidth = 16 / sizeof(Input);
-  using Unit = Pack<Input, kWidth>;
+  constexpr int kWidth = 16 / sizeof(Activation);
+  using Packed = Pack<Activation, kWidth>;
   const Plan& plan = p.plan;
   const int pixels = plan.outputs(), width = plan.columns.tile;
-  const Input* const grad = at<Input>(p.grad, block.batch, set.channel, kOutput ? 0 : state);
-  const Input* const C = kOutput ? at<Input>(p.C, block.batch, 0, state) : nullptr;
-  Input* const grad_x = kOutput ? at<Input>(p.grad_x, block.batch, set.channel, 0) : nullptr;
+  const Activation* const grad = at<Activation>(p.grad, block.batch, set.channel, kOutput ? 0 : state);
+  const Activation* const C = kOutput ? at<Activation>(p.C, block.batch, 0, state) : nullptr;
+  Activation* const grad_x = kOutput ? at<Activation>(p.grad_x, block.batch, set.channel, 0) : nullptr;
   const float* const D = kOutput ? static_cast<const float*>(p.D) + set.channel : nullptr;
 #pragma unroll 2
   for (int i = threadIdx.x * kWidth; i < set.count * pixels; i += blockDim.x * kWidth) {
-    const Unit unit = *reinterpret_cast<const Unit*>(grad + i);
+    const Packed packed = *reinterpret_cast<const Packed*>(grad + i);
     int plane = plan.by_outputs.divide(i), pixel = i - plane * pixels;
     int row = plan.by_columns.divide(pixel), column = pixel - row * width;
-    Unit scaled;
+    Packed scaled;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      float value = widen(unit.values[k]);
+      float value = widen(packed.values[k]);
       if constexpr (kOutput) {
         narrow(D[plane] * value, scaled.values[k]);
         value *= widen(C[pixel]);
       }
-      shared_at<float>(0)[plane * plan.plane_pitch + (row + plan.frame) * plan.pitch + column + plan.frame] = value;
+      const int pixel_of_frame = (row + plan.frame) * plan.pitch + column + plan.frame;
+      shared_at<float>(plan.convolved)[plane * plan.plane_pitch + pixel_of_frame] = value;
       ++pixel;
       if (++column == width) {
         column = 0;
@@ -554,41 +555,41 @@ __device__ __forceinline__ void load_grad_run(const Params& p, const Block& bloc
       }
       if (pixel == pixels) {
         pixel = row = 0;
-        if (plane + 1 < set.count) ++plane;  // otherwise the unit ends here
+        if (plane + 1 < set.count) ++plane;  // otherwise the pack ends here
       }
     }
     if constexpr (kOutput) {
-      if (state == 0) *reinterpret_cast<Unit*>(grad_x + i) = scaled;
+      if (state == 0) *reinterpret_cast<Packed*>(grad_x + i) = scaled;
     }
   }
 }
 
 // Computes the gradient of the input, and for the output equation that of x.
-template <typename Stencil, typename Element, typename Input, bool kOutput>
+template <typename Stencil, typename Input, typename Activation, bool kOutput>
 __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) {
-  constexpr int kWide = 16 / sizeof(Input), kWord = 4 / sizeof(Input);
+  constexpr int kWide = 16 / sizeof(Activation), kWord = 4 / sizeof(Activation);
   const Plan& plan = p.plan;
   const Block block(p);
   const Set set(p, block, 0);
-  Element* const results = shared_at<Element>(0);
+  Input* const results = shared_at<Input>(plan.results);
 
 #pragma unroll 1
   for (int n = 0; n < p.states; ++n) {
     fill_with_zeros(plan);
     if (p.grad.run == Run::kPlanes) {
-      load_grad_run<Input, kOutput>(p, block, set, n);
-    } else if (p.grad.width == kWide) {
-      load_grad<kWide, Input, kOutput>(p, block, set, n);
-    } else if (p.grad.width == kWord) {
-      load_grad<kWord, Input, kOutput>(p, block, set, n);
+      load_grad_run<Activation, kOutput>(p, block, set, n);
+    } else if (p.grad.move == kWide) {
+      load_grad<kWide, Activation, kOutput>(p, block, set, n);
+    } else if (p.grad.move == kWord) {
+      load_grad<kWord, Activation, kOutput>(p, block, set, n);
     } else {
-      load_grad<1, Input, kOutput>(p, block, set, n);
+      load_grad<1, Activation, kOutput>(p, block, set, n);
     }
     Square sums = {};
     {
       const Thread me(plan, set);
-      const int channel = set.channel + me.place.plane;
-      Weights<Stencil, Input, true> weights;
+      const int channel = set.channel + me.position.plane;
+      Weights<Stencil, Activation, true> weights;
       weights.load(p, channel, 0);
       __syncthreads();
       convolve<Stencil, true>(p, channel, Window<float, Stencil::kReach>(p, block, me), weights, sums);
@@ -610,42 +611,42 @@ __device__ __forceinline__ void sum_parts(const Plan& plan, const float* parts, 
   const int lane = threadIdx.x % lanes, sums = planes * kNumbers;
 #pragma unroll 1
   for (int first = 0; first < sums; first += blockDim.x / lanes) {
-    const int place = first + threadIdx.x / lanes, plane = place / kNumbers, number = place - plane * kNumbers;
+    const int index = first + threadIdx.x / lanes, plane = index / kNumbers, number = index - plane * kNumbers;
     float sum = 0;
-    if (place < sums) {
+    if (index < sums) {
       const float* const from = parts + number * plan.threads + plane * plan.threads_per_plane;
 #pragma unroll 1
       for (int i = lane; i < plan.threads_per_plane; i += lanes) sum += from[i];
     }
 #pragma unroll 1
     for (int distance = lanes / 2; distance > 0; distance /= 2) sum += shuffle<false>(sum, distance);
-    if (lane == 0 && place < sums) store(plane, number, sum);
+    if (lane == 0 && index < sums) store(plane, number, sum);
   }
 }
 
-// A block's terms of C's gradient: sums of the planes' tiles of `products`, over planes and passes.
+// A block's partial sums of C's gradient: the sum of the planes' tiles of `products`, over planes and rounds.
 template <int kWidth>
 __device__ __forceinline__ void sum_planes(const Params& p, const Block& block, const float* products, int planes,
-                                           int state, bool first_pass, bool last_pass) {
-  using Unit = Pack<float, kWidth>;
+                                           int state, bool first_round, bool last_round) {
+  using Packed = Pack<float, kWidth>;
   const Plan& plan = p.plan;
-  const int64_t term = int64_t(block.batch) * plan.channel_blocks + block.channel_block;
-  float* const to = static_cast<float*>(p.terms_C) + (term * p.states + state) * p.pixels();
+  const int64_t partial = int64_t(block.batch) * plan.channel_blocks + block.channel_block;
+  float* const to = static_cast<float*>(p.partials_C) + (partial * p.states + state) * p.pixels();
   float* const before = shared_at<float>(plan.sums);
 #pragma unroll 1
   for (int k = threadIdx.x * kWidth; k < plan.outputs(); k += blockDim.x * kWidth) {
-    Unit sum = {};
-    if (!first_pass) sum = *reinterpret_cast<const Unit*>(before + k);
+    Packed sum = {};
+    if (!first_round) sum = *reinterpret_cast<const Packed*>(before + k);
 #pragma unroll 1
     for (int plane = 0; plane < planes; ++plane) {
-      const Unit product = *reinterpret_cast<const Unit*>(products + plane * plan.outputs() + k);
+      const Packed product = *reinterpret_cast<const Packed*>(products + plane * plan.outputs() + k);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) sum.values[i] += product.values[i];
     }
-    if (!last_pass) {
-      *reinterpret_cast<Unit*>(before + k) = sum;
+    if (!last_round) {
+      *reinterpret_cast<Packed*>(before + k) = sum;
     } else if (plan.tiles() == 1) {
-      *reinterpret_cast<Unit*>(to + k) = sum;
+      *reinterpret_cast<Packed*>(to + k) = sum;
     } else if constexpr (kWidth == 1) {
       const int row = k / plan.columns.tile, column = k - row * plan.columns.tile;
       to[int64_t(block.row + row) * p.width + block.column + column] = sum.values[0];
@@ -654,95 +655,112 @@ __device__ __forceinline__ void sum_planes(const Params& p, const Block& block, 
 }
 
 __device__ __forceinline__ void sum_planes(const Params& p, const Block& block, const float* products, int planes,
-                                           int state, bool first_pass, bool last_pass) {
+                                           int state, bool first_round, bool last_round) {
   if (p.plan.tiles() == 1 && p.plan.outputs() % 4 == 0) {
-    sum_planes<4>(p, block, products, planes, state, first_pass, last_pass);
+    sum_planes<4>(p, block, products, planes, state, first_round, last_round);
   } else {
-    sum_planes<1>(p, block, products, planes, state, first_pass, last_pass);
+    sum_planes<1>(p, block, products, planes, state, first_round, last_round);
   }
 }
 
-// Computes terms of the gradients of the taps, of D or the bias, and of C.
-template <typename Stencil, typename Element, typename Input, bool kOutput>
-__global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p) {
+// Reads the gradient of the convolution's result for a thread's outputs, and adds to the gradient of D or the bias.
+// Outputs that are in two tiles or units count once.
+template <bool kOutput, typename Activation>
+__device__ __forceinline__ void read_grad(const Params& p, const Block& block, const Thread& me, int state,
+                                          const Activation* grad_tile, Square& grad, float& D_or_bias) {
+  const Plan& plan = p.plan;
+  const Activation* const my_grad = grad_tile + me.output;
+  const Activation* const x = shared_at<Activation>(plan.x) + me.output;
+  const Activation* const C = shared_at<Activation>(plan.C) + me.row * plan.columns.tile + me.column;
+  const int skip_rows = plan.rows.owned(opaque(block.row_tile), me.position.row_unit) - block.row - me.row;
+  const int skip_columns =
+      plan.columns.owned(opaque(block.column_tile), me.position.column_unit) - block.column - me.column;
+  for_each_output(plan, [&](int i, int j, int k) {
+    grad[i][j] = i >= skip_rows && j >= skip_columns ? widen(my_grad[k]) : 0.0f;
+    if (state == 0) D_or_bias += kOutput ? grad[i][j] * widen(x[k]) : grad[i][j];
+    if constexpr (kOutput) grad[i][j] *= widen(C[k]);
+  });
+}
+
+// Sums what the threads of each plane have for the gradients of a part's taps, and of D or the bias, and stores these
+// partial sums. Sets `taps` to 0 for the next part.
+template <typename Stencil>
+__device__ __forceinline__ void store_partials(const Params& p, const Block& block, const Set& set, const Thread& me,
+                                               int part, float (&taps)[Stencil::kPartTaps], float D_or_bias) {
   constexpr int kPartTaps = Stencil::kPartTaps;
   const Plan& plan = p.plan;
-  const Block block(p);
-  Input* const grad_tile = shared_at<Input>(plan.grad);
-  Input* const x_tile = shared_at<Input>(plan.x);
-  Input* const C_tile = shared_at<Input>(plan.C);
-  float* const products = shared_at<float>(0);
   float* const parts = shared_at<float>(plan.parts);
+#pragma unroll
+  for (int tap = 0; tap < kPartTaps; ++tap) {
+    parts[tap * plan.threads + me.index] = taps[tap];
+    taps[tap] = 0;
+  }
+  parts[kPartTaps * plan.threads + me.index] = D_or_bias;
+  __syncthreads();
+  sum_parts<kPartTaps + 1>(plan, parts, set.count, [&](int plane, int number, float sum) {
+    const int64_t slice = int64_t(opaque(block.batch)) * p.slices + block.tile;
+    const int64_t row = slice * p.channels + set.channel + plane;
+    if (number < kPartTaps) {
+      static_cast<float*>(p.partials_taps)[row * Stencil::kTaps + part * kPartTaps + number] = sum;
+    } else if (p.partials_D_or_bias && part == 0) {
+      static_cast<float*>(p.partials_D_or_bias)[row] = sum;
+    }
+  });
+}
+
+// Computes partial sums of the gradients of the taps, of D or the bias, and of C.
+template <typename Stencil, typename Input, typename Activation, bool kOutput>
+__global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p) {
+  const Plan& plan = p.plan;
+  const Block block(p);
+  Activation* const grad_tile = shared_at<Activation>(plan.grad);
 
 #pragma unroll 1
-  for (int pass = 0; pass < plan.passes; ++pass) {
-    const Set set(p, block, pass);
+  for (int round = 0; round < plan.rounds; ++round) {
+    const Set set(p, block, round);
     if (set.count <= 0) break;
-    const bool last_pass = pass + 1 == plan.passes || set.channel + set.count == p.channels;
+    const bool last_round = round + 1 == plan.rounds || set.channel + set.count == p.channels;
     const Thread me(plan, set);
-    const int channel = set.channel + me.place.plane;
-    const Input* const my_grad = grad_tile + me.output;
-    float taps[kPartTaps] = {}, other = 0;
+    const int channel = set.channel + me.position.plane;
+    float taps[Stencil::kPartTaps] = {}, D_or_bias = 0;
 
 #pragma unroll 1
     for (int n = 0; n < p.states; ++n) {
-      load_input<Element>(p, block, set, n);
+      load_input<Input>(p, block, set, n);
       if (!kOutput || n == 0) load_tile(p, block, p.grad, set.channel, set.count, n, grad_tile);
       if constexpr (kOutput) {
-        if (n == 0) load_tile(p, block, p.x, set.channel, set.count, 0, x_tile);
-        if (p.states > 1 || pass == 0) load_tile(p, block, p.C, 0, 1, n, C_tile);
+        if (n == 0) load_tile(p, block, p.x, set.channel, set.count, 0, shared_at<Activation>(plan.x));
+        if (p.states > 1 || round == 0) load_tile(p, block, p.C, 0, 1, n, shared_at<Activation>(plan.C));
       }
       wait_for_copies();
       __syncthreads();
 
-      // Outputs that are in two tiles or units count once.
-      const int other_rows = plan.rows.owned(opaque(block.row_tile), me.place.strip) - block.row - me.row;
-      const int other_columns =
-          plan.columns.owned(opaque(block.column_tile), me.place.group) - block.column - me.column;
       Square grad;
-      for_each_output(plan, [&](int i, int j, int k) {
-        grad[i][j] = i >= other_rows && j >= other_columns ? widen(my_grad[k]) : 0.0f;
-        if (n == 0) other += kOutput ? grad[i][j] * widen(x_tile[me.output + k]) : grad[i][j];
-        if constexpr (kOutput) grad[i][j] *= widen(C_tile[me.row * plan.columns.tile + me.column + k]);
-      });
-      const Window<Element, Stencil::kReach> window(p, block, me);
+      read_grad<kOutput>(p, block, me, n, grad_tile, grad, D_or_bias);
+      const Window<Input, Stencil::kReach> window(p, block, me);
 #pragma unroll 1
       for (int part = 0; part < Stencil::kParts; ++part) {
         correlate<Stencil>(window, Stencil::part_row(part), grad, taps);
         if (n + 1 < p.states) continue;  // then there is only one part
-        if (kOutput) __syncthreads();    // x has been read
-#pragma unroll
-        for (int tap = 0; tap < kPartTaps; ++tap) {
-          parts[tap * plan.threads + me.index] = taps[tap];
-          taps[tap] = 0;
-        }
-        parts[kPartTaps * plan.threads + me.index] = other;
-        __syncthreads();
-        sum_parts<kPartTaps + 1>(plan, parts, set.count, [&](int plane, int number, float sum) {
-          const int64_t slice = int64_t(opaque(block.batch)) * p.slices + block.tile;
-          const int64_t place = slice * p.channels + set.channel + plane;
-          if (number < kPartTaps) {
-            static_cast<float*>(p.terms_taps)[place * Stencil::kTaps + part * kPartTaps + number] = sum;
-          } else if (p.terms_other && part == 0) {
-            static_cast<float*>(p.terms_other)[place] = sum;
-          }
-        });
+        if (kOutput) __syncthreads();    // x has been read, so the parts may replace it
+        store_partials<Stencil>(p, block, set, me, part, taps, D_or_bias);
         if (part + 1 < Stencil::kParts) __syncthreads();
       }
 
       if constexpr (kOutput) {
-        Weights<Stencil, Input, false> weights;
+        float* const products = shared_at<float>(plan.products);
+        Weights<Stencil, Activation, false> weights;
         weights.load(p, opaque(channel), 0);
         Square fused = {};
         convolve<Stencil, false>(p, channel, window.again(), weights, fused);
         __syncthreads();
         if (me.mine) {
           for_each_output(plan, [&](int i, int j, int k) {
-            products[me.output + k] = fused[i][j] * widen(my_grad[k]);
+            products[me.output + k] = fused[i][j] * widen(grad_tile[me.output + k]);
           });
         }
         __syncthreads();
-        sum_planes(p, block, products, set.count, n, pass == 0, last_pass);
+        sum_planes(p, block, products, set.count, n, round == 0, last_round);
       }
       __syncthreads();
     }

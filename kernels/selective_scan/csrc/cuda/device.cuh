@@ -1,4 +1,6 @@
 // GPU functions that C++ does not have. tests/kernels/cuda_emulation has functions of the same names for a host.
+//
+// selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -20,15 +20,15 @@ struct View {
 
 // A row is one channel of one image. A block works on `rows` rows of one (image, group). `threads_per_row` threads hold
 // a row, with `items` consecutive tokens each; a block processes longer rows in `chunks`. A block may process several
-// such sets of rows, in `passes`.
+// such sets of rows, in `rounds`.
 struct Plan {
-  int items = 0, rows = 0, threads_per_row = 0, threads = 0, passes = 1, channels_per_group = 0;
+  int items = 0, rows = 0, threads_per_row = 0, threads = 0, rounds = 1, channels_per_group = 0;
   int sets = 0, row_blocks = 0;  // sets of rows, and blocks, per (image, group)
   int chunks = 1;
   bool flat = false;  // every tile of u, delta, grad and the outputs is one run of memory in units of 16 bytes
   Divisor by_threads_per_row, by_row_blocks, by_groups;
 
-  constexpr int chunk() const { return threads_per_row * items; }
+  constexpr int chunk_tokens() const { return threads_per_row * items; }
 };
 
 struct Params {
@@ -38,13 +38,14 @@ struct Params {
   View u, delta, A, B, bias, grad;  // bias.data is null without a bias, grad.data in the forward pass
   // Forward: the states (B, D, N, L), or null if only `boundaries` are wanted.
   void* h = nullptr;
-  // The state that enters each chunk (B, D, N, chunks), if a row of the backward pass has several chunks.
+  // (B, D, N, chunks), if a row of the backward pass has several chunks. Slot c has the h that enters chunk c. After
+  // the backward pass has visited chunk c, it has the mu that leaves it to the left. Slot 0 is not used.
   void* boundaries = nullptr;
   void *grad_u = nullptr, *grad_delta = nullptr;  // (B, D, L)
-  // Terms of the other gradients, still to be summed over images or row blocks.
-  void* terms_A = nullptr;     // (B, D, N)
-  void* terms_bias = nullptr;  // (B, D)
-  void* terms_B = nullptr;     // (B, G, row_blocks, N, L)
+  // Partial sums of the other gradients, still to be summed over images or row blocks.
+  void* partials_A = nullptr;     // (B, D, N)
+  void* partials_bias = nullptr;  // (B, D)
+  void* partials_B = nullptr;     // (B, G, row_blocks, N, L)
   Plan plan;
 
   int64_t blocks() const { return batch * groups * plan.row_blocks; }
@@ -52,6 +53,9 @@ struct Params {
 
 constexpr int kMaxThreads = 224;
 constexpr int kManyItems = 14, kFewItems = 7;  // 3136 = 224 * 14, 784 = 56 * 14, 196 = 14 * 14, 49 = 7 * 7
+
+// Whether a kernel is for one state alone. Only a kernel of few items, not flat, takes several.
+constexpr bool one_state_kernel(int items, bool flat) { return items == kManyItems || flat; }
 
 // 14 items leave no registers for a loop over states, and neither do items of double precision.
 inline int best_items(const Params& p, Dtype dtype) {
@@ -82,15 +86,15 @@ inline int best_rows(int threads_per_row, int channels, int multiple) {
 }
 
 // A power of two, at most `most`, and so small that there are enough blocks for the largest GPUs.
-inline int best_passes(const Params& p, const Plan& plan, int most) {
-  int passes = 1;
-  while (2 * passes <= std::min(most, plan.sets) && p.batch * p.groups * plan.sets >= 2048 * passes) passes *= 2;
-  return passes;
+inline int best_rounds(const Params& p, const Plan& plan, int most) {
+  int rounds = 1;
+  while (2 * rounds <= std::min(most, plan.sets) && p.batch * p.groups * plan.sets >= 2048 * rounds) rounds *= 2;
+  return rounds;
 }
 
-inline void set_passes(Plan& plan, int passes) {
-  plan.passes = passes;
-  plan.row_blocks = ceil_div(plan.sets, passes);
+inline void set_rounds(Plan& plan, int rounds) {
+  plan.rounds = rounds;
+  plan.row_blocks = ceil_div(plan.sets, rounds);
   plan.by_row_blocks = Divisor(plan.row_blocks);
 }
 
@@ -103,8 +107,8 @@ inline bool starts_at_units(const View& view, int unit, int64_t channels) {
 inline bool is_flat(const Params& p, const Plan& plan, Dtype dtype) {
   const int unit = 16 / size_of(dtype);
   const bool one_row = plan.rows == 1;
-  const bool whole_row = p.length % unit == 0 && plan.chunk() % unit == 0;
-  const bool whole_set = plan.chunk() == p.length && plan.channels_per_group % plan.rows == 0 &&
+  const bool whole_row = p.length % unit == 0 && plan.chunk_tokens() % unit == 0;
+  const bool whole_set = plan.chunk_tokens() == p.length && plan.channels_per_group % plan.rows == 0 &&
                          plan.rows * p.length % unit == 0;
   const auto fits = [&](const View& view) {
     return view.token == 1 && (one_row || view.channel == p.length) && starts_at_units(view, unit, plan.rows);
@@ -117,16 +121,17 @@ inline void choose_access(View& view, int size, int rows, int tokens, const Plan
   const int unit = 16 / size;
   view.along_rows = rows > 1 && view.channel < view.token;
   const int64_t channels = view.along_rows ? plan.channels_per_group : 1;
-  const int64_t chunk_step = plan.chunks > 1 ? plan.chunk() * view.token : 0;
+  const int64_t chunk_step = plan.chunks > 1 ? plan.chunk_tokens() * view.token : 0;
   const bool starts = starts_at_units(view, unit, channels) && chunk_step % unit == 0;
-  const bool along_tokens = view.token == 1 && (rows == 1 || plan.chunk() % unit == 0) && tokens >= unit;
-  const bool along_rows = view.channel == 1 && view.token % unit == 0 && rows % unit == 0 && channels % unit == 0;
-  view.wide = starts && (view.along_rows ? along_rows : along_tokens);
+  const bool wide_along_tokens = view.token == 1 && (rows == 1 || plan.chunk_tokens() % unit == 0) && tokens >= unit;
+  const bool wide_along_rows = view.channel == 1 && view.token % unit == 0 && rows % unit == 0 && channels % unit == 0;
+  view.wide = starts && (view.along_rows ? wide_along_rows : wide_along_tokens);
 }
 
 // Chooses p.plan and how p.u, p.delta, p.B and p.grad are loaded.
 inline void make_plan(Params& p, Dtype dtype, bool backward) {
-  Plan plan;
+  Plan& plan = p.plan;
+  plan = Plan();
   plan.channels_per_group = p.channels / p.groups;
   plan.items = best_items(p, dtype);
 
@@ -138,7 +143,7 @@ inline void make_plan(Params& p, Dtype dtype, bool backward) {
     // Chunks start at a multiple of 16 bytes if lanes along tokens load 16 bytes at once.
     const int whole = multiple > 1 ? 2 : 8;
     plan.threads_per_row = std::min(most_threads, ceil_div(plan.threads_per_row, whole) * whole);
-    plan.chunks = ceil_div(p.length, plan.chunk());
+    plan.chunks = ceil_div(p.length, plan.chunk_tokens());
     plan.rows = multiple;
   } else {
     plan.rows = best_rows(plan.threads_per_row, plan.channels_per_group, multiple);
@@ -146,22 +151,21 @@ inline void make_plan(Params& p, Dtype dtype, bool backward) {
   plan.threads = ceil_div(plan.rows * plan.threads_per_row, kWarp) * kWarp;
   plan.sets = ceil_div(plan.channels_per_group, plan.rows);
   plan.flat = is_flat(p, plan, dtype);
-  const bool one_state_kernel = plan.items == kManyItems || plan.flat;
-  // In the forward pass, a block's first instructions and B's tile serve several passes. In the backward pass,
-  // several passes also share the block's sum for B's gradient, so that fewer sums are written.
-  set_passes(plan, one_state_kernel ? best_passes(p, plan, backward ? std::max(1, 8 / plan.rows) : 4) : 1);
+  // In the forward pass, a block's first instructions and B's tile serve several rounds. In the backward pass,
+  // several rounds also share the block's sum for B's gradient, so that fewer sums are written.
+  const int most_rounds = backward ? std::max(1, 8 / plan.rows) : 4;
+  set_rounds(plan, one_state_kernel(plan.items, plan.flat) ? best_rounds(p, plan, most_rounds) : 1);
 
   plan.by_threads_per_row = Divisor(plan.threads_per_row);
   plan.by_groups = Divisor(p.groups);
   for (View* view : {&p.u, &p.delta}) choose_access(*view, size_of(dtype), plan.rows, p.length, plan);
   choose_access(p.grad, std::max(4, size_of(dtype)), plan.rows, p.length, plan);
   choose_access(p.B, size_of(dtype), 1, p.length, plan);
-  p.plan = plan;
 }
 
 // The forward pass before a backward pass, over the same chunks. It computes the states that enter them.
 inline Params boundary_pass(Params p) {
-  set_passes(p.plan, 1);
+  set_rounds(p.plan, 1);
   p.h = nullptr;
   return p;
 }

@@ -12,7 +12,7 @@
 #include <tuple>
 
 #include "../check.h"
-#include "launch.h"
+#include "kernels.h"
 
 namespace selective_scan {
 namespace {
@@ -69,7 +69,7 @@ Params params_of(const Sizes& sizes, const Tensor& u, const Tensor& delta, const
 }
 
 // Lays out a gradient, which the kernels write contiguously, as `at::empty_like` lays out its input.
-Tensor laid_out_as(const Tensor& input, const Tensor& grad) {
+Tensor laid_out_as(const Tensor& grad, const Tensor& input) {
   const Tensor out = at::empty_like(input);
   return out.strides() == grad.strides() ? grad : out.copy_(grad);
 }
@@ -112,12 +112,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.grad_delta = grad_delta.mutable_data_ptr();
   const Dtype dtype = dtype_of(u);
   make_plan(p, dtype, /*backward=*/true);
-  const Tensor terms_A = empty_states(u, {sizes.batch, sizes.channels, sizes.states});
-  const Tensor terms_bias = empty_states(u, {sizes.batch, sizes.channels});
-  const Tensor terms_B = empty_states(u, {p.blocks(), sizes.states, sizes.length});
-  p.terms_A = terms_A.mutable_data_ptr();
-  p.terms_bias = terms_bias.mutable_data_ptr();
-  p.terms_B = terms_B.mutable_data_ptr();
+  const Tensor partials_A = empty_states(u, {sizes.batch, sizes.channels, sizes.states});
+  const Tensor partials_bias = empty_states(u, {sizes.batch, sizes.channels});
+  const Tensor partials_B = empty_states(u, {p.blocks(), sizes.states, sizes.length});
+  p.partials_A = partials_A.mutable_data_ptr();
+  p.partials_bias = partials_bias.mutable_data_ptr();
+  p.partials_B = partials_B.mutable_data_ptr();
 
   const auto stream = c10::cuda::getCurrentCUDAStream();
   Tensor boundaries;
@@ -128,14 +128,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   C10_CUDA_CHECK(launch_backward(p, dtype, stream));
 
-  const auto sum = [](const Tensor& terms, const Tensor& to, int64_t outer, int64_t count, int64_t inner, bool state) {
-    return Sum{terms.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, state};
+  const auto sum = [](const Tensor& partials, const Tensor& to, int64_t outer, int64_t count, int64_t inner,
+                      bool in_state_dtype) {
+    return Sum{partials.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, in_state_dtype};
   };
-  const Sums sums{sum(terms_A, grad_A, 1, sizes.batch, sizes.channels * sizes.states, true),
-                  sum(terms_bias, grad_bias, 1, sizes.batch, sizes.channels, true),
-                  sum(terms_B, grad_B, sizes.batch * sizes.groups, p.plan.row_blocks, sizes.states * sizes.length, false)};
+  const int64_t groups = sizes.batch * sizes.groups, group_size = sizes.states * sizes.length;
+  const Sums sums{sum(partials_A, grad_A, 1, sizes.batch, sizes.channels * sizes.states, true),
+                  sum(partials_bias, grad_bias, 1, sizes.batch, sizes.channels, true),
+                  sum(partials_B, grad_B, groups, p.plan.row_blocks, group_size, false)};
   C10_CUDA_CHECK(launch_sums(sums, dtype, stream));
-  return {laid_out_as(u, grad_u), laid_out_as(delta, grad_delta), grad_A, grad_B, grad_bias};
+  return {laid_out_as(grad_u, u), laid_out_as(grad_delta, delta), grad_A, grad_B, grad_bias};
 }
 
 TORCH_LIBRARY_IMPL(selective_scan, CUDA, m) {

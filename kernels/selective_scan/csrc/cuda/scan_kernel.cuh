@@ -5,8 +5,8 @@
 // state that enters its tokens. Exponents are sums of dt A log2(e). So errors of decays are not multiplied along a row,
 // and decays that underflow are ordinary zeros.
 //
-// A block's tile is `rows` x `chunk` elements, row after row. So thread k owns the elements from k kItems on, for every
-// shape. With kItems of 7 or 14, these accesses have no bank conflicts.
+// A block's tile has the tokens of a chunk for each of its rows, row after row. So thread k owns the elements from
+// k kItems on, for every shape. With kItems of 7 or 14, these accesses have no bank conflicts.
 #pragma once
 
 #include <type_traits>
@@ -60,11 +60,11 @@ __device__ __forceinline__ State sigmoid(State s) {
   return (s > 0 ? State(1) : z) * reciprocal(1 + z);
 }
 
-// ----- a thread's place and work
+// ----- the positions of a thread and a block
 
 struct Thread {
   int index, lane, warp;
-  int row, place;  // row of the tile, and place among the threads of that row
+  int row, position;  // row of the tile, and position among the threads of that row
   int per_row;
   int left, right;  // threads of the same row and warp on either side
 
@@ -72,43 +72,57 @@ struct Thread {
     lane = index % kWarp;
     warp = index / kWarp;
     row = plan.by_threads_per_row.divide(index);
-    place = index - row * per_row;
-    left = min(lane, place);
-    right = min(kWarp - 1 - lane, per_row - 1 - place);
+    position = index - row * per_row;
+    left = min(lane, position);
+    right = min(kWarp - 1 - lane, per_row - 1 - position);
   }
-  __device__ __forceinline__ int first_warp() const { return (index - place) / kWarp; }
-  __device__ __forceinline__ int last_warp() const { return (index - place + per_row - 1) / kWarp; }
+  __device__ __forceinline__ int first_warp() const { return (index - position) / kWarp; }
+  __device__ __forceinline__ int last_warp() const { return (index - position + per_row - 1) / kWarp; }
 };
 
-// A block's rows, which are consecutive channels of one group. `Rows` below are those of one pass.
+// A block's rows, which are consecutive channels of one group. `Rows` below are those of one round.
 struct BlockRows {
   int batch, group, channel, count;
 
   __device__ __forceinline__ explicit BlockRows(const Params& p) {
     const int image_group = p.plan.by_row_blocks.divide(blockIdx.x);
-    const int first = (blockIdx.x - image_group * p.plan.row_blocks) * p.plan.passes * p.plan.rows;
+    const int first = (blockIdx.x - image_group * p.plan.row_blocks) * p.plan.rounds * p.plan.rows;
     batch = p.plan.by_groups.divide(image_group);
     group = image_group - batch * p.groups;
     channel = group * p.plan.channels_per_group + first;
-    count = min(p.plan.passes * p.plan.rows, p.plan.channels_per_group - first);
+    count = min(p.plan.rounds * p.plan.rows, p.plan.channels_per_group - first);
   }
 };
 
 struct Rows {
   int channel, count;
 
-  __device__ __forceinline__ Rows(const Params& p, const BlockRows& block, int pass)
-      : channel(block.channel + pass * p.plan.rows), count(min(p.plan.rows, block.count - pass * p.plan.rows)) {}
+  __device__ __forceinline__ Rows(const Params& p, const BlockRows& block, int round)
+      : channel(block.channel + round * p.plan.rows), count(min(p.plan.rows, block.count - round * p.plan.rows)) {}
 };
 
-// A block's current chunk, pass and state, and the chunk's tokens.
-struct Place {
-  int chunk, pass, state;
+// A block's current chunk, round and state in the forward pass, and the chunk's tokens. The forward pass is one loop
+// over cursors instead of three loops, so that it can load the next cursor's inputs before it has stored its results.
+struct Cursor {
+  int chunk, round, state;
   int start, tokens;
 
-  __device__ __forceinline__ Place(const Params& p, int chunk, int pass, int state)
-      : chunk(chunk), pass(pass), state(state), start(chunk * p.plan.chunk()) {
-    tokens = min(p.plan.chunk(), p.length - start);
+  __device__ __forceinline__ Cursor(const Params& p, int chunk, int round, int state)
+      : chunk(chunk), round(round), state(state), start(chunk * p.plan.chunk_tokens()) {
+    tokens = min(p.plan.chunk_tokens(), p.length - start);
+  }
+  // At the next state, round or chunk.
+  __device__ __forceinline__ Cursor next(const Params& p, const BlockRows& block, int states) const {
+    Cursor next = *this;
+    if (state + 1 < states) {
+      next.state = state + 1;
+    } else if ((round + 1) * p.plan.rows < block.count) {
+      next.round = round + 1;
+      next.state = 0;
+    } else {
+      next = Cursor(p, chunk + 1, 0, 0);
+    }
+    return next;
   }
 };
 
@@ -139,7 +153,7 @@ struct Layout {
     delta = u + padded(tile * sizeof(Input));
     states = delta + padded(tile * sizeof(Input));
     B = states + padded(tile * sizeof(State));
-    left_tails = B + padded(plan.chunk() * sizeof(Input));
+    left_tails = B + padded(plan.chunk_tokens() * sizeof(Input));
     right_tails = left_tails + 2 * warps * sizeof(State);
     parts = right_tails + (backward ? 2 * warps * sizeof(State) : 0);
     total = parts + (backward ? 2 * plan.threads * sizeof(State) : 0);
@@ -253,7 +267,7 @@ __device__ __forceinline__ void load_row(T* tile, const T* from, const View& vie
 // Stores zeros where a tile lies outside the tensor: items whose u, B and grad are zero contribute nothing.
 template <typename T>
 __device__ __forceinline__ void fill_rest(T* tile, int rows, int tokens, const Plan& plan) {
-  const int pitch = plan.chunk();
+  const int pitch = plan.chunk_tokens();
   if (rows == plan.rows && tokens == pitch) return;
   Walk walk(threadIdx.x, blockDim.x, pitch, false);
 #pragma unroll 1
@@ -262,13 +276,14 @@ __device__ __forceinline__ void fill_rest(T* tile, int rows, int tokens, const P
   }
 }
 
+// Loads a tile of the plan's size, with zeros where it lies outside the tensor.
 template <bool kFlat, typename T>
-__device__ __forceinline__ void load_tile(
+__device__ __forceinline__ void load_and_fill_tile(
     T* tile, const T* from, const View& view, int rows, int tokens, const Plan& plan) {
   if constexpr (kFlat) {
     load_run(tile, from, rows * tokens);
   } else {
-    load_tile(tile, from, view, rows, tokens, plan.chunk());
+    load_tile(tile, from, view, rows, tokens, plan.chunk_tokens());
   }
   fill_rest(tile, rows, tokens, plan);
 }
@@ -311,43 +326,58 @@ __device__ __forceinline__ void store_tile(
 
 // ----- between shared memory and registers
 
+// Two numbers in 32 bits, in the order of their addresses.
+__device__ __forceinline__ void widen_pair(uint32_t bits, Half, float& first, float& second) {
+  first = half_to_float(uint16_t(bits));
+  second = half_to_float(uint16_t(bits >> 16));
+}
+__device__ __forceinline__ void widen_pair(uint32_t bits, BFloat16, float& first, float& second) {
+  first = float_of_bits(bits << 16);
+  second = float_of_bits(bits & 0xffff0000);
+}
+
+__device__ __forceinline__ uint32_t narrow_pair(float first, float second, Half) { return to_halves(first, second); }
+__device__ __forceinline__ uint32_t narrow_pair(float first, float second, BFloat16) {
+  return to_bfloat16s(first, second);
+}
+
 // Items that are read at once.
 template <int kItems>
-constexpr int kGroup = kItems % 2 == 0 ? 2 : 1;
+constexpr int kPackItems = kItems % 2 == 0 ? 2 : 1;
 
 template <int kWidth, typename T, typename State>
-__device__ __forceinline__ void read_group(const T* tile, State* items) {
+__device__ __forceinline__ void read_pack(const T* tile, State* items) {
   if constexpr (kWidth == 2 && sizeof(T) == 2) {
     widen_pair(*reinterpret_cast<const uint32_t*>(tile), T(), items[0], items[1]);
   } else {
-    const auto group = *reinterpret_cast<const Pack<T, kWidth>*>(tile);
+    const auto pack = *reinterpret_cast<const Pack<T, kWidth>*>(tile);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) items[k] = widen(group.values[k]);
+    for (int k = 0; k < kWidth; ++k) items[k] = widen(pack.values[k]);
   }
 }
 
 template <int kWidth, typename T, typename State>
-__device__ __forceinline__ void write_group(T* tile, const State* items) {
+__device__ __forceinline__ void write_pack(T* tile, const State* items) {
   if constexpr (kWidth == 2 && sizeof(T) == 2) {
     *reinterpret_cast<uint32_t*>(tile) = narrow_pair(items[0], items[1], T());
   } else {
-    Pack<T, kWidth> group;
+    Pack<T, kWidth> pack;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) narrow(items[k], group.values[k]);
-    *reinterpret_cast<Pack<T, kWidth>*>(tile) = group;
+    for (int k = 0; k < kWidth; ++k) narrow(items[k], pack.values[k]);
+    *reinterpret_cast<Pack<T, kWidth>*>(tile) = pack;
   }
 }
 
 template <int kItems, typename T, typename State>
 __device__ __forceinline__ void read_items(const T* tile, State (&items)[kItems]) {
 #pragma unroll
-  for (int i = 0; i < kItems; i += kGroup<kItems>) read_group<kGroup<kItems>>(tile + i, items + i);
+  for (int i = 0; i < kItems; i += kPackItems<kItems>) read_pack<kPackItems<kItems>>(tile + i, items + i);
 }
 
 template <int kItems, typename T, typename State>
 __device__ __forceinline__ void write_items(T* tile, const State (&items)[kItems]) {
 #pragma unroll
-  for (int i = 0; i < kItems; i += kGroup<kItems>) write_group<kGroup<kItems>>(tile + i, items + i);
+  for (int i = 0; i < kItems; i += kPackItems<kItems>) write_pack<kPackItems<kItems>>(tile + i, items + i);
 }
 
 // Computes dt = delta + bias, or softplus of the sum, in place. From `items` on, the tile lies outside the tensor, and
@@ -404,7 +434,7 @@ __device__ __forceinline__ Step<State> steps_before(const Step<State>& scanned, 
 template <typename State>
 __device__ __forceinline__ State enter_from_left(
     const Thread& me, const Step<State>* tails, const Step<State>& before, State entering) {
-  if (me.place > me.lane) {
+  if (me.position > me.lane) {
 #pragma unroll 1
     for (int warp = me.first_warp(); warp < me.warp; ++warp) entering = apply(tails[warp], entering);
   }
@@ -414,7 +444,7 @@ __device__ __forceinline__ State enter_from_left(
 template <typename State>
 __device__ __forceinline__ State enter_from_right(
     const Thread& me, const Step<State>* tails, const Step<State>& before, State entering) {
-  if (me.per_row - 1 - me.place > kWarp - 1 - me.lane) {
+  if (me.per_row - 1 - me.position > kWarp - 1 - me.lane) {
 #pragma unroll 1
     for (int warp = me.last_warp(); warp > me.warp; --warp) entering = apply(tails[warp], entering);
   }
@@ -440,30 +470,55 @@ __device__ __forceinline__ void sum_parts(
 
 // Blocks that an SM should hold, which limits a thread's registers: the most for which no architecture spills.
 template <typename Input, int kItems, bool kFlat>
-constexpr int kBlocksForward = sizeof(Input) == 8 ? 1 : kFlat ? 4 : kItems == kManyItems ? 3 : 2;
+constexpr int kBlocksPerSMForward = sizeof(Input) == 8 ? 1 : kFlat ? 4 : kItems == kManyItems ? 3 : 2;
 template <typename Input, int kItems, bool kFlat>
-constexpr int kBlocksBackward = sizeof(Input) == 8 ? 1 : kFlat && kItems == kFewItems ? 3 : 2;
+constexpr int kBlocksPerSMBackward = sizeof(Input) == 8 ? 1 : kFlat && kItems == kFewItems ? 3 : 2;
 
-// Loads what the forward pass needs at a place and did not need at the place before.
+// Loads what the forward pass needs at a cursor and did not need at the cursor before.
 template <bool kFlat, typename Input>
-__device__ __forceinline__ void load_place(
-    const Params& p, const BlockRows& block, const Place& place, Input* u, Input* delta, Input* B) {
-  const Rows rows(p, block, place.pass);
-  const int start = place.start, tokens = place.tokens;
-  if (place.state == 0) {
+__device__ __forceinline__ void load_inputs(
+    const Params& p, const BlockRows& block, const Cursor& cursor, Input* u, Input* delta, Input* B) {
+  const Rows rows(p, block, cursor.round);
+  const int start = cursor.start, tokens = cursor.tokens;
+  if (cursor.state == 0) {
     const Input* const from_u = at<Input>(p.u, block.batch, rows.channel, 0, start);
     const Input* const from_delta = at<Input>(p.delta, block.batch, rows.channel, 0, start);
-    load_tile<kFlat>(u, from_u, p.u, rows.count, tokens, p.plan);
-    load_tile<kFlat>(delta, from_delta, p.delta, rows.count, tokens, p.plan);
+    load_and_fill_tile<kFlat>(u, from_u, p.u, rows.count, tokens, p.plan);
+    load_and_fill_tile<kFlat>(delta, from_delta, p.delta, rows.count, tokens, p.plan);
   }
-  if (place.pass == 0) {
-    load_row(B, at<Input>(p.B, block.batch, block.group, place.state, start), p.B, tokens, p.plan.chunk());
+  if (cursor.round == 0) {
+    load_row(B, at<Input>(p.B, block.batch, block.group, cursor.state, start), p.B, tokens, p.plan.chunk_tokens());
   }
 }
 
+// A thread's items after a scan from a zero state: each item's state, and the exponent of the factor with which a state
+// that enters the thread adds to it.
+template <int kItems, typename State>
+struct ScannedItems {
+  State exponents[kItems], values[kItems];
+
+  __device__ __forceinline__ Step<State> scan(
+      const State (&dt)[kItems], const State (&dt_u)[kItems], const State (&B)[kItems], State rate) {
+    Step<State> step{0, 0};
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const State exponent = dt[i] * rate;
+      step.exponent += exponent;
+      step.value = exp2_of(exponent) * step.value + dt_u[i] * B[i];
+      exponents[i] = step.exponent;
+      values[i] = step.value;
+    }
+    return step;
+  }
+  __device__ __forceinline__ void add(State entering) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) values[i] += exp2_of(exponents[i]) * entering;
+  }
+};
+
 // The forward pass. If `h` is null, it stores the states that enter each chunk in `boundaries` instead.
-template <typename Input, int kItems, bool kOneState, bool kFlat>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFlat>) scan_forward(const Params p) {
+template <typename Input, int kItems, bool kFlat>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMForward<Input, kItems, kFlat>) scan_forward(const Params p) {
   using State = typename StateOf<Input>::type;
   const Layout<Input> layout(p.plan, false);
   Input* const u_tile = shared_at<Input>(layout.u);
@@ -474,77 +529,58 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFl
 
   const Thread me(p.plan);
   const BlockRows block(p);
-  const int first_item = me.index * kItems, chunk = p.plan.chunk();
-  const int states = kOneState ? 1 : p.states;
-  State dt[kItems], drive[kItems];  // drive: dt u
+  const int first_item = me.index * kItems, pitch = p.plan.chunk_tokens();
+  const int states = one_state_kernel(kItems, kFlat) ? 1 : p.states;
+  State dt[kItems], dt_u[kItems];
 
-  Place place(p, 0, 0, 0);
-  load_place<kFlat>(p, block, place, u_tile, delta_tile, B_tile);
+  Cursor cursor(p, 0, 0, 0);
+  load_inputs<kFlat>(p, block, cursor, u_tile, delta_tile, B_tile);
 #pragma unroll 1
-  while (place.chunk < p.plan.chunks) {
+  while (cursor.chunk < p.plan.chunks) {
     wait_for_copies();
     __syncthreads();
-    const Rows rows(p, block, place.pass);
+    const Rows rows(p, block, cursor.round);
     const bool mine = me.row < rows.count;
-    const int channel = rows.channel + (mine ? me.row : 0), n = place.state;
+    const int channel = rows.channel + (mine ? me.row : 0), n = cursor.state;
     if (n == 0) {
       const State bias = p.bias.data ? *at<State>(p.bias, 0, channel, 0, 0) : State(0);
       read_items(delta_tile + first_item, dt);
-      step_sizes(dt, bias, p.softplus, mine ? place.tokens - me.place * kItems : 0);
-      read_items(u_tile + first_item, drive);
+      step_sizes(dt, bias, p.softplus, mine ? cursor.tokens - me.position * kItems : 0);
+      read_items(u_tile + first_item, dt_u);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) drive[i] *= dt[i];
+      for (int i = 0; i < kItems; ++i) dt_u[i] *= dt[i];
     }
 
     const State rate = rate_of<State>(p, channel, n) * State(kLog2e);
     const int64_t row = (int64_t(block.batch) * p.channels + channel) * states + n;
     State entering = 0;
-    if (mine && place.chunk > 0) {
-      entering = p.h ? static_cast<State*>(p.h)[row * p.length + place.start - 1]
-                     : static_cast<State*>(p.boundaries)[row * p.plan.chunks + place.chunk];
+    if (mine && cursor.chunk > 0) {
+      entering = p.h ? static_cast<State*>(p.h)[row * p.length + cursor.start - 1]
+                     : static_cast<State*>(p.boundaries)[row * p.plan.chunks + cursor.chunk];
     }
 
-    // Every item's state if a zero state entered the thread, and the exponent of the entering state's factor.
-    State exponents[kItems], values[kItems];
-    read_items(B_tile + me.place * kItems, values);
-    Step<State> step{0, 0};
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const State exponent = dt[i] * rate;
-      step.exponent += exponent;
-      step.value = exp2_of(exponent) * step.value + drive[i] * values[i];
-      exponents[i] = step.exponent;
-      values[i] = step.value;
-    }
-    step = scan_warp<true>(step, me.left);
+    State B[kItems];
+    read_items(B_tile + me.position * kItems, B);
+    ScannedItems<kItems, State> items;
+    const Step<State> step = scan_warp<true>(items.scan(dt, dt_u, B, rate), me.left);
     const Step<State> before = steps_before<true>(step, me.left);
     if (me.lane == kWarp - 1) tails[me.warp] = step;
     __syncthreads();
 
     // All threads have read their inputs, so the next ones may be loaded.
-    Place next = place;
-    if (n + 1 < states) {
-      next.state = n + 1;
-    } else if ((place.pass + 1) * p.plan.rows < block.count) {
-      next.pass = place.pass + 1;
-      next.state = 0;
-    } else {
-      next = Place(p, place.chunk + 1, 0, 0);
-    }
-    if (next.chunk < p.plan.chunks) load_place<kFlat>(p, block, next, u_tile, delta_tile, B_tile);
+    const Cursor next = cursor.next(p, block, states);
+    if (next.chunk < p.plan.chunks) load_inputs<kFlat>(p, block, next, u_tile, delta_tile, B_tile);
 
-    entering = enter_from_left(me, tails, before, entering);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) values[i] += exp2_of(exponents[i]) * entering;
+    items.add(enter_from_left(me, tails, before, entering));
     if (p.h) {
-      write_items(h_tile + first_item, values);
+      write_items(h_tile + first_item, items.values);
       const int64_t first_row = (int64_t(block.batch) * p.channels + rows.channel) * states + n;
-      State* const to = static_cast<State*>(p.h) + first_row * p.length + place.start;
-      store_tile<kFlat>(to, int64_t(states) * p.length, h_tile, rows.count, place.tokens, chunk, kWarp * kItems);
-    } else if (mine && me.place == me.per_row - 1 && place.chunk + 1 < p.plan.chunks) {
-      static_cast<State*>(p.boundaries)[row * p.plan.chunks + place.chunk + 1] = values[kItems - 1];
+      State* const to = static_cast<State*>(p.h) + first_row * p.length + cursor.start;
+      store_tile<kFlat>(to, int64_t(states) * p.length, h_tile, rows.count, cursor.tokens, pitch, kWarp * kItems);
+    } else if (mine && me.position == me.per_row - 1 && cursor.chunk + 1 < p.plan.chunks) {
+      static_cast<State*>(p.boundaries)[row * p.plan.chunks + cursor.chunk + 1] = items.values[kItems - 1];
     }
-    place = next;
+    cursor = next;
   }
 }
 
@@ -553,7 +589,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksForward<Input, kItems, kFl
 template <int kItems, typename State>
 struct Items {
   State decay[kItems];
-  State drive[kItems];  // dt B u; after `carry`, a_t h_{t-1}
+  State drive_then_carried[kItems];  // dt B u; after `carry`, a_t h_{t-1}
 
   __device__ __forceinline__ Step<State> step_of_h(const State (&dt)[kItems], State rate) {
     Step<State> step{0, 0};
@@ -562,7 +598,7 @@ struct Items {
       const State exponent = dt[i] * rate;
       decay[i] = exp2_of(exponent);
       step.exponent += exponent;
-      step.value = decay[i] * step.value + drive[i];
+      step.value = decay[i] * step.value + drive_then_carried[i];
     }
     return step;
   }
@@ -579,13 +615,14 @@ struct Items {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const State carried = decay[i] * h;
-      h = carried + drive[i];
-      drive[i] = carried;
+      h = carried + drive_then_carried[i];
+      drive_then_carried[i] = carried;
     }
   }
 };
 
-// The derivative of dt with respect to delta is sigmoid(factor delta + offset). Without softplus, this is 1.
+// The derivative of dt with respect to delta is sigmoid(factor delta + offset). Without softplus, this is
+// sigmoid(0 delta + 200) = 1, so that items need no branch.
 template <typename State>
 struct Slope {
   State factor, offset;
@@ -594,15 +631,16 @@ struct Slope {
       : factor(through_softplus ? 1 : 0), offset(through_softplus ? bias : State(200)) {}
 };
 
-// Replaces an item's u and delta by their gradients, from the sums over n of lambda B and of A lambda a h.
+// Replaces an item's u and delta by their gradients, from the sums over n of lambda B and of lambda A a h.
 template <typename State>
-__device__ __forceinline__ void input_gradients(
-    const Slope<State>& slope, State dt, State from_drive, State from_decay, State& u, State& delta) {
-  delta = (from_drive * u + from_decay) * sigmoid(slope.factor * delta + slope.offset);
-  u = from_drive * dt;
+__device__ __forceinline__ void input_gradients(const Slope<State>& slope, State dt, State lambda_B,
+                                                State lambda_A_carried, State& u_then_grad, State& delta_then_grad) {
+  const State delta = delta_then_grad;
+  delta_then_grad = (lambda_B * u_then_grad + lambda_A_carried) * sigmoid(slope.factor * delta + slope.offset);
+  u_then_grad = lambda_B * dt;
 }
 
-// Sums the tile over its rows: one row block's terms of B's gradient.
+// Sums the tile over its rows: one row block's partial sums of B's gradient.
 template <typename State>
 __device__ __forceinline__ void sum_rows(const State* tile, int rows, int tokens, int pitch, State* to) {
   for (int token = threadIdx.x; token < tokens; token += blockDim.x) {
@@ -612,11 +650,14 @@ __device__ __forceinline__ void sum_rows(const State* tile, int rows, int tokens
   }
 }
 
-// The backward pass, with chunks from the last to the first. After a boundary's state is used, the mu that crosses the
-// boundary replaces it.
-template <typename Input, int kItems, bool kOneState, bool kFlat>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kFlat>) scan_backward(const Params p) {
+// The backward pass, with chunks from the last to the first. Its tiles of u and delta become those of their gradients,
+// and with several states, that of grad becomes that of B's gradient. If there is one state, a block sums B's gradient
+// over its rounds before it writes the sum.
+template <typename Input, int kItems, bool kFlat>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItems, kFlat>)
+    scan_backward(const Params p) {
   using State = typename StateOf<Input>::type;
+  constexpr bool kOneState = one_state_kernel(kItems, kFlat);
   const Layout<Input> layout(p.plan, true);
   Input* const u_tile = shared_at<Input>(layout.u);
   Input* const delta_tile = shared_at<Input>(layout.delta);
@@ -629,45 +670,45 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
 
   const Thread me(p.plan);
   const BlockRows block(p);
-  const int first_item = me.index * kItems, first_of_B = me.place * kItems, chunk = p.plan.chunk();
+  const int first_item = me.index * kItems, first_of_B = me.position * kItems, pitch = p.plan.chunk_tokens();
   const int states = kOneState ? 1 : p.states;
 
 #pragma unroll 1
   for (int c = p.plan.chunks - 1; c >= 0; --c) {
-    const int start = c * chunk, tokens = min(chunk, p.length - start);
+    const int start = c * pitch, tokens = min(pitch, p.length - start);
     const bool first_visit = c == p.plan.chunks - 1;
-    State* const terms_B = static_cast<State*>(p.terms_B) + int64_t(blockIdx.x) * states * p.length + start;
+    State* const partials_B = static_cast<State*>(p.partials_B) + int64_t(blockIdx.x) * states * p.length + start;
     State grad_B[kItems] = {};
 
 #pragma unroll 1
-    for (int pass = 0; pass * p.plan.rows < block.count; ++pass) {
-      const Rows rows(p, block, pass);
+    for (int round = 0; round * p.plan.rows < block.count; ++round) {
+      const Rows rows(p, block, round);
       const bool mine = me.row < rows.count;
       const int channel = rows.channel + (mine ? me.row : 0);
       const State bias = p.bias.data ? *at<State>(p.bias, 0, channel, 0, 0) : State(0);
       const int64_t first_row = int64_t(block.batch) * p.channels + rows.channel;
       const int64_t row = first_row + (mine ? me.row : 0);
-      State* const terms_A = static_cast<State*>(p.terms_A) + first_row * states;
+      State* const partials_A = static_cast<State*>(p.partials_A) + first_row * states;
       const Input* const from_u = at<Input>(p.u, block.batch, rows.channel, 0, start);
       const Input* const from_delta = at<Input>(p.delta, block.batch, rows.channel, 0, start);
-      load_tile<kFlat>(u_tile, from_u, p.u, rows.count, tokens, p.plan);
-      load_tile<kFlat>(delta_tile, from_delta, p.delta, rows.count, tokens, p.plan);
+      load_and_fill_tile<kFlat>(u_tile, from_u, p.u, rows.count, tokens, p.plan);
+      load_and_fill_tile<kFlat>(delta_tile, from_delta, p.delta, rows.count, tokens, p.plan);
 
       State dt[kItems];
-      State from_drive[kItems] = {}, from_decay[kItems] = {};  // sums over n of lambda B and of A lambda a h
+      State lambda_B[kItems] = {}, lambda_A_carried[kItems] = {};  // sums over n of lambda B and of lambda A a h
       const Slope<State> slope(p.softplus, bias);
-      State term_bias = 0;
+      State grad_bias = 0;
       for (int n = 0; n < states; ++n) {
         const State* const from_grad = at<State>(p.grad, block.batch, rows.channel, n, start);
-        load_tile<kFlat>(grad_tile, from_grad, p.grad, rows.count, tokens, p.plan);
-        if (!kOneState || pass == 0) {
-          load_row(B_tile, at<Input>(p.B, block.batch, block.group, n, start), p.B, tokens, chunk);
+        load_and_fill_tile<kFlat>(grad_tile, from_grad, p.grad, rows.count, tokens, p.plan);
+        if (!kOneState || round == 0) {
+          load_row(B_tile, at<Input>(p.B, block.batch, block.group, n, start), p.B, tokens, pitch);
         }
         wait_for_copies();
         __syncthreads();
         if (n == 0) {
           read_items(delta_tile + first_item, dt);
-          step_sizes(dt, bias, p.softplus, mine ? tokens - me.place * kItems : 0);
+          step_sizes(dt, bias, p.softplus, mine ? tokens - me.position * kItems : 0);
         }
 
         const State A = rate_of<State>(p, channel, n);
@@ -676,14 +717,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
         const State entering_mu = mine && !first_visit ? boundary[1] : State(0);
 
         Items<kItems, State> items;
-        State other[kItems];
-        read_items(u_tile + first_item, items.drive);
-        read_items(B_tile + first_of_B, other);
+        State B_then_grad[kItems];
+        read_items(u_tile + first_item, items.drive_then_carried);
+        read_items(B_tile + first_of_B, B_then_grad);
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) items.drive[i] *= dt[i] * other[i];
+        for (int i = 0; i < kItems; ++i) items.drive_then_carried[i] *= dt[i] * B_then_grad[i];
         const Step<State> own = items.step_of_h(dt, A * State(kLog2e));
-        read_items(grad_tile + first_item, other);
-        const Step<State> own_mu{own.exponent, items.leaving_mu(other)};
+        read_items(grad_tile + first_item, B_then_grad);
+        const Step<State> own_mu{own.exponent, items.leaving_mu(B_then_grad)};
 
         const Step<State> from_left = scan_warp<true>(own, me.left);
         const Step<State> from_right = scan_warp<false>(own_mu, me.right);
@@ -695,45 +736,45 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
         items.carry(enter_from_left(me, left_tails, before, entering_h));
         State mu = enter_from_right(me, right_tails, after, entering_mu);
 
-        // Read the inputs again, a group at a time from the right, instead of holding them in registers.
-        constexpr int kWidth = kGroup<kItems>;
-        State term_A = 0;
+        // Read the inputs again, a pack at a time from the right, instead of holding them in registers.
+        constexpr int kWidth = kPackItems<kItems>;
+        State grad_A = 0;
 #pragma unroll
         for (int i = kItems - kWidth; i >= 0; i -= kWidth) {
           State u[kWidth], B[kWidth], grad[kWidth], delta[kWidth];
-          read_group<kWidth>(u_tile + first_item + i, u);
-          read_group<kWidth>(B_tile + first_of_B + i, B);
-          read_group<kWidth>(grad_tile + first_item + i, grad);
-          if constexpr (kOneState) read_group<kWidth>(delta_tile + first_item + i, delta);
+          read_pack<kWidth>(u_tile + first_item + i, u);
+          read_pack<kWidth>(B_tile + first_of_B + i, B);
+          read_pack<kWidth>(grad_tile + first_item + i, grad);
+          if constexpr (kOneState) read_pack<kWidth>(delta_tile + first_item + i, delta);
 #pragma unroll
           for (int k = kWidth - 1; k >= 0; --k) {
             const int j = i + k;
             const State lambda = grad[k] + mu;
             mu = items.decay[j] * lambda;
-            const State lambda_carried = lambda * items.drive[j];
-            term_A += lambda_carried * dt[j];
-            from_drive[j] += lambda * B[k];
-            from_decay[j] += A * lambda_carried;
-            const State term_B = lambda * (dt[j] * u[k]);
-            grad_B[j] = kOneState ? grad_B[j] + term_B : term_B;
+            const State lambda_carried = lambda * items.drive_then_carried[j];
+            grad_A += lambda_carried * dt[j];
+            lambda_B[j] += lambda * B[k];
+            lambda_A_carried[j] += A * lambda_carried;
+            const State to_B = lambda * (dt[j] * u[k]);
+            grad_B[j] = kOneState ? grad_B[j] + to_B : to_B;
             if constexpr (kOneState) {
-              input_gradients(slope, dt[j], from_drive[j], from_decay[j], u[k], delta[k]);
-              term_bias += delta[k];
+              input_gradients(slope, dt[j], lambda_B[j], lambda_A_carried[j], u[k], delta[k]);
+              grad_bias += delta[k];
             }
           }
           if constexpr (kOneState) {
-            write_group<kWidth>(u_tile + first_item + i, u);
-            write_group<kWidth>(delta_tile + first_item + i, delta);
+            write_pack<kWidth>(u_tile + first_item + i, u);
+            write_pack<kWidth>(delta_tile + first_item + i, delta);
           }
         }
-        if (mine && me.place == 0 && c > 0) boundary[0] = mu;
-        parts_A[me.index] = p.A_is_log ? term_A * A : term_A;
+        if (mine && me.position == 0 && c > 0) boundary[0] = mu;
+        parts_A[me.index] = p.A_is_log ? grad_A * A : grad_A;
 
         if constexpr (!kOneState) {
           write_items(grad_tile + first_item, grad_B);
           __syncthreads();
-          sum_rows(grad_tile, p.plan.rows, tokens, chunk, terms_B + int64_t(n) * p.length);
-          sum_parts(me, parts_A, p.plan, rows.count, !first_visit, terms_A + n, states);
+          sum_rows(grad_tile, p.plan.rows, tokens, pitch, partials_B + int64_t(n) * p.length);
+          sum_parts(me, parts_A, p.plan, rows.count, !first_visit, partials_A + n, states);
           __syncthreads();
         }
       }
@@ -744,27 +785,28 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
         read_items(delta_tile + first_item, delta);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          input_gradients(slope, dt[i], from_drive[i], from_decay[i], u[i], delta[i]);
-          term_bias += delta[i];
+          input_gradients(slope, dt[i], lambda_B[i], lambda_A_carried[i], u[i], delta[i]);
+          grad_bias += delta[i];
         }
         write_items(u_tile + first_item, u);
         write_items(delta_tile + first_item, delta);
       }
-      parts_bias[me.index] = term_bias;
+      parts_bias[me.index] = grad_bias;
       const int64_t offset = first_row * p.length + start;
       Input* const to_u = static_cast<Input*>(p.grad_u) + offset;
       Input* const to_delta = static_cast<Input*>(p.grad_delta) + offset;
-      store_tile<kFlat>(to_u, p.length, u_tile, rows.count, tokens, chunk, kWarp * kItems);
-      store_tile<kFlat>(to_delta, p.length, delta_tile, rows.count, tokens, chunk, kWarp * kItems);
+      store_tile<kFlat>(to_u, p.length, u_tile, rows.count, tokens, pitch, kWarp * kItems);
+      store_tile<kFlat>(to_delta, p.length, delta_tile, rows.count, tokens, pitch, kWarp * kItems);
       __syncthreads();
-      if constexpr (kOneState) sum_parts(me, parts_A, p.plan, rows.count, !first_visit, terms_A, 1);
-      sum_parts(me, parts_bias, p.plan, rows.count, !first_visit, static_cast<State*>(p.terms_bias) + first_row, 1);
+      if constexpr (kOneState) sum_parts(me, parts_A, p.plan, rows.count, !first_visit, partials_A, 1);
+      State* const partials_bias = static_cast<State*>(p.partials_bias) + first_row;
+      sum_parts(me, parts_bias, p.plan, rows.count, !first_visit, partials_bias, 1);
     }
 
     if constexpr (kOneState) {
       write_items(grad_tile + first_item, grad_B);
       __syncthreads();
-      sum_rows(grad_tile, p.plan.rows, tokens, chunk, terms_B);
+      sum_rows(grad_tile, p.plan.rows, tokens, pitch, partials_B);
       if (c > 0) __syncthreads();
     }
   }
@@ -772,35 +814,30 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksBackward<Input, kItems, kF
 
 // ----- the choice of a kernel
 
-template <typename T, int kItemsOfThread, bool kIsOneState, bool kIsFlat>
+template <typename T, int kItemsOfThread, bool kIsFlat>
 struct Instance {
   using Input = T;
   using State = typename StateOf<T>::type;
   static constexpr int kItems = kItemsOfThread;
-  static constexpr bool kOneState = kIsOneState, kFlat = kIsFlat;
+  static constexpr bool kFlat = kIsFlat;
 };
 
-// Calls `function` with the Instance to use.
+// Calls `function` with the Instance to use. Only these combinations exist.
 template <typename Input, typename Function>
 auto with_instance(const Plan& plan, Function function) {
   if constexpr (!std::is_same_v<Input, double>) {
     if (plan.items == kManyItems) {
-      return plan.flat ? function(Instance<Input, kManyItems, true, true>())
-                       : function(Instance<Input, kManyItems, true, false>());
+      return plan.flat ? function(Instance<Input, kManyItems, true>())
+                       : function(Instance<Input, kManyItems, false>());
     }
-    if (plan.flat) return function(Instance<Input, kFewItems, true, true>());
+    if (plan.flat) return function(Instance<Input, kFewItems, true>());
   }
-  return function(Instance<Input, kFewItems, false, false>());
+  return function(Instance<Input, kFewItems, false>());
 }
 
 template <typename Function>
 auto with_instance(const Plan& plan, Dtype dtype, Function function) {
-  switch (dtype) {
-    case Dtype::kDouble: return with_instance<double>(plan, function);
-    case Dtype::kFloat: return with_instance<float>(plan, function);
-    case Dtype::kHalf: return with_instance<Half>(plan, function);
-    default: return with_instance<BFloat16>(plan, function);
-  }
+  return with_type(dtype, [&](auto input) { return with_instance<decltype(input)>(plan, function); });
 }
 
 }  // namespace selective_scan

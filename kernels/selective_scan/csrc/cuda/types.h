@@ -1,4 +1,6 @@
-// Types that the host and the kernels of several packages share.
+// Types that the host and the kernels share.
+//
+// selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +18,13 @@ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// to[o, i] = sum over t of terms[o, t, i]. `terms` have the states' dtype, and so does `to` if `of_states`.
+// to[o, i] = sum over k < count of partials[o, k, i]. `partials` have the states' dtype, and so does `to` if
+// `in_state_dtype`.
 struct Sum {
-  const void* terms = nullptr;
+  const void* partials = nullptr;
   void* to = nullptr;
   int64_t outer = 0, count = 0, inner = 0;
-  bool of_states = false;
+  bool in_state_dtype = false;
 
   constexpr int64_t blocks() const { return ceil_div<int64_t>(outer * inner, kWarp); }
 };

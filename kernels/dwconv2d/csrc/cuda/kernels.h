@@ -1,4 +1,4 @@
-// Launches of the kernels, without PyTorch. Each returns cudaGetLastError().
+// The kernels of this package, without PyTorch. Each function launches one or more and returns cudaGetLastError().
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,7 +14,7 @@ cudaError_t launch_conv(const Params& p, cudaStream_t stream);
 cudaError_t launch_conv_adjoint(const Params& p, cudaStream_t stream);
 cudaError_t launch_conv_gradients(const Params& p, cudaStream_t stream);
 
-// Launches the kernels without tiles. For the fusion with output, the pass for the gradients also writes terms_C.
+// Launches the kernels without tiles. For the fusion with output, the pass for the gradients also writes partials_C.
 cudaError_t launch_direct(const Params& p, Pass pass, cudaStream_t stream);
 
 inline cudaError_t launch_pass(const Params& p, Pass pass, cudaStream_t stream) {
@@ -27,11 +27,11 @@ inline cudaError_t launch_pass(const Params& p, Pass pass, cudaStream_t stream) 
   }
 }
 
-// `dtype` is the type of the activations. Results have this type, or the states' type if `of_states`.
+// `dtype` is the type of the activations. Results have this type, or the states' type if `in_state_dtype`.
 cudaError_t launch_sums(const Sums& sums, Dtype dtype, cudaStream_t stream);
 
 // Computes the gradients of the three kernels and of alpha from those of the 25 taps (D, 25), in the states' dtype.
-cudaError_t launch_distribute_taps(const Params& p, const void* taps, void* const (&kernels)[3], void* alpha,
-                                   cudaStream_t stream);
+cudaError_t launch_unmerge_taps(const Params& p, const void* taps, void* const (&weights)[3], void* alpha,
+                                cudaStream_t stream);
 
 }  // namespace dwconv2d

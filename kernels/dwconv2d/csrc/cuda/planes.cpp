@@ -11,7 +11,7 @@
 #include <tuple>
 
 #include "../check.h"
-#include "launch.h"
+#include "kernels.h"
 
 namespace dwconv2d {
 namespace {
@@ -32,14 +32,14 @@ Tensor with_contiguous_planes(const Tensor& t) {
   return rows && planes ? t : t.contiguous();
 }
 
-// (B, D, H, W), or (B, D, N, H, W), or with `of_states` (B, N, H, W).
-Planes planes_of(const Tensor& t, bool of_states = false) {
+// (B, D, H, W), or (B, D, N, H, W), or with `per_state` (B, N, H, W).
+Planes planes_of(const Tensor& t, bool per_state = false) {
   const auto stride = [&](int dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
   Planes planes;
   planes.data = t.const_data_ptr();
   planes.batch = stride(0);
-  planes.channel = of_states ? 0 : stride(1);
-  planes.state = of_states ? stride(1) : t.dim() == 5 ? stride(2) : 0;
+  planes.channel = per_state ? 0 : stride(1);
+  planes.state = per_state ? stride(1) : t.dim() == 5 ? stride(2) : 0;
   return planes;
 }
 
@@ -88,7 +88,7 @@ struct Call {
     int k = 0;
     for (const Tensor& weight : {weight3, weight3_d3, weight3_d5}) {
       weights[k] = weight.contiguous();
-      p.kernels[k] = weights[k].const_data_ptr();
+      p.weights[k] = weights[k].const_data_ptr();
       ++k;
     }
     alpha = factors.contiguous();
@@ -99,7 +99,7 @@ struct Call {
     C = with_contiguous_planes(C_);
     x = with_contiguous_planes(x_);
     D = D_.contiguous();
-    p.C = planes_of(C, /*of_states=*/true);
+    p.C = planes_of(C, /*per_state=*/true);
     p.x = planes_of(x);
     p.D = D.const_data_ptr();
   }
@@ -107,7 +107,7 @@ struct Call {
   void set_conv(const Sizes& sizes, const Tensor& weight, const std::optional<Tensor>& bias_, int64_t dilation,
                 bool zeros) {
     weights[0] = weight.contiguous();
-    p.kernels[0] = weights[0].const_data_ptr();
+    p.weights[0] = weights[0].const_data_ptr();
     if (bias_) {
       bias = bias_->contiguous();
       p.bias = bias.const_data_ptr();
@@ -134,14 +134,14 @@ void forward(Call& call, const Planes& result) {
   call.run(Pass::kForward);
 }
 
-Sum sum(const Tensor& terms, const Tensor& to, int64_t outer, int64_t count, int64_t inner, bool of_states) {
-  return {terms.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, of_states};
+Sum sum(const Tensor& partials, const Tensor& to, int64_t outer, int64_t count, int64_t inner, bool in_state_dtype) {
+  return {partials.const_data_ptr(), to.mutable_data_ptr(), outer, count, inner, in_state_dtype};
 }
 
 // Computes the gradients of every operator. The first are those of the input and x. Then come sums: for the taps
 // (D, taps), and, if they are defined, for D or the bias (D) and for C.
 void backward(Call& call, const Planes& grad_input, const Planes& grad_x, const Tensor& grad_taps,
-              const Tensor& grad_other, const Tensor& grad_C) {
+              const Tensor& grad_D_or_bias, const Tensor& grad_C) {
   Params& p = call.p;
   p.grad_input = grad_input;
   p.grad_x = grad_x;
@@ -152,45 +152,47 @@ void backward(Call& call, const Planes& grad_input, const Planes& grad_x, const 
   const Dtype state = p.dtype == Dtype::kDouble ? Dtype::kDouble : Dtype::kFloat;
   const auto options = call.input.options().dtype(state == Dtype::kDouble ? at::kDouble : at::kFloat);
   const int64_t slices = p.batch * p.slices, taps = int64_t(p.channels) * p.taps();
-  const Tensor terms_taps = at::empty({slices, taps}, options);
-  p.terms_taps = terms_taps.mutable_data_ptr();
-  Tensor terms_other, terms_C;
-  if (grad_other.defined()) {
-    terms_other = at::empty({slices, p.channels}, options);
-    p.terms_other = terms_other.mutable_data_ptr();
+  const Tensor partials_taps = at::empty({slices, taps}, options);
+  p.partials_taps = partials_taps.mutable_data_ptr();
+  Tensor partials_D_or_bias, partials_C;
+  if (grad_D_or_bias.defined()) {
+    partials_D_or_bias = at::empty({slices, p.channels}, options);
+    p.partials_D_or_bias = partials_D_or_bias.mutable_data_ptr();
   }
   if (grad_C.defined()) {
-    terms_C = at::empty({p.batch * p.plan.channel_blocks, p.states, p.height, p.width}, options);
-    p.terms_C = terms_C.mutable_data_ptr();
+    partials_C = at::empty({p.batch * p.plan.channel_blocks, p.states, p.height, p.width}, options);
+    p.partials_C = partials_C.mutable_data_ptr();
   }
   call.run(Pass::kGradients);
 
-  const bool of_states = p.operation != Operation::kConv;  // the type of the fusion's parameters
+  const bool in_state_dtype = p.operation != Operation::kConv;  // as the fusion's parameters are
   Sums sums;
-  sums.first = sum(terms_taps, grad_taps, 1, slices, taps, of_states);
-  if (grad_other.defined()) sums.second = sum(terms_other, grad_other, 1, slices, p.channels, of_states);
+  sums.first = sum(partials_taps, grad_taps, 1, slices, taps, in_state_dtype);
+  if (grad_D_or_bias.defined()) {
+    sums.second = sum(partials_D_or_bias, grad_D_or_bias, 1, slices, p.channels, in_state_dtype);
+  }
   if (grad_C.defined()) {
-    sums.third = sum(terms_C, grad_C, p.batch, p.plan.channel_blocks, p.states * p.pixels(), false);
+    sums.third = sum(partials_C, grad_C, p.batch, p.plan.channel_blocks, p.states * p.pixels(), false);
   }
   C10_CUDA_CHECK(launch_sums(sums, p.dtype, c10::cuda::getCurrentCUDAStream()));
 }
 
 // The gradients of the fusion's three kernels and alpha.
 struct WeightGradients {
-  Tensor kernels[3], alpha, taps;
+  Tensor weights[3], alpha, taps;
 
   WeightGradients(const Call& call, const Sizes& sizes) {
-    for (int k = 0; k < 3; ++k) kernels[k] = empty_contiguous(call.weights[k]);
+    for (int k = 0; k < 3; ++k) weights[k] = empty_contiguous(call.weights[k]);
     alpha = empty_contiguous(call.alpha);
     taps = at::empty({sizes.channels, call.p.taps()}, call.alpha.options());
   }
   void set_zero() {
-    for (Tensor* t : {&kernels[0], &kernels[1], &kernels[2], &alpha}) t->zero_();
+    for (Tensor* t : {&weights[0], &weights[1], &weights[2], &alpha}) t->zero_();
   }
-  void distribute_taps(const Call& call) {
-    void* const to[] = {kernels[0].mutable_data_ptr(), kernels[1].mutable_data_ptr(), kernels[2].mutable_data_ptr()};
-    C10_CUDA_CHECK(launch_distribute_taps(call.p, taps.const_data_ptr(), to, alpha.mutable_data_ptr(),
-                                          c10::cuda::getCurrentCUDAStream()));
+  void unmerge_taps(const Call& call) {
+    void* const to[] = {weights[0].mutable_data_ptr(), weights[1].mutable_data_ptr(), weights[2].mutable_data_ptr()};
+    C10_CUDA_CHECK(launch_unmerge_taps(call.p, taps.const_data_ptr(), to, alpha.mutable_data_ptr(),
+                                       c10::cuda::getCurrentCUDAStream()));
   }
 };
 
@@ -244,15 +246,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> state_fusion_backward(
   Call call(Operation::kFusion, sizes, h, h);
   call.set_weights(weight3, weight3_d3, weight3_d5, alpha);
   const Tensor grad_h = empty_contiguous(h);
-  WeightGradients weights(call, sizes);
+  WeightGradients grads(call, sizes);
   if (sizes.batch == 0) {
-    weights.set_zero();
+    grads.set_zero();
   } else {
     call.set_grad(grad);
-    backward(call, planes_of(grad_h), {}, weights.taps, {}, {});
-    weights.distribute_taps(call);
+    backward(call, planes_of(grad_h), {}, grads.taps, {}, {});
+    grads.unmerge_taps(call);
   }
-  return {grad_h, weights.kernels[0], weights.kernels[1], weights.kernels[2], weights.alpha};
+  return {grad_h, grads.weights[0], grads.weights[1], grads.weights[2], grads.alpha};
 }
 
 Tensor state_fusion_output(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
@@ -278,17 +280,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> state
   call.set_weights(weight3, weight3_d3, weight3_d5, alpha);
   const Tensor grad_h = empty_contiguous(h), grad_C = empty_contiguous(C), grad_D = empty_contiguous(D);
   const Result grad_x(x);
-  WeightGradients weights(call, sizes);
+  WeightGradients grads(call, sizes);
   if (sizes.batch == 0) {
-    weights.set_zero();
+    grads.set_zero();
     grad_D.zero_();
   } else {
     call.set_output(C, D, x);
     call.set_grad(grad);
-    backward(call, planes_of(grad_h), grad_x.planes(), weights.taps, grad_D, grad_C);
-    weights.distribute_taps(call);
+    backward(call, planes_of(grad_h), grad_x.planes(), grads.taps, grad_D, grad_C);
+    grads.unmerge_taps(call);
   }
-  return {grad_h, weights.kernels[0], weights.kernels[1], weights.kernels[2], weights.alpha, grad_C, grad_D,
+  return {grad_h, grads.weights[0], grads.weights[1], grads.weights[2], grads.alpha, grad_C, grad_D,
           grad_x.get()};
 }
 
