@@ -18,12 +18,26 @@ constexpr int kOffsets[] = {-5, -3, -1, 0, 1, 3, 5}, kCount = 7;  // of taps, al
 constexpr int kTaps = 25, kWeightsHeld = 9;  // weights that stay in registers; 9 is the fastest of 7 to 13
 static_assert(kRowsWidth >= kLanes + kReach, "the first 16 columns are not to need what is beyond the last");
 
-// The number of the tap in each of the seven rows and columns, in the order of planes.cpp; -1 where there is none.
+// The number of the tap in each of the seven rows and columns, in the order of planes.cpp and of `Fusion`; -1 where
+// there is none.
 constexpr int kTap[kCount][kCount] = {
     {0, -1, -1, 1, -1, -1, 2},      {-1, 3, -1, 4, -1, 5, -1},      {-1, -1, 6, 7, 8, -1, -1},
     {9, 10, 11, 12, 13, 14, 15},    {-1, -1, 16, 17, 18, -1, -1},   {-1, 19, -1, 20, -1, 21, -1},
     {22, -1, -1, 23, -1, -1, 24},
 };
+
+constexpr bool is_in_the_order_of_fusion() {
+  int k = 0;
+  for (int i = 0; i < kCount; ++i) {
+    for (int j = 0, c = 0; j < kCount; ++j) {
+      const bool is_tap = c < Fusion::counts[i] && Fusion::columns[i][c] == kOffsets[j];
+      if (kTap[i][j] != (is_tap ? k : -1)) return false;
+      k += is_tap, c += is_tap;
+    }
+  }
+  return k == kTaps;
+}
+static_assert(is_in_the_order_of_fusion(), "kTap and Fusion differ");
 
 INLINE __mmask16 first_lanes(int64_t count) { return (1u << least(kLanes, most(0, count))) - 1; }
 
@@ -73,10 +87,10 @@ struct Rows {
   }
 };
 
-// 16 columns of a plane, or its last ones. Left: they are the first. Right: taps reach beyond the last column. Observe:
+// 16 columns of a plane, or its last ones. Left: they are the first. Right: taps reach beyond the last column. Output:
 // the sums are multiplied by C, and D x is added.
-template <bool Left, bool Right, bool Observe>
-struct Block {
+template <bool Left, bool Right, bool Output>
+struct ColumnBlock {
   Rows in;  // of column 0
   int64_t column;
   Segment here, next;      // only if Right
@@ -99,7 +113,7 @@ struct Block {
   }
 
   INLINE void store(__m512 sum) {
-    if (Observe) {
+    if (Output) {
       const __m512 skip = _mm512_mul_ps(D, _mm512_maskz_loadu_ps(has, x.next()));
       sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(has, C.next()), sum, skip);
     }
@@ -112,7 +126,7 @@ INLINE __m512 join(__m256 low, __m256 high) {
 }
 
 // The last columns of two planes, up to eight of each.
-template <bool Observe>
+template <bool Output>
 struct Ends {
   Rows in;  // of column 0
   int64_t offset;
@@ -126,7 +140,8 @@ struct Ends {
     offset = width - kLanes;
     has = first_lanes(width - column);
     const Integers second = kOneByOne < 8 ? Integers{} : Integers{} + kLanes;
-    for (int i = 0; i < kCount; ++i) lanes[i] = within(int(column) + kOffsets[i] + kTwice, width) - int(offset) + second;
+    for (int i = 0; i < kCount; ++i)
+      lanes[i] = within(int(column) + kOffsets[i] + kTwice, width) - int(offset) + second;
   }
 
   INLINE void load(const float* row, __m512 (&shifted)[kCount]) const {
@@ -137,7 +152,7 @@ struct Ends {
   }
 
   INLINE void store(__m512 sum) {
-    if (Observe) {
+    if (Output) {
       const float* const from = x.next();
       const __m512 skip = join(_mm256_maskz_loadu_ps(has, from), _mm256_maskz_loadu_ps(has, from + x_channel));
       const __m256 numbers = _mm256_maskz_loadu_ps(has, C.next());
@@ -236,9 +251,9 @@ struct Pair {
     return n || !p.D.data ? 1 : ((const float*)p.D.data)[(channel + c) * p.D.channel];
   }
 
-  template <bool Observe, bool Left, bool Right>
+  template <bool Output, bool Left, bool Right>
   INLINE void block(int64_t c, int64_t n, int64_t column) const {
-    Block<Left, Right, Observe> b;
+    ColumnBlock<Left, Right, Output> b;
     b.in = rows_of(p.in, c, n, 0);
     b.column = column;
     if (Right) b.here = Segment(column, p.width), b.next = Segment(column + kLanes, p.width);
@@ -249,9 +264,9 @@ struct Pair {
     fuse(b, strip, weights[c]);
   }
 
-  template <bool Observe>
+  template <bool Output>
   INLINE void ends(int64_t n, int64_t column) const {
-    Ends<Observe> e;
+    Ends<Output> e;
     e.look_from(column, p.width);
     e.in = rows_of(p.in, 0, n, 0);
     e.C = rows_of(p.C, 0, n, column), e.x = rows_of_x(0, n, column), e.out = rows_of_out(0, n, column);
@@ -260,22 +275,22 @@ struct Pair {
     fuse(e, strip, weights[2]);
   }
 
-  template <bool Observe>
+  template <bool Output>
   INLINE void run() const {
     const int64_t rest = p.width % kLanes, shared = channels == 2 && 0 < rest && rest <= 8 ? p.width - rest : p.width;
     for (int64_t n = 0; n < p.states; ++n) {
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t column = 0; column < shared; column += kLanes) {
           if (column == 0) {
-            block<Observe, true, false>(c, n, column);
+            block<Output, true, false>(c, n, column);
           } else if (column + kLanes + kReach <= p.width) {
-            block<Observe, false, false>(c, n, column);
+            block<Output, false, false>(c, n, column);
           } else {
-            block<Observe, false, true>(c, n, column);
+            block<Output, false, true>(c, n, column);
           }
         }
       }
-      if (shared < p.width) ends<Observe>(n, shared);
+      if (shared < p.width) ends<Output>(n, shared);
     }
   }
 };
@@ -283,8 +298,8 @@ struct Pair {
 inline int64_t scratch_bytes(const Problem&) { return 3 * kTaps * kLanes * sizeof(float); }
 
 inline void forward(const Problem& p, int64_t task, void* scratch) {
-  const int64_t strip = task % p.strips, block = task / p.strips % p.blocks(2), begin = strip * p.strip_rows;
-  Pair pair{p, task / p.strips / p.blocks(2), 2 * block, least(2, p.channels - 2 * block),
+  const int64_t strip = task % p.strips, block = task / p.strips % p.channel_blocks(2), begin = strip * p.strip_rows;
+  Pair pair{p, task / p.strips / p.channel_blocks(2), 2 * block, least(2, p.channels - 2 * block),
             {p.height, begin, least(p.strip_rows, p.height - begin)}, {}};
   for (int i = 0; i < 3; ++i) pair.weights[i] = (float*)scratch + i * kTaps * kLanes;
   for (int k = 0; k < kTaps; ++k) {

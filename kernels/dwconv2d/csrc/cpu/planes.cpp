@@ -27,7 +27,7 @@ const Kernels& kernels() {
 #endif
 }
 
-Types types(const Tensor& in, const Tensor& beside) {
+ElementTypes types(const Tensor& in, const Tensor& beside) {
   switch (beside.scalar_type()) {
     case at::kDouble: return kFloat64;
     case at::kHalf: return in.scalar_type() == at::kHalf ? kFloat16 : kFloat32WithFloat16;
@@ -64,12 +64,12 @@ struct Taps {
   }
 };
 
-// The place of each kernel's taps among the 25 taps of state fusion. All kernels share the centre.
-struct FusionTaps {
+// The 25 taps of state fusion, and the index of each kernel's taps among them. All kernels share the centre.
+struct FusionTapTable {
   std::vector<int> rows, columns;
   int index[3][9];
 
-  FusionTaps() {
+  FusionTapTable() {
     for (int row = -5; row <= 5; ++row) {
       for (int column = -5; column <= 5; ++column) {
         bool used = false;
@@ -87,8 +87,8 @@ struct FusionTaps {
   }
 };
 
-const FusionTaps& fusion_taps() {
-  static const FusionTaps taps;
+const FusionTapTable& fusion_taps() {
+  static const FusionTapTable taps;
   return taps;
 }
 
@@ -120,9 +120,9 @@ Taps fusion_weights(const Tensor& h, const Weights& weights, const Tensor& alpha
 Taps conv_weights(const Tensor& weight, int64_t dilation, const Sizes& sizes) {
   const int height = sizes.kernel_height, width = sizes.kernel_width;
   Taps taps{height == 3 && width == 3 && dilation == 1 ? kSquare3 : kAny, {}, {}, {}};
-  const int step = std::min(dilation, std::max(sizes.height, sizes.width));  // larger ones give the same result
+  const int clipped = std::min(dilation, std::max(sizes.height, sizes.width));  // larger ones give the same result
   for (int i = 0; i < height; ++i)
-    for (int j = 0; j < width; ++j) taps.add(step * (i - height / 2), step * (j - width / 2));
+    for (int j = 0; j < width; ++j) taps.add(clipped * (i - height / 2), clipped * (j - width / 2));
   taps.allocate(weight, at::promoteTypes(weight.scalar_type(), at::kFloat), weight.size(0));
   taps.weights.slice(1, 0, weight.size(0)).copy_(weight.reshape({weight.size(0), height * width}).t());
   return taps;
@@ -147,19 +147,20 @@ Problem problem(const Sizes& sizes, const Taps& taps, bool replicate) {
 // A strip with its margins should stay in the L2 cache, and there should be tasks for several threads. The choice must
 // not depend on the number of threads.
 void choose_strips(Problem& p, const Kernel& kernel) {
-  const int64_t row_bytes = (p.width + 2 * p.reach_columns) * kernel.vector_bytes;
+  const int64_t row_bytes = (p.width + 2 * p.reach_columns) * kernel.pixel_bytes;
   const int64_t fitting = kStripBytes / row_bytes - 2 * p.reach_rows;
-  const int64_t strips = std::max<int64_t>(1, kFewTasks / std::max<int64_t>(1, p.batch * p.blocks(kernel.lanes)));
+  const int64_t blocks = std::max<int64_t>(1, p.batch * p.channel_blocks(kernel.lanes));
+  const int64_t strips = std::max<int64_t>(1, kFewTasks / blocks);
   const int64_t shared = (p.height + strips - 1) / strips;
   p.strip_rows = std::min({p.height, std::max(fitting, kFewRows), std::max(shared, kFewRows)});
   p.strips = (p.height + p.strip_rows - 1) / p.strip_rows;
 }
 
-int64_t tasks(const Problem& p, const Kernel& kernel) { return p.batch * p.blocks(kernel.lanes) * p.strips; }
+int64_t tasks(const Problem& p, const Kernel& kernel) { return p.batch * p.channel_blocks(kernel.lanes) * p.strips; }
 
 // Whether `fusion_rows` can compute the problem, and faster than the kernel whose lanes are channels. It goes down
 // columns: short columns do not pay off, and planes that are not in a cache would be read in a bad order.
-bool takes_rows(const Problem& p, Types types) {
+bool takes_rows(const Problem& p, ElementTypes types) {
   constexpr int64_t kLeastHeight = 24, kMostElements = 2 << 20;
   const auto has_rows = [](const View& v) { return !v.data || v.column == 1; };
   return kernels().fusion_rows.run && p.pattern == kFusion && types == kFloat32 && p.width >= kRowsWidth &&
@@ -167,7 +168,7 @@ bool takes_rows(const Problem& p, Types types) {
          has_rows(p.in) && has_rows(p.C) && has_rows(p.x) && has_rows(p.out);
 }
 
-void run_forward(Problem& p, Types types, const Tensor& out) {
+void run_forward(Problem& p, ElementTypes types, const Tensor& out) {
   p.out = planes(out);
   const Kernel& kernel = takes_rows(p, types) ? kernels().fusion_rows : kernels().forward[types];
   choose_strips(p, kernel);
@@ -180,24 +181,24 @@ struct SharedGradients {
   Tensor weights, C;
 };
 
-SharedGradients run_backward(Problem& p, Types types, const Tensor& grad_in, const Tensor* C) {
+SharedGradients run_backward(Problem& p, ElementTypes types, const Tensor& grad_in, const Tensor* C) {
   const Kernel& kernel = kernels().backward[types];
   choose_strips(p, kernel);
   p.out = planes(grad_in);
-  const bool wide = types == kFloat64;
-  const auto options = grad_in.options().dtype(wide ? at::kDouble : at::kFloat);
-  const int64_t terms = p.batch * p.strips, blocks = p.blocks(kernel.lanes);
-  const Tensor weights = at::empty({terms, p.taps + 1, p.channels}, options);
+  const bool in_double = types == kFloat64;
+  const auto options = grad_in.options().dtype(in_double ? at::kDouble : at::kFloat);
+  const int64_t strips = p.batch * p.strips, channel_blocks = p.channel_blocks(kernel.lanes);
+  const Tensor weights = at::empty({strips, p.taps + 1, p.channels}, options);
   p.grad_weights = weights.mutable_data_ptr();
-  Tensor parts_of_C;
+  Tensor partials_of_C;
   if (C) {
-    parts_of_C = at::empty({p.batch, p.states, blocks, p.height, p.width}, options);
-    p.grad_C = parts_of_C.mutable_data_ptr();
+    partials_of_C = at::empty({p.batch, p.states, channel_blocks, p.height, p.width}, options);
+    p.grad_C = partials_of_C.mutable_data_ptr();
   }
   host::run(kernel, p, tasks(p, kernel));
-  const auto sum = wide ? host::sum<double> : host::sum<float>;
-  SharedGradients grads{sum(weights, 1, terms, at::empty({p.taps + 1, p.channels}, options)), {}};
-  if (C) grads.C = sum(parts_of_C, p.batch * p.states, blocks, at::empty(C->sizes(), C->options()));
+  const auto sum = in_double ? host::sum<double> : host::sum<float>;
+  SharedGradients grads{sum(weights, 1, strips, at::empty({p.taps + 1, p.channels}, options)), {}};
+  if (C) grads.C = sum(partials_of_C, p.batch * p.states, channel_blocks, at::empty(C->sizes(), C->options()));
   return grads;
 }
 

@@ -1,9 +1,9 @@
-// The interface between dwconv2d.cpp, which sees tensors, and the kernels, which are compiled once per instruction set.
+// The interface between planes.cpp, which sees tensors, and the kernels, which are compiled once per instruction set.
 //
 // All operators are one computation on planes, with some parts left out:
 //
 //   conv_n(p) = sum over taps k of weight_k in_n(p + offset_k)         in_n padded beyond the plane
-//   out(p)    = sum_n C_n(p) conv_n(p) + D x(p)                        state_fusion_output
+//   out(p)    = sum_n C_n(p) conv_n(p) + D x(p)                        state_fusion_output: the output equation
 //   out_n(p)  = conv_n(p) + bias                                       dilated_dwconv2d, state_fusion
 #pragma once
 
@@ -37,29 +37,30 @@ struct Problem {
 
   // For the backward pass. `grad` is the gradient of the forward pass's `out`.
   View grad, grad_x;
-  void* grad_C;        // (batch, states, blocks, height, width) of the computation's type, to be summed over blocks
-  void* grad_weights;  // (batch, strips, taps + 1, channels), to be summed over both; the last is for D or the bias
+  // Partial sums in the computation's type: (batch, states, channel blocks, height, width), still to be summed over
+  // channel blocks, and (batch, strips, taps + 1, channels), over both; after the taps comes D or the bias.
+  void *grad_C, *grad_weights;
 
   // A strip is the rows of a plane that are processed at once. A task is one strip of as many channels as fit in a
   // vector. Its results do not depend on the thread that runs it.
   int64_t strip_rows, strips;
 
-  int64_t blocks(int64_t lanes) const { return (channels + lanes - 1) / lanes; }
+  int64_t channel_blocks(int64_t lanes) const { return (channels + lanes - 1) / lanes; }
 };
 
 struct Kernel {
-  int64_t lanes, vector_bytes;
+  int64_t lanes, pixel_bytes;  // channels of a task, and bytes of a pixel of all of them
   int64_t (*scratch_bytes)(const Problem&);
   void (*run)(const Problem&, int64_t task, void* scratch);
 };
 
 // The type of `in`, then the type of the other activations.
-enum Types { kFloat32, kFloat64, kFloat16, kBFloat16, kFloat32WithFloat16, kFloat32WithBFloat16, kTypes };
+enum ElementTypes { kFloat32, kFloat64, kFloat16, kBFloat16, kFloat32WithFloat16, kFloat32WithBFloat16, kElementTypes };
 
 constexpr int64_t kRowsWidth = 24;
 
 struct Kernels {
-  Kernel forward[kTypes], backward[kTypes];
+  Kernel forward[kElementTypes], backward[kElementTypes];
   // Forward pass of state fusion, for float32 planes with contiguous rows of at least kRowsWidth. `run` may be null.
   Kernel fusion_rows;
 };

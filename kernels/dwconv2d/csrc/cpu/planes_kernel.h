@@ -22,18 +22,6 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t clamp(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
-// Memory for one task, in vectors.
-struct Scratch {
-  char* next;
-
-  template <class S>
-  INLINE S* take(int64_t vectors) {
-    S* piece = (S*)next;
-    next += vectors * VECTOR_BYTES;
-    return piece;
-  }
-};
-
 // A strip with margins on all sides. Its rows start at `first`, and each has `pitch` pixels.
 template <class S>
 struct Buffer {
@@ -75,13 +63,14 @@ struct Task {
   static constexpr int W = kLanes<S>;
 
   const Problem& p;
-  int64_t batch, block, strip, channel, begin, end;  // rows of the strip
-  int channels;                                      // fewer than W in the last block
+  int64_t batch, block, strip, channel;
+  int64_t begin, end;  // rows of the strip
+  int channels;        // fewer than W in the last block
 
   INLINE Task(const Problem& p, int64_t task) : p(p) {
     strip = task % p.strips;
-    block = task / p.strips % p.blocks(W);
-    batch = task / p.strips / p.blocks(W);
+    block = task / p.strips % p.channel_blocks(W);
+    batch = task / p.strips / p.channel_blocks(W);
     channel = block * W;
     channels = least(W, p.channels - channel);
     begin = strip * p.strip_rows;
@@ -96,9 +85,9 @@ struct Task {
   // The number of rows to read, compute and write at once.
   INLINE int64_t rows_at_once() const { return most(1, kTokens / p.width); }
 
-  // The rows of the strip and, within the plane, of its margins.
+  // The rows of the strip and, within the plane, of its margins: from the first to before the end.
   INLINE int64_t first_row() const { return most(0, begin - p.reach_rows); }
-  INLINE int64_t last_row() const { return least(p.height, end + p.reach_rows); }
+  INLINE int64_t end_row() const { return least(p.height, end + p.reach_rows); }
 
   // Reads `rows` rows of a view, of any strides, as a tile of (rows width, lanes).
   template <class V>
@@ -119,14 +108,14 @@ struct Task {
 
   // Whether `rows` rows of a view are vectors one after the other.
   template <class V>
-  INLINE bool is_direct(const View& v, int64_t rows) const {
+  INLINE bool is_in_place(const View& v, int64_t rows) const {
     return kSame<V, S> && channels == W && v.channel == 1 && (rows == 1 || v.row == p.width * v.column);
   }
 
   // Rows of a view to read, in the tensor or copied to the tile.
   template <class V>
   INLINE Pixels<const S> look(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
-    if (is_direct<V>(v, rows)) return {(const S*)at<V>(v, n, y), v.column};
+    if (is_in_place<V>(v, rows)) return {(const S*)at<V>(v, n, y), v.column};
     read<V>(tile, v, n, y, rows);
     return {tile, W};
   }
@@ -134,7 +123,7 @@ struct Task {
   // Rows of a view to write, in the tensor or in the tile, which `write` then copies to the tensor.
   template <class V>
   INLINE Pixels<S> place_for(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
-    if (is_direct<V>(v, rows)) return {(S*)at<V>(v, n, y), v.column};
+    if (is_in_place<V>(v, rows)) return {(S*)at<V>(v, n, y), v.column};
     return {tile, W};
   }
 
@@ -189,12 +178,13 @@ struct Task {
 
   // Reads the strip of in_n.
   INLINE void read_strip(const Buffer<S>& to, S* tile, int64_t n) const {
-    const bool direct = fills_vectors(p.in);
-    for (int64_t y = first_row(), rows; y < last_row(); y += rows) {
-      rows = direct ? 1 : least(rows_at_once(), last_row() - y);
-      read<T>(direct ? to.row(y) : tile, p.in, n, y, rows);
+    const bool row_by_row = fills_vectors(p.in);
+    const int64_t step = row_by_row ? 1 : rows_at_once();
+    for (int64_t y = first_row(); y < end_row(); y += step) {
+      const int64_t rows = least(step, end_row() - y);
+      read<T>(row_by_row ? to.row(y) : tile, p.in, n, y, rows);
       for (int64_t i = 0; i < rows; ++i) {
-        if (!direct) memcpy(to.row(y + i), tile + i * p.width * W, p.width * VECTOR_BYTES);
+        if (!row_by_row) memcpy(to.row(y + i), tile + i * p.width * W, p.width * VECTOR_BYTES);
         continue_row(to, y + i, p.replicate);
       }
     }
@@ -208,39 +198,41 @@ struct Task {
   }
 };
 
-// What happens with a convolution's sums: out(i) is the sum of pixel i, or C(i) sum + factor other(i), or sum other(i).
+// What happens with a convolution's sums: out(i) is the sum of pixel i, or the output equation's C(i) sum + factor
+// beside(i), or sum beside(i).
 template <class S>
 struct Finish {
-  enum { kSum, kObserve, kMultiply } what;
+  enum { kSum, kOutput, kMultiply } what;
   Pixels<S> out;
   const S* C = nullptr;
   Vec<S> factor = {};
-  Pixels<const S> other = {};
+  Pixels<const S> beside = {};
 
-  template <int Pixels>
-  INLINE void operator()(int64_t first, const Vec<S> (&sums)[Pixels]) const {
+  template <int PixelCount>
+  INLINE void operator()(int64_t first, const Vec<S> (&sums)[PixelCount]) const {
     const auto to = out;  // local copies, which no store can change
-    const auto from = other;
+    const auto from = beside;
     if (what == kSum) {
-      for (int j = 0; j < Pixels; ++j) to.set(first + j, sums[j]);
-    } else if (what == kObserve) {
+      for (int j = 0; j < PixelCount; ++j) to.set(first + j, sums[j]);
+    } else if (what == kOutput) {
       const S* numbers = C + first;
       const Vec<S> multiple = factor;
-      for (int j = 0; j < Pixels; ++j) to.set(first + j, numbers[j] * sums[j] + multiple * from.get(first + j));
+      for (int j = 0; j < PixelCount; ++j) to.set(first + j, numbers[j] * sums[j] + multiple * from.get(first + j));
     } else {
-      for (int j = 0; j < Pixels; ++j) to.set(first + j, sums[j] * from.get(first + j));
+      for (int j = 0; j < PixelCount; ++j) to.set(first + j, sums[j] * from.get(first + j));
     }
   }
 };
 
 // Any taps: the sums over k of weight_k from(offset_k) for some neighbours.
 struct Any {
-  template <int Sign, int Pixels, class S>
-  static INLINE void add(Vec<S> (&sums)[Pixels], const S* from, const int64_t* offsets, const S* weights, int taps) {
+  template <int Sign, int PixelCount, class S>
+  static INLINE void add(Vec<S> (&sums)[PixelCount], const S* from, const int64_t* offsets, const S* weights,
+                         int taps) {
     constexpr int W = kLanes<S>;
     for (int k = 0; k < taps; ++k) {
       const Vec<S> weight = load(weights + k * W);
-      for (int i = 0; i < Pixels; ++i) sums[i] += weight * load(from + offsets[k] + i * W);
+      for (int i = 0; i < PixelCount; ++i) sums[i] += weight * load(from + offsets[k] + i * W);
     }
   }
 };
@@ -249,18 +241,18 @@ struct Any {
 // columns, -1 in an adjoint.
 template <class Taps>
 struct Known {
-  template <int Sign, int Pixels, class S>
-  static INLINE void add(Vec<S> (&sums)[Pixels], const S* from, const int64_t* offsets, const S* weights, int) {
+  template <int Sign, int PixelCount, class S>
+  static INLINE void add(Vec<S> (&sums)[PixelCount], const S* from, const int64_t* offsets, const S* weights, int) {
     constexpr int W = kLanes<S>;
 #pragma GCC unroll 8
     for (int r = 0, k = 0; r < Taps::rows; k += Taps::counts[r++]) {
       const S* row = from + offsets[k] - Sign * Taps::columns[r][0] * W;
 #pragma GCC unroll 32
-      for (int j = -Taps::reach; j < Pixels + Taps::reach; ++j) {
+      for (int j = -Taps::reach; j < PixelCount + Taps::reach; ++j) {
 #pragma GCC unroll 8
         for (int c = 0; c < Taps::counts[r]; ++c) {
           const int i = j - Sign * Taps::columns[r][c];
-          if (0 <= i && i < Pixels) sums[i] += load(weights + (k + c) * W) * load(row + j * W);
+          if (0 <= i && i < PixelCount) sums[i] += load(weights + (k + c) * W) * load(row + j * W);
         }
       }
     }
@@ -276,16 +268,16 @@ struct Fusion {
                                        {-1, 0, 1}, {-3, 0, 3}, {-5, 0, 5}};
 };
 
-template <class Taps, int Sign, int Pixels, class S>
+template <class Taps, int Sign, int PixelCount, class S>
 INLINE void convolve_pixels(const S* from, const int64_t* offsets, const S* weights, int taps, int pixels, Vec<S> start,
                             int64_t first, const Finish<S>& finish) {
-  if (pixels == Pixels) {
-    Vec<S> sums[Pixels];
-    for (int i = 0; i < Pixels; ++i) sums[i] = start;
+  if (pixels == PixelCount) {
+    Vec<S> sums[PixelCount];
+    for (int i = 0; i < PixelCount; ++i) sums[i] = start;
     Taps::template add<Sign>(sums, from, offsets, weights, taps);
     finish(first, sums);
-  } else if constexpr (Pixels > 1) {
-    convolve_pixels<Taps, Sign, Pixels - 1>(from, offsets, weights, taps, pixels, start, first, finish);
+  } else if constexpr (PixelCount > 1) {
+    convolve_pixels<Taps, Sign, PixelCount - 1>(from, offsets, weights, taps, pixels, start, first, finish);
   }
 }
 
@@ -294,9 +286,9 @@ INLINE void convolve_pixels(const S* from, const int64_t* offsets, const S* weig
 template <class Taps, int Sign, class S>
 NOINLINE void convolve(const S* from, int64_t pitch, const int64_t* offsets, const S* weights, int taps, int64_t rows,
                        int64_t width, Vec<S> start, const Finish<S>& finish) {
-  int64_t begin = 0, end;
-  for (int64_t blocks = (width + kColumns - 1) / kColumns; blocks > 0; --blocks, begin = end) {
-    end = begin + (width - begin) / blocks;
+  int64_t begin = 0;
+  for (int64_t blocks = (width + kColumns - 1) / kColumns; blocks > 0; --blocks) {
+    const int64_t end = begin + (width - begin) / blocks;
     for (int64_t y = 0; y < rows; ++y) {
       int64_t x = begin;
       for (int64_t pieces = (end - begin + kPixels - 1) / kPixels; pieces > 0; --pieces) {
@@ -306,6 +298,7 @@ NOINLINE void convolve(const S* from, int64_t pitch, const int64_t* offsets, con
         x += pixels;
       }
     }
+    begin = end;
   }
 }
 
@@ -320,6 +313,25 @@ INLINE void convolve(const Problem& p, const S* from, int64_t pitch, const int64
   run(from, pitch, offsets, weights, p.taps, rows, p.width, start, finish);
 }
 
+// The sizes of pieces of scratch memory, in vectors.
+INLINE int64_t tile_vectors(const Problem& p) { return most(kTokens, p.width); }
+INLINE int64_t pitch_vectors(const Problem& p) { return p.width + 2 * p.reach_columns; }
+INLINE int64_t buffer_vectors(const Problem& p) { return pitch_vectors(p) * (p.strip_rows + 2 * p.reach_rows); }
+INLINE int64_t offset_vectors(const Problem& p) { return p.taps * sizeof(int64_t) / VECTOR_BYTES + 1; }
+
+template <class S>
+struct ConvolutionMemory {
+  S *strip, *tile, *weights;
+  int64_t* offsets;
+
+  INLINE ConvolutionMemory(const Problem& p, Scratch& scratch) {
+    strip = scratch.take<S>(buffer_vectors(p));
+    tile = scratch.take<S>(tile_vectors(p));
+    weights = scratch.take<S>(p.taps);
+    offsets = (int64_t*)scratch.take<S>(offset_vectors(p));
+  }
+};
+
 // What both passes use: a strip of `in`, the weights, and the offsets of the taps.
 template <class T, class U>
 struct Convolution {
@@ -332,19 +344,11 @@ struct Convolution {
   const S* weights;
   int64_t* offsets;  // of the taps, in elements of the buffer
 
-  static INLINE int64_t tile_vectors(const Problem& p) { return most(kTokens, p.width); }
-  static INLINE int64_t pitch(const Problem& p) { return p.width + 2 * p.reach_columns; }
-  static INLINE int64_t buffer_vectors(const Problem& p) { return pitch(p) * (p.strip_rows + 2 * p.reach_rows); }
-  static INLINE int64_t offset_vectors(const Problem& p) { return p.taps * sizeof(int64_t) / VECTOR_BYTES + 1; }
-  static INLINE int64_t vectors(const Problem& p) {
-    return buffer_vectors(p) + tile_vectors(p) + p.taps + offset_vectors(p);
-  }
-
-  INLINE Convolution(const Problem& p, int64_t index, Scratch& scratch) : task(p, index) {
-    in = task.buffer(scratch.take<S>(buffer_vectors(p)));
-    tile = scratch.take<S>(tile_vectors(p));
-    weights = task.weights(scratch.take<S>(p.taps));
-    offsets = (int64_t*)scratch.take<S>(offset_vectors(p));
+  INLINE Convolution(const Problem& p, int64_t index, const ConvolutionMemory<S>& memory) : task(p, index) {
+    in = task.buffer(memory.strip);
+    tile = memory.tile;
+    weights = task.weights(memory.weights);
+    offsets = memory.offsets;
     for (int k = 0; k < p.taps; ++k) offsets[k] = (p.tap_rows[k] * in.pitch + p.tap_columns[k]) * W;
   }
 
@@ -354,47 +358,66 @@ struct Convolution {
   }
 };
 
-template <class T, class U>
-int64_t forward_scratch(const Problem& p) {
-  using Conv = Convolution<T, U>;
-  const int64_t sums = p.C.data && p.states > 1 ? p.strip_rows * p.width : 0;
-  return VECTOR_BYTES * (Conv::vectors(p) + 3 * Conv::tile_vectors(p) + sums);
-}
+template <class S>
+struct ForwardMemory {
+  ConvolutionMemory<S> convolution;
+  S *out, *x, *C;  // tiles
+  S* sums;         // of a strip, if there are several states to sum over
+
+  INLINE ForwardMemory(const Problem& p, Scratch& scratch) : convolution(p, scratch) {
+    out = scratch.take<S>(tile_vectors(p));
+    x = scratch.take<S>(tile_vectors(p));
+    C = scratch.take<S>(tile_vectors(p));
+    sums = scratch.take<S>(p.C.data && p.states > 1 ? p.strip_rows * p.width : 0);
+  }
+};
 
 template <class T, class U>
 void forward(const Problem& p, int64_t index, void* memory) {
-  Scratch scratch{(char*)memory};
-  const Convolution<T, U> conv(p, index, scratch);
-  const Task<T, U>& task = conv.task;
   using S = typename Task<T, U>::S;
   constexpr int W = Task<T, U>::W;
-  const int64_t size = conv.tile_vectors(p);
-  S *room = scratch.take<S>(size), *room_of_x = scratch.take<S>(size), *C = scratch.take<S>(size);
-  S* sums = scratch.take<S>(0);  // of a strip, if there are several states to sum over
+  Scratch scratch{(uintptr_t)memory};
+  const ForwardMemory<S> m(p, scratch);
+  const Convolution<T, U> conv(p, index, m.convolution);
+  const Task<T, U>& task = conv.task;
   const Vec<S> bias = task.template per_channel<U>(p.bias), D = task.template per_channel<S>(p.D);
+  const int64_t step = task.rows_at_once();
 
   for (int64_t n = 0; n < p.states; ++n) {
     task.read_strip(conv.in, conv.tile, n);
     const bool first = n == 0, last = n + 1 == p.states;
-    for (int64_t y = task.begin, rows; y < task.end; y += rows) {
-      rows = least(task.rows_at_once(), task.end - y);
+    for (int64_t y = task.begin; y < task.end; y += step) {
+      const int64_t rows = least(step, task.end - y);
       if (!p.C.data) {
-        const Pixels<S> out = task.template place_for<U>(room, p.out, n, y, rows);
+        const Pixels<S> out = task.template place_for<U>(m.out, p.out, n, y, rows);
         conv.rows(y, rows, bias, {Finish<S>::kSum, out});
-        task.template write<U>(out, room, p.out, n, y, rows);
+        task.template write<U>(out, m.out, p.out, n, y, rows);
         continue;
       }
-      const Pixels<const S> x = task.template look<U>(room_of_x, p.x, 0, y, rows);
-      const Pixels<const S> before = first ? x : Pixels<const S>{sums + (y - task.begin) * p.width * W, W};
-      const Pixels<S> out = last ? task.template place_for<U>(room, p.out, 0, y, rows)
-                                 : Pixels<S>{sums + (y - task.begin) * p.width * W, W};
+      const Pixels<S> sums = {m.sums + (y - task.begin) * p.width * W, W};
+      const Pixels<const S> x = task.template look<U>(m.x, p.x, 0, y, rows);
+      const Pixels<const S> before = first ? x : Pixels<const S>{sums.data, sums.step};
+      const Pixels<S> out = last ? task.template place_for<U>(m.out, p.out, 0, y, rows) : sums;
       const Vec<S> factor = first ? D : Vec<S>{} + 1;
-      task.read_C(C, n, y, rows);
-      conv.rows(y, rows, Vec<S>{}, {Finish<S>::kObserve, out, C, factor, before});
-      if (last) task.template write<U>(out, room, p.out, 0, y, rows);
+      task.read_C(m.C, n, y, rows);
+      conv.rows(y, rows, Vec<S>{}, {Finish<S>::kOutput, out, m.C, factor, before});
+      if (last) task.template write<U>(out, m.out, p.out, 0, y, rows);
     }
   }
 }
+
+template <class S>
+struct AdjointMemory {
+  S *grad, *sums;
+  int64_t *offsets, *border_offsets;
+
+  INLINE AdjointMemory(const Problem& p, Scratch& scratch) {
+    grad = scratch.take<S>(buffer_vectors(p));
+    sums = scratch.take<S>(p.distinct_rows * pitch_vectors(p));
+    offsets = (int64_t*)scratch.take<S>(offset_vectors(p));
+    border_offsets = (int64_t*)scratch.take<S>(offset_vectors(p));
+  }
+};
 
 // The gradient of `in` is the same computation with taps that point the other way, except at a border that is
 // replicated beyond the plane. There, the taps take sums of rows and, for the columns, sums within each row.
@@ -409,18 +432,12 @@ struct Adjoint {
   S* sums;         // for each row of taps, the values that a border row takes
   int64_t *offsets, *border_offsets;
 
-  static INLINE int64_t vectors(const Problem& p) {
-    using Conv = Convolution<T, U>;
-    return Conv::buffer_vectors(p) + p.distinct_rows * Conv::pitch(p) + 2 * Conv::offset_vectors(p);
-  }
-
-  INLINE Adjoint(const Convolution<T, U>& conv, Scratch& scratch) : conv(conv), task(conv.task) {
-    const Problem& p = task.p;
-    grad = task.buffer(scratch.take<S>(conv.buffer_vectors(p)));
-    sums = scratch.take<S>(p.distinct_rows * grad.pitch);
-    offsets = (int64_t*)scratch.take<S>(conv.offset_vectors(p));
-    border_offsets = (int64_t*)scratch.take<S>(conv.offset_vectors(p));
-    for (int k = 0; k < p.taps; ++k) offsets[k] = -conv.offsets[k];
+  INLINE Adjoint(const Convolution<T, U>& conv, const AdjointMemory<S>& memory) : conv(conv), task(conv.task) {
+    grad = task.buffer(memory.grad);
+    sums = memory.sums;
+    offsets = memory.offsets;
+    border_offsets = memory.border_offsets;
+    for (int k = 0; k < task.p.taps; ++k) offsets[k] = -conv.offsets[k];
   }
 
   // Sums the rows whose tap, `offset` rows away, reads the border row y.
@@ -466,16 +483,18 @@ struct Adjoint {
   // Computes rows of the gradient.
   INLINE void rows(const Pixels<S>& out, int64_t begin, int64_t count) const {
     const Problem& p = task.p;
-    for (int64_t y = begin, some; y < begin + count; y += some) {
+    int64_t y = begin;
+    while (y < begin + count) {
       const bool border = p.replicate && (y == 0 || y == p.height - 1);
       const int64_t inner = p.replicate ? least(begin + count, p.height - 1) - y : count;
-      some = border ? 1 : inner;
+      const int64_t some = border ? 1 : inner;
       if (border) aim_at_sums(y);
       const int64_t* const taps = border ? border_offsets : offsets;
       const Pixels<S> to = {out.data + (y - begin) * p.width * out.step, out.step};
       convolve<-1>(p, grad.row(y), grad.pitch, taps, conv.weights, some, Vec<S>{}, Finish<S>{Finish<S>::kSum, to});
       for (int64_t i = 0; i < some && p.replicate; ++i)
         add_columns({to.data + i * p.width * to.step, to.step}, grad.row(y + i), taps);
+      y += some;
     }
   }
 };
@@ -492,24 +511,24 @@ struct Sums {
   }
 };
 
-// Adds the contributions of the rows from `begin` to `end` to the gradients of the weights of `Taps` taps.
-template <int Taps, class S>
+// Adds the contributions of the rows from `begin` to `end` to the gradients of the weights of `TapCount` taps.
+template <int TapCount, class S>
 INLINE void add_some_weight_gradients(const Sums& sums, int tap, const int64_t* offsets, const Buffer<S>& in,
                                       const Buffer<S>& grad, int64_t begin, int64_t end, int64_t width) {
   constexpr int W = kLanes<S>;
-  Vec<S> totals[Taps] = {};
+  Vec<S> totals[TapCount] = {};
   int64_t pixels = 0;
-  for (int64_t first = 0, last; first < width; first = last) {
-    last = least(width, first + kColumns);
+  for (int64_t first = 0; first < width; first += kColumns) {
+    const int64_t last = least(width, first + kColumns);
     for (int64_t y = begin; y < end; ++y) {
       const S *const from = in.row(y), *const g = grad.row(y);
       for (int64_t x = first; x < last; ++x) {
         const Vec<S> gradient = load(g + x * W);
-        for (int k = 0; k < Taps; ++k) totals[k] += gradient * load(from + x * W + offsets[tap + k]);
+        for (int k = 0; k < TapCount; ++k) totals[k] += gradient * load(from + x * W + offsets[tap + k]);
       }
       pixels += last - first;
       if (pixels < kSumInFloat && (last < width || y + 1 < end)) continue;
-      for (int k = 0; k < Taps; ++k) {
+      for (int k = 0; k < TapCount; ++k) {
         sums.add<S>(tap + k, totals[k]);
         totals[k] = Vec<S>{};
       }
@@ -518,47 +537,47 @@ INLINE void add_some_weight_gradients(const Sums& sums, int tap, const int64_t* 
   }
 }
 
-template <int Taps = kTapsAtOnce, class S>
+template <int TapCount = kTapsAtOnce, class S>
 NOINLINE void add_weight_gradients(const Sums& sums, int tap, int taps, const int64_t* offsets, const Buffer<S>& in,
                                    const Buffer<S>& grad, int64_t begin, int64_t end, int64_t width) {
-  for (; tap + Taps <= taps; tap += Taps)
-    add_some_weight_gradients<Taps>(sums, tap, offsets, in, grad, begin, end, width);
-  if constexpr (Taps > 1) {
-    if (tap < taps) add_weight_gradients<Taps - 1>(sums, tap, taps, offsets, in, grad, begin, end, width);
+  for (; tap + TapCount <= taps; tap += TapCount)
+    add_some_weight_gradients<TapCount>(sums, tap, offsets, in, grad, begin, end, width);
+  if constexpr (TapCount > 1) {
+    if (tap < taps) add_weight_gradients<TapCount - 1>(sums, tap, taps, offsets, in, grad, begin, end, width);
   }
 }
 
-template <class T, class U>
-int64_t backward_scratch(const Problem& p) {
-  using Conv = Convolution<T, U>;
-  const int64_t wide = sizeof(double) / sizeof(typename Conv::S);
-  return VECTOR_BYTES * (Conv::vectors(p) + Adjoint<T, U>::vectors(p) + 3 * Conv::tile_vectors(p) + wide * (p.taps + 1));
-}
+template <class S>
+struct BackwardMemory {
+  ConvolutionMemory<S> convolution;
+  AdjointMemory<S> adjoint;
+  S *tile, *beside, *numbers;  // tiles
+  Sums sums;                   // of the gradients of the taps, then of D or the bias
 
-template <class T, class U>
-void backward(const Problem& p, int64_t index, void* memory) {
-  Scratch scratch{(char*)memory};
-  const Convolution<T, U> conv(p, index, scratch);
-  const Adjoint<T, U> adjoint(conv, scratch);
-  const Task<T, U>& task = conv.task;
-  const Buffer<typename Task<T, U>::S>& grad = adjoint.grad;
-  using S = typename Task<T, U>::S;
-  constexpr int W = Task<T, U>::W;
-  const int64_t size = conv.tile_vectors(p);
-  S *tile = scratch.take<S>(size), *other = scratch.take<S>(size), *numbers = scratch.take<S>(size);
-  const Sums sums{(double*)scratch.take<S>((p.taps + 1) * (sizeof(double) / sizeof(S))), W};
-  memset(sums.data, 0, (p.taps + 1) * W * sizeof(double));
+  INLINE BackwardMemory(const Problem& p, Scratch& scratch) : convolution(p, scratch), adjoint(p, scratch) {
+    tile = scratch.take<S>(tile_vectors(p));
+    beside = scratch.take<S>(tile_vectors(p));
+    numbers = scratch.take<S>(tile_vectors(p));
+    sums = {(double*)scratch.take<S>((p.taps + 1) * (sizeof(double) / sizeof(S))), kLanes<S>};
+  }
+};
+
+// The gradients of D and x, or of the bias.
+template <class T, class U, class S>
+INLINE void skip_gradients(const Task<T, U>& task, const BackwardMemory<S>& m) {
+  const Problem& p = task.p;
+  const Sums& sums = m.sums;
   const Vec<S> D = task.template per_channel<S>(p.D);
-
-  // The gradients of D and x, or of the bias.
-  for (int64_t y = task.begin, rows; y < task.end; y += rows) {
-    rows = least(task.rows_at_once(), task.end - y);
-    const Pixels<const S> g = task.template look<U>(tile, p.grad, 0, y, rows);
+  const int64_t step = task.rows_at_once();
+  for (int64_t y = task.begin; y < task.end; y += step) {
+    const int64_t rows = least(step, task.end - y);
+    const Pixels<const S> g = task.template look<U>(m.tile, p.grad, 0, y, rows);
     const bool has_x = p.x.data;
-    const Pixels<const S> x = has_x ? task.template look<U>(other, p.x, 0, y, rows) : g;
-    const Pixels<S> grad_x = has_x ? task.template place_for<U>(tile, p.grad_x, 0, y, rows) : Pixels<S>{tile, W};
-    for (int64_t begin = 0, end; begin < rows * p.width; begin = end) {
-      end = least(rows * p.width, begin + kSumInFloat);
+    const Pixels<const S> x = has_x ? task.template look<U>(m.beside, p.x, 0, y, rows) : g;
+    const Pixels<S> grad_x =
+        has_x ? task.template place_for<U>(m.tile, p.grad_x, 0, y, rows) : Pixels<S>{m.tile, kLanes<S>};
+    for (int64_t begin = 0; begin < rows * p.width; begin += kSumInFloat) {
+      const int64_t end = least(rows * p.width, begin + kSumInFloat);
       Vec<S> sum = {};
       for (int64_t i = begin; i < end; ++i) {
         const Vec<S> gradient = g.get(i);
@@ -567,57 +586,94 @@ void backward(const Problem& p, int64_t index, void* memory) {
       }
       sums.add<S>(p.taps, sum);
     }
-    if (has_x) task.template write<U>(grad_x, tile, p.grad_x, 0, y, rows);
+    if (has_x) task.template write<U>(grad_x, m.tile, p.grad_x, 0, y, rows);
   }
+}
 
-  for (int64_t n = 0; n < p.states; ++n) {
-    task.read_strip(conv.in, conv.tile, n);
-    for (int64_t y = task.first_row(), rows; y < task.last_row(); y += rows) {
-      rows = least(task.rows_at_once(), task.last_row() - y);
-      const Pixels<const S> g = task.template look<U>(tile, p.grad, p.C.data ? 0 : n, y, rows);
-      if (p.C.data) {
-        task.read_C(numbers, n, y, rows);
-      } else {
-        for (int64_t i = 0; i < rows * p.width; ++i) numbers[i] = 1;
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        S* row = grad.row(y + i);
-        for (int64_t x = 0; x < p.width; ++x)
-          store(row + x * W, numbers[i * p.width + x] * g.get(i * p.width + x));
-        task.continue_row(grad, y + i, false);
-      }
+// Reads the strip of the gradient of conv_n: grad, times C_n for the output equation.
+template <class T, class U, class S>
+INLINE void read_grad(const Task<T, U>& task, const Buffer<S>& grad, const BackwardMemory<S>& m, int64_t n) {
+  constexpr int W = kLanes<S>;
+  const Problem& p = task.p;
+  const int64_t step = task.rows_at_once();
+  for (int64_t y = task.first_row(); y < task.end_row(); y += step) {
+    const int64_t rows = least(step, task.end_row() - y);
+    const Pixels<const S> g = task.template look<U>(m.tile, p.grad, p.C.data ? 0 : n, y, rows);
+    if (p.C.data) {
+      task.read_C(m.numbers, n, y, rows);
+    } else {
+      for (int64_t i = 0; i < rows * p.width; ++i) m.numbers[i] = 1;
     }
-    task.continue_plane(grad, false);
-
-    // C's gradient is the sum over channels of grad conv_n.
-    for (int64_t y = task.begin, rows; p.C.data && y < task.end; y += rows) {
-      rows = least(task.rows_at_once(), task.end - y);
-      const Pixels<const S> g = task.template look<U>(other, p.grad, 0, y, rows);
-      conv.rows(y, rows, Vec<S>{}, {Finish<S>::kMultiply, {tile, W}, nullptr, Vec<S>{}, g});
-      sum_lanes(numbers, tile, rows * p.width);
-      const int64_t plane = (task.batch * p.states + n) * p.blocks(W) + task.block;
-      memcpy((S*)p.grad_C + (plane * p.height + y) * p.width, numbers, rows * p.width * sizeof(S));
-    }
-
-    add_weight_gradients(sums, 0, p.taps, conv.offsets, conv.in, grad, task.begin, task.end, p.width);
-
-    for (int64_t y = task.begin, rows; y < task.end; y += rows) {
-      rows = least(task.rows_at_once(), task.end - y);
-      const Pixels<S> out = task.template place_for<T>(tile, p.out, n, y, rows);
-      adjoint.rows(out, y, rows);
-      task.template write<T>(out, tile, p.out, n, y, rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      S* row = grad.row(y + i);
+      for (int64_t x = 0; x < p.width; ++x)
+        store(row + x * W, m.numbers[i * p.width + x] * g.get(i * p.width + x));
+      task.continue_row(grad, y + i, false);
     }
   }
+  task.continue_plane(grad, false);
+}
 
-  S* terms = (S*)p.grad_weights + (task.batch * p.strips + task.strip) * (p.taps + 1) * p.channels;
-  for (int k = 0; k <= p.taps; ++k)
-    for (int j = 0; j < task.channels; ++j) terms[k * p.channels + task.channel + j] = sums.data[k * W + j];
+// The gradient of C_n: the sum over the task's channels of grad conv_n.
+template <class T, class U, class S>
+INLINE void C_gradient(const Convolution<T, U>& conv, const BackwardMemory<S>& m, int64_t n) {
+  const Task<T, U>& task = conv.task;
+  const Problem& p = task.p;
+  const int64_t step = task.rows_at_once();
+  for (int64_t y = task.begin; y < task.end; y += step) {
+    const int64_t rows = least(step, task.end - y);
+    const Pixels<const S> g = task.template look<U>(m.beside, p.grad, 0, y, rows);
+    conv.rows(y, rows, Vec<S>{}, {Finish<S>::kMultiply, {m.tile, kLanes<S>}, nullptr, Vec<S>{}, g});
+    sum_lanes(m.numbers, m.tile, rows * p.width);
+    const int64_t plane = (task.batch * p.states + n) * p.channel_blocks(kLanes<S>) + task.block;
+    memcpy((S*)p.grad_C + (plane * p.height + y) * p.width, m.numbers, rows * p.width * sizeof(S));
+  }
+}
+
+template <class T, class U, class S>
+INLINE void input_gradient(const Adjoint<T, U>& adjoint, const BackwardMemory<S>& m, int64_t n) {
+  const Task<T, U>& task = adjoint.task;
+  const Problem& p = task.p;
+  const int64_t step = task.rows_at_once();
+  for (int64_t y = task.begin; y < task.end; y += step) {
+    const int64_t rows = least(step, task.end - y);
+    const Pixels<S> out = task.template place_for<T>(m.tile, p.out, n, y, rows);
+    adjoint.rows(out, y, rows);
+    task.template write<T>(out, m.tile, p.out, n, y, rows);
+  }
 }
 
 template <class T, class U>
-constexpr Kernel kForward = {kLanes<typename State<T>::type>, VECTOR_BYTES, forward_scratch<T, U>, forward<T, U>};
+void backward(const Problem& p, int64_t index, void* memory) {
+  using S = typename Task<T, U>::S;
+  constexpr int W = Task<T, U>::W;
+  Scratch scratch{(uintptr_t)memory};
+  const BackwardMemory<S> m(p, scratch);
+  const Convolution<T, U> conv(p, index, m.convolution);
+  const Adjoint<T, U> adjoint(conv, m.adjoint);
+  const Task<T, U>& task = conv.task;
+  memset(m.sums.data, 0, (p.taps + 1) * W * sizeof(double));
+
+  skip_gradients(task, m);
+  for (int64_t n = 0; n < p.states; ++n) {
+    task.read_strip(conv.in, conv.tile, n);
+    read_grad(task, adjoint.grad, m, n);
+    if (p.C.data) C_gradient(conv, m, n);
+    add_weight_gradients(m.sums, 0, p.taps, conv.offsets, conv.in, adjoint.grad, task.begin, task.end, p.width);
+    input_gradient(adjoint, m, n);
+  }
+
+  S* partials = (S*)p.grad_weights + (task.batch * p.strips + task.strip) * (p.taps + 1) * p.channels;
+  for (int k = 0; k <= p.taps; ++k)
+    for (int j = 0; j < task.channels; ++j) partials[k * p.channels + task.channel + j] = m.sums.data[k * W + j];
+}
+
 template <class T, class U>
-constexpr Kernel kBackward = {kLanes<typename State<T>::type>, VECTOR_BYTES, backward_scratch<T, U>, backward<T, U>};
+constexpr Kernel kForward = {Task<T, U>::W, VECTOR_BYTES, bytes_of<ForwardMemory<typename Task<T, U>::S>, Problem>,
+                             forward<T, U>};
+template <class T, class U>
+constexpr Kernel kBackward = {Task<T, U>::W, VECTOR_BYTES, bytes_of<BackwardMemory<typename Task<T, U>::S>, Problem>,
+                              backward<T, U>};
 
 constexpr Kernels kKernels = {
     {kForward<float, float>, kForward<double, double>, kForward<Half, Half>, kForward<BFloat16, BFloat16>,

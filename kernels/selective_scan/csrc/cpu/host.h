@@ -1,4 +1,6 @@
-// Functions around the CPU kernels; both kernel packages have a copy of this file.
+// Functions around the CPU kernels.
+//
+// selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -43,24 +45,24 @@ void run(const Kernel& kernel, const Problem& p, int64_t tasks) {
   });
 }
 
-// out[i][j] = sum over k of parts[i][k][j], for i < outer and k < terms. The sum is in double precision and in the
+// out[i][j] = sum over k of partials[i][k][j], for i < outer and k < count. The sum is in double precision and in the
 // order of k, so it does not depend on the threads.
-template <class Part>
-at::Tensor sum(const at::Tensor& parts, int64_t outer, int64_t terms, at::Tensor out) {
-  if (terms == 1) return out.copy_(parts.view(out.sizes()));
+template <class Partial>
+at::Tensor sum(const at::Tensor& partials, int64_t outer, int64_t count, at::Tensor out) {
+  if (count == 1) return out.copy_(partials.view(out.sizes()));
   const int64_t inner = outer ? out.numel() / outer : 0;
-  const at::Tensor wide = at::empty({outer, inner}, out.options().dtype(at::kDouble));
-  const Part* from = parts.const_data_ptr<Part>();
-  double* to = wide.mutable_data_ptr<double>();
+  const at::Tensor totals = at::empty({outer, inner}, out.options().dtype(at::kDouble));
+  const Partial* from = partials.const_data_ptr<Partial>();
+  double* to = totals.mutable_data_ptr<double>();
   at::parallel_for(0, outer * inner, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t i = index / inner, j = index % inner;
       double total = 0;
-      for (int64_t k = 0; k < terms; ++k) total += from[(i * terms + k) * inner + j];
+      for (int64_t k = 0; k < count; ++k) total += from[(i * count + k) * inner + j];
       to[index] = total;
     }
   });
-  return out.copy_(wide.view(out.sizes()));
+  return out.copy_(totals.view(out.sizes()));
 }
 
 }  // namespace host

@@ -22,7 +22,7 @@ const Kernels& kernels() {
 #endif
 }
 
-DType dtype(const Tensor& t) {
+ElementType element_type(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kDouble: return kFloat64;
     case at::kHalf: return kFloat16;
@@ -45,7 +45,7 @@ Problem problem(const Sizes& sizes, const Tensor& u, const Tensor& delta, const 
   return p;
 }
 
-int64_t tasks(const Kernel& kernel, const Problem& p) { return p.batch * p.groups * p.blocks(kernel.lanes); }
+int64_t tasks(const Kernel& kernel, const Problem& p) { return p.batch * p.groups * p.channel_blocks(kernel.lanes); }
 
 Tensor forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Bias& delta_bias,
                bool delta_softplus, bool A_is_log) {
@@ -53,7 +53,7 @@ Tensor forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tens
   const Tensor h = at::empty({sizes.batch, sizes.channels, sizes.states, sizes.length}, A.options());
   Problem p = problem(sizes, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
   p.h = h.mutable_data_ptr();
-  const Kernel& kernel = kernels().forward[dtype(u)];
+  const Kernel& kernel = kernels().forward[element_type(u)];
   host::run(kernel, p, tasks(kernel, p));
   return h;
 }
@@ -62,17 +62,17 @@ Gradients backward(const Tensor& grad, const Tensor& u, const Tensor& delta, con
                    const Bias& delta_bias, bool delta_softplus, bool A_is_log) {
   const Sizes sizes = check_inputs(u, delta, A, B, delta_bias);
   check_grad(grad, u, sizes);
-  const Kernel& kernel = kernels().backward[dtype(u)];
+  const Kernel& kernel = kernels().backward[element_type(u)];
   Problem p = problem(sizes, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
   p.grad = grad.const_data_ptr();
   for (int i = 0; i < 4; ++i) p.grad_strides[i] = grad.stride(i);
 
-  const int64_t blocks = p.blocks(kernel.lanes);
-  const auto partial = A.options().dtype(at::kDouble);
+  const int64_t channel_blocks = p.channel_blocks(kernel.lanes);
+  const auto in_double = A.options().dtype(at::kDouble);
   const Tensor grad_u = at::empty_like(u), grad_delta = at::empty_like(delta);
-  const Tensor grad_A = at::empty({p.batch, p.channels, p.states}, partial);
-  const Tensor grad_bias = at::empty({p.batch, p.channels}, partial);
-  const Tensor grad_B = at::empty({p.batch, p.groups, blocks, p.states, p.length}, A.options());
+  const Tensor grad_A = at::empty({p.batch, p.channels, p.states}, in_double);
+  const Tensor grad_bias = at::empty({p.batch, p.channels}, in_double);
+  const Tensor grad_B = at::empty({p.batch, p.groups, channel_blocks, p.states, p.length}, A.options());
   p.grad_u = grad_u.mutable_data_ptr(), p.grad_delta = grad_delta.mutable_data_ptr();
   for (int i = 0; i < 3; ++i) {
     p.grad_u_strides[i] = grad_u.stride(i);
@@ -84,7 +84,7 @@ Gradients backward(const Tensor& grad, const Tensor& u, const Tensor& delta, con
 
   const auto sum_blocks = u.scalar_type() == at::kDouble ? host::sum<double> : host::sum<float>;
   return {grad_u, grad_delta, host::sum<double>(grad_A, 1, p.batch, at::empty(A.sizes(), A.options())),
-          sum_blocks(grad_B, p.batch * p.groups, blocks, at::empty(B.sizes(), B.options())),
+          sum_blocks(grad_B, p.batch * p.groups, channel_blocks, at::empty(B.sizes(), B.options())),
           host::sum<double>(grad_bias, 1, p.batch, at::empty({p.channels}, A.options()))};
 }
 

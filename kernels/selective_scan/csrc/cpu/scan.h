@@ -8,7 +8,7 @@ namespace selective_scan {
 // The number of tokens of a chunk, which stays in the L1 cache. It is a multiple of every vector length.
 constexpr int64_t kChunk = 64;
 
-enum DType { kFloat32, kFloat64, kFloat16, kBFloat16, kDTypes };
+enum ElementType { kFloat32, kFloat64, kFloat16, kBFloat16, kElementTypes };
 
 // Pointers, and strides in elements. Members that a pass does not use stay null.
 struct Problem {
@@ -21,10 +21,10 @@ struct Problem {
   void *grad_u, *grad_delta;   // (B, D, L)
   int64_t grad_u_strides[3], grad_delta_strides[3];
   double *grad_A, *grad_bias;  // (B, D, N) and (B, D), still to be summed over the batch
-  void* grad_B;                // (B, G, blocks, N, L) of the states' dtype, still to be summed over blocks
+  void* grad_B;                // (B, G, channel blocks, N, L) of the states' dtype, still to be summed over blocks
 
   // One lane of a vector is one channel. A block is as many consecutive channels of one group as fit in a vector.
-  int64_t blocks(int64_t lanes) const { return (channels / groups + lanes - 1) / lanes; }
+  int64_t channel_blocks(int64_t lanes) const { return (channels / groups + lanes - 1) / lanes; }
   int64_t chunks() const { return (length + kChunk - 1) / kChunk; }
 };
 
@@ -36,7 +36,7 @@ struct Kernel {
 };
 
 struct Kernels {
-  Kernel forward[kDTypes], backward[kDTypes];
+  Kernel forward[kElementTypes], backward[kElementTypes];
 };
 
 extern const Kernels kPortable;

@@ -1,12 +1,12 @@
-// Vectors of VECTOR_BYTES, functions of them, and tiles of (tokens, lanes): lanes are channels. Both kernel packages
-// have a copy of this file.
+// Vectors of VECTOR_BYTES, scratch memory, and tiles of (tokens, lanes): lanes are channels.
+//
+// selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 //
 // Each file that is compiled for one instruction set includes this header once. Everything here has internal linkage,
 // and nothing uses a template of the standard library: the linker keeps one of several copies of an inline function,
 // and this copy may have instructions that the machine does not have.
 #pragma once
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -113,58 +113,25 @@ INLINE void store(S* p, Vec<S> v) {
   memcpy(p, &v, VECTOR_BYTES);
 }
 
-// exp(x) - 1 is 2^k p + 2^k - 1 for x = k ln 2 + r and p = exp(r) - 1. `half_scale` is 2^k / 2, so that k = 128 is
-// representable.
-struct Exponential {
-  Floats p, half_scale;
+// Memory for one task, in pieces of whole vectors. A kernel's pieces are in one struct, whose constructor takes them.
+// From address 0 on, it only counts their bytes. So the memory of a kernel cannot be smaller than what it takes.
+struct Scratch {
+  uintptr_t next;
+
+  template <class S>
+  INLINE S* take(int64_t vectors) {
+    S* const piece = (S*)next;
+    next += vectors * VECTOR_BYTES;
+    return piece;
+  }
 };
 
-INLINE Exponential exponential(Floats x) {
-  const Floats low = {}, lowest = low - 87.5f, highest = low + 89.0f;
-  x = x < lowest ? lowest : x;  // comparisons with NaN are false, so a NaN stays
-  x = x > highest ? highest : x;
-  // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the lowest bits.
-  const float magic = 0x1.8p23f;
-  const Floats shifted = x * 0x1.715476p0f + magic;
-  const Floats k = shifted - magic;
-  const Floats r = (x - k * 0x1.62e4p-1f) - k * 0x1.7f7d1cp-20f;  // ln 2 in two parts; the first product is exact
-  Floats q = r * 0x1.6d1270p-10f + 0x1.120cd4p-7f;  // (exp(r) - 1 - r) / r^2, to 2e-8 of exp(r) - 1
-  q = q * r + 0x1.555518p-5f;
-  q = q * r + 0x1.5554dcp-3f;
-  q = q * r + 0.5f;
-  return {r * r * q + r, (Floats)(((Ints)shifted << 23) + (126 << 23))};
+template <class Memory, class Problem>
+int64_t bytes_of(const Problem& p) {
+  Scratch scratch{0};
+  Memory(p, scratch);
+  return scratch.next;
 }
-
-INLINE Floats exp(Exponential e) { return 2.0f * (e.half_scale * e.p + e.half_scale); }
-INLINE Floats expm1(Exponential e) { return 2.0f * (e.half_scale * e.p + (e.half_scale - 0.5f)); }
-INLINE Floats exp(Floats x) { return exp(exponential(x)); }
-
-// log(1 + y) for y in [0, 1], with a relative error of 3e-8.
-INLINE Floats log1p(Floats y) {
-  Floats q = y * -0x1.24b298p-8f + 0x1.9d455ap-6f;
-  q = q * y + -0x1.11708cp-4f;
-  q = q * y + 0x1.d992bcp-4f;
-  q = q * y + -0x1.448ee2p-3f;
-  q = q * y + 0x1.969cb2p-3f;
-  q = q * y + -0x1.ffb95cp-3f;
-  q = q * y + 0x1.55540cp-2f;
-  q = q * y + -0x1.fffffep-2f;
-  return y * y * q + y;
-}
-
-INLINE Floats abs(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
-
-// Double precision is for gradient checks, so these functions call the C library for each lane.
-template <double (*function)(double)>
-INLINE Doubles each(Doubles x) {
-  for (int j = 0; j < kLanes<double>; ++j) x[j] = function(x[j]);
-  return x;
-}
-INLINE Doubles exponential(Doubles x) { return x; }
-INLINE Doubles exp(Doubles x) { return each<::exp>(x); }
-INLINE Doubles expm1(Doubles x) { return each<::expm1>(x); }
-INLINE Doubles log1p(Doubles x) { return each<::log1p>(x); }
-INLINE Doubles abs(Doubles x) { return each<::fabs>(x); }
 
 // ----- transposition
 
@@ -190,7 +157,7 @@ template <int Step, class S>
 INLINE void exchange(Vec<S>& a, Vec<S>& b) {
   exchange<Step>(a, b, typename Count<kLanes<S>>::type());
 }
-#else
+#else  // GCC 11, the compiler of Ubuntu 22.04
 template <int Step, class S>
 INLINE void exchange(Vec<S>& a, Vec<S>& b) {
   typename Simd<S>::ints upper, lower;
@@ -214,14 +181,7 @@ INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
 // ----- tiles: tokens of up to kLanes channels; the channels of a token are adjacent
 //
 // A call processes a whole tile, so it is not inlined. Inlining would double the size of its callers and the time to
-// compile them.
-
-// The first of the next W tokens to transpose, or -1 at the end. The last W tokens may overlap those before them, so
-// that there are always W.
-INLINE int64_t next_square(int64_t t, int64_t tokens, int W) {
-  if (t >= tokens) return -1;
-  return t + W <= tokens ? t : tokens - W;
-}
+// compile them. Squares of W tokens are transposed. The last square may overlap the one before, so that it is whole.
 
 // Channels that do not exist become zero.
 template <class T, class S>
@@ -231,7 +191,8 @@ NOINLINE void load_tile(S* tile, const T* p, int64_t stride_d, int64_t stride_l,
     for (int64_t t = 0; t < tokens; ++t)
       for (int j = 0; j < W; ++j) tile[t * W + j] = widen(p[t * stride_l + j]);
   } else if (channels == W && stride_l == 1 && tokens >= W) {
-    for (int64_t next = 0, t; (t = next_square(next, tokens, W)) >= 0; next = t + W) {
+    for (int64_t square_start = 0; square_start < tokens; square_start += W) {
+      const int64_t t = square_start + W <= tokens ? square_start : tokens - W;
       S square[W][W];
       Vec<S> rows[W];
       for (int j = 0; j < W; ++j)
@@ -253,7 +214,8 @@ NOINLINE void store_tile(T* p, const S* tile, int64_t stride_d, int64_t stride_l
     for (int64_t t = 0; t < tokens; ++t)
       for (int j = 0; j < W; ++j) narrow(tile[t * W + j], p[t * stride_l + j]);
   } else if (channels == W && stride_l == 1 && tokens >= W) {
-    for (int64_t next = 0, t; (t = next_square(next, tokens, W)) >= 0; next = t + W) {
+    for (int64_t square_start = 0; square_start < tokens; square_start += W) {
+      const int64_t t = square_start + W <= tokens ? square_start : tokens - W;
       S square[W][W];
       Vec<S> rows[W];
       for (int i = 0; i < W; ++i) rows[i] = load(tile + (t + i) * W);
