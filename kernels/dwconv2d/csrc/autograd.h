@@ -1,4 +1,6 @@
-// Helpers to register an operator's gradient in C++; several packages have a copy of this file.
+// Helpers to register an operator's gradient in C++.
+//
+// selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 //
 // The gradients are in C++ because a GPU would have to wait for the Python code of torch.library.register_autograd.
 #pragma once

@@ -30,30 +30,30 @@ _SCHEMAS = {
 }
 
 
-for name, schema in _SCHEMAS.items():
-    torch.library.define(f"dwconv2d::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-    loading.register(getattr(reference, name))
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"dwconv2d::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    loading.register(getattr(reference, _name))
 
 
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _empty_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
 
 
-def _laid_out_as(x: Tensor) -> Tensor:
+def _empty_laid_out_as(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=reference.memory_format(x))
 
 
 @torch.library.register_fake("dwconv2d::dilated_dwconv2d")
 def _conv_fake(x, weight, bias=None, dilation=1, padding_mode="replicate"):
     reference.check_conv_inputs(x, weight, bias, dilation, padding_mode)
-    return _laid_out_as(x)
+    return _empty_laid_out_as(x)
 
 
 @torch.library.register_fake("dwconv2d::dilated_dwconv2d_backward")
 def _conv_backward_fake(grad, x, weight, dilation=1, padding_mode="replicate"):
     reference.check_conv_inputs(x, weight, None, dilation, padding_mode)
     reference.check_grad(grad, x)
-    return _laid_out_as(x), *_contiguous(weight), weight.new_empty(weight.shape[:1])
+    return _empty_laid_out_as(x), *_empty_contiguous(weight), weight.new_empty(weight.shape[:1])
 
 
 @torch.library.register_fake("dwconv2d::state_fusion")
@@ -66,13 +66,13 @@ def _fusion_fake(h, *weights):
 def _fusion_backward_fake(grad, h, *weights):
     reference.check_fusion_inputs(h, *weights)
     reference.check_grad(grad, h)
-    return _contiguous(h, *weights)
+    return _empty_contiguous(h, *weights)
 
 
 @torch.library.register_fake("dwconv2d::state_fusion_output")
 def _output_fake(*inputs):
     reference.check_output_inputs(*inputs)
-    return _laid_out_as(inputs[-1])
+    return _empty_laid_out_as(inputs[-1])
 
 
 @torch.library.register_fake("dwconv2d::state_fusion_output_backward")
@@ -80,7 +80,7 @@ def _output_backward_fake(grad, *inputs):
     reference.check_output_inputs(*inputs)
     *others, x = inputs
     reference.check_grad(grad, x)
-    return *_contiguous(*others), _laid_out_as(x)
+    return *_empty_contiguous(*others), _empty_laid_out_as(x)
 
 
 def _conv_setup(ctx, inputs, output):
@@ -183,7 +183,7 @@ def state_fusion_output(
     D: Tensor,
     x: Tensor,
 ) -> Tensor:
-    """State fusion and the observation equation of Spatial-Mamba (arXiv 2410.15091) in one operator.
+    """State fusion and the output equation of Spatial-Mamba (arXiv 2410.15091) in one operator.
 
     y = sum_n C_n h'_n + D x, with h' = state_fusion(h, weight3, weight3_d3, weight3_d5, alpha).
 

@@ -1,4 +1,7 @@
-"""The operators in plain PyTorch: the specification, and the kernels for devices without their own."""
+"""The operators in plain PyTorch: the specification, and the kernels for devices without their own.
+
+In shapes, B is the batch, D the channels and N the states. As an argument, D is the skip weight.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -228,11 +231,11 @@ def _pad_adjoint(grad: Tensor, margins: tuple[int, int], padding_mode: str) -> T
 def state_fusion(h: Tensor, weight3: Tensor, weight3_d3: Tensor, weight3_d5: Tensor, alpha: Tensor) -> Tensor:
     """`dwconv2d.state_fusion` without its gradient."""
     check_fusion_inputs(h, weight3, weight3_d3, weight3_d5, alpha)
-    planes = _fold_states(h)
+    planes = _merge_states(h)
     fused = torch.zeros_like(planes)
     for weight, a, dilation in zip((weight3, weight3_d3, weight3_d5), alpha, DILATIONS, strict=True):
         fused += _conv(planes, a * weight, dilation, "replicate")
-    return _unfold_states(fused, h.shape)
+    return _split_states(fused, h.shape)
 
 
 def state_fusion_backward(
@@ -242,17 +245,17 @@ def state_fusion_backward(
     check_fusion_inputs(h, weight3, weight3_d3, weight3_d5, alpha)
     check_grad(grad, h)
     weights = (weight3, weight3_d3, weight3_d5)
-    grad = _fold_states(grad)
-    grad_h = _conv_adjoint(grad, _merge(weights, alpha), 1, "replicate")
+    grad = _merge_states(grad)
+    grad_h = _conv_adjoint(grad, _merge_taps(weights, alpha), 1, "replicate")
     margins = (max(DILATIONS), max(DILATIONS))
-    padded = _pad(_fold_states(h), margins, "replicate")
+    padded = _pad(_merge_states(h), margins, "replicate")
     grad_scaled = [_weight_grad(grad, padded, margins, (3, 3), dilation) for dilation in DILATIONS]
     grad_weights = [a * g for a, g in zip(alpha, grad_scaled, strict=True)]
     grad_alpha = torch.stack([(w * g).sum() for w, g in zip(weights, grad_scaled, strict=True)])
-    return _unfold_states(grad_h, h.shape), *grad_weights, grad_alpha
+    return _split_states(grad_h, h.shape), *grad_weights, grad_alpha
 
 
-def _merge(weights: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
+def _merge_taps(weights: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     """Merge the three dilated kernels into one, (D, 1, 11, 11), with 25 taps: one adjoint instead of three."""
     reach = max(DILATIONS)
     merged = weights[0].new_zeros((weights[0].shape[0], 1, 2 * reach + 1, 2 * reach + 1))
@@ -262,13 +265,13 @@ def _merge(weights: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     return merged
 
 
-def _fold_states(h: Tensor) -> Tensor:
+def _merge_states(h: Tensor) -> Tensor:
     """(B, D, H, W) or (B, D, N, H, W) -> (B N, D, H, W), channels-last: the states of a channel share its kernels."""
     return _channels_last(h if h.dim() == 4 else h.transpose(1, 2).flatten(0, 1))
 
 
-def _unfold_states(planes: Tensor, shape: torch.Size) -> Tensor:
-    """The adjoint of `_fold_states`, contiguous in `shape`."""
+def _split_states(planes: Tensor, shape: torch.Size) -> Tensor:
+    """The adjoint of `_merge_states`, contiguous in `shape`."""
     if len(shape) == 5:
         planes = planes.unflatten(0, (shape[0], shape[2])).transpose(1, 2)
     return planes.contiguous()

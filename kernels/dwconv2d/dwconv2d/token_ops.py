@@ -41,13 +41,13 @@ def _silu_backward_fake(grad, x, weight, bias, grad_2=None, grad_3=None):
 
 
 @torch.library.register_fake("dwconv2d::depthwise_residual_norm")
-def _norm_fake(x, weight, bias, norm_weight, norm_bias, eps, update=None, scale=None):
+def _residual_norm_fake(x, weight, bias, norm_weight, norm_bias, eps, update=None, scale=None):
     reference.check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("dwconv2d::depthwise_residual_norm_backward")
-def _norm_backward_fake(grad_r, grad_n, r, x, weight, norm_weight, eps, update=None, scale=None):
+def _residual_norm_backward_fake(grad_r, grad_n, r, x, weight, norm_weight, eps, update=None, scale=None):
     reference.check_residual_norm_backward_inputs(grad_r, grad_n, r, x, weight, norm_weight, update, scale)
     channels = x.shape[-1:]
     shapes = (weight.shape, channels, channels, channels)
@@ -86,13 +86,13 @@ class _SeveralUses(torch.autograd.Function):
         return *loading.call("depthwise_silu_backward", first, *ctx.saved_tensors, *more), None
 
 
-def _norm_setup(ctx, inputs, output):
+def _residual_norm_setup(ctx, inputs, output):
     x, weight, bias, norm_weight, norm_bias, ctx.eps, update, scale = inputs
     ctx.dtypes = [t.dtype for t in (weight, bias, norm_weight, norm_bias)]
     ctx.save_for_backward(output[0], x, weight, norm_weight, update, scale)
 
 
-def _norm_backward(ctx, grad_r, grad_n):
+def _residual_norm_backward(ctx, grad_r, grad_n):
     r, x, weight, norm_weight, update, scale = ctx.saved_tensors
     inputs = (grad_r, grad_n, r, x, weight, norm_weight, ctx.eps, update, scale)
     grad_s, *parameters, grad_update = loading.call("depthwise_residual_norm_backward", *inputs)
@@ -105,7 +105,7 @@ def _norm_backward(ctx, grad_r, grad_n):
 
 
 loading.register_autograd("depthwise_silu", _silu_backward, _silu_setup)
-loading.register_autograd("depthwise_residual_norm", _norm_backward, _norm_setup)
+loading.register_autograd("depthwise_residual_norm", _residual_norm_backward, _residual_norm_setup)
 loading.refuse_second_derivatives("depthwise_silu", "depthwise_residual_norm")
 
 

@@ -156,7 +156,7 @@ def depthwise_silu_backward(
 # ----- depthwise 3x3, residual and LayerNorm
 
 
-def _sum(x: Tensor, update: Tensor | None, scale: Tensor | None) -> Tensor:
+def _add_update(x: Tensor, update: Tensor | None, scale: Tensor | None) -> Tensor:
     """s = x + scale update, as planes in `computed_dtype`."""
     s = x.to(computed_dtype(x))
     if update is not None:
@@ -177,10 +177,10 @@ def depthwise_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """`dwconv2d.depthwise_residual_norm` without its gradient."""
     check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
-    s = _sum(x, update, scale)
+    s = _add_update(x, update, scale)
     r = (s + _convolve(s, weight, bias)).permute(0, 2, 3, 1).to(x.dtype).contiguous()
-    wide = r.to(s.dtype)
-    n = F.layer_norm(wide, wide.shape[-1:], norm_weight.to(s.dtype), norm_bias.to(s.dtype), eps)
+    stored_r = r.to(s.dtype)
+    n = F.layer_norm(stored_r, r.shape[-1:], norm_weight.to(s.dtype), norm_bias.to(s.dtype), eps)
     return r, n.to(x.dtype)
 
 
@@ -202,13 +202,13 @@ def depthwise_residual_norm_backward(
     """
     check_residual_norm_backward_inputs(grad_r, grad_n, r, x, weight, norm_weight, update, scale)
     dtype, shape = computed_dtype(x), x.shape[-1:]
-    wide, weight_of_norm = r.to(dtype), norm_weight.to(dtype)
-    _, mean, rstd = torch.native_layer_norm(wide, shape, weight_of_norm, None, eps)
+    r, weight_of_norm = r.to(dtype), norm_weight.to(dtype)
+    _, mean, rstd = torch.native_layer_norm(r, shape, weight_of_norm, None, eps)
     grad, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_n.to(dtype), wide, shape, mean, rstd, weight_of_norm, torch.zeros_like(weight_of_norm), [True, True, True]
+        grad_n.to(dtype), r, shape, mean, rstd, weight_of_norm, torch.zeros_like(weight_of_norm), [True, True, True]
     )
     grad = _planes(grad + grad_r.to(dtype))
-    grad_s, grad_weight, grad_bias = _convolution_backward(grad, _sum(x, update, scale), weight)
+    grad_s, grad_weight, grad_bias = _convolution_backward(grad, _add_update(x, update, scale), weight)
     grad_s = (grad_s + grad).permute(0, 2, 3, 1)
     grad_update = x.new_empty(0) if scale is None else (grad_s * scale.to(dtype)[:, None, None, None]).to(x.dtype)
     results = grad_s.to(x.dtype).contiguous(), grad_weight, grad_bias, grad_norm_weight, grad_norm_bias

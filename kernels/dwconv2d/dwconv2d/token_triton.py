@@ -28,12 +28,19 @@ _SIZES = ["positions", "height", "width"]
 
 
 @triton.jit
-def _place(p, height, width):
+def _image_row_column(p, height, width):
     """Image, row and column of positions that are numbered through all images, as columns (BLOCK_P, 1)."""
     image = p // (height * width)
     inside = p - image * (height * width)
     row = inside // width
     return image.to(tl.int64)[:, None], row[:, None], (inside - row * width)[:, None]
+
+
+@triton.jit
+def _token_ptrs(ptr, image, row, column, d, stride_b, stride_y, stride_x, stride_d):
+    """Pointers to the tokens' channels. Offsets have 64 bits, because tensors may have more than 2^31 elements."""
+    ptrs = ptr + image * stride_b + row.to(tl.int64) * stride_y + column.to(tl.int64) * stride_x
+    return ptrs + d.to(tl.int64) * stride_d
 
 
 @triton.jit
@@ -128,8 +135,7 @@ def _silu_kernel(
     d_valid = d < channels
     valid = (p < plane) & d_valid
 
-    x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
-    x_ptrs += d.to(tl.int64) * x_stride_d
+    x_ptrs = _token_ptrs(x_ptr, image, row, column, d, x_stride_b, x_stride_y, x_stride_x, x_stride_d)
     s = _convolve(
         x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, height, width, x_stride_y, x_stride_x, DTYPE
     )
@@ -183,19 +189,19 @@ def _residual_norm_kernel(
 ):
     """r = s + convolution of s with s = x + scale update, and n = LayerNorm(r) of the stored r."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    image, row, column = _place(p, height, width)
+    image, row, column = _image_row_column(p, height, width)
     d = tl.arange(0, BLOCK_D)[None, :]
     d_valid = d < channels
     p_valid = (p < positions)[:, None]
     valid = p_valid & d_valid
 
-    x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
-    x_ptrs += d.to(tl.int64) * x_stride_d
+    x_ptrs = _token_ptrs(x_ptr, image, row, column, d, x_stride_b, x_stride_y, x_stride_x, x_stride_d)
     update_ptrs = update_ptr
     scale = 1.0
     if update_ptr is not None:
-        update_ptrs += image * update_stride_b + row.to(tl.int64) * update_stride_y
-        update_ptrs += column.to(tl.int64) * update_stride_x + d.to(tl.int64) * update_stride_d
+        update_ptrs = _token_ptrs(
+            update_ptr, image, row, column, d, update_stride_b, update_stride_y, update_stride_x, update_stride_d
+        )
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
     r = tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE) + tl.zeros(valid.shape, DTYPE)
@@ -229,7 +235,7 @@ def _norm_backward_kernel(
     r_ptr,
     norm_weight_ptr,
     grad_ptr,
-    sums_ptr,
+    partials_ptr,
     positions,
     channels,
     grad_r_stride_p,
@@ -267,9 +273,9 @@ def _norm_backward_kernel(
         along = tl.sum(grad_n * normalised, axis=1)[:, None] / channels
         grad = grad_r + rstd * (grad_n - mean - normalised * along)
         tl.store(grad_ptr + p * channels + d, grad, mask=valid)
-    sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + tl.arange(0, BLOCK_D)
-    tl.store(sums_ptrs, sum_weight, mask=tl.arange(0, BLOCK_D) < channels)
-    tl.store(sums_ptrs + channels, sum_bias, mask=tl.arange(0, BLOCK_D) < channels)
+    partials_ptrs = partials_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + tl.arange(0, BLOCK_D)
+    tl.store(partials_ptrs, sum_weight, mask=tl.arange(0, BLOCK_D) < channels)
+    tl.store(partials_ptrs + channels, sum_bias, mask=tl.arange(0, BLOCK_D) < channels)
 
 
 # ----- the convolution's gradients, for both
@@ -284,7 +290,7 @@ def _convolution_backward_kernel(
     weight_ptr,
     grad_s_ptr,
     grad_update_ptr,
-    sums_ptr,
+    partials_ptr,
     positions,
     height,
     width,
@@ -313,6 +319,7 @@ def _convolution_backward_kernel(
     d = (tl.program_id(0) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     first = tl.program_id(0) // d_tiles
     d_valid = d < channels
+    # Nine names each, because Triton has no arrays of tiles.
     w0 = _weight(weight_ptr, d, d_valid, 0, DTYPE)
     w1 = _weight(weight_ptr, d, d_valid, 1, DTYPE)
     w2 = _weight(weight_ptr, d, d_valid, 2, DTYPE)
@@ -334,14 +341,15 @@ def _convolution_backward_kernel(
     sum_bias = tl.zeros((BLOCK_P, BLOCK_D), DTYPE)
     for tile in range(TILES):
         p = (first * TILES + tile) * BLOCK_P + tl.arange(0, BLOCK_P)
-        image, row, column = _place(p, height, width)
+        image, row, column = _image_row_column(p, height, width)
         p_valid = (p < positions)[:, None]
         valid = p_valid & d_valid
-        x_ptrs = x_ptr + image * x_stride_b + row.to(tl.int64) * x_stride_y + column.to(tl.int64) * x_stride_x
-        s = tl.load(x_ptrs + d.to(tl.int64) * x_stride_d, mask=valid, other=0).to(DTYPE)
+        x_ptrs = _token_ptrs(x_ptr, image, row, column, d, x_stride_b, x_stride_y, x_stride_x, x_stride_d)
+        s = tl.load(x_ptrs, mask=valid, other=0).to(DTYPE)
         if update_ptr is not None:
-            update_ptrs = update_ptr + image * update_stride_b + row.to(tl.int64) * update_stride_y
-            update_ptrs += column.to(tl.int64) * update_stride_x + d.to(tl.int64) * update_stride_d
+            update_ptrs = _token_ptrs(
+                update_ptr, image, row, column, d, update_stride_b, update_stride_y, update_stride_x, update_stride_d
+            )
             update = tl.load(update_ptrs, mask=valid, other=0).to(DTYPE)
             if scale_ptr is not None:
                 update *= tl.load(scale_ptr + image, mask=p_valid, other=0).to(DTYPE)
@@ -377,17 +385,17 @@ def _convolution_backward_kernel(
         a8 += s * g8
         sum_bias += g4
 
-    sums_ptrs = sums_ptr + first.to(tl.int64) * 10 * channels + d
-    tl.store(sums_ptrs, tl.sum(a0, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + channels, tl.sum(a1, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + 2 * channels, tl.sum(a2, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + 3 * channels, tl.sum(a3, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + 4 * channels, tl.sum(a4, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + 5 * channels, tl.sum(a5, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + 6 * channels, tl.sum(a6, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + 7 * channels, tl.sum(a7, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + 8 * channels, tl.sum(a8, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + 9 * channels, tl.sum(sum_bias, axis=0)[None, :], mask=d_valid)
+    partials_ptrs = partials_ptr + first.to(tl.int64) * 10 * channels + d
+    tl.store(partials_ptrs, tl.sum(a0, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + channels, tl.sum(a1, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + 2 * channels, tl.sum(a2, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + 3 * channels, tl.sum(a3, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + 4 * channels, tl.sum(a4, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + 5 * channels, tl.sum(a5, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + 6 * channels, tl.sum(a6, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + 7 * channels, tl.sum(a7, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + 8 * channels, tl.sum(a8, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + 9 * channels, tl.sum(sum_bias, axis=0)[None, :], mask=d_valid)
 
 
 # ----- sums of the partial sums
@@ -405,8 +413,8 @@ def _sum_rows(ptr, rows, stride, d, d_valid, DTYPE: tl.constexpr, BLOCK_ROWS: tl
 
 @triton.jit(do_not_specialize=["rows", "norm_rows"])
 def _sums_kernel(
-    sums_ptr,
-    norm_sums_ptr,
+    partials_ptr,
+    norm_partials_ptr,
     weight_ptr,
     bias_ptr,
     norm_weight_ptr,
@@ -426,13 +434,13 @@ def _sums_kernel(
     which = tl.program_id(0) // d_tiles
     d_valid = d < channels
     if which < 10:
-        total = _sum_rows(sums_ptr + which * channels, rows, 10 * channels, d, d_valid, DTYPE, BLOCK_ROWS)
+        total = _sum_rows(partials_ptr + which * channels, rows, 10 * channels, d, d_valid, DTYPE, BLOCK_ROWS)
         if which < 9:
             tl.store(weight_ptr + d * 9 + which, total, mask=d_valid)
         else:
             tl.store(bias_ptr + d, total, mask=d_valid)
-    elif norm_sums_ptr is not None:
-        ptr = norm_sums_ptr + (which - 10) * channels
+    elif norm_partials_ptr is not None:
+        ptr = norm_partials_ptr + (which - 10) * channels
         total = _sum_rows(ptr, norm_rows, 2 * channels, d, d_valid, DTYPE, BLOCK_ROWS)
         if which == 10:
             tl.store(norm_weight_ptr + d, total, mask=d_valid)
@@ -452,7 +460,7 @@ _TRITON_DTYPES = {
 }
 
 
-def _positions(x: Tensor) -> int:
+def _count_positions(x: Tensor) -> int:
     positions = x.shape[0] * x.shape[1] * x.shape[2]
     if positions >= _MOST_POSITIONS:
         raise ValueError(f"x has {positions} tokens; on a GPU there may be at most {_MOST_POSITIONS - 1}")
@@ -491,7 +499,8 @@ def norm_tiling(channels: int, backward: bool) -> Tiling:
     """Positions with all their channels."""
     block_d = _power_of_2(channels)
     if backward:
-        block_p, warps = max(min(2048 // block_d, 16), 1), 4 if block_d >= 512 else 2
+        block_p = max(min(2048 // block_d, 16), 1)
+        warps = 4 if block_d >= 512 else 2
     else:
         block_p = max(2048 // block_d, min(8, max(8192 // block_d, 1)))
         warps = 4 if block_d <= 64 else max(block_p * block_d // 1024, 2)
@@ -576,26 +585,29 @@ def depthwise_silu_backward(
     if any(g.stride() != grad.stride() for g in grads):
         grads = [sum(g.to(grad_s.dtype) for g in grads)]
     _silu(x, weight, bias, None, grads, grad_s)
-    grad_x, sums, _ = _convolution_backward(grad_s, x, weight, residual=False)
-    grad_weight, grad_bias = _sum(sums)
+    grad_x, partials, _ = _convolution_backward(grad_s, x, weight, residual=False)
+    grad_weight, grad_bias = _reduce_partials(partials)
     return grad_x, grad_weight.view(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def _sum(sums: Tensor, norm_sums: Tensor | None = None) -> list[Tensor]:
+def _reduce_partials(partials: Tensor, norm_partials: Tensor | None = None) -> list[Tensor]:
     """Gradients of weight (channels, 9), bias and the norm's parameters from partial sums (rows, 10 or 2, channels).
 
     One launch writes them all. PyTorch would need three launches for the first two, and two for the others.
     """
-    channels = sums.shape[2]
-    grads = [sums.new_empty(channels, 9), *(sums.new_empty(channels) for _ in range(1 if norm_sums is None else 3))]
-    if len(sums) == 0:
+    channels = partials.shape[2]
+    grads = [
+        partials.new_empty(channels, 9),
+        *(partials.new_empty(channels) for _ in range(1 if norm_partials is None else 3)),
+    ]
+    if len(partials) == 0:
         return [grad.zero_() for grad in grads]
     launch(
         _sums_kernel,
-        (10 if norm_sums is None else 12) * _ceil_div(channels, SUMS_TILING["BLOCK_D"]),
-        *(sums, norm_sums, *grads, *((None, None) if norm_sums is None else ())),
-        *(len(sums), 0 if norm_sums is None else len(norm_sums), channels),
-        DTYPE=_TRITON_DTYPES[sums.dtype],
+        (10 if norm_partials is None else 12) * _ceil_div(channels, SUMS_TILING["BLOCK_D"]),
+        *(partials, norm_partials, *grads, *((None, None) if norm_partials is None else ())),
+        *(len(partials), 0 if norm_partials is None else len(norm_partials), channels),
+        DTYPE=_TRITON_DTYPES[partials.dtype],
         **SUMS_TILING,
     )
     return grads
@@ -613,25 +625,25 @@ def _convolution_backward(
     gradient of the update, which differs from that of s if there is a scale and is otherwise empty.
     """
     _, height, width, channels = x.shape
-    positions = _positions(x)
+    positions = _count_positions(x)
     tiling = convolution_tiling(channels)
     d_tiles = _ceil_div(channels, tiling["BLOCK_D"])
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], d_tiles)
     programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
     grad_s = x.new_empty(x.shape, dtype=_stored(x))
     grad_update = x.new_empty(0) if scale is None else torch.empty_like(grad_s)
-    sums = grad.new_empty(programs, 10, channels)
+    partials = grad.new_empty(programs, 10, channels)
     launch(
         _convolution_backward_kernel,
         programs * d_tiles,
-        *(grad, x, update, scale, weight.contiguous(), grad_s, grad_update, sums),
+        *(grad, x, update, scale, weight.contiguous(), grad_s, grad_update, partials),
         *(positions, height, width, channels, *x.stride(), *((0,) * 4 if update is None else update.stride())),
         RESIDUAL=residual,
         TILES=tiles,
         DTYPE=_computed(x),
         **tiling,
     )
-    return grad_s.to(x.dtype), sums, grad_update.to(x.dtype)
+    return grad_s.to(x.dtype), partials, grad_update.to(x.dtype)
 
 
 def depthwise_residual_norm(
@@ -647,7 +659,7 @@ def depthwise_residual_norm(
     """`dwconv2d.depthwise_residual_norm` without its gradient."""
     reference.check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
     _, height, width, channels = x.shape
-    positions = _positions(x)
+    positions = _count_positions(x)
     tiling = norm_tiling(channels, backward=False)
     r = x.new_empty(x.shape, dtype=_stored(x))
     n = torch.empty_like(r)
@@ -684,23 +696,23 @@ def depthwise_residual_norm_backward(
     """
     reference.check_residual_norm_backward_inputs(grad_r, grad_n, r, x, weight, norm_weight, update, scale)
     channels = x.shape[3]
-    positions = _positions(x)
+    positions = _count_positions(x)
     tiling = norm_tiling(channels, backward=True)
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], 1)
     programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
     grad = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
-    norm_sums = grad.new_empty(programs, 2, channels)
+    norm_partials = grad.new_empty(programs, 2, channels)
     grad_r, grad_n = grad_r.reshape(positions, channels), grad_n.reshape(positions, channels)
     launch(
         _norm_backward_kernel,
         programs,
-        *(grad_r, grad_n, r.contiguous(), norm_weight.contiguous(), grad, norm_sums),
+        *(grad_r, grad_n, r.contiguous(), norm_weight.contiguous(), grad, norm_partials),
         *(positions, channels, *grad_r.stride(), *grad_n.stride()),
         EPS=eps,
         TILES=tiles,
         DTYPE=_computed(x),
         **tiling,
     )
-    grad_s, sums, grad_update = _convolution_backward(grad, x, weight, True, update, scale)
-    grad_weight, *others = _sum(sums, norm_sums)
+    grad_s, partials, grad_update = _convolution_backward(grad, x, weight, True, update, scale)
+    grad_weight, *others = _reduce_partials(partials, norm_partials)
     return grad_s, grad_weight.view(weight.shape), *others, grad_update

@@ -25,14 +25,14 @@ from dwconv2d import reference
 # Numbers that differ from call to call. A kernel that is compiled for one value would not be faster. The number of
 # channels is not in the list, because Triton loads several channels at once if it knows that 16 divides their number.
 _SIZES = ["images", "height", "width", "margin_y", "margin_x"]
-_FOLD_SIZES = ["outer", "inner", "outer_stride", "along_stride", "length", "margin"]
+_FOLD_SIZES = ["outer", "side_by_side", "outer_stride", "along_stride", "length", "margin"]
 
 
 # ----- positions and memory
 
 
 @triton.jit
-def _positions(tile, height, width, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
+def _positions(tile, height, width, BLOCK_P: tl.constexpr, INDEX_64: tl.constexpr):
     """Image, row and column of each position of a tile, as columns (BLOCK_P, 1).
 
     Tensors may have more than 2^31 elements. So images, channels and states have 64 bits, because they are multiplied
@@ -42,7 +42,7 @@ def _positions(tile, height, width, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
     first_row = start // width
     along = (start % width).to(tl.int32) + tl.arange(0, BLOCK_P)[:, None]
     down = (first_row % height).to(tl.int32) + along // width
-    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    index: tl.constexpr = tl.int64 if INDEX_64 else tl.int32
     return first_row // height + down // height, (down % height).to(index), (along % width).to(index)
 
 
@@ -59,8 +59,8 @@ def _load(ptrs, valid, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(ptrs, valid, tile):
-    """One sum over the positions for each channel."""
+def _store_partials(ptrs, valid, tile):
+    """One partial sum over the tile's positions for each channel."""
     tl.store(ptrs, tl.sum(tile, axis=0)[None, :], mask=valid)
 
 
@@ -100,7 +100,7 @@ def _row_of_taps(
     column,
     valid,
     taps_ptrs,
-    sums_ptrs,
+    partials_ptrs,
     d_valid,
     width,
     stride_x,
@@ -117,8 +117,8 @@ def _row_of_taps(
             index, inside = _source(column, offset, width, margin_x, REPLICATE, ADJOINT)
             value = _load(ptrs + index * stride_x, valid & inside, total.dtype)
             total += _load(taps_ptrs + j, d_valid, total.dtype) * value
-            if sums_ptrs is not None:
-                _store_sums(sums_ptrs + j, d_valid, factor * value)
+            if partials_ptrs is not None:
+                _store_partials(partials_ptrs + j, d_valid, factor * value)
     return total
 
 
@@ -130,7 +130,7 @@ def _convolve(
     column,
     valid,
     taps_ptrs,
-    sums_ptrs,
+    partials_ptrs,
     d_valid,
     height,
     width,
@@ -146,7 +146,7 @@ def _convolve(
     REPLICATE: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):
-    """The sum over taps of tap times value. `sums_ptrs` receives, for each tap, the sum of factor times value.
+    """The sum over taps of tap times value. `partials_ptrs` receives, for each tap, the sum of factor times value.
 
     Levels are kernels of the same size with dilations 2 apart. They share their centre, which only the first one has.
     """
@@ -164,7 +164,7 @@ def _convolve(
                     column,
                     valid & inside,
                     taps_ptrs + tap,
-                    None if sums_ptrs is None else sums_ptrs + tap,
+                    None if partials_ptrs is None else partials_ptrs + tap,
                     d_valid,
                     width,
                     stride_x,
@@ -222,7 +222,7 @@ def _forward_kernel(
     DILATION: tl.constexpr,
     REPLICATE: tl.constexpr,
     ADJOINT: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX_64: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -230,7 +230,7 @@ def _forward_kernel(
     dtype: tl.constexpr = taps_ptr.dtype.element_ty
     d_tiles = tl.cdiv(channels, BLOCK_D)
     d, d_valid = _channels(tl.program_id(0) % d_tiles, channels, BLOCK_D)
-    image, row, column = _positions(tl.program_id(0) // d_tiles, height, width, BLOCK_P, WIDE)
+    image, row, column = _positions(tl.program_id(0) // d_tiles, height, width, BLOCK_P, INDEX_64)
     p_valid = image < images
     valid = p_valid & d_valid
     taps_ptrs = taps_ptr + d * (LEVELS * KERNEL_Y * KERNEL_X)
@@ -240,10 +240,10 @@ def _forward_kernel(
 
     output = tl.zeros((BLOCK_P, BLOCK_D), dtype)
     for n in range(N):
-        wide_n = tl.cast(n, tl.int64)
+        n_64 = tl.cast(n, tl.int64)
         fused = _convolve(
             None,
-            source_ptrs + wide_n * source_stride_n,
+            source_ptrs + n_64 * source_stride_n,
             row,
             column,
             valid,
@@ -267,9 +267,9 @@ def _forward_kernel(
         if C_ptr is None:
             if bias_ptr is not None:
                 fused += _load(bias_ptr + d, d_valid, dtype)
-            tl.store(result_ptrs + wide_n * result_stride_n, fused, mask=valid)
+            tl.store(result_ptrs + n_64 * result_stride_n, fused, mask=valid)
         else:
-            C_ptrs = C_ptr + image * C_stride_b + wide_n * C_stride_n + row * C_stride_y + column * C_stride_x
+            C_ptrs = C_ptr + image * C_stride_b + n_64 * C_stride_n + row * C_stride_y + column * C_stride_x
             output += _load(C_ptrs, p_valid, dtype) * fused
     if C_ptr is not None:
         x_ptrs = x_ptr + image * x_stride_b + d * x_stride_d + row * x_stride_y + column * x_stride_x
@@ -330,7 +330,7 @@ def _backward_kernel(
     DILATION: tl.constexpr,
     REPLICATE: tl.constexpr,
     GROUP: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX_64: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -343,7 +343,7 @@ def _backward_kernel(
     groups = tl.cdiv(channels, GROUP * BLOCK_D)
     group = tl.program_id(0) % groups
     tile = (tl.program_id(0) // groups).to(tl.int64)
-    image, row, column = _positions(tile, height, width, BLOCK_P, WIDE)
+    image, row, column = _positions(tile, height, width, BLOCK_P, INDEX_64)
     p_valid = image < images
     grad_ptrs = grad_ptr + image * grad_stride_b + row * grad_stride_y + column * grad_stride_x
 
@@ -355,34 +355,34 @@ def _backward_kernel(
             valid = p_valid & d_valid
             grad = _load(grad_ptrs + d * grad_stride_d, valid, dtype)
             x = _load(x_ptrs + d * x_stride_d, valid, dtype)
-            _store_sums(grad_D_ptr + tile * channels + d, d_valid, grad * x)
+            _store_partials(grad_D_ptr + tile * channels + d, d_valid, grad * x)
             tl.store(grad_x_ptrs + d * grad_x_stride_d, _load(D_ptr + d, d_valid, dtype) * grad, mask=valid)
 
     for n in range(N):
-        wide_n = tl.cast(n, tl.int64)
+        n_64 = tl.cast(n, tl.int64)
         grad_C = tl.zeros((BLOCK_P, BLOCK_D), dtype)
         for k in range(GROUP):
             d, d_valid = _channels(group * GROUP + k, channels, BLOCK_D)
             valid = p_valid & d_valid
-            grad = _load(grad_ptrs + d * grad_stride_d + wide_n * grad_stride_n, valid, dtype)
+            grad = _load(grad_ptrs + d * grad_stride_d + n_64 * grad_stride_n, valid, dtype)
             grad_fused = grad
             if C_ptr is not None:
-                C_ptrs = C_ptr + image * C_stride_b + wide_n * C_stride_n
+                C_ptrs = C_ptr + image * C_stride_b + n_64 * C_stride_n
                 grad_fused *= _load(C_ptrs + row * C_stride_y + column * C_stride_x, p_valid, dtype)
             if grad_fused_ptr is not None:
-                fused_ptrs = grad_fused_ptr + image * grad_fused_stride_b + wide_n * grad_fused_stride_n
+                fused_ptrs = grad_fused_ptr + image * grad_fused_stride_b + n_64 * grad_fused_stride_n
                 fused_ptrs += row * grad_fused_stride_y + column * grad_fused_stride_x
                 tl.store(fused_ptrs + d * grad_fused_stride_d, grad_fused, mask=valid)
             if grad_bias_ptr is not None:
-                _store_sums(grad_bias_ptr + tile * channels + d, d_valid, grad)
+                _store_partials(grad_bias_ptr + tile * channels + d, d_valid, grad)
             fused = _convolve(
                 grad_fused,
-                h_ptr + image * h_stride_b + d * h_stride_d + wide_n * h_stride_n,
+                h_ptr + image * h_stride_b + d * h_stride_d + n_64 * h_stride_n,
                 row,
                 column,
                 valid,
                 taps_ptr + d * taps,
-                grad_taps_ptr + ((tile * N + wide_n) * channels + d) * taps,
+                grad_taps_ptr + ((tile * N + n_64) * channels + d) * taps,
                 d_valid,
                 height,
                 width,
@@ -402,20 +402,21 @@ def _backward_kernel(
         if grad_C_ptr is not None:
             if BLOCK_D > 1:  # Triton 3.0 crashes on a sum over a single element
                 grad_C = tl.sum(grad_C, axis=1)[:, None]
-            state = (group.to(tl.int64) * images + image) * N + wide_n
+            state = (group.to(tl.int64) * images + image) * N + n_64
             tl.store(grad_C_ptr + (state * height + row) * width + column, grad_C, mask=p_valid)
 
 
 @triton.jit(do_not_specialize=_FOLD_SIZES)
-def _fold_kernel(first_ptr, outer, inner, outer_stride, along_stride, length, margin, BLOCK: tl.constexpr):
+def _fold_kernel(first_ptr, outer, side_by_side, outer_stride, along_stride, length, margin, BLOCK: tl.constexpr):
     """Along one axis, store sums of the 2, 3, ..., margin + 1 outermost values 1, 2, ..., margin beyond the border.
 
-    Every lane has a line of `length` values. There are `outer` groups of `inner` lines that are adjacent in memory.
+    Every lane has a line of `length` values. There are `outer` groups of lines, and the lines of a
+    group are `side_by_side` in memory.
     """
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = lane // inner < outer
+    valid = lane // side_by_side < outer
     stride = tl.cast(along_stride, tl.int64)
-    first_ptrs = first_ptr + lane // inner * outer_stride + lane % inner
+    first_ptrs = first_ptr + lane // side_by_side * outer_stride + lane % side_by_side
     last_ptrs = first_ptrs + (length - 1) * stride
     first = tl.load(first_ptrs, mask=valid, other=0)
     last = tl.load(last_ptrs, mask=valid, other=0)
@@ -434,8 +435,8 @@ _INT32_MAX = 2**31 - 1
 _Output = tuple[Tensor, Tensor, Tensor]  # C, D, x
 
 
-class _Kernel(NamedTuple):
-    """A convolution's taps, (D, levels * rows * columns): `levels` kernels with dilations 2 apart."""
+class _Convolution(NamedTuple):
+    """Its taps, (D, levels * rows * columns): `levels` kernels with dilations 2 apart."""
 
     taps: Tensor
     levels: int
@@ -495,7 +496,7 @@ def _channels_innermost(planes: Tensor) -> bool:
     return planes.stride(1) == 1 < planes.shape[1] and planes.stride(-1) != 1
 
 
-def _wide(planes: tuple[Tensor | None, ...], margin_y: int, margin_x: int) -> bool:
+def _needs_64_bits(planes: tuple[Tensor | None, ...], margin_y: int, margin_x: int) -> bool:
     """Whether offsets within a plane, margins included, need more than 32 bits."""
     return any(
         (p.shape[-2] + 2 * margin_y) * p.stride(-2) + (p.shape[-1] + 2 * margin_x) * p.stride(-1) > _INT32_MAX
@@ -530,7 +531,7 @@ def _launch(kernel: triton.JITFunction, programs: int, first: Tensor, *args, **c
 
 def _convolve_planes(
     source: Tensor,
-    kernel: _Kernel,
+    convolution: _Convolution,
     result: Tensor,
     bias: Tensor | None = None,
     output: _Output | None = None,
@@ -544,13 +545,13 @@ def _convolve_planes(
     _launch(
         _forward_kernel,
         tiling.p_tiles * tiling.d_tiles,
-        *(source, kernel.taps, bias, result, C, D, x),
-        *(batch, channels, height, width, *kernel.margins(height, width)),
+        *(source, convolution.taps, bias, result, C, D, x),
+        *(batch, channels, height, width, *convolution.margins(height, width)),
         *(*source.stride(), *result.stride(), *_strides(C, 4), *_strides(x, 4)),
         N=source.shape[2],
-        **kernel.constants(),
+        **convolution.constants(),
         ADJOINT=adjoint,
-        WIDE=_wide((source, result, C, x), *kernel.margins(height, width)),
+        INDEX_64=_needs_64_bits((source, result, C, x), *convolution.margins(height, width)),
         BLOCK_P=tiling.block_p,
         BLOCK_D=tiling.block_d,
         num_warps=8,
@@ -576,13 +577,23 @@ def _with_margins(planes: Tensor, margin_y: int, margin_x: int, dtype: torch.dty
 
 def _fold(memory: Tensor, height: int, width: int) -> None:
     """Fill the margins: first above and below the planes, then to the left and the right of all rows."""
-    planes, rows, columns, inner = memory.shape
-    y, x = (rows - height) // 2, (columns - width) // 2
-    vertical = (memory[:, y:, x:], planes, width * inner, rows * columns * inner, columns * inner, height, y)
-    horizontal = (memory[:, :, x:], planes * rows, inner, columns * inner, inner, width, x)
-    for first, outer, side_by_side, *others in (vertical, horizontal):
-        programs = triton.cdiv(outer * side_by_side, 256)
-        _launch(_fold_kernel, programs, first, outer, side_by_side, *others, BLOCK=256)
+    planes, rows, columns, channels = memory.shape  # 1 channel unless channels are innermost
+    margin_y, margin_x = (rows - height) // 2, (columns - width) // 2
+    row = columns * channels  # elements of a row
+    _launch(
+        _fold_kernel,
+        triton.cdiv(planes * width * channels, 256),
+        *(memory[:, margin_y:, margin_x:], planes, width * channels),  # the columns of a plane are side by side
+        *(rows * row, row, height, margin_y),
+        BLOCK=256,
+    )
+    _launch(
+        _fold_kernel,
+        triton.cdiv(planes * rows * channels, 256),
+        *(memory[:, :, margin_x:], planes * rows, channels),  # the channels of a row are side by side
+        *(row, channels, width, margin_x),
+        BLOCK=256,
+    )
 
 
 class _Gradients(NamedTuple):
@@ -597,11 +608,11 @@ class _Gradients(NamedTuple):
 
 
 def _gradients(
-    grad: Tensor, h: Tensor, kernel: _Kernel, bias: bool = False, output: _Output | None = None
+    grad: Tensor, h: Tensor, convolution: _Convolution, bias: bool = False, output: _Output | None = None
 ) -> _Gradients:
     """Gradients from `grad` of the convolution's result or, with `output`, of y. `bias`: also that of the bias."""
     C, D, x = output or (None, None, None)
-    h, taps = _with_states(h), kernel.taps
+    h, taps = _with_states(h), convolution.taps
     grad = _with_states(grad).expand(h.shape)
     batch, channels, states, height, width = h.shape
     tiling = _tiling((h, grad, x), 256)
@@ -609,8 +620,8 @@ def _gradients(
     groups = triton.cdiv(tiling.d_tiles, group)
 
     fused, memory = None, None
-    if kernel.replicate:
-        fused, memory = _with_margins(h, *kernel.margins(height, width), taps.dtype)
+    if convolution.replicate:
+        fused, memory = _with_margins(h, *convolution.margins(height, width), taps.dtype)
     grad_taps = taps.new_empty(tiling.p_tiles, states, *taps.shape)
     grad_bias = taps.new_empty(tiling.p_tiles, channels) if bias else None
     grad_C = taps.new_empty(groups, *C.shape) if output else None
@@ -623,9 +634,9 @@ def _gradients(
         *(batch, channels, height, width),
         *(*h.stride(), *grad.stride(), *_strides(fused, 5), *_strides(C, 4), *_strides(x, 4), *_strides(grad_x, 4)),
         N=states,
-        **kernel.constants(),
+        **convolution.constants(),
         GROUP=group,
-        WIDE=_wide((h, grad, fused, C, x, grad_x), 0, 0),
+        INDEX_64=_needs_64_bits((h, grad, fused, C, x, grad_x), 0, 0),
         BLOCK_P=tiling.block_p,
         BLOCK_D=tiling.block_d,
         num_warps=1,
@@ -645,10 +656,10 @@ def _gradients(
 # ----- one depthwise convolution that keeps the plane's size
 
 
-def _convolution(weight: Tensor, dilation: int, padding_mode: str) -> _Kernel:
+def _of_weight(weight: Tensor, dilation: int, padding_mode: str) -> _Convolution:
     computed = torch.promote_types(weight.dtype, torch.float32)
     taps = weight.to(computed).flatten(1).contiguous()
-    return _Kernel(taps, 1, *weight.shape[2:], dilation, padding_mode == "replicate")
+    return _Convolution(taps, 1, *weight.shape[2:], dilation, padding_mode == "replicate")
 
 
 def dilated_dwconv2d(
@@ -656,9 +667,9 @@ def dilated_dwconv2d(
 ) -> Tensor:
     """`dwconv2d.dilated_dwconv2d` without its gradient."""
     reference.check_conv_inputs(x, weight, bias, dilation, padding_mode)
-    kernel = _convolution(weight, dilation, padding_mode)
-    y = _result_like(x, kernel.taps.dtype)
-    _convolve_planes(x, kernel, y, None if bias is None else bias.contiguous())
+    convolution = _of_weight(weight, dilation, padding_mode)
+    y = _result_like(x, convolution.taps.dtype)
+    _convolve_planes(x, convolution, y, None if bias is None else bias.contiguous())
     return y.to(x.dtype)
 
 
@@ -668,10 +679,10 @@ def dilated_dwconv2d_backward(
     """Gradients of `dilated_dwconv2d` for x, weight and bias, even if there is no bias, from `grad` of y."""
     reference.check_conv_inputs(x, weight, None, dilation, padding_mode)
     reference.check_grad(grad, x)
-    kernel = _convolution(weight, dilation, padding_mode)
-    grads = _gradients(grad, x, kernel, bias=True)
-    grad_x = _result_like(x, kernel.taps.dtype)
-    _convolve_planes(grads.fused, kernel, grad_x, adjoint=True)
+    convolution = _of_weight(weight, dilation, padding_mode)
+    grads = _gradients(grad, x, convolution, bias=True)
+    grad_x = _result_like(x, convolution.taps.dtype)
+    _convolve_planes(grads.fused, convolution, grad_x, adjoint=True)
     return grad_x.to(x.dtype), grads.taps.view(weight.shape).to(weight.dtype), grads.bias.to(weight.dtype)
 
 
@@ -686,18 +697,18 @@ def _stack(weight3: Tensor, weight3_d3: Tensor, weight3_d5: Tensor) -> Tensor:
 _CENTRE = 4  # of the nine taps of a kernel
 
 
-def _fusion(weights: Tensor, alpha: Tensor) -> _Kernel:
+def _merged(weights: Tensor, alpha: Tensor) -> _Convolution:
     """The 25 taps of the three kernels, which share one centre."""
     taps = alpha[:, None] * weights
     taps[:, 0, _CENTRE] = taps[:, :, _CENTRE].sum(1)
-    return _Kernel(taps.flatten(1), len(reference.DILATIONS), 3, 3, reference.DILATIONS[0], True)
+    return _Convolution(taps.flatten(1), len(reference.DILATIONS), 3, 3, reference.DILATIONS[0], True)
 
 
 def state_fusion(h: Tensor, weight3: Tensor, weight3_d3: Tensor, weight3_d5: Tensor, alpha: Tensor) -> Tensor:
     """`dwconv2d.state_fusion` without its gradient."""
     reference.check_fusion_inputs(h, weight3, weight3_d3, weight3_d5, alpha)
     fused = h.new_empty(h.shape)
-    _convolve_planes(h, _fusion(_stack(weight3, weight3_d3, weight3_d5), alpha), fused)
+    _convolve_planes(h, _merged(_stack(weight3, weight3_d3, weight3_d5), alpha), fused)
     return fused
 
 
@@ -721,12 +732,12 @@ def _fusion_gradients(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], _Gradients]:
     """The gradients of h, the three kernels and alpha, and all that `_gradients` returns."""
     weights = _stack(weight3, weight3_d3, weight3_d5)
-    kernel = _fusion(weights, alpha)
-    grads = _gradients(grad, h, kernel, output=output)
+    convolution = _merged(weights, alpha)
+    grads = _gradients(grad, h, convolution, output=output)
     grad_h = h.new_empty(h.shape)
-    _convolve_planes(grads.fused, kernel, grad_h, adjoint=True)
+    _convolve_planes(grads.fused, convolution, grad_h, adjoint=True)
 
-    # Gradients of alpha_k W_k
+    # The gradients of alpha_k W_k
     grad_scaled = grads.taps.view(weights.shape)
     grad_scaled[:, 1:, _CENTRE] = grad_scaled[:, :1, _CENTRE]
     grad_weights = [(a * g).view(weight3.shape) for a, g in zip(alpha, grad_scaled.unbind(1), strict=True)]
@@ -747,8 +758,8 @@ def state_fusion_output(
     """`dwconv2d.state_fusion_output` without its gradient."""
     reference.check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x)
     y = _result_like(x, h.dtype)
-    kernel = _fusion(_stack(weight3, weight3_d3, weight3_d5), alpha)
-    _convolve_planes(h, kernel, y, output=(C, D.contiguous(), x))
+    convolution = _merged(_stack(weight3, weight3_d3, weight3_d5), alpha)
+    _convolve_planes(h, convolution, y, output=(C, D.contiguous(), x))
     return y.to(x.dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_scan.reference import check_inputs, rates, state_dtype, widen
+from selective_scan.reference import check_inputs, expand_groups, rates, state_dtype
 
 CHUNK = 32  # tokens of a chunk, if the total number is unknown
 
@@ -46,7 +46,7 @@ def _selective_scan_state(
     if delta_softplus:
         # Softplus is written out, because runtimes have no fast kernel for it.
         dt = dt.clamp(min=0) + torch.log1p(torch.exp(-dt.abs()))
-    drive = (dt * u.to(dtype)).unsqueeze(2) * widen(B, u.shape[1]).to(dtype)
+    drive = (dt * u.to(dtype)).unsqueeze(2) * expand_groups(B, u.shape[1]).to(dtype)
     return _scan(dt.unsqueeze(2) * rates(A, A_is_log).unsqueeze(-1), drive)
 
 

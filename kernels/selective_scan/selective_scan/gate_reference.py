@@ -52,8 +52,8 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     check_inputs(y, z, weight, bias)
     dtype = computed_dtype(y)
     tokens = y.permute(0, 2, 3, 1).to(dtype)
-    normed = F.layer_norm(tokens, tokens.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
-    return (normed * F.silu(z.to(dtype))).to(y.dtype).contiguous()
+    affine = F.layer_norm(tokens, tokens.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+    return (affine * F.silu(z.to(dtype))).to(y.dtype).contiguous()
 
 
 def norm_gate_backward(
@@ -64,12 +64,12 @@ def norm_gate_backward(
     check_grad(grad, z)
     dtype = computed_dtype(y)
     tokens = y.permute(0, 2, 3, 1).to(dtype).contiguous()
-    wide = grad.to(dtype), z.to(dtype), weight.to(dtype), bias.to(dtype)
+    wide = grad.to(dtype), z.to(dtype), weight.to(dtype), bias.to(dtype)  # in the dtype of the computation
     grad_wide, z_wide, weight_wide, bias_wide = wide
     shape = tokens.shape[-1:]
-    normed, mean, rstd = torch.native_layer_norm(tokens, shape, weight_wide, bias_wide, eps)
+    affine, mean, rstd = torch.native_layer_norm(tokens, shape, weight_wide, bias_wide, eps)
     sigmoid = torch.sigmoid(z_wide)
-    grad_z = grad_wide * normed * (sigmoid * (1 + z_wide * (1 - sigmoid)))
+    grad_z = grad_wide * affine * (sigmoid * (1 + z_wide * (1 - sigmoid)))
     grad_y, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_wide * (z_wide * sigmoid), tokens, shape, mean, rstd, weight_wide, bias_wide, [True, True, True]
     )

@@ -1,8 +1,8 @@
 """The gated norm and its gradients in Triton, for GPUs.
 
-A program owns some positions of one image with all their channels. Lanes run along positions to read and
-write planes, and along channels for tokens. Triton exchanges the values through shared memory. Programs store partial
-sums over positions, and PyTorch adds them in a fixed order. There are no atomics, so results repeat to the bit.
+A program owns some positions of one image with all their channels. Lanes run along positions to read and write planes,
+and along channels for tokens. Triton exchanges the values through shared memory. Programs store partial sums over
+positions, and PyTorch adds them in a fixed order. There are no atomics, so results repeat to the bit.
 """
 
 import functools
@@ -17,7 +17,7 @@ from selective_scan.launching import launch
 
 
 @triton.jit
-def _place(plane, channels, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile(plane, channels, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """This program's image, positions and channels, and which of them exist."""
     tiles = tl.cdiv(plane, BLOCK_P)
     image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -57,17 +57,17 @@ def _forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    image, p, d, p_valid, d_valid = _place(plane, channels, BLOCK_P, BLOCK_D)
+    image, p, d, p_valid, d_valid = _tile(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
     # Strides of planes come in units, so that Triton knows how planes are aligned.
     y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
     y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
     z_ptrs = z_ptr + image * z_stride_b + p.to(tl.int64) * z_stride_p + d.to(tl.int64) * z_stride_d
     z = tl.load(z_ptrs, mask=valid, other=0).to(DTYPE)
-    normed, _rstd = _normalise(y, d_valid, channels, EPS)
-    normed *= tl.load(weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
-    normed += tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE)
-    out = normed * (z / (1 + tl.exp(-z)))
+    normalised, _rstd = _normalise(y, d_valid, channels, EPS)
+    affine = normalised * tl.load(weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
+    affine += tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE)
+    out = affine * (z / (1 + tl.exp(-z)))
     tl.store(out_ptr + (image * plane + p) * channels + d, out, mask=valid)
 
 
@@ -80,7 +80,7 @@ def _backward_kernel(
     bias_ptr,
     grad_y_ptr,
     grad_z_ptr,
-    sums_ptr,
+    partials_ptr,
     plane,
     plane_units,
     channels,
@@ -101,14 +101,14 @@ def _backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Gradients of y (planes) and z (tokens), and this program's partial sums of those of weight and bias."""
-    image, p, d, p_valid, d_valid = _place(plane, channels, BLOCK_P, BLOCK_D)
+    image, p, d, p_valid, d_valid = _tile(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
     y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
     y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
-    wide_p = p.to(tl.int64)
-    z_ptrs = z_ptr + image * z_stride_b + wide_p * z_stride_p + d.to(tl.int64) * z_stride_d
+    p_64 = p.to(tl.int64)
+    z_ptrs = z_ptr + image * z_stride_b + p_64 * z_stride_p + d.to(tl.int64) * z_stride_d
     z = tl.load(z_ptrs, mask=valid, other=0).to(DTYPE)
-    grad_ptrs = grad_ptr + image * grad_stride_b + wide_p * grad_stride_p + d.to(tl.int64) * grad_stride_d
+    grad_ptrs = grad_ptr + image * grad_stride_b + p_64 * grad_stride_p + d.to(tl.int64) * grad_stride_d
     grad = tl.load(grad_ptrs, mask=valid, other=0).to(DTYPE)
     weight = tl.load(weight_ptr + d, mask=d_valid, other=0).to(DTYPE)
     bias = tl.load(bias_ptr + d, mask=d_valid, other=0).to(DTYPE)
@@ -118,14 +118,14 @@ def _backward_kernel(
     grad_z = grad * (normalised * weight + bias) * (sigmoid * (1 + z * (1 - sigmoid)))
     tl.store(grad_z_ptr + (image * plane + p) * channels + d, grad_z, mask=valid)
 
-    grad_normed = grad * (z * sigmoid)
-    sums_ptrs = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + d
-    tl.store(sums_ptrs, tl.sum(grad_normed * normalised, axis=0)[None, :], mask=d_valid)
-    tl.store(sums_ptrs + channels, tl.sum(grad_normed, axis=0)[None, :], mask=d_valid)
-    grad_normed *= weight
-    mean = tl.sum(grad_normed, axis=1)[:, None] / channels
-    along = tl.sum(grad_normed * normalised, axis=1)[:, None] / channels
-    grad_y = rstd * (grad_normed - mean - normalised * along)
+    grad_affine = grad * (z * sigmoid)
+    partials_ptrs = partials_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + d
+    tl.store(partials_ptrs, tl.sum(grad_affine * normalised, axis=0)[None, :], mask=d_valid)
+    tl.store(partials_ptrs + channels, tl.sum(grad_affine, axis=0)[None, :], mask=d_valid)
+    grad_normalised = grad_affine * weight
+    mean = tl.sum(grad_normalised, axis=1)[:, None] / channels
+    along = tl.sum(grad_normalised * normalised, axis=1)[:, None] / channels
+    grad_y = rstd * (grad_normalised - mean - normalised * along)
     grad_y_ptrs = grad_y_ptr + image * channels * plane + d.to(tl.int64) * (plane_units * PLANE_UNIT) + p
     tl.store(grad_y_ptrs, grad_y, mask=valid)
 
@@ -151,7 +151,12 @@ def _ceil_div(a: int, b: int) -> int:
 def gate_tiling(channels: int, backward: bool) -> dict[str, int]:
     """Tiles of adjacent positions with all their channels. The sizes were the fastest on an H100, at T's shapes."""
     block_d = max(triton.next_power_of_2(channels), 16)
-    block_p = 16 if block_d <= (128 if backward else 256) else max(8192 // block_d, 2) if block_d > 1024 else 8
+    if block_d <= (128 if backward else 256):
+        block_p = 16
+    elif block_d <= 1024:
+        block_p = 8
+    else:
+        block_p = max(8192 // block_d, 2)
     return dict(BLOCK_P=block_p, BLOCK_D=block_d, num_warps=4 if block_d <= 512 else 16)
 
 
@@ -200,11 +205,11 @@ def norm_gate_backward(
     strides, unit = _strides_in_units(planes)
     tiling = gate_tiling(channels, backward=True)
     programs = batch * _ceil_div(plane, tiling["BLOCK_P"])
-    sums = y.new_empty(programs, 2, channels, dtype=reference.computed_dtype(y))
+    partials = y.new_empty(programs, 2, channels, dtype=reference.computed_dtype(y))
     launch(
         _backward_kernel,
         programs,
-        *(grads, planes, tokens, weight.contiguous(), bias.contiguous(), grad_y, grad_z, sums),
+        *(grads, planes, tokens, weight.contiguous(), bias.contiguous(), grad_y, grad_z, partials),
         *(plane, plane // _unit(plane), channels, *grads.stride(), *strides, *tokens.stride()),
         UNIT=unit,
         PLANE_UNIT=_unit(plane),
@@ -212,7 +217,7 @@ def norm_gate_backward(
         DTYPE=tl.float64 if y.dtype == torch.float64 else tl.float32,
         **tiling,
     )
-    grad_weight, grad_bias = sums.sum(0)
+    grad_weight, grad_bias = partials.sum(0)
     # A copy, because results must not share memory. A second sum would take longer.
     grad_bias = grad_bias.to(bias.dtype, copy=True)
     return grad_y.to(y.dtype), grad_z.to(z.dtype), grad_weight.to(weight.dtype), grad_bias

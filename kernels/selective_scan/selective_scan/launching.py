@@ -1,5 +1,7 @@
 """Launches Triton kernels with little host time.
 
+selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
+
 For every launch, Triton inspects every argument to find the kernel that it has compiled for such arguments. This takes
 the host longer than the launch itself. Here, a dictionary maps known arguments to their compiled kernel.
 """

@@ -78,7 +78,7 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
         device = tensor.device.type
         found["selected"] = _selected(device)
         uncompiled = "triton" if device == "cuda" and TRITON_INSTALLED else "reference"
-        names = (n for n, kernels in OPERATORS.items() if not kernels.compiled and not n.endswith("_backward"))
+        names = (n for n, i in OPERATORS.items() if not i.compiled and not n.endswith("_backward"))
         found |= {f"selected for {name}": uncompiled for name in names}
     return found
 
@@ -138,7 +138,7 @@ def _warn_of_plain_pytorch(device: str, compiled: bool) -> None:
         warnings.warn(f"{PACKAGE} runs as plain PyTorch, slowly, on {device}: {how}", stacklevel=2)
 
 
-class Kernels(NamedTuple):
+class Implementations(NamedTuple):
     """The implementations of an operator besides the compiled one."""
 
     plain: Callable  # in plain PyTorch
@@ -155,24 +155,24 @@ def _attribute(module: str, name: str) -> Callable:
     return getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
 
 
-def _plain(kernels: Kernels) -> Callable:
-    @functools.wraps(kernels.plain)
+def _plain(implementations: Implementations) -> Callable:
+    @functools.wraps(implementations.plain)
     def run(first: Tensor, *args, **kwargs):
-        result = kernels.plain(first, *args, **kwargs)  # first: if it raises, there is no warning
-        _warn_of_plain_pytorch(first.device.type, kernels.compiled)
+        result = implementations.plain(first, *args, **kwargs)  # first: if it raises, there is no warning
+        _warn_of_plain_pytorch(first.device.type, implementations.compiled)
         return result
 
     return without_autocast(run)
 
 
-def _triton(kernels: Kernels) -> Callable:
+def _triton(implementations: Implementations) -> Callable:
     def run(*args, **kwargs):
-        return kernels.in_triton()(*args, **kwargs)
+        return implementations.in_triton()(*args, **kwargs)
 
     return without_autocast(run)
 
 
-OPERATORS: dict[str, Kernels] = {}  # all registered operators, by name
+OPERATORS: dict[str, Implementations] = {}  # all registered operators, by name
 
 
 def register(plain: Callable, triton_module: str = "triton_kernels", compiled: bool = True) -> None:
@@ -181,11 +181,11 @@ def register(plain: Callable, triton_module: str = "triton_kernels", compiled: b
     On a GPU, Triton's kernel of that name takes precedence. `compiled` says whether the compiled library has the
     operator.
     """
-    kernels = OPERATORS[plain.__name__] = Kernels(plain, triton_module, compiled)
+    implementations = OPERATORS[plain.__name__] = Implementations(plain, triton_module, compiled)
     operator = f"{PACKAGE}::{plain.__name__}"
-    torch.library.impl(operator, "default", _plain(kernels))
+    torch.library.impl(operator, "default", _plain(implementations))
     if TRITON_INSTALLED and not (compiled and COMPILED_FOR_CUDA):
-        torch.library.impl(operator, "cuda", _triton(kernels))
+        torch.library.impl(operator, "cuda", _triton(implementations))
 
 
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}  # by name of the operator, for transforms of torch.func

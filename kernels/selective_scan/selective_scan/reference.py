@@ -1,4 +1,7 @@
-"""The state scan in plain PyTorch: the specification, and the kernel for devices without their own."""
+"""The state scan in plain PyTorch: the specification, and the kernel for devices without their own.
+
+In shapes, B is the batch, D the channels, N the states and L the tokens. As an argument, B is the input matrix.
+"""
 
 import torch
 from torch import Tensor
@@ -91,29 +94,29 @@ def selective_scan_state_backward(
     check_grad(grad, u, A)
     A = rates(A, A_is_log)
     step_size, d_softplus = _step_size(delta, delta_bias, delta_softplus)
-    loss, drive = _discretise(u, step_size, A, B)
+    decay_minus_one, drive = _discretise(u, step_size, A, B)
 
-    # a_t h_{t-1}, computed as a product: h_t - drive_t and h_{t-1} + loss_t h_{t-1} would lose digits by cancellation.
-    carried = torch.zeros_like(loss)
-    carried[..., 1:] = _decay(step_size, A)[..., 1:] * _scan(loss.clone(), drive)[..., :-1]
+    # a_t h_{t-1} as a product: h_t - drive_t and h_{t-1} + (a_t - 1) h_{t-1} would lose digits by cancellation.
+    carried = torch.zeros_like(decay_minus_one)
+    carried[..., 1:] = _decay(step_size, A)[..., 1:] * _scan(decay_minus_one.clone(), drive)[..., :-1]
 
-    loss_next = torch.zeros_like(loss)
-    loss_next[..., :-1] = loss[..., 1:]
-    lam = _scan(loss_next, grad.clone(memory_format=torch.contiguous_format), reverse=True)
+    next_minus_one = torch.zeros_like(decay_minus_one)
+    next_minus_one[..., :-1] = decay_minus_one[..., 1:]
+    lam = _scan(next_minus_one, grad.clone(memory_format=torch.contiguous_format), reverse=True)
 
-    wide_B, wide_u, wide_dt = widen(B, u.shape[1]).to(lam.dtype), u.to(lam.dtype).unsqueeze(2), step_size.unsqueeze(2)
-    lam_B = (lam * wide_B).sum(2)
+    u_in_dtype = u.to(lam.dtype)
+    lam_B = (lam * expand_groups(B, u.shape[1]).to(lam.dtype)).sum(2)
     lam_carried = lam * carried
     grad_u = lam_B * step_size
-    grad_delta = (lam_B * wide_u.squeeze(2) + (lam_carried * A.unsqueeze(-1)).sum(2)) * d_softplus
-    grad_A = (lam_carried * wide_dt).sum((0, 3)) * (A if A_is_log else 1)
-    grad_B = _sum_groups(lam * (wide_dt * wide_u), B)
+    grad_delta = (lam_B * u_in_dtype + (lam_carried * A.unsqueeze(-1)).sum(2)) * d_softplus
+    grad_A = (lam_carried * step_size.unsqueeze(2)).sum((0, 3)) * (A if A_is_log else 1)
+    grad_B = _sum_groups(lam * (step_size.unsqueeze(2) * u_in_dtype.unsqueeze(2)), B)
     grad_bias = grad_delta.sum((0, 2))
-    grad_u, grad_delta = laid_out_as(u, grad_u), laid_out_as(delta, grad_delta)
+    grad_u, grad_delta = laid_out_as(grad_u, u), laid_out_as(grad_delta, delta)
     return grad_u, grad_delta, grad_A.contiguous(), grad_B.to(B.dtype).contiguous(), grad_bias.contiguous()
 
 
-def laid_out_as(activation: Tensor, grad: Tensor) -> Tensor:
+def laid_out_as(grad: Tensor, activation: Tensor) -> Tensor:
     """A gradient in its activation's dtype and memory format."""
     out = torch.empty_like(activation)
     return grad if grad.dtype == out.dtype and grad.stride() == out.stride() else out.copy_(grad)
@@ -138,9 +141,9 @@ def _step_size(delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> tupl
 def _discretise(u: Tensor, step_size: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """exp(dt_t A) - 1 and the drive dt_t B_t u_t, both (B, D, N, L) in the states' dtype."""
     dt = step_size.unsqueeze(2)
-    loss = torch.expm1(dt * A.unsqueeze(-1))
-    drive = (dt * u.to(dt.dtype).contiguous().unsqueeze(2)) * widen(B, u.shape[1]).to(dt.dtype)
-    return loss, drive.contiguous()
+    decay_minus_one = torch.expm1(dt * A.unsqueeze(-1))
+    drive = (dt * u.to(dt.dtype).contiguous().unsqueeze(2)) * expand_groups(B, u.shape[1]).to(dt.dtype)
+    return decay_minus_one, drive.contiguous()
 
 
 def _decay(step_size: Tensor, A: Tensor) -> Tensor:
@@ -148,7 +151,7 @@ def _decay(step_size: Tensor, A: Tensor) -> Tensor:
     return torch.exp(step_size.unsqueeze(2) * A.unsqueeze(-1))
 
 
-def widen(B: Tensor, channels: int) -> Tensor:
+def expand_groups(B: Tensor, channels: int) -> Tensor:
     """B per channel, (B, D, N, L): consecutive channels share a group."""
     grouped = B.unsqueeze(1) if B.dim() == 3 else B
     b, g, n, length = grouped.shape
@@ -156,14 +159,14 @@ def widen(B: Tensor, channels: int) -> Tensor:
 
 
 def _sum_groups(grad: Tensor, B: Tensor) -> Tensor:
-    """The adjoint of `widen`, in B's shape."""
+    """The adjoint of `expand_groups`, in B's shape."""
     groups = 1 if B.dim() == 3 else B.shape[1]
     b, d, n, length = grad.shape
     return grad.view(b, groups, d // groups, n, length).sum(2).view(B.shape)
 
 
-def _scan(loss: Tensor, drive: Tensor, reverse: bool = False) -> Tensor:
-    """h_t = h_{t-1} + loss_t h_{t-1} + drive_t along the last dimension, or from its end. Overwrites both.
+def _scan(decay_minus_one: Tensor, drive: Tensor, reverse: bool = False) -> Tensor:
+    """h_t = h_{t-1} + decay_minus_one_t h_{t-1} + drive_t along the last dimension, or from its end. Overwrites both.
 
     The method is doubling (Hillis and Steele, 1986): after k rounds, each position has composed the 2^k steps that end
     there, so ceil(log2 L) vectorised rounds are enough. Only products of decays appear, never a quotient or
@@ -176,7 +179,9 @@ def _scan(loss: Tensor, drive: Tensor, reverse: bool = False) -> Tensor:
         late, early = slice(step, None), slice(None, -step)
         if reverse:
             late, early = early, late
-        drive[..., late] += drive[..., early] + loss[..., late] * drive[..., early]
-        loss[..., late] += loss[..., early] + loss[..., late] * loss[..., early]
+        drive[..., late] += drive[..., early] + decay_minus_one[..., late] * drive[..., early]
+        decay_minus_one[..., late] += (
+            decay_minus_one[..., early] + decay_minus_one[..., late] * decay_minus_one[..., early]
+        )
         step *= 2
     return drive

@@ -94,16 +94,16 @@ def _softplus_sigmoid(s):
 
 
 @triton.jit
-def _compose(e_first, b_first, e_then, b_then):
-    """Compose two steps, (1 + e_then) ((1 + e_first) h + b_first) + b_then, without adding 1 to e, which rounds e."""
-    return e_first + (e_then + e_then * e_first), b_then + (b_first + e_then * b_first)
+def _compose(m1_first, b_first, m1_then, b_then):
+    """Compose two steps h -> (1 + m1) h + b, with m1 the decay minus one, without adding 1 to m1, which rounds m1."""
+    return m1_first + (m1_then + m1_then * m1_first), b_then + (b_first + m1_then * b_first)
 
 
 @triton.jit
-def _scan(e, b, carry):
+def _scan(decay_m1, b, carry):
     """States after every step of a chunk, along the first axis. `carry` is each channel's state before the chunk."""
-    e, b = tl.associative_scan((e, b), 0, _compose)
-    return b + (carry[None, :] + e * carry[None, :])
+    decay_m1, b = tl.associative_scan((decay_m1, b), 0, _compose)
+    return b + (carry[None, :] + decay_m1 * carry[None, :])
 
 
 @triton.jit
@@ -224,8 +224,8 @@ def _forward_kernel(
             B_ptrs = B_group_ptr + tl.cast(n, tl.int64) * B_stride_n + t * B_stride_l
             B = tl.load(B_ptrs, mask=t < L, other=0).to(dtype)
             # Beyond the end, dt is 0. So the last row holds the state after the last valid step.
-            e = _expm1(dt * A[None, :])
-            h = _scan(e, dt * u * B[:, None], _row(carries, n))
+            decay_m1 = _expm1(dt * A[None, :])
+            h = _scan(decay_m1, dt * u * B[:, None], _row(carries, n))
             _store(h_ptr + (channel * N + n) * L, t, valid, h)
             carries = _with_row(carries, n, _row(h, BLOCK_L - 1))
         start += BLOCK_L
@@ -296,16 +296,16 @@ def _backward_kernel(
         lam_B = tl.zeros((BLOCK_L, BLOCK_D), dtype)
         lam_A_carried = tl.zeros((BLOCK_L, BLOCK_D), dtype)
         for n in range(N):
-            wide_n = tl.cast(n, tl.int64)
+            n_64 = tl.cast(n, tl.int64)
             rate = _load_rate(A_ptr, d, n, d_valid, N, A_IS_LOG)
             A = rate[None, :]
-            B_ptrs = B_group_ptr + wide_n * B_stride_n + t * B_stride_l
+            B_ptrs = B_group_ptr + n_64 * B_stride_n + t * B_stride_l
             B = tl.load(B_ptrs, mask=t >= 0, other=0).to(dtype)[:, None]
-            grad = _load(grad_ptrs + wide_n * grad_stride_n, t, grad_stride_l, valid, dtype)
+            grad = _load(grad_ptrs + n_64 * grad_stride_n, t, grad_stride_l, valid, dtype)
             h_previous = _load(h_ptr + (channel * N + n) * L, t - 1, 1, has_previous, dtype)
 
-            e_next = _expm1(dt_next * A)
-            lam = _scan(e_next, grad, _row(carries, n))
+            next_m1 = _expm1(dt_next * A)
+            lam = _scan(next_m1, grad, _row(carries, n))
             carries = _with_row(carries, n, _row(lam, BLOCK_L - 1))
 
             # a_t h_{t-1} as a product: h_t - drive_t would lose digits by cancellation.
@@ -444,8 +444,8 @@ def selective_scan_state_backward(
     if tiling.group_tiles > 1:
         grad_B = grad_B.sum(2)
     return (
-        reference.laid_out_as(u, grad_u),
-        reference.laid_out_as(delta, grad_delta),
+        reference.laid_out_as(grad_u, u),
+        reference.laid_out_as(grad_delta, delta),
         grad_A.sum(0),
         grad_B.view(B.shape).to(B.dtype),
         grad_bias.sum(0),
