@@ -1,6 +1,6 @@
-"""Times the operators of kernels/ at the model's shapes, and compares them with plain PyTorch and with a copy.
+"""Times the scan, the fusion and the 3x3 convolution at the model's shapes, beside plain PyTorch and a copy.
 
-    python kernels/benchmark.py                               every operator and shape, on the GPU if there is one
+    python kernels/benchmark.py                               all three and every shape, on the GPU if there is one
     python kernels/benchmark.py --shapes "T/56 batch 1" --threads 1 --instruction-sets
     python kernels/benchmark.py --ops fusion --layout contiguous
 

@@ -2,14 +2,14 @@
 # What only a GPU can tell: tests of the kernels on it, compute-sanitizer over some of those, benchmarks of the kernels
 # and of the whole model beside its peers, and training in float32 and under both kinds of AMP.
 #
-#   bash kernels/gpu_check.sh FOLDER [STEP...]     every step takes about twenty minutes on 16 cores and one H100
+#   bash kernels/gpu_check.sh FOLDER [STEP...]     all steps take about twenty minutes on 16 cores and one H100
 #
 # FOLDER/gpu_check.tar.gz holds the logs and the benchmarks' JSON; it is written anew after each step, so that a run that
 # is cut short leaves what it has. The steps, in this order unless named:
 #   build       compiles the kernels for this card, unless kernels for CUDA are already there
 #   cuda gpu    tests of the CUDA kernels: values and gradients; streams, graphs, large tensors
 #   tokens      tests of the operators between tokens and planes, in Triton, and of the block that uses them
-#   benchmark   every operator in both layouts
+#   benchmark   the scan, the fusion and the 3x3 convolution in both layouts
 #   model       the whole model beside its peers: inference and training, eager and compiled
 #   profile     where the time of the whole model goes
 #   triton      tests of the Triton kernels
