@@ -546,8 +546,8 @@ __device__ __forceinline__ void load_grad_run(const Params& p, const Block& bloc
         narrow(D[plane] * value, scaled.values[k]);
         value *= widen(C[pixel]);
       }
-      const int pixel_of_frame = (row + plan.frame) * plan.pitch + column + plan.frame;
-      shared_at<float>(plan.convolved)[plane * plan.plane_pitch + pixel_of_frame] = value;
+      const int offset = plane * plan.plane_pitch + (row + plan.frame) * plan.pitch + column + plan.frame;
+      shared_at<float>(plan.convolved)[offset] = value;
       ++pixel;
       if (++column == width) {
         column = 0;

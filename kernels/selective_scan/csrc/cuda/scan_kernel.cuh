@@ -640,6 +640,103 @@ __device__ __forceinline__ void input_gradients(const Slope<State>& slope, State
   u_then_grad = lambda_B * dt;
 }
 
+// A thread's items in the tiles of the backward pass.
+template <typename Input>
+struct ItemTiles {
+  Input *u, *delta;
+  const Input* B;
+  const typename StateOf<Input>::type* grad;
+};
+
+// Scans a thread's items of one state in both directions, from the h and mu that enter the row's chunk. Leaves a_t and
+// a_t h_{t-1} in `items`, and returns the mu that enters them from the right.
+template <typename Input, int kItems, typename State>
+__device__ __forceinline__ State scan_both(
+    const Thread& me, const ItemTiles<Input>& tiles, const State (&dt)[kItems], State A, State entering_h,
+    State entering_mu, Step<State>* left_tails, Step<State>* right_tails, Items<kItems, State>& items) {
+  State B_then_grad[kItems];
+  read_items(tiles.u, items.drive_then_carried);
+  read_items(tiles.B, B_then_grad);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) items.drive_then_carried[i] *= dt[i] * B_then_grad[i];
+  const Step<State> own = items.step_of_h(dt, A * State(kLog2e));
+  read_items(tiles.grad, B_then_grad);
+  const Step<State> own_mu{own.exponent, items.leaving_mu(B_then_grad)};
+
+  const Step<State> from_left = scan_warp<true>(own, me.left);
+  const Step<State> from_right = scan_warp<false>(own_mu, me.right);
+  const Step<State> before = steps_before<true>(from_left, me.left);
+  const Step<State> after = steps_before<false>(from_right, me.right);
+  if (me.lane == kWarp - 1) left_tails[me.warp] = from_left;
+  if (me.lane == 0) right_tails[me.warp] = from_right;
+  __syncthreads();
+  items.carry(enter_from_left(me, left_tails, before, entering_h));
+  return enter_from_right(me, right_tails, after, entering_mu);
+}
+
+// What a thread sums of one row of the tile: over n, lambda B and lambda A a h of each item; over its items, terms of
+// the gradients of A and of the bias.
+template <int kItems, typename State>
+struct RowSums {
+  State lambda_B[kItems] = {}, lambda_A_carried[kItems] = {};
+  State grad_A = 0, grad_bias = 0;
+};
+
+// Goes through a thread's items of one state from the right and adds to the sums and to B's gradient. With one state,
+// it also replaces u and delta by their gradients. Returns the mu that leaves the items to the left. Reads the inputs
+// again, a pack at a time, instead of holding them in registers.
+template <bool kOneState, typename Input, int kItems, typename State>
+__device__ __forceinline__ State add_gradients(
+    const ItemTiles<Input>& tiles, const Items<kItems, State>& items, const State (&dt)[kItems], State A, State mu,
+    const Slope<State>& slope, RowSums<kItems, State>& sums, State (&grad_B)[kItems]) {
+  constexpr int kWidth = kPackItems<kItems>;
+#pragma unroll
+  for (int i = kItems - kWidth; i >= 0; i -= kWidth) {
+    State u[kWidth], B[kWidth], grad[kWidth], delta[kWidth];
+    read_pack<kWidth>(tiles.u + i, u);
+    read_pack<kWidth>(tiles.B + i, B);
+    read_pack<kWidth>(tiles.grad + i, grad);
+    if constexpr (kOneState) read_pack<kWidth>(tiles.delta + i, delta);
+#pragma unroll
+    for (int k = kWidth - 1; k >= 0; --k) {
+      const int j = i + k;
+      const State lambda = grad[k] + mu;
+      mu = items.decay[j] * lambda;
+      const State lambda_carried = lambda * items.drive_then_carried[j];
+      sums.grad_A += lambda_carried * dt[j];
+      sums.lambda_B[j] += lambda * B[k];
+      sums.lambda_A_carried[j] += A * lambda_carried;
+      const State to_B = lambda * (dt[j] * u[k]);
+      grad_B[j] = kOneState ? grad_B[j] + to_B : to_B;
+      if constexpr (kOneState) {
+        input_gradients(slope, dt[j], sums.lambda_B[j], sums.lambda_A_carried[j], u[k], delta[k]);
+        sums.grad_bias += delta[k];
+      }
+    }
+    if constexpr (kOneState) {
+      write_pack<kWidth>(tiles.u + i, u);
+      write_pack<kWidth>(tiles.delta + i, delta);
+    }
+  }
+  return mu;
+}
+
+// With several states: replaces u and delta by their gradients after the last state.
+template <typename Input, int kItems, typename State>
+__device__ __forceinline__ void finish_gradients(const ItemTiles<Input>& tiles, const State (&dt)[kItems],
+                                                 const Slope<State>& slope, RowSums<kItems, State>& sums) {
+  State u[kItems], delta[kItems];
+  read_items(tiles.u, u);
+  read_items(tiles.delta, delta);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    input_gradients(slope, dt[i], sums.lambda_B[i], sums.lambda_A_carried[i], u[i], delta[i]);
+    sums.grad_bias += delta[i];
+  }
+  write_items(tiles.u, u);
+  write_items(tiles.delta, delta);
+}
+
 // Sums the tile over its rows: one row block's partial sums of B's gradient.
 template <typename State>
 __device__ __forceinline__ void sum_rows(const State* tile, int rows, int tokens, int pitch, State* to) {
@@ -670,7 +767,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
 
   const Thread me(p.plan);
   const BlockRows block(p);
-  const int first_item = me.index * kItems, first_of_B = me.position * kItems, pitch = p.plan.chunk_tokens();
+  const int first_item = me.index * kItems, pitch = p.plan.chunk_tokens();
+  const ItemTiles<Input> tiles{u_tile + first_item, delta_tile + first_item, B_tile + me.position * kItems,
+                               grad_tile + first_item};
   const int states = kOneState ? 1 : p.states;
 
 #pragma unroll 1
@@ -695,9 +794,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
       load_and_fill_tile<kFlat>(delta_tile, from_delta, p.delta, rows.count, tokens, p.plan);
 
       State dt[kItems];
-      State lambda_B[kItems] = {}, lambda_A_carried[kItems] = {};  // sums over n of lambda B and of lambda A a h
+      RowSums<kItems, State> sums;
       const Slope<State> slope(p.softplus, bias);
-      State grad_bias = 0;
       for (int n = 0; n < states; ++n) {
         const State* const from_grad = at<State>(p.grad, block.batch, rows.channel, n, start);
         load_and_fill_tile<kFlat>(grad_tile, from_grad, p.grad, rows.count, tokens, p.plan);
@@ -717,58 +815,11 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
         const State entering_mu = mine && !first_visit ? boundary[1] : State(0);
 
         Items<kItems, State> items;
-        State B_then_grad[kItems];
-        read_items(u_tile + first_item, items.drive_then_carried);
-        read_items(B_tile + first_of_B, B_then_grad);
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) items.drive_then_carried[i] *= dt[i] * B_then_grad[i];
-        const Step<State> own = items.step_of_h(dt, A * State(kLog2e));
-        read_items(grad_tile + first_item, B_then_grad);
-        const Step<State> own_mu{own.exponent, items.leaving_mu(B_then_grad)};
-
-        const Step<State> from_left = scan_warp<true>(own, me.left);
-        const Step<State> from_right = scan_warp<false>(own_mu, me.right);
-        const Step<State> before = steps_before<true>(from_left, me.left);
-        const Step<State> after = steps_before<false>(from_right, me.right);
-        if (me.lane == kWarp - 1) left_tails[me.warp] = from_left;
-        if (me.lane == 0) right_tails[me.warp] = from_right;
-        __syncthreads();
-        items.carry(enter_from_left(me, left_tails, before, entering_h));
-        State mu = enter_from_right(me, right_tails, after, entering_mu);
-
-        // Read the inputs again, a pack at a time from the right, instead of holding them in registers.
-        constexpr int kWidth = kPackItems<kItems>;
-        State grad_A = 0;
-#pragma unroll
-        for (int i = kItems - kWidth; i >= 0; i -= kWidth) {
-          State u[kWidth], B[kWidth], grad[kWidth], delta[kWidth];
-          read_pack<kWidth>(u_tile + first_item + i, u);
-          read_pack<kWidth>(B_tile + first_of_B + i, B);
-          read_pack<kWidth>(grad_tile + first_item + i, grad);
-          if constexpr (kOneState) read_pack<kWidth>(delta_tile + first_item + i, delta);
-#pragma unroll
-          for (int k = kWidth - 1; k >= 0; --k) {
-            const int j = i + k;
-            const State lambda = grad[k] + mu;
-            mu = items.decay[j] * lambda;
-            const State lambda_carried = lambda * items.drive_then_carried[j];
-            grad_A += lambda_carried * dt[j];
-            lambda_B[j] += lambda * B[k];
-            lambda_A_carried[j] += A * lambda_carried;
-            const State to_B = lambda * (dt[j] * u[k]);
-            grad_B[j] = kOneState ? grad_B[j] + to_B : to_B;
-            if constexpr (kOneState) {
-              input_gradients(slope, dt[j], lambda_B[j], lambda_A_carried[j], u[k], delta[k]);
-              grad_bias += delta[k];
-            }
-          }
-          if constexpr (kOneState) {
-            write_pack<kWidth>(u_tile + first_item + i, u);
-            write_pack<kWidth>(delta_tile + first_item + i, delta);
-          }
-        }
+        State mu = scan_both(me, tiles, dt, A, entering_h, entering_mu, left_tails, right_tails, items);
+        sums.grad_A = 0;
+        mu = add_gradients<kOneState>(tiles, items, dt, A, mu, slope, sums, grad_B);
         if (mine && me.position == 0 && c > 0) boundary[0] = mu;
-        parts_A[me.index] = p.A_is_log ? grad_A * A : grad_A;
+        parts_A[me.index] = p.A_is_log ? sums.grad_A * A : sums.grad_A;
 
         if constexpr (!kOneState) {
           write_items(grad_tile + first_item, grad_B);
@@ -779,19 +830,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
         }
       }
 
-      if constexpr (!kOneState) {
-        State u[kItems], delta[kItems];
-        read_items(u_tile + first_item, u);
-        read_items(delta_tile + first_item, delta);
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          input_gradients(slope, dt[i], lambda_B[i], lambda_A_carried[i], u[i], delta[i]);
-          grad_bias += delta[i];
-        }
-        write_items(u_tile + first_item, u);
-        write_items(delta_tile + first_item, delta);
-      }
-      parts_bias[me.index] = grad_bias;
+      if constexpr (!kOneState) finish_gradients(tiles, dt, slope, sums);
+      parts_bias[me.index] = sums.grad_bias;
       const int64_t offset = first_row * p.length + start;
       Input* const to_u = static_cast<Input*>(p.grad_u) + offset;
       Input* const to_delta = static_cast<Input*>(p.grad_delta) + offset;
