@@ -352,7 +352,6 @@ def test_bad_weight_of_a_backward_operator(backend, spoil):
         torch.ops.dwconv2d.depthwise_residual_norm_backward(*grads, x, spoil(weight), norm_weight, EPS)
 
 
-@on_cpu_too
 @each_operator
 def test_empty_batch(backend, name):
     operator, arguments = example(name)
