@@ -1644,6 +1644,7 @@ def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):
         cfg = Config(dict(model=dict(decode_head=model, neck=[model])))
         tools._use_cpu(cfg, "pytorch")
         assert cfg.model.decode_head.norm_cfg.type == cfg.model.neck[0].norm_cfg.type == "BN"
+        assert not cfg.model_wrapper_cfg.broadcast_buffers  # the statistics are averaged, and would be the first one's
         assert sum("there is no SyncBN: batch norm is each process's own" in one for one in said) == found
         tools._use_cpu(Config(dict(model=model)), "none")
         assert len(said) == 1 + found
