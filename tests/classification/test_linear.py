@@ -176,8 +176,6 @@ def test_modules_are_swapped_and_given_back(threads):
     [
         nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect"),
         nn.Conv2d(6, 6, 3, padding=1, groups=6, stride=2),
-        nn.Conv2d(6, 12, 3, stride=2),
-        nn.Conv2d(6, 12, 3, stride=2, padding=2),
         nn.Conv2d(6, 6, 3, padding=2, groups=6, dilation=2),
         nn.Conv2d(6, 6, 3, padding=1, groups=3),
         nn.Conv2d(6, 12, 3, padding=1, groups=6),
@@ -198,6 +196,12 @@ def test_other_convolutions_are_themselves(conv):
     torch.testing.assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(conv(x[0]), single, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(conv.double()(x.double()), double)
+
+
+@pytest.mark.parametrize("changed", [{}, {"padding": 0}, {"padding": 2}, {"stride": 3}, {"kernel_size": 5}], ids=str)
+def test_one_kind_of_strided_convolution_is_computed_in_strips(changed):
+    conv = nn.Conv2d(6, 4, **{"kernel_size": 3, "stride": 2, "padding": 1} | changed)
+    assert (type(optimise_for_cpu(conv)) is cpu.CpuStridedConv2d) == (not changed)
 
 
 @pytest.mark.parametrize("width", [36, 37, 41, 48])
