@@ -3,7 +3,9 @@
 import ast
 import difflib
 import functools
+import os
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from yacs.config import CfgNode
 
 from classification.errors import UserError, is_file
 from classification.models import VARIANTS
+
+CHECKPOINTS = ("PRETRAINED", "RESUME")
 
 
 def default_config() -> CfgNode:
@@ -97,7 +101,10 @@ def load_config(path: str, overrides: dict[str, object], opts: Sequence[str] = (
         UserError: the file is unreadable, a key is unknown, or a value has the wrong type or is outside its range.
     """
     config = default_config()
-    for key, value in _flatten(_read_yaml(path)):
+    written = _flatten(_read_yaml(path))
+    if twice := next((key for key, count in Counter(key for key, _ in written).items() if count > 1), None):
+        raise UserError(f"{path}: sets {twice} twice, in a section and by its whole name; keep one")
+    for key, value in written:
         _set(config, key, value, path)
     for key, value in overrides.items():
         _set(config, key, value, "the command line")
@@ -105,6 +112,8 @@ def load_config(path: str, overrides: dict[str, object], opts: Sequence[str] = (
         raise UserError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         _set(config, key, value, "--opts")
+    for node, key in ((config, "OUTPUT"), (config.DATA, "DATA_PATH"), *((config.MODEL, k) for k in CHECKPOINTS)):
+        node[key] = os.path.expanduser(node[key])  # a shell does so for flags
     _validate(config)
     for key, value in _flatten(config):
         if isinstance(value, str) and "\0" in value:

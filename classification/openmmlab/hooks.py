@@ -119,8 +119,10 @@ class CheckResumed(Hook):
     """
 
     priority = "HIGH"  # before EMAHook
+    weights: str | None = None  # a digest of those that were loaded
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        self.weights = _digest(checkpoint.get("state_dict", checkpoint))
         if not runner._resume:
             return
         path, meta = runner._load_from, checkpoint.get("meta")
@@ -149,14 +151,24 @@ class CheckResumed(Hook):
         _forget_other_best(runner, hub["runtime_info"], path)
 
     def before_train(self, runner) -> None:
-        first, last = torch.tensor(runner.iter), torch.tensor(runner.iter)
-        all_reduce(first, "min")
-        all_reduce(last, "max")
-        if first != last:  # a folder that not all machines share
-            raise UserError(
-                f"some processes begin at iteration {first.item()}, others at {last.item()}, for they have found "
-                f"different checkpoints: let all machines share {runner.work_dir}, or copy the checkpoint to each"
-            )
+        if get_world_size() == 1:
+            return
+        first, *others = all_gather_object((runner.iter, self.weights))
+        for rank, (begun, weights) in enumerate(others, start=1):
+            if (begun, weights) != first:  # from folders that the machines do not share
+                how = (
+                    f"begins at iteration {begun}, not {first[0]}" if begun != first[0] else "has loaded other weights"
+                )
+                raise UserError(
+                    f"process {rank} {how}: not all processes have found the checkpoint of process 0; let all machines "
+                    f"share {runner.work_dir} and the files that the config names, or copy these to each"
+                )
+
+
+def _digest(state: dict) -> str:
+    """Return a digest of the sums of all tensors."""
+    sums = [float(value.sum(dtype=torch.float64)) for value in state.values() if isinstance(value, torch.Tensor)]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
 def _counts(value: object) -> bool:

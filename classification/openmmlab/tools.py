@@ -1,6 +1,7 @@
 """`train.py`, `test.py` and `get_flops.py` of detection and segmentation: OpenMMLab's command lines for mmengine."""
 
 import argparse
+import ast
 import difflib
 import gc
 import inspect
@@ -176,6 +177,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
         _note_unused(args)
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
+    _note_unread_variables(args.config)
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
@@ -301,6 +303,30 @@ def _note_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> N
                 "milestones, T_max or total_iters if it has them",
                 level=logging.WARNING,
             )
+
+
+def _note_unread_variables(path: str) -> None:
+    """Warn of variables that a config sets, but neither it nor the tool reads.
+
+    A config that inherits another one sets them too late: the other one has used its own values by then.
+    """
+    if not path.endswith(".py"):
+        return
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    given = {target.id for one in tree.body if isinstance(one, ast.Assign) and not _is_none(one.value)
+             for target in one.targets if isinstance(target, ast.Name)}  # fmt: skip
+    used = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
+    unread = sorted(given - used - {*inspect.signature(Runner).parameters, *READ, "_base_", "runner_type"})
+    if "_base_" in given and unread:
+        print_log(
+            f"{path}: sets {', '.join(unread)}, which nothing reads: the config that it inherits has used its own "
+            "values by then; set what they are used for, as train_cfg.max_iters",
+            level=logging.WARNING,
+        )
+
+
+def _is_none(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is None
 
 
 # Settings that are read in addition to the Runner's arguments.

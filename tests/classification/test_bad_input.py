@@ -178,6 +178,7 @@ NO_CONFIGS = {
     "aliases": (LAUGHS, "anchors and aliases are not read"),
     "code": ("TAG: !!python/object/apply:os.system ['touch ran']", "tags are not read"),
     "twice": ("TAG: a\nSEED: 1\nTAG: b\n", "a key stands there twice"),
+    "twice by its whole name": ("TRAIN: {EPOCHS: 1}\nTRAIN.EPOCHS: 2\n", "sets TRAIN.EPOCHS twice, in a section and"),
     "depth": ("[" * 5000, "nested too deeply"),
     "key": ("? [1, 2]\n: 3\n", "not a YAML file"),
     "date": ("SEED: 2024-01-01", "SEED must be of type int, got '2024-01-01'"),
@@ -214,13 +215,18 @@ def test_the_least_value_that_is_not_off_works(key, few_digits):
     assert optimizer.state[model.weight]["exp_avg"].abs().sum() > 0
 
 
-def test_yaml_says_what_stands_there(tmp_path):
-    """Not what YAML 1.1 makes of it: octal numbers, minutes, dates and truth values."""
+def test_yaml_says_what_stands_there(tmp_path, monkeypatch):
+    """Not what YAML 1.1 makes of it: octal numbers, minutes, dates and truth values. A home folder is the user's."""
     (tmp_path / "my.yaml").write_text(
         "TAG: 010\nOUTPUT: 2024-01-01\nTRAIN:\n  AMP: off\n  EMA: {ENABLE: no}\n  MESA: {WEIGHT: 0}\n"
     )
     found = load_config(str(tmp_path / "my.yaml"), {})
     assert (found.TAG, found.OUTPUT, found.TRAIN.AMP, found.TRAIN.EMA.ENABLE) == ("010", "2024-01-01", "off", False)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "my.yaml").write_text("OUTPUT: ~/runs\nDATA: {DATA_PATH: ~/images}\nMODEL: {RESUME: ./~}\n")
+    found = load_config(str(tmp_path / "my.yaml"), {"MODEL.PRETRAINED": "~/a.pth"})
+    paths = (found.OUTPUT, found.DATA.DATA_PATH, found.MODEL.PRETRAINED, found.MODEL.RESUME)
+    assert paths == ("/home/me/runs", "/home/me/images", "/home/me/a.pth", "./~")
 
 
 ENVIRONMENTS = {

@@ -697,10 +697,22 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
         else:
             hooks.CheckSameData().before_test(run)
 
-    hooks.CheckResumed().before_train(run)
-    monkeypatch.setattr(hooks, "all_reduce", lambda number, how: number.fill_(0 if how == "min" else 3))
-    with pytest.raises(UserError, match=r"some processes begin at iteration 0, others at 3, for they have found"):
-        hooks.CheckResumed().before_train(run)
+    resumed = [hooks.CheckResumed() for _ in range(3)]
+    run._resume = False
+    for check, weight in zip(resumed, (1.0, 1.0, 2.0), strict=True):
+        check.after_load_checkpoint(run, {"state_dict": {"a": torch.full((2,), weight), "b": 1}})
+    for other, begun, message in (
+        (resumed[1].weights, 3, None),
+        (resumed[1].weights, 0, "process 1 begins at iteration 0, not 3: not all processes have found the checkpoint"),
+        (resumed[2].weights, 3, "process 1 has loaded other weights: not all processes have found the checkpoint"),
+        (None, 3, "process 1 has loaded other weights"),
+    ):
+        monkeypatch.setattr(hooks, "all_gather_object", lambda facts, of=(begun, other): [facts, of])
+        if message:
+            with pytest.raises(UserError, match=message):
+                resumed[0].before_train(run)
+        else:
+            resumed[0].before_train(run)
 
 
 def test_one_run_trains_in_a_folder(tmp_path):
@@ -1236,6 +1248,27 @@ def test_options_that_a_tool_does_not_use_are_named(monkeypatch):
         "--cfg-options test_dataloader.batch_size: train.py does not use them",
         "--cfg-options val_evaluator.ann_file: test.py does not use them",
     ]
+
+
+def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
+    """The config that is inherited has used its own values; what is read, or used in the same file, is not meant."""
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    lines = [
+        "max_iters = 5",
+        "root = 'a'",
+        "work_dir = root",
+        "checkpoint_file = None",
+        "train_cfg = dict(by_epoch=True)",
+    ]
+    for base, found in (("_base_ = 'b.py'", True), ("", False)):
+        (tmp_path / "c.py").write_text("\n".join([base, *lines]))
+        tools._note_unread_variables(str(tmp_path / "c.py"))
+        assert [one.partition(": sets ")[2].partition(",")[0] for one in said] == ["max_iters"] * found
+        said.clear()
+    for path in Path(__file__).parents[2].glob("*/configs/spatialmamba/*.py"):
+        tools._note_unread_variables(str(path))
+    assert said == []
 
 
 def test_misspelt_options_are_named(monkeypatch):

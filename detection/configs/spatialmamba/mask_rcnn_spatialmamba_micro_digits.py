@@ -4,7 +4,6 @@ _base_ = "./mask_rcnn_spatialmamba_fpn_coco_tiny.py"
 classes = tuple("0123456789")
 channels = 64
 batch_norm = dict(type="BN")
-box_head = dict(in_channels=channels, num_classes=len(classes))
 
 model = dict(
     backbone=dict(dims=16, depths=(1, 1, 2, 1), drop_path_rate=0.0),
