@@ -135,7 +135,7 @@ class CheckResumed(Hook):
         parts["meta.seed that is a number"] = seed is None or isinstance(seed, int)
         schedules, states = runner.param_schedulers or [], checkpoint.get("param_schedulers") or []
         steps = [state.get("last_step", 0) for state in states if isinstance(state, dict)] if states else []
-        parts["param_schedulers"] = not schedules or (bool(states) and all(map(_counts, steps)))
+        parts["param_schedulers"] = not schedules or (bool(states) and all(isinstance(step, int) for step in steps))
         if lacking := [name for name, there in parts.items() if not there]:
             raise UserError(
                 f"{path}: has no {', '.join(lacking)}, so training cannot go on from it; resume an epoch_*.pth or "
