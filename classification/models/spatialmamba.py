@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dwconv2d import depthwise_residual_norm, depthwise_silu, state_fusion_output
 from dwconv2d.loading import TRITON_INSTALLED, autocast_dtype
 from selective_scan import norm_gate, selective_scan_state
+from selective_scan.loading import call as call_operator
 from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -98,11 +99,45 @@ class _LinearReLU(torch.autograd.Function):
         return grad @ weight, grad.t() @ x, grad.sum(0)
 
 
+class _ProjectedScan(torch.autograd.Function):
+    """States of x (B, D, L) whose step size is W r: r (B, R, L), W (D, R). Arguments as of `selective_scan_state`.
+
+    The backward pass computes W r again. R is D / 32, so autograd keeps one tensor of D channels less.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, r, W, A_logs, B, delta_bias):
+        return selective_scan_state(x, product(W, r), A_logs, B, delta_bias, delta_softplus=True, A_is_log=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, r, W, *others = ctx.saved_tensors
+        inputs = grad, x, product(W, r), *others, True, True  # as in `forward`: softplus, logarithms of -A
+        dx, d_delta, *others = call_operator("selective_scan_state_backward", *inputs)
+        return dx, product(W.t(), d_delta), torch.bmm(d_delta, r.transpose(1, 2)).sum(0), *others
+
+
+def product(weight: Tensor, planes: Tensor) -> Tensor:
+    """weight (E, D) times planes (B, D, L) -> (B, E, L), contiguous. `@` would transpose the planes."""
+    return torch.bmm(weight.expand(len(planes), -1, -1), planes)
+
+
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """ReLU of a linear layer of tokens (B, H, W, C), in one kernel on a GPU. Autocast applies as to `F.linear`."""
     x = x.to(autocast_dtype(x) or x.dtype)
-    flat = _LinearReLU.apply(x.flatten(0, 2), _cast(weight, x), _cast(bias, x))
+    flat = _apply(_LinearReLU, x.flatten(0, 2), _cast(weight, x), _cast(bias, x))
     return flat.unflatten(0, x.shape[:3])
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: Tensor) -> Tensor:
+    # Without gradients only its forward: torch.jit can neither look into `apply` nor save it.
+    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(*inputs)
 
 
 def _call(function: Callable, *inputs: Tensor | None):
@@ -258,7 +293,7 @@ class StructureAwareSSM(nn.Module):
         x, z = self.in_proj(u).chunk(2, dim=-1)
         if fusible(x, self.conv2d, self.out_norm):
             uses = depthwise_silu(x, self.conv2d.weight, self.conv2d.bias, uses=3)  # (B, D, H, W), contiguous
-            gated = norm_gate(self.ssm(*uses), z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
+            gated = norm_gate(self.fused_ssm(*uses), z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
         else:
             gated = self.gate(x, F.silu(z))
         return self.out_proj(gated)
@@ -270,29 +305,40 @@ class StructureAwareSSM(nn.Module):
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
         """weight (E, D) times each token of x (B, D, H, W) -> (B, E, H, W)."""
-        if not has_fused_kernels(x):
-            return (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
-        # Contiguous planes, which `@` would transpose. Expanded after autocast's cast, which would copy for each image.
-        weight = weight.to(x.dtype).expand(x.shape[0], -1, -1)
-        return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
+        if has_fused_kernels(x):
+            # Cast before `product` expands it: autocast's own cast would copy it for each image.
+            return product(weight.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:])
+        return (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
 
-    def ssm(self, x: Tensor, scanned: Tensor | None = None, observed: Tensor | None = None) -> Tensor:
-        """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W).
+    def ssm(self, x: Tensor) -> Tensor:
+        """State transition, state fusion and observation: (B, D, H, W) -> (B, D, H, W)."""
+        dt, B, C = self.select(x)
+        h = self.transition(x, dt, B)
+        return self.state_fusion(h, C, self.Ds, x)  # y = sum_n C_n h'_n + D x
+
+    def fused_ssm(self, x: Tensor, scanned: Tensor, observed: Tensor) -> Tensor:
+        """`ssm` for GPUs; autograd keeps less. Each of x's three uses has its own tensor, which gets its own gradient.
 
         Args:
             x: selects Delta, B and C.
-            scanned, observed: the same values for the transition and for the observation; None for x itself. As tensors
-                of their own they get gradients of their own.
+            scanned, observed: x for the transition and x for the observation.
         """
-        dt, B, C = self.select(x)
-        h = self.transition(x if scanned is None else scanned, dt, B)
-        return self.state_fusion(h, C, self.Ds, x if observed is None else observed)  # y = sum_n C_n h'_n + D x
+        r, B, C = self._project_to_low_rank(x)
+        x, r, B = (t.flatten(2) for t in (scanned, r, B))
+        state_dtype = _at_least_float32(x)
+        A_logs, delta_bias = self.A_logs.to(state_dtype), self.dt_projs_bias.to(state_dtype)
+        h = _apply(_ProjectedScan, x, r, self.dt_projs_weight.to(r.dtype), A_logs, B, delta_bias)
+        return self.state_fusion(h.unflatten(3, scanned.shape[2:]), C, self.Ds, observed)
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input-dependent Delta (B, D, H, W), before its bias and softplus, B and C (B, N, H, W) from each token."""
+        r, B, C = self._project_to_low_rank(x)
+        return self.project(r, self.dt_projs_weight), B, C
+
+    def _project_to_low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """r (B, R, H, W), of which Delta is the second projection, B and C (B, N, H, W)."""
         n = self.d_state
-        dt, B, C = self.project(x, self.x_proj_weight).split([self.dt_rank, n, n], dim=1)
-        return self.project(dt, self.dt_projs_weight), B, C
+        return self.project(x, self.x_proj_weight).split([self.dt_rank, n, n], dim=1)
 
     def transition(self, x: Tensor, dt: Tensor, B: Tensor) -> Tensor:
         """h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t in raster order, never below float32: (B, D, N, H, W)."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from classification.models import spatialmamba
-from classification.models.spatialmamba import Block, Downsample, SpatialMamba, Stage
+from classification.models.spatialmamba import Block, Downsample, SpatialMamba, Stage, StructureAwareSSM
 
 
 @pytest.fixture
@@ -102,13 +102,37 @@ def test_linear_and_relu(fused):
             torch.testing.assert_close(a, b, rtol=0, atol=(1e-6 if dtype is None else 1e-2) * b.abs().max().item())
 
 
-def test_vmap_over_images(fused):
+def test_function_transforms_and_tracing(fused, tmp_path):
+    """torch.func.vmap and grad, and a TorchScript file."""
     fused(True)
     model = randomise(SpatialMamba(dims=[8, 16], depths=[2, 1], num_classes=3)).eval()
-    images = torch.randn(2, 3, 33, 47)
+    images = torch.randn(2, 3, 33, 47, requires_grad=True)
+    expected = torch.autograd.grad(model(images).square().sum(), images)[0]
+    images = images.detach()
+    found = torch.func.grad(lambda images: model(images).square().sum())(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         found = torch.func.vmap(lambda image: model(image[None])[0])(images)
         torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-4)
+        torch.jit.trace(model, images).save(tmp_path / "model.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(images), model(images))
+
+
+def test_step_sizes_are_not_kept(fused):
+    """Of tensors as large as x, autograd keeps x and z (one tensor), SiLU's output, the states, y and the gated y."""
+    fused(True)
+    ssm = StructureAwareSSM(32)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # keeps the storage alive, so that no other has its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ssm(torch.randn(2, 5, 7, 32))
+    of_x = 2 * 64 * 5 * 7
+    sizes = [tensor.untyped_storage().nbytes() // 4 for tensor in kept.values()]
+    assert sorted(size for size in sizes if size >= of_x) == [*[of_x] * 4, 2 * of_x]
 
 
 class Adapter(nn.Module):
