@@ -196,15 +196,18 @@ def _check_same_data(dataset: object, name: str) -> None:
     if get_world_size() == 1:
         return
     infos = map(dataset.get_data_info, range(len(dataset))) if hasattr(dataset, "get_data_info") else ()
-    names = "\n".join(os.path.basename(str(info.get("img_path"))) for info in infos)
-    facts = len(dataset), hashlib.sha256(names.encode(errors="replace")).hexdigest()
-    first, *others = all_gather_object(facts)
-    for rank, (images, digest) in enumerate(others, start=1):
-        if (images, digest) != first:
-            same = "of other names" if images == first[0] else f"in place of {first[0]}"
+    names, objects = hashlib.sha256(), hashlib.sha256()
+    for info in infos:
+        names.update(os.path.basename(str(info.get("img_path"))).encode(errors="replace") + b"\n")
+        boxes = [(one.get("bbox_label"), one.get("bbox")) for one in info.get("instances") or ()]
+        objects.update(repr(boxes).encode())
+    first, *others = all_gather_object((len(dataset), names.hexdigest(), objects.hexdigest()))
+    for rank, (images, *digests) in enumerate(others, start=1):
+        if (images, *digests) != first:
+            what = "with other boxes or labels" if digests[0] == first[1] else "of other names"
             raise UserError(
-                f"process {rank} has other {name} data than process 0: {images} images {same}; give all machines the "
-                "same data"
+                f"process {rank} has other {name} data than process 0: {images} images "
+                f"{what if images == first[0] else f'in place of {first[0]}'}; give all machines the same data"
             )
 
 

@@ -680,19 +680,27 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
 
     class Listed(list):
         def get_data_info(self, i):
-            return dict(img_path=self[i])
+            path, *box = self[i]
+            return dict(img_path=path, instances=[dict(bbox=box, bbox_label=0)])
 
     monkeypatch.setattr(hooks, "get_world_size", lambda: 2)
-    for mine, theirs, message in (
-        (["/1/a.png", "/1/b.png"], (2, None), None),
-        (["/1/a.png", "/1/b.png"], (2, "x"), "process 1 has other test data than process 0: 2 images of other names"),
-        (["/1/a.png", "/1/b.png"], (1, "x"), "process 1 has other test data than process 0: 1 images in place of 2"),
+    first = []
+
+    def gather(facts):
+        first[1:] = [facts]  # of the first data, and of those that are compared with them
+        return first
+
+    monkeypatch.setattr(hooks, "all_gather_object", gather)
+    for mine, message in (
+        ([("/1/a.png", 0, 0, 2, 2), ("/1/b.png",)], None),
+        ([("/2/a.png", 0, 0, 2, 2), ("/2/b.png",)], None),
+        ([("/1/a.png", 0, 0, 2, 2), ("/1/c.png",)], "2 images of other names"),
+        ([("/1/a.png", 0, 0, 2, 3), ("/1/b.png",)], "2 images with other boxes or labels"),
+        ([("/1/a.png", 0, 0, 2, 2)], "1 images in place of 2"),
     ):
-        gathered = lambda facts, of=theirs: [facts, (of[0], of[1] or facts[1])]  # noqa: E731
-        monkeypatch.setattr(hooks, "all_gather_object", gathered)
         run.test_dataloader = argparse.Namespace(dataset=Listed(mine))
         if message:
-            with pytest.raises(UserError, match=message):
+            with pytest.raises(UserError, match=f"process 1 has other test data than process 0: {message}; give"):
                 hooks.CheckSameData().before_test(run)
         else:
             hooks.CheckSameData().before_test(run)
