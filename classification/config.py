@@ -16,8 +16,6 @@ from yacs.config import CfgNode
 from classification.errors import UserError, is_file
 from classification.models import VARIANTS
 
-CHECKPOINTS = ("PRETRAINED", "RESUME")
-
 
 def default_config() -> CfgNode:
     """Return the ImageNet-1K recipe of the paper; a YAML file holds only the keys that differ."""
@@ -112,7 +110,12 @@ def load_config(path: str, overrides: dict[str, object], opts: Sequence[str] = (
         raise UserError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {' '.join(opts)}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         _set(config, key, value, "--opts")
-    for node, key in ((config, "OUTPUT"), (config.DATA, "DATA_PATH"), *((config.MODEL, k) for k in CHECKPOINTS)):
+    for node, key in (
+        (config, "OUTPUT"),
+        (config.DATA, "DATA_PATH"),
+        (config.MODEL, "PRETRAINED"),
+        (config.MODEL, "RESUME"),
+    ):
         node[key] = os.path.expanduser(node[key])  # a shell does so for flags
     _validate(config)
     for key, value in _flatten(config):
