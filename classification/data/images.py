@@ -19,6 +19,7 @@ SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 IN_FULL_RANGE = ("PNG", "PPM")  # for these, Pillow's mode I holds 16 bits
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags; Pillow inverts WHITE_IS_ZERO only in 8 bits
 SAMPLE_FORMAT, UNSIGNED = 339, 1  # TIFF's tag; Pillow reads -1 in 8 signed bits as 255
+COMPRESSION, COLOR_MAP, PLANAR, SEPARATE = 259, 320, 284, 2  # TIFF's tags
 EIGHT_BITS_A_BAND = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
@@ -42,15 +43,42 @@ def read_image(path: str) -> Image.Image:
 def _in_eight_bits(path: str) -> Image.Image:
     """Read an image as RGB, or as 8-bit grey if the file has more bits."""
     with open(path, "rb") as file, Image.open(file, formats=image_formats()) as image:
-        _check_samples(image)
+        if fault := misread_samples(image):
+            raise ValueError(fault)
         return image.convert("RGB") if image.mode in EIGHT_BITS_A_BAND else _to_eight_bits(image)
 
 
-def _check_samples(image: Image.Image) -> None:
-    kinds = image.tag_v2.get(SAMPLE_FORMAT, ()) if image.format == "TIFF" else ()
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+def misread_samples(image: Image.Image) -> str | None:
+    """Say why Pillow misreads the samples of a TIFF; None if it reads them rightly, or the image is no TIFF."""
+    if image.format != "TIFF":
+        return None
+    kinds = _tag(image, SAMPLE_FORMAT, UNSIGNED)
     if any(kind != UNSIGNED for kind in kinds) and image.mode not in ("I", "F"):  # `_to_eight_bits` refuses these
-        raise ValueError(f"its samples are not unsigned numbers (SampleFormat {kinds}); convert it to 8 or 16 bits")
+        return f"its samples are not unsigned numbers (SampleFormat {kinds}); convert it to 8 or 16 bits"
+    if image.mode == "P" and 0 < max(_tag(image, COLOR_MAP, 0)) <= 255:
+        return "its colour map has 8 bits in place of 16, which Pillow reads as black; convert it to PNG"
+    return misread_planes(image)
+
+
+def misread_planes(image: Image.Image) -> str | None:
+    """Say why Pillow misreads the planes of a TIFF; None if it reads them rightly, or the image is no TIFF.
+
+    Pillow takes each plane that is not compressed for one of 8 bits in which 0 is black.
+    """
+    if image.format != "TIFF" or _tag(image, PLANAR, 1) != (SEPARATE,) or _tag(image, COMPRESSION, 1) != (1,):
+        return None
+    bits, inverted = _tag(image, BITS_PER_SAMPLE, 1), _tag(image, PHOTOMETRIC, 1) == (WHITE_IS_ZERO,)
+    if set(bits) == {8} and not inverted:
+        return None
+    what = "in which 0 is white" if inverted else f"of {max(bits)} bits"
+    return (
+        f"its bands are stored one after another (PlanarConfiguration 2), {what}; write them pixel by pixel, or as PNG"
+    )
+
+
+def _tag(image: Image.Image, tag: int, default: int) -> tuple[int, ...]:
+    value = image.tag_v2.get(tag, default)
+    return value if isinstance(value, tuple) else (value,)
 
 
 BAND = 2**18  # approximate pixels of a band of rows
@@ -69,9 +97,9 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"its values are of mode {image.mode}, whose range is not known; convert it to 8 or 16 bits")
     highest, inverted = 65535, False
     if image.format == "TIFF":
-        bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
+        bits = _tag(image, BITS_PER_SAMPLE, 16)[0]
         highest = 2**bits - 1 if bits in (12, 16) else highest
-        inverted = image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+        inverted = _tag(image, PHOTOMETRIC, 1) == (WHITE_IS_ZERO,)
     width, height = image.size
     grey = np.empty((height, width), np.uint8)
     rows = max(1, BAND // max(1, width))

@@ -6,7 +6,7 @@ import numpy as np
 from mmengine.registry import TRANSFORMS
 from PIL import ExifTags, Image
 
-from classification.data.images import EIGHT_BITS_A_BAND, image_formats
+from classification.data.images import EIGHT_BITS_A_BAND, image_formats, misread_planes, misread_samples
 from classification.errors import UserError
 from classification.openmmlab.messages import print_log
 
@@ -127,10 +127,10 @@ def _note_orientation(path: str | None) -> bool:
 
 @TRANSFORMS.register_module()
 class CheckBits:
-    """Checks the mode of an image before LoadImageFromFile(imdecode_backend="pillow") clips 16 bits to white.
+    """Checks an image before LoadImageFromFile(imdecode_backend="pillow") clips 16 bits to white or misreads a TIFF.
 
     Raises:
-        UserError: the image has more than 8 bits per band.
+        UserError: the image has more than 8 bits per band, or is a TIFF that Pillow misreads.
     """
 
     def __call__(self, results: dict) -> dict:
@@ -139,9 +139,11 @@ class CheckBits:
             return results
         try:
             with Image.open(path, formats=image_formats()) as image:
-                mode = image.mode
+                mode, fault = image.mode, misread_samples(image)
         except Exception:  # on a damaged file, Pillow's plugins raise any error; the loader reports it
             return results
+        if fault:
+            raise UserError(f"{path}: {fault}; or leave imdecode_backend='pillow' out of LoadImageFromFile")
         if mode not in EIGHT_BITS_A_BAND:
             raise UserError(
                 f"{path}: is of mode {mode}, which imdecode_backend='pillow' clips to 8 bits: leave it out of "
@@ -201,7 +203,7 @@ def _changes_labels(image: Image.Image, path: str) -> str | None:
         return f"has {image.n_frames} pages, of which the first alone would be read: write one map a file"
     if image.mode in ("1", "L") and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         return "is a TIFF in which 0 is white, so that its labels are inverted as they are read; write it as PNG"
-    return None
+    return misread_planes(image)
 
 
 def _is_reversible(path: str) -> bool:

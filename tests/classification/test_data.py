@@ -201,15 +201,35 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
         assert np.array_equal(np.asarray(read_image(str(tmp_path / "m.tif"))), np.asarray(picture.convert("RGB"))), mode
 
 
-def test_samples_of_a_tiff_that_are_signed_are_refused(tmp_path):
-    """Pillow reads them as if they were not: -1 is 255."""
-    path, grey = tmp_path / "a.tif", Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4))
-    grey.save(path, tiffinfo={339: 1})
-    assert np.array_equal(np.asarray(read_image(str(path)))[..., 0], np.asarray(grey))
-    for kind in (2, 4):
-        grey.save(path, tiffinfo={339: kind})
-        with pytest.raises(UnreadableImageError, match=r"a\.tif: cannot be read as an image"):
+def test_tiffs_that_pillow_misreads_are_refused(tmp_path):
+    """Signed samples: -1 is 255. Planes of 16 bits: noise. Planes in which 0 is white. Colour maps of 8 bits: black."""
+    path, values = tmp_path / "a.tif", np.arange(16, dtype=np.uint8).reshape(4, 4)
+    grey = Image.fromarray(values)
+    grey.save(path, tiffinfo={339: 1, 284: 2})
+    assert np.array_equal(np.asarray(read_image(str(path)))[..., 0], values)
+    palette = grey.copy()
+    palette.putpalette([i // 3 for i in range(768)])
+    palette.save(path)
+    assert np.array_equal(np.asarray(read_image(str(path))), np.asarray(palette.convert("RGB")))
+    sixteen = Image.fromarray(values.astype(np.uint16))
+    sixteen.save(path, tiffinfo={284: 2}, compression="tiff_deflate")
+    assert not np.asarray(read_image(str(path))).any()
+    for image, tags, fault in (
+        (grey, {339: 2}, r"not unsigned numbers \(SampleFormat \(2,\)\)"),
+        (grey, {339: 4}, ""),  # Pillow itself refuses it
+        (sixteen, {284: 2}, r"one after another \(PlanarConfiguration 2\), of 16 bits"),
+        (grey, {284: 2, 262: 0}, r"one after another \(PlanarConfiguration 2\), in which 0 is white"),
+    ):
+        image.save(path, tiffinfo=tags)
+        with pytest.raises(UnreadableImageError, match=r"a\.tif: cannot be read as an image.*" + fault):
             read_image(str(path))
+    palette.save(path)
+    stored = np.array(palette.getpalette(), dtype="<u2").reshape(-1, 3).T.tobytes()
+    wide = (np.frombuffer(stored, "<u2") * 256).tobytes()
+    assert path.read_bytes().count(wide) == 1
+    path.write_bytes(path.read_bytes().replace(wide, stored))
+    with pytest.raises(UnreadableImageError, match=r"colour map has 8 bits in place of 16"):
+        read_image(str(path))
 
 
 def test_sixteen_bits_take_few_bytes_a_pixel(tmp_path):

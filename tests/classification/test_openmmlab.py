@@ -921,8 +921,14 @@ def test_images_that_pillow_would_clip_are_named(tmp_path):
     assert (read == 255).all()  # the reason for this
     with pytest.raises(UserError, match=r"deep\.png: is of mode I;16, which imdecode_backend='pillow' clips"):
         CheckBits()(results)
-    Image.fromarray(np.full((4, 4), 30, np.uint8)).save(path)
+    grey = Image.fromarray(np.full((4, 4), 30, np.uint8))
+    grey.save(path)
     assert CheckBits()(results) is results
+    grey.save(tmp_path / "white.tif", tiffinfo={262: 0, 284: 2})
+    with pytest.raises(
+        UserError, match=r"white\.tif: its bands are stored one after another .*; or leave imdecode_backend"
+    ):
+        CheckBits()({"img_path": str(tmp_path / "white.tif")})
 
 
 @pytest.mark.parametrize(
@@ -1710,11 +1716,13 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         ("a.tif", (16, 8), None),
         ("four.tif", (16, 8), r"four\.tif: is a grey TIFF of 4 bits, whose labels are multiplied by 17"),
         ("white.tif", (16, 8), r"white\.tif: is a TIFF in which 0 is white, so that its labels are inverted"),
+        ("planes.tif", (16, 8), r"planes\.tif: its bands are stored one after another"),
     ):
         options = {"jpeg.tif": dict(compression="jpeg"), "lossless.webp": dict(lossless=True)}.get(name, {})
         options |= {"a.jp2": dict(irreversible=True)}.get(name, {})
         options |= {"pages.tif": dict(save_all=True, append_images=[Image.fromarray(labels)])}.get(name, {})
-        Image.fromarray(labels).save(tmp_path / name, **options)
+        options |= {"planes.tif": dict(tiffinfo={284: 2})}.get(name, {})
+        Image.fromarray(labels.astype(np.uint16) if name == "planes.tif" else labels).save(tmp_path / name, **options)
         if name == "eight.pgm":
             (tmp_path / name).write_bytes(b"P5\n8 16\n8\n" + labels.tobytes())
         if name in tags:
