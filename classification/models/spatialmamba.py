@@ -16,7 +16,8 @@ from dwconv2d import depthwise_residual_norm, depthwise_silu, state_fusion_outpu
 from dwconv2d.loading import TRITON_INSTALLED, autocast_dtype
 from selective_scan import norm_gate, selective_scan_state
 from selective_scan.loading import call as call_operator
-from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
+from timm import layers
+from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
@@ -182,15 +183,16 @@ class ConvLayer(nn.Module):
         if fusible(x, conv) and conv.kernel_size == (1, 1) and to_tokens(x).is_contiguous():
             # On a GPU this is one product of tokens: cuDNN adds the bias in a pass of its own.
             tokens, weight = to_tokens(x), conv.weight.flatten(1)
-            if self._has_relu_alone(x):
+            if self._has_relu_alone():
                 return to_planes(linear_relu(tokens, weight, conv.bias))
             x = to_planes(F.linear(tokens, weight, conv.bias))
         else:
             x = conv(x)
         return self.act(self.norm(x))
 
-    def _has_relu_alone(self, x: Tensor) -> bool:
-        return type(self.act) is nn.ReLU and type(self.norm) is nn.Identity and fusible(x, self.norm, self.act)
+    def _has_relu_alone(self) -> bool:
+        is_alone = type(self.act) is nn.ReLU and type(self.norm) is nn.Identity
+        return is_alone and not has_hooks(self.act) and not has_hooks(self.norm)
 
 
 class Stem(nn.Module):
@@ -359,6 +361,25 @@ class StructureAwareSSM(nn.Module):
         return h.unflatten(3, (height, width))
 
 
+class DropPath(layers.DropPath):
+    """timm's DropPath for tokens (B, H, W, C), with the same random numbers.
+
+    timm's divides in place, which torchvision's `create_feature_extractor` removes from the graph as dead code.
+    """
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """Draw the factor of each image, (B,), 0 or 1 / (1 - drop_prob); None if no path is dropped."""
+        keep = 1 - self.drop_prob
+        if not self.training or keep == 1:
+            return None
+        factors = x.new_empty(x.shape[0]).bernoulli_(keep)
+        return factors / keep if keep > 0 and self.scale_by_keep else factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = self.factors(x)
+        return x if factors is None else x * factors[:, None, None, None]
+
+
 class Mlp(nn.Module):
     """Linear, GELU, Linear: (..., dim) -> (..., dim)."""
 
@@ -422,12 +443,12 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, normed = self._position_and_norm(x, self.cpe1, self.ln_1, update, scale)
         update = self.self_attention(normed)
-        return x, update, self._scale(update)
+        return x, update, self.drop_path.factors(update)
 
     def _fused_mlp_half(self, x: Tensor, update: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         x, normed = self._position_and_norm(x, self.cpe2, self.ln_2, update, scale)
         update = self.mlp(normed)
-        return x, update, self._scale(update)
+        return x, update, self.drop_path.factors(update)
 
     @staticmethod
     def add(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
@@ -439,14 +460,6 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x + scale update, through the convolution and its residual, and its norm."""
         return depthwise_residual_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, update, scale)
-
-    def _scale(self, update: Tensor) -> Tensor | None:
-        """Draw DropPath's factor for each image, with DropPath's random numbers; None if DropPath does nothing."""
-        drop, keep = self.drop_path, 1 - self.drop_path.drop_prob
-        if not drop.training or keep == 1:
-            return None
-        scale = update.new_empty(len(update)).bernoulli_(keep)
-        return scale.div_(keep) if keep > 0 and drop.scale_by_keep else scale
 
 
 class Stage(nn.Module):
@@ -474,7 +487,7 @@ class Stage(nn.Module):
 
 
 PARAMETRISED = (nn.Conv2d, nn.LayerNorm)
-FUSIBLE = (*PARAMETRISED, nn.Identity, nn.ReLU, DropPath, Block)
+FUSIBLE = (*PARAMETRISED, DropPath, Block)
 
 
 class SpatialMamba(nn.Module):

@@ -1,5 +1,7 @@
 """The models under timm's names and arguments, in torch.hub, and under the tools that trace, hook and count modules."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -175,6 +177,13 @@ def test_traced_and_hooked():
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(IMAGES), model(IMAGES))
     extractor = create_feature_extractor(model, {"layers.1.blocks.0": "tokens"})
     assert extractor(IMAGES)["tokens"].shape == (2, 9, 13, 32)
+    trained = seeded(num_classes=5, drop_path_rate=0.5).train()
+    extractor = create_feature_extractor(copy.deepcopy(trained), {"head": "logits"}).train()
+    logits = []
+    for call in (trained, lambda x: extractor(x)["logits"]):
+        torch.manual_seed(3)
+        logits.append(call(IMAGES))
+    torch.testing.assert_close(logits[1], logits[0])
     traced = torch.jit.trace(model, IMAGES)
     torch.testing.assert_close(traced(IMAGES + 1), model(IMAGES + 1))
     seen = []
