@@ -1,27 +1,36 @@
 """Early checks of a config, its data and its checkpoints, so that a mistake gives one clear line."""
 
-import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.fileio import list_from_file
-from mmengine.registry import DATASETS
-from PIL import Image
 from torch import nn
 
 from classification.checkpoint import differences
-from classification.data.images import image_formats
 from classification.errors import UserError, is_dir, is_file, normalisation_hint
 from classification.models.openmmlab import BACKBONE, DO_NOTHING, checkpoints_of, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 from classification.openmmlab.coco import Use, check_annotations, image_ids
+from classification.openmmlab.config_parts import (
+    argument_of,
+    class_names_of,
+    datasets_of,
+    kind_of,
+    kinds_in,
+    metrics_of,
+    must_exist,
+    parts_of,
+    predicting_head,
+    segmentation_heads,
+    steps_of,
+    type_of,
+)
+from classification.openmmlab.label_maps import check_foreground, check_maps
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.pickle_files import PICKLES
 
@@ -82,7 +91,7 @@ def pretrained_of(model: ConfigDict) -> str | None:
 NORMALISED = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "bgr_to_rgb": True}  # as for ImageNet
 
 
-def note_other_normalisation(cfg: Config) -> None:
+def warn_of_other_normalisation(cfg: Config) -> None:
     """Warn if the config normalises images differently from the images that the pretrained weights were trained on."""
     backbone = cfg.model.get("backbone") or {}
     if backbone.get("type") != "MM_SpatialMamba" or not pretrained_of(cfg.model):
@@ -128,15 +137,15 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Raise a UserError if a dataset of `splits` ("train", "val", "test") lacks a file, a folder or a class."""
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
-        datasets = list(_datasets(loader.dataset)) if loader else []
+        datasets = list(datasets_of(loader.dataset)) if loader else []
         for dataset in datasets:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
-        for metric in _metrics(cfg, split):
+        for metric in metrics_of(cfg, split):
             _check_loads_maps(metric, datasets, split)
             if metric.get("ann_file"):
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
-                if not _is_elsewhere(metric):
-                    _must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
+                if not _is_remote(metric):
+                    must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
                     _check_compared(metric, datasets, split)
                 _check_all_are_tested(metric, datasets, split)
             if kind_of(metric) in OF_THE_WHOLE_FILE:
@@ -145,25 +154,22 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     _check_ignored(cfg, splits)
 
 
-def _metrics(cfg: Config, split: str) -> list[ConfigDict]:
-    evaluator = cfg.get(f"{split}_evaluator")
-    return [one for one in (evaluator if isinstance(evaluator, list) else [evaluator]) if isinstance(one, dict)]
-
-
 def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
     """Raise a UserError if a label means different classes in two data sets, and warn if it may.
 
     The data sets of training and of the validation that chooses the best checkpoint must agree.
     """
     first: dict[str, tuple[str, object, str]] = {}
-    by_text = any(kind in OTHER_CLASSES for kind in _kinds(cfg.model))
+    by_text = any(kind in OTHER_CLASSES for kind in kinds_in(cfg.model))
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
-        for dataset in _datasets(loader.dataset) if loader else ():
+        for dataset in datasets_of(loader.dataset) if loader else ():
             key = f"{split}_dataloader.dataset"
-            reduces = bool(_argument(dataset, "reduce_zero_label"))  # None for mmdet's data sets
-            folder = _folder_of_maps(dataset)
-            for name, value in {"classes": _classes(dataset, key), "reduce_zero_label": reduces}.items():
+            reduces = bool(argument_of(dataset, "reduce_zero_label"))  # None for mmdet's data sets
+            folder = _parent_of_maps(dataset)
+            classes = class_names_of(dataset, key)
+            labels = {"reduce_zero_label": reduces, **({"classes": classes} if classes else {})}
+            for name, value in labels.items():
                 place, before, its_folder = first.setdefault(name, (key, value, folder))
                 if name == "reduce_zero_label" and value != before:
                     text = f"{name} is {before} in {place} and {value} in {key}"
@@ -175,9 +181,8 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
                         f"{folder}, label {int(value)}; make them equal if that is not so",
                         level=logging.WARNING,
                     )
-                # Trackers have data sets without a common class. So do models that read texts, but theirs may also
-                # have some classes in common.
-                if name == "classes" and not by_text and (moved := _elsewhere(before, value)):
+                # The data sets of trackers may have no class in common. Models that read texts need no order.
+                if name == "classes" and not by_text and (moved := _first_moved_name(before, value)):
                     one, old, new = moved
                     raise UserError(
                         f"{place} and {key} have their classes in another order: {one!r} is class {old} and {new}; "
@@ -185,25 +190,17 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
                     )
 
 
-def _folder_of_maps(dataset: ConfigDict) -> str:
+def _parent_of_maps(dataset: ConfigDict) -> str:
     """Return the parent of the folder of a data set's label maps."""
     maps = (dataset.get("data_prefix") or {}).get("seg_map_path") or ""
     return os.path.dirname(os.path.realpath(os.path.join(dataset.get("data_root") or "", str(maps))))
 
 
-def _elsewhere(before: list[str], now: list[str]) -> tuple[str, int, int] | None:
+def _first_moved_name(before: list[str], now: list[str]) -> tuple[str, int, int] | None:
     """Return the first name that the two lists hold at different places, with both places."""
     places = {one: i for i, one in enumerate(now)}
     moved = ((one, i, places[one]) for i, one in enumerate(before) if one in places)
     return next((one for one in moved if one[1] != one[2]), None)
-
-
-def _kinds(value: object) -> Iterator[str]:
-    """Yield the class names of all parts of a config."""
-    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        yield from _kinds(one)
-    if isinstance(value, dict):
-        yield kind_of(value)
 
 
 def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
@@ -212,11 +209,11 @@ def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
     Each part has its own ignore_index, 255 by default. If two differ, ignored pixels are learnt or count as errors.
     """
     model = cfg.model.get("module", cfg.model)  # with --tta
-    head = _predicting_head(model)
+    head = predicting_head(model)
     ignored = head.get("ignore_index", 255)
     if not head or not isinstance(ignored, int) or "Depth" in kind_of(head):  # depth is no label
         return
-    found = _ignored_elsewhere(cfg, model, splits)
+    found = _ignore_settings(cfg, model, splits)
     others = [f"{key} is {value}" for key, value in found if isinstance(value, int) and value != ignored]
     if others:
         raise UserError(
@@ -231,16 +228,16 @@ def _check_ignored(cfg: Config, splits: Sequence[str]) -> None:
         )
 
 
-def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> Iterator[tuple[str, object]]:
+def _ignore_settings(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> Iterator[tuple[str, object]]:
     """Yield the keys and values of all labels that mmseg ignores or pads with, except the predicting head's."""
     for split in splits:
-        for i, metric in enumerate(_metrics(cfg, split)):
+        for i, metric in enumerate(metrics_of(cfg, split)):
             if kind_of(metric) == "IoUMetric":
                 place = f"[{i}]" if isinstance(cfg.get(f"{split}_evaluator"), list) else ""
                 yield f"{split}_evaluator{place}.ignore_index", metric.get("ignore_index", 255)
         loader = cfg.get(f"{split}_dataloader")
-        for dataset in _datasets(loader.dataset) if loader else ():
-            for step in _steps(dataset.get("pipeline") or ()):
+        for dataset in datasets_of(loader.dataset) if loader else ():
+            for step in steps_of(dataset.get("pipeline") or ()):
                 key = f"{split}_dataloader.dataset.pipeline.{kind_of(step)}"
                 if kind_of(step) == "CheckLabels":
                     yield f"{key}.ignore_index", step.get("ignore_index", 255)
@@ -257,10 +254,10 @@ def _ignored_elsewhere(cfg: Config, model: ConfigDict, splits: Sequence[str]) ->
         preprocessor = model.get("data_preprocessor") or {}
         if kind_of(preprocessor) == "SegDataPreProcessor":
             yield "model.data_preprocessor.seg_pad_val", preprocessor.get("seg_pad_val", 255)
-        for part, other in _segmentation_heads(model):
+        for part, other in segmentation_heads(model):
             if kind_of(other) not in OTHER_CLASSES:
                 yield f"{part}.ignore_index", other.get("ignore_index", 255)
-            for place, loss in _each(f"{part}.loss_decode", other.get("loss_decode")):
+            for place, loss in parts_of(f"{part}.loss_decode", other.get("loss_decode")):
                 if name := IGNORING_LOSSES.get(kind_of(loss)):
                     yield f"{place}.{name}", loss.get(name, 255)
 
@@ -271,149 +268,6 @@ IGNORING_LOSSES = {
     "OhemCrossEntropy": "ignore_label",
     "TverskyLoss": "ignore_index",
 }
-
-
-def _each(key: str, value: object) -> Iterator[tuple[str, ConfigDict]]:
-    """Yield the key and config of a part, or of each part in a list."""
-    if isinstance(value, list | tuple):
-        yield from ((f"{key}[{i}]", one) for i, one in enumerate(value) if isinstance(one, dict))
-    elif isinstance(value, dict):
-        yield key, value
-
-
-def _segmentation_heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
-    """Yield mmseg's heads with their keys. K-Net's head contains several heads, and the first one has ignore_index."""
-    for part in ("decode_head", "auxiliary_head"):
-        for key, head in _each(f"model.{part}", model.get(part)):
-            inner = head.get("kernel_generate_head")
-            yield (f"{key}.kernel_generate_head", inner) if inner else (key, head)
-
-
-def note_class_weights(cfg: Config) -> None:
-    """Tell CheckLabels if a loss has class weights."""
-    losses = [loss for _, head in _segmentation_heads(cfg.model) for _, loss in _each("", head.get("loss_decode"))]
-    weighted = any(loss.get("class_weight") for loss in losses)
-    for dataset in _datasets(cfg.train_dataloader.dataset) if weighted else ():
-        for step in _steps(dataset.get("pipeline") or ()):
-            if kind_of(step) == "CheckLabels":
-                step.class_weight = True
-
-
-def check_labels_everywhere(cfg: Config) -> None:
-    """Put CheckLabels after each LoadAnnotations of mmseg, which wraps labels of more than 8 bits."""
-    if cfg.get("default_scope") != "mmseg":
-        return
-    for split in ("train", "val", "test"):
-        loader = cfg.get(f"{split}_dataloader")
-        for dataset in _datasets(loader.dataset) if loader else ():
-            # If the data set does not know its classes, take the head's number.
-            head = _predicting_head(cfg.model)
-            number = len(_classes(dataset, f"{split}_dataloader.dataset")) or head.get("num_classes", 0)
-            if number and dataset.get("pipeline"):
-                ignored = head.get("ignore_index", 255)  # mmseg's default
-                check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
-                _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
-
-
-def _predicting_head(model: ConfigDict) -> dict:
-    """Return mmseg's decode head, or the last of several."""
-    head = model.get("module", model).get("decode_head") or {}  # with --tta
-    head = head[-1] if isinstance(head, list) else head
-    return head.get("kernel_generate_head") or head  # all of K-Net takes ignore_index from this head
-
-
-def kind_of(config: ConfigDict) -> str:
-    """Return the name of a config's class, without a scope as in "mmdet.CocoDataset". `type` may also be the class."""
-    kind = config.get("type")
-    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
-
-
-def _steps(pipeline: Sequence) -> Iterator[ConfigDict]:
-    """Yield all steps of a pipeline, including those within RandomChoice, RandomApply and TestTimeAug."""
-    for step in pipeline:
-        if isinstance(step, list | tuple):
-            yield from _steps(step)
-        else:
-            yield step
-            inner = step.get("transforms") or ()
-            yield from _steps([inner] if isinstance(inner, dict) else inner)
-
-
-def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:
-    """Put `check` after (or else before) each wanted step, unless it is already there."""
-    for i in reversed(range(len(pipeline))):
-        step = pipeline[i]
-        inner = step.get("transforms")
-        if wanted(step):
-            beside = i + 1 if after else i - 1
-            if not (0 <= beside < len(pipeline) and kind_of(pipeline[beside]) == kind_of(check)):
-                pipeline.insert(i + after, check)
-        elif inner and kind_of(step) == "TestTimeAug":  # each item lists the alternatives for one place
-            at = next((k for k, one in enumerate(inner) if any(map(wanted, _steps(one)))), None)
-            if at is not None and [check] not in inner:
-                inner.insert(at + after, [check])
-        elif inner and kind_of(step) == "RandomChoice":  # its items are steps or pipelines
-            step.transforms = [list(one) if isinstance(one, list | tuple) else [one] for one in inner]
-            for one in step.transforms:
-                _insert(one, wanted, check, after)
-        elif inner:  # RandomApply and other wrappers
-            step.transforms = [inner] if isinstance(inner, dict) else list(inner)
-            _insert(step.transforms, wanted, check, after)
-
-
-def _datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """Yield the data sets that read files, without wrappers such as RepeatDataset and ConcatDataset."""
-    inner = dataset.get("dataset", dataset.get("datasets"))
-    if inner is None:
-        yield dataset
-    for one in inner if isinstance(inner, list) else [inner] if inner else ():
-        yield from _datasets(one)
-
-
-def resizes(cfg: Config | dict, split: str) -> dict[str, object]:
-    """Return the resizing settings of a split's first data set, by step; {} with test-time augmentation."""
-    loader = cfg.get(f"{split}_dataloader") or {}
-    dataset = next(_datasets(loader.get("dataset") or {}), {})
-    steps = [step for step in _steps(dataset.get("pipeline") or ()) if isinstance(step, dict)]
-    if any(kind_of(step) == "TestTimeAug" for step in steps):
-        return {}
-    return {
-        f"{kind_of(step)}.{key}": step.get(key)
-        for step in steps
-        if "Resize" in kind_of(step)
-        for key in ("scale", "scale_factor", "keep_ratio")
-        if step.get(key)
-    }
-
-
-def check_bits_everywhere(cfg: Config) -> None:
-    """Put CheckBits before each step that decodes with Pillow: there, mmcv clips images of more than 8 bits."""
-    for split in ("train", "val", "test"):
-        loader = cfg.get(f"{split}_dataloader")
-        for dataset in _datasets(loader.dataset) if loader else ():
-            _insert(dataset.get("pipeline") or [], _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
-
-
-def check_sizes_everywhere(cfg: Config) -> None:
-    """Put CheckSize after each LoadImageFromFile of mmdet: the annotation file may have other image sizes."""
-    if cfg.get("default_scope") != "mmdet":
-        return
-    for split in ("train", "val", "test"):
-        loader = cfg.get(f"{split}_dataloader")
-        for dataset in _datasets(loader.dataset) if loader else ():
-            check = ConfigDict(type="CheckSize", turned=_turns(dataset))
-            _insert(dataset.get("pipeline") or [], lambda step: kind_of(step) == "LoadImageFromFile", check, after=True)
-
-
-def _turns(dataset: ConfigDict) -> bool:
-    """Return whether a data set loads images as their EXIF orientation says."""
-    steps = _steps(dataset.get("pipeline") or ())
-    return not any(str(step.get("color_type")).endswith(("ignore_orientation", "unchanged")) for step in steps)
-
-
-def _decodes_by_pillow(step: ConfigDict) -> bool:
-    clips = step.get("imdecode_backend") == "pillow" and step.get("color_type") != "unchanged"
-    return clips and "LoadImage" in str(step.get("type"))
 
 
 def _check_no_pickles(value: object, key: str) -> None:
@@ -436,7 +290,7 @@ def _check_loads_maps(metric: ConfigDict, datasets: list[ConfigDict], split: str
     if kind_of(metric) != "IoUMetric" or metric.get("format_only"):
         return
     for dataset in datasets:
-        steps = [kind_of(step) for step in _steps(dataset.get("pipeline") or ())]
+        steps = [kind_of(step) for step in steps_of(dataset.get("pipeline") or ())]
         loads = not steps or any(step.startswith("Load") and "Annotation" in step for step in steps)
         has = "data_prefix" not in dataset or dataset.data_prefix.get("seg_map_path") is not None
         if not (loads and has):
@@ -453,12 +307,12 @@ def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) 
     CocoMetric numbers labels by the categories of its own file. In another order, perfect predictions count as wrong.
     """
     plain = [dataset for dataset in datasets if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file")]
-    if kind_of(metric) != "CocoMetric" or len(plain) != 1 or _is_elsewhere(plain[0]):
+    if kind_of(metric) != "CocoMetric" or len(plain) != 1 or _is_remote(plain[0]):
         return
     loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)
     if os.path.realpath(loaded) == os.path.realpath(metric.ann_file):
         return  # _check_dataset checks this file
-    if classes := _classes(plain[0], f"{split}_dataloader.dataset"):
+    if classes := class_names_of(plain[0], f"{split}_dataloader.dataset"):
         use = Use(f"{split}_evaluator", compared=True, masks=_compares_masks(metric))
         check_annotations(metric.ann_file, classes, use)
     print_log(
@@ -492,7 +346,7 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
     CocoMetric knows an image only by its id, and confuses two images of the same id.
     """
     plain = [one for one in datasets if kind_of(one) == "CocoDataset" and one.get("ann_file")]
-    if len(plain) < 2 or any(map(_is_elsewhere, [metric, *plain])):
+    if len(plain) < 2 or any(map(_is_remote, [metric, *plain])):
         return
     seen: dict[object, str] = {}
     for dataset in plain:
@@ -514,7 +368,7 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
         )
 
 
-def _is_elsewhere(config: ConfigDict) -> bool:
+def _is_remote(config: ConfigDict) -> bool:
     """Return whether a data set or a metric reads its files from elsewhere than this disk."""
     backend = (config.get("backend_args") or {}).get("backend", "local")
     return backend != "local" or any("://" in str(config.get(key)) for key in ("data_root", "ann_file"))
@@ -522,29 +376,29 @@ def _is_elsewhere(config: ConfigDict) -> bool:
 
 def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     _check_no_pickles(dataset, key)
-    if _is_elsewhere(dataset):
+    if _is_remote(dataset):
         return
     root = dataset.get("data_root") or ""
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):
-            _must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
+            must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
-        _must_exist(annotations, "annotation file", f"{key}.ann_file")
-    _check_maps(dataset, root, key)
-    _check_foreground(dataset, root, key, cfg)
+        must_exist(annotations, "annotation file", f"{key}.ann_file")
+    check_maps(dataset, root, key)
+    check_foreground(dataset, root, key, cfg)
     if tree := dataset.get("hierarchy_file"):
         _check_array(os.path.join(root, tree), f"{key}.hierarchy_file")
     model = cfg.model.get("module", cfg.model)  # with --tta
-    numbers = _check_panoptic(model)
-    if classes := _classes(dataset, key):
+    numbers = _panoptic_class_counts(model)
+    if classes := class_names_of(dataset, key):
         if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file"):
             check_annotations(annotations, classes, _use_of(annotations, dataset, key, cfg))
         if numbers:
             _check_things_and_stuff(numbers, dataset, classes, key)
         if kind_of(dataset) != "CocoPanopticDataset":  # boxes are of things only, the first of its classes
             _check_num_classes(model, len(classes), key)
-        for step in _steps(dataset.get("pipeline") or ()):
+        for step in steps_of(dataset.get("pipeline") or ()):
             if kind_of(step) == "CheckLabels" and (number := step.get("num_classes")) != len(classes):
                 raise UserError(
                     f"{key}.pipeline: CheckLabels has {number} classes, but the data set {len(classes)}; "
@@ -554,10 +408,10 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
 
 def _use_of(path: str, dataset: ConfigDict, key: str, cfg: Config) -> Use:
     """Return what a config does with the annotation file of a CocoDataset."""
-    metrics = _metrics(cfg, key.partition("_")[0])
-    read = [one for one in metrics if kind_of(one) in OF_COCO and one.get("ann_file") and not _is_elsewhere(one)]
+    metrics = metrics_of(cfg, key.partition("_")[0])
+    read = [one for one in metrics if kind_of(one) in OF_COCO and one.get("ann_file") and not _is_remote(one)]
     read = [one for one in read if os.path.realpath(one.ann_file) == os.path.realpath(path)]
-    steps = [step for step in _steps(dataset.get("pipeline") or ()) if kind_of(step) == "LoadAnnotations"]
+    steps = [step for step in steps_of(dataset.get("pipeline") or ()) if kind_of(step) == "LoadAnnotations"]
     masks = [step for step in steps if step.get("with_mask")]
     images = None if dataset.get("indices") else (dataset.get("data_prefix") or {}).get("img")
     return Use(
@@ -589,186 +443,6 @@ def _check_array(path: str, key: str) -> None:
         ) from error
 
 
-def _classes(dataset: ConfigDict, key: str) -> list[str]:
-    """Return the class names of the config, or else of the data set's type; [] if the type has none."""
-    classes = (dataset.get("metainfo") or {}).get("classes")
-    if not classes:
-        classes = getattr(_type_of(dataset), "METAINFO", {}).get("classes") or ()  # None for V3Det until it is read
-    if isinstance(classes, str):
-        _must_exist(classes, "file of classes", f"{key}.metainfo.classes")
-        try:
-            return list_from_file(classes)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{classes}: is no text in UTF-8 ({error}); write it anew in that encoding") from error
-    return list(classes)
-
-
-def _type_of(dataset: ConfigDict) -> type | None:
-    with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
-        return registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
-
-
-def _argument(dataset: ConfigDict, name: str) -> object:
-    """Return the value of a data set's argument: the config's, or else the default of its type, or else None."""
-    if name in dataset:
-        return dataset[name]
-    for base in getattr(_type_of(dataset), "__mro__", ()):
-        given = inspect.signature(base.__init__).parameters.get(name) if "__init__" in vars(base) else None
-        if given is not None:
-            return given.default
-    return None
-
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-def _check_maps(dataset: ConfigDict, root: str, key: str) -> None:
-    """Check that mmseg finds images, and a label map for each. Warn of images whose names do not end with `img_suffix`.
-
-    Raises:
-        UserError: there is no image, or files are missing, or the ann_file is no list of names.
-    """
-    prefix, suffix = dataset.get("data_prefix") or {}, _argument(dataset, "img_suffix")
-    if not prefix.get("img_path") or not isinstance(suffix, str):
-        return
-    folder = os.path.join(root, prefix["img_path"])
-    images, broken = _files_in(folder)
-    if not dataset.get("ann_file") and prefix.get("seg_map_path") != prefix["img_path"]:
-        _note_images_left_out(folder, images, suffix, key)
-    reads = getattr(_type_of(dataset), "load_data_list", None)
-    if getattr(reads, "__qualname__", None) != "BaseSegDataset.load_data_list" or dataset.get("indices"):
-        return  # it has ways of its own
-    source = folder
-    if dataset.get("ann_file"):
-        source = os.path.join(root, dataset.ann_file)
-        names = _names_in(source)
-        _check_all_there(source, names, suffix, folder, images, f"{key}.img_suffix")
-    else:
-        names = sorted(name.removesuffix(suffix) for name in images if name.endswith(suffix))
-        if broken := [name for name in broken if name.endswith(suffix)]:
-            raise UserError(f"{folder}: {len(broken)} of its images are links that lead nowhere, as {broken[0]}")
-    if not names:
-        raise UserError(f"{folder}: no file ends with {suffix!r}; set {key}.img_suffix to what the images end with")
-    steps = [kind_of(step) for step in _steps(dataset.get("pipeline") or ())]
-    suffix = _argument(dataset, "seg_map_suffix")
-    if prefix.get("seg_map_path") and "LoadAnnotations" in steps and isinstance(suffix, str):
-        maps = os.path.join(root, prefix["seg_map_path"])
-        _check_all_there(source, names, suffix, maps, _files_in(maps)[0], f"{key}.seg_map_suffix")
-
-
-def _files_in(folder: str) -> tuple[set[str], list[str]]:
-    """Return the files in a folder and below, and the links there that lead nowhere, by paths relative to it.
-
-    Hidden files are left out, as mmengine does.
-
-    Raises:
-        UserError: a link leads to a folder that it lies in, so there is no end.
-    """
-    found, broken = set(), []
-    start, real = os.path.join(folder, ""), os.path.realpath(folder)
-    folders = [(folder, real, {real})]  # each with its real path, and those of the folders that lead to it
-    while folders:
-        at, real, above = folders.pop()
-        with suppress(OSError), os.scandir(at) as entries:
-            for one in entries:
-                if one.is_dir():
-                    inner = os.path.realpath(one.path) if one.is_symlink() else os.path.join(real, one.name)
-                    if inner in above:
-                        raise UserError(f"{one.path}: is a link to a folder that it lies in; remove it")
-                    folders.append((one.path, inner, {*above, inner}))
-                elif one.name[0] != "." and one.is_symlink() and not os.path.exists(one.path):
-                    broken.append(one.path.removeprefix(start))
-                elif one.name[0] != ".":
-                    found.add(one.path.removeprefix(start))
-    return found, broken
-
-
-def _names_in(path: str) -> list[str]:
-    """Return the names of an ann_file of mmseg, one a line."""
-    advice = "write the name of an image, without its suffix, on each line"
-    try:
-        names = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # as mmengine reads it
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 ({error}); {advice}") from error
-    if names and names[0].startswith("\ufeff"):
-        raise UserError(f"{path}: begins with a byte order mark, a part of the first name; write it without")
-    for i, name in enumerate(names, 1):
-        if not name.strip():
-            raise UserError(f"{path}: line {i} is empty; {advice}")
-    return [os.path.normpath(name.strip()) for name in names]
-
-
-def _check_all_there(source: str, names: list[str], suffix: str, folder: str, files: set[str], key: str) -> None:
-    missing = [name + suffix for name in names if name + suffix not in files]
-    missing = [name for name in missing if not os.path.isfile(os.path.join(folder, name))]  # hidden, or in other case
-    if missing:
-        raise UserError(
-            f"{source}: {len(missing)} of {len(names)} files are not in {folder}, as {missing[0]}; add them, or set "
-            f"{key} to what they end with"
-        )
-
-
-def _note_images_left_out(folder: str, names: set[str], suffix: str, key: str) -> None:
-    others = sorted(n for n in names if not n.endswith(suffix) and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES)
-    if others:
-        print_log(
-            f"{key}: {len(others)} images of {folder}, as {others[0]}, are left out, for img_suffix is {suffix!r}",
-            level=logging.WARNING,
-        )
-
-
-def _check_foreground(dataset: ConfigDict, root: str, key: str, cfg: Config) -> None:
-    """Raise a UserError or warn if label maps for two classes hold no label of the second class.
-
-    In masks of 0 and 255, the foreground is ignored, so that any prediction counts as right.
-    """
-    head = _predicting_head(cfg.model)
-    folder = (dataset.get("data_prefix") or {}).get("seg_map_path")
-    if not head or "Depth" in kind_of(head) or not isinstance(folder, str):
-        return
-    suffix, reduced = _argument(dataset, "seg_map_suffix"), bool(_argument(dataset, "reduce_zero_label"))
-    if (len(_classes(dataset, key)) or head.get("num_classes")) != 2 or not isinstance(suffix, str):
-        return
-    ignored = head.get("ignore_index", 255)
-    folder = os.path.join(root, folder)
-    paths = sorted(os.path.join(at, n) for at, _, names in os.walk(folder) for n in names if n.endswith(suffix))
-    if dataset.get("ann_file") and is_file(listed := os.path.join(root, dataset.ann_file)):
-        paths = [os.path.join(folder, name.strip() + suffix) for name in list_from_file(listed) if name.strip()]
-    found = set()
-    for path in paths:  # usually the first map has both classes; read on, as the second class may be rare
-        found |= _labels_in(path)
-        classes = {255 if label in (0, 255) else label - 1 for label in found} if reduced else found
-        if classes - {0, ignored}:
-            return
-    if not found:
-        return
-    text = (
-        f"{folder}: its {len(paths)} label maps hold only the labels {', '.join(map(str, sorted(found)))}: the second "
-        f"of the two classes is {1 + reduced}"
-    )
-    if ignored in found and key.startswith("train"):
-        raise UserError(
-            f"{text}, and {ignored} is ignored, so nothing is learnt; write the foreground as {1 + reduced} ({key})"
-        )
-    print_log(f"{text} ({key})", level=logging.WARNING)
-
-
-def _labels_in(path: str) -> set[int]:
-    """Return the labels in a map. It is empty if the file is no map: LoadAnnotations or CheckLabels reports that."""
-    with suppress(Exception), Image.open(path, formats=image_formats()) as image:
-        labels = np.asarray(image)
-        return {int(label) for label in np.unique(labels)} if labels.dtype.kind in "bui" and labels.ndim == 2 else set()
-    return set()
-
-
-def _must_exist(path: str, what: str, key: str, exists=is_file) -> None:
-    if "://" not in path and not exists(path):
-        raise UserError(
-            f"{path}: no such {what} ({key}); pass --cfg-options data_root=/path/to/data/, "
-            f"or set {key} if yours is called otherwise"
-        )
-
-
 def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
     roi_head = model.get("roi_head") or {}
     places = {"roi_head.": roi_head if isinstance(roi_head, dict) else {}, "": model}
@@ -779,11 +453,11 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
         for name, heads in holder.items()
         if isinstance(heads, dict | list) and name.endswith(("bbox_head", "mask_head", "query_head"))
     }
-    heads = [(f"model.{part}", head) for part, found in parts.items() for _, head in _each("", found)]
-    heads += _segmentation_heads(model)
+    heads = [(f"model.{part}", head) for part, found in parts.items() for _, head in parts_of("", found)]
+    heads += segmentation_heads(model)
     for part in ("decode_head", "auxiliary_head"):
-        for place, head in _each(f"model.{part}", model.get(part)):  # K-Net's heads
-            heads += _each(f"{place}.kernel_update_head", head.get("kernel_update_head"))
+        for place, head in parts_of(f"model.{part}", model.get(part)):  # K-Net's heads
+            heads += parts_of(f"{place}.kernel_update_head", head.get("kernel_update_head"))
     for part, head in heads:
         if kind_of(head) not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
             raise UserError(
@@ -794,7 +468,7 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
 THINGS_AND_STUFF = {"num_things_classes": 80, "num_stuff_classes": 53}  # mmdet's defaults in all its heads
 
 
-def _check_panoptic(model: ConfigDict) -> dict[str, int]:
+def _panoptic_class_counts(model: ConfigDict) -> dict[str, int]:
     """Return the numbers of things and stuff of a panoptic model's head; {} for other models.
 
     Raises:
@@ -808,7 +482,7 @@ def _check_panoptic(model: ConfigDict) -> dict[str, int]:
     own = {name: model[head].get(name, default) for name, default in THINGS_AND_STUFF.items()}
     found = [(f"panoptic_fusion_head.{name}", fusion.get(name, THINGS_AND_STUFF[name]), name) for name in own]
     for part in ("bbox_head", "mask_head"):  # in PanopticFPN; its boxes are of things
-        for place, one in _each(f"roi_head.{part}", (model.get("roi_head") or {}).get(part)):
+        for place, one in parts_of(f"roi_head.{part}", (model.get("roi_head") or {}).get(part)):
             found.append((f"{place}.num_classes", one.get("num_classes", 80), "num_things_classes"))
     for place, number, name in found:
         if number != own[name]:
@@ -821,7 +495,7 @@ def _check_panoptic(model: ConfigDict) -> dict[str, int]:
 
 def _check_things_and_stuff(numbers: dict[str, int], dataset: ConfigDict, classes: list[str], key: str) -> None:
     """Raise a UserError if a panoptic model has other numbers than the data set. A CocoDataset has only things."""
-    metainfo = {**getattr(_type_of(dataset), "METAINFO", {}), **(dataset.get("metainfo") or {})}
+    metainfo = {**getattr(type_of(dataset), "METAINFO", {}), **(dataset.get("metainfo") or {})}
     known = {"num_things_classes": metainfo.get("thing_classes"), "num_stuff_classes": metainfo.get("stuff_classes")}
     if all(isinstance(names, list | tuple) for names in known.values()):
         for name, number in numbers.items():
@@ -916,15 +590,15 @@ def check_file(path: str | None) -> None:
 def data_classes(cfg: Config, split: str) -> list[str]:
     """Return the class names of a split's first data set; [] if they are not known."""
     loader = cfg.get(f"{split}_dataloader")
-    dataset = next(_datasets(loader.dataset), None) if loader else None
-    return _classes(dataset, f"{split}_dataloader.dataset") if dataset else []
+    dataset = next(datasets_of(loader.dataset), None) if loader else None
+    return class_names_of(dataset, f"{split}_dataloader.dataset") if dataset else []
 
 
 def reduces_zero_label(cfg: Config, split: str) -> bool | None:
     """Return `reduce_zero_label` of a split's first data set; None if it has no such argument."""
     loader = cfg.get(f"{split}_dataloader")
-    dataset = next(_datasets(loader.dataset), None) if loader else None
-    return _argument(dataset, "reduce_zero_label") if dataset else None
+    dataset = next(datasets_of(loader.dataset), None) if loader else None
+    return argument_of(dataset, "reduce_zero_label") if dataset else None
 
 
 def check_checkpoint(

@@ -222,7 +222,7 @@ def _check_entries(
     _count_passed_over(path, images, Counter(reasons))
     left = _without_filtered(path, images, annotations, wanted, use.filters)
     _check_file_names(path, left, annotations)
-    _note_repeated(path, annotations)
+    _warn_of_repeated(path, annotations)
     if use.folder is not None:
         _check_images_exist(path, left, use.folder)
     if use.masks:
@@ -454,7 +454,7 @@ def _check_file_names(path: str, images: list[dict], annotations: list[dict]) ->
                 )
 
 
-def _note_repeated(path: str, annotations: list[dict]) -> None:
+def _warn_of_repeated(path: str, annotations: list[dict]) -> None:
     """Warn of objects that are there twice: of two, a detector can find but one."""
     keys = ("image_id", "category_id", "bbox", "segmentation")
     objects = Counter(str([one.get(key) for key in keys]) for one in annotations if not one.get("iscrowd"))

@@ -13,7 +13,7 @@ from contextlib import suppress
 from mmengine.config import Config
 
 from classification.models.openmmlab import DO_NOTHING
-from classification.openmmlab.checks import kind_of, resizes
+from classification.openmmlab.config_parts import kind_of, resizes
 from classification.openmmlab.messages import print_log
 
 LONGEST, DEEPEST = 2**20, 60  # characters and nested brackets; published configs have some 10^5 and 12
@@ -76,7 +76,7 @@ def _value(node: ast.expr) -> object:
     return ast.literal_eval(node)
 
 
-def note_other_config(cfg: Config, meta: object, path: str, resumed: bool = False) -> None:
+def warn_of_other_config(cfg: Config, meta: object, path: str, resumed: bool = False) -> None:
     """Warn of model settings and image sizes that differ from those that the checkpoint was trained with."""
     before = saved_config(meta)
     unused = NO_MATTER | (set() if resumed else ONLY_TRAINING)
@@ -88,7 +88,7 @@ def note_other_config(cfg: Config, meta: object, path: str, resumed: bool = Fals
     _say(f"{path}: was trained with another config", found)
 
 
-def note_other_start(cfg: Config, meta: object, path: str) -> None:
+def warn_of_other_start(cfg: Config, meta: object, path: str) -> None:
     """Warn if training starts from weights for differently normalised images. Other settings may well differ."""
     parts = (_model(one).get("data_preprocessor") for one in (saved_config(meta), cfg))
     found = _differences(*parts, "model.data_preprocessor")
@@ -96,7 +96,7 @@ def note_other_start(cfg: Config, meta: object, path: str) -> None:
     _say(f"{path}: was trained on images that were normalised otherwise", found)
 
 
-def note_what_goes_on(cfg: Config, meta: object, path: str) -> None:
+def warn_of_what_goes_on(cfg: Config, meta: object, path: str) -> None:
     """Warn of settings without effect: mmengine resumes with the checkpoint's rates and schedules, not the config's."""
     before, found = saved_config(meta), []
     wrappers = [one.get("optim_wrapper") or {} for one in (before, cfg)]

@@ -24,22 +24,20 @@ from classification.checkpoint import lock_folder
 from classification.errors import UserError, end_with, is_file
 from classification.models import optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
+
+# Imported for what they register: readers of pickles and YAML, and the checks that pipelines call.
 from classification.openmmlab import pickle_files, transforms, yaml_files  # noqa: F401
 from classification.openmmlab.checks import (
-    check_bits_everywhere,
     check_channels,
     check_checkpoint,
     check_data,
     check_file,
-    check_labels_everywhere,
     check_operators,
-    check_sizes_everywhere,
     check_written_names,
     data_classes,
-    note_class_weights,
-    note_other_normalisation,
     pretrained_of,
     reduces_zero_label,
+    warn_of_other_normalisation,
 )
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
@@ -52,10 +50,14 @@ from classification.openmmlab.hooks import (
     saving_folder,
 )
 from classification.openmmlab.messages import print_log
-from classification.openmmlab.saved_config import note_other_config, note_other_start, note_what_goes_on
+from classification.openmmlab.pipelines import (
+    insert_bit_checks,
+    insert_label_checks,
+    insert_size_checks,
+    pass_class_weights,
+)
+from classification.openmmlab.saved_config import warn_of_other_config, warn_of_other_start, warn_of_what_goes_on
 from classification.run import lost_another, meeting, whole_numbers
-
-# Three imports have effects: mmengine reads YAML as data and no pickles, and knows CheckBits and CheckLabels.
 
 RESUME_LATEST = "auto"
 EpsImagePlugin.gs_binary = False  # or an EPS file among the data, with any suffix, makes Pillow start Ghostscript
@@ -132,6 +134,8 @@ def _pixels(text: str) -> int:
 def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Namespace, scope: str) -> None:
     """Read the config and do the work. A user's error ends the process with one line and status 1."""
     try:
+        if "launcher" in args:
+            _export_ranks(args.launcher, args.local_rank)
         work(args, _read_config(args, scope))
         # Free DistributedDataParallel: gloo's threads live as long, and a thread in Python at exit aborts the process.
         gc.collect()
@@ -155,8 +159,6 @@ NEEDED = {
 
 
 def _read_config(args: argparse.Namespace, scope: str) -> Config:
-    if "launcher" in args:
-        _name_ranks(args.launcher, args.local_rank)
     if not is_file(args.config):
         raise UserError(f"{args.config}: no such config file")
     try:
@@ -174,10 +176,10 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     init_default_scope(scope)
     try:
         merge_options(cfg, args.cfg_options or {})
-        _note_unused(args)
+        _warn_of_unused_options(args)
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
-    _note_unread_variables(args.config)
+    _warn_of_unread_variables(args.config)
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
@@ -226,14 +228,14 @@ def merge_options(cfg: Config, options: dict) -> None:
         for key in cfg.keys() - {"work_dir", "load_from", "resume"}:
             cfg[key] = _moved(cfg[key], old.rstrip("/"), new.rstrip("/"))
         options = {**options, "data_root": os.path.join(new, "")}
-    _note_misspelt(cfg, options)
+    _warn_of_misspelt_keys(cfg, options)
     before = _ends(cfg)
     cfg.merge_from_dict(options)
-    _note_schedules_left(before, _ends(cfg))
-    _note_root_without_data(cfg, old)
+    _warn_of_schedules_left(before, _ends(cfg))
+    _warn_of_root_without_data(cfg, old)
 
 
-def _note_root_without_data(cfg: Config, written: str | None) -> None:
+def _warn_of_root_without_data(cfg: Config, written: str | None) -> None:
     """Warn if no data set lies under `data_root`: a config that inherits another changes the variable, but no copy."""
     loaders = {name: cfg.get(f"{name}_dataloader") for name in ("train", "val", "test")}
     places = {name: _first_root(loader.get("dataset")) for name, loader in loaders.items() if isinstance(loader, dict)}
@@ -272,7 +274,7 @@ UNUSED = {
 }
 
 
-def _note_unused(args: argparse.Namespace) -> None:
+def _warn_of_unused_options(args: argparse.Namespace) -> None:
     """Warn of options that the tool does not use.
 
     `test_dataloader = val_dataloader` in a config makes a copy, so an option for one does not change the other.
@@ -291,7 +293,7 @@ def _ends(cfg: Config) -> tuple[dict[str, object], list[object]]:
     return lengths, [one.get("end") if isinstance(one, dict) else None for one in schedules]
 
 
-def _note_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> None:
+def _warn_of_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> None:
     """Warn if options change the length of training, but not the end of a schedule that ended with training."""
     for key, old in before[0].items():
         new = now[0].get(key)
@@ -305,7 +307,7 @@ def _note_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> N
             )
 
 
-def _note_unread_variables(path: str) -> None:
+def _warn_of_unread_variables(path: str) -> None:
     """Warn of variables that a config sets, but neither it nor the tool reads.
 
     A config that inherits another one sets them too late: the other one has used its own values by then.
@@ -336,7 +338,7 @@ READ = (
 )
 
 
-def _note_misspelt(cfg: Config, options: dict) -> None:
+def _warn_of_misspelt_keys(cfg: Config, options: dict) -> None:
     """Warn of options that nothing reads: misspelt keys, and variables that only the config's own file uses."""
     read = {*inspect.signature(Runner).parameters, *READ}
     known = {*cfg.keys(), *read}
@@ -438,7 +440,7 @@ def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
     return args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
 
 
-def _name_ranks(launcher: str, local_rank: int) -> None:
+def _export_ranks(launcher: str, local_rank: int) -> None:
     """Set RANK, WORLD_SIZE and LOCAL_RANK, which mmengine and PyTorch read, to the launcher's values."""
     if launcher == "pytorch":
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # older torch.distributed.launch passes an argument
@@ -547,11 +549,11 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         check_file(cfg.get("load_from"))
         check_file(pretrained_of(cfg.model))
         check_data(cfg, ("train", "val"))
-        check_labels_everywhere(cfg)
-        note_class_weights(cfg)
-        note_other_normalisation(cfg)
-        check_bits_everywhere(cfg)
-        check_sizes_everywhere(cfg)
+        insert_label_checks(cfg)
+        pass_class_weights(cfg)
+        warn_of_other_normalisation(cfg)
+        insert_bit_checks(cfg)
+        insert_size_checks(cfg)
     _prepare(cfg, args)
     if cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
@@ -566,10 +568,10 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         reduces = reduces_zero_label(cfg, "train") if resumed else None
         meta = check_checkpoint(_unwrapped(runner), path, not resumed, classes, reduces)
         if resumed:
-            note_other_config(cfg, meta, path, resumed)
-            note_what_goes_on(cfg, meta, path)
+            warn_of_other_config(cfg, meta, path, resumed)
+            warn_of_what_goes_on(cfg, meta, path)
         else:
-            note_other_start(cfg, meta, path)
+            warn_of_other_start(cfg, meta, path)
         for module in _unwrapped(runner).modules():
             if isinstance(module, MM_SpatialMamba):
                 module.loaded_later = True
@@ -688,9 +690,9 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
         write_maps(cfg, args.out)
     with _reading(args.config):
         check_data(cfg, ("test",))
-        check_labels_everywhere(cfg)
-        check_bits_everywhere(cfg)
-        check_sizes_everywhere(cfg)
+        insert_label_checks(cfg)
+        insert_bit_checks(cfg)
+        insert_size_checks(cfg)
     _prepare(cfg, args)
     runner = _build(cfg)
     for hook in (NameAbsentClasses, CheckSameData):
@@ -698,7 +700,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     meta = check_checkpoint(
         _unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"), reduces=reduces_zero_label(cfg, "test")
     )
-    note_other_config(cfg, meta, args.checkpoint)
+    warn_of_other_config(cfg, meta, args.checkpoint)
     folders = [metric.output_dir for metric in runner.test_evaluator.metrics if getattr(metric, "output_dir", None)]
     if folders or args.show_dir:
         check_written_names(runner.test_dataloader.dataset, suffix=not folders, folders=folders)

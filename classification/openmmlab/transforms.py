@@ -66,7 +66,7 @@ class CheckLabels:
                 f"{path}: has ignored pixels ({self.ignore_index}), for which a loss "
                 "with class_weight has no weight: leave class_weight out of the heads' loss_decode, or label them"
             )
-        self.turned = self.turned and not _note_orientation(results.get("img_path"))
+        self.turned = self.turned and not _warn_if_turned(results.get("img_path"))
         return results
 
 
@@ -104,11 +104,11 @@ class CheckSize:
                     else "take the images that the boxes were drawn on, or scale width, height, boxes and masks there"
                 )
             )
-        self.turned = self.turned and not _note_orientation(results.get("img_path"))  # say it once
+        self.turned = self.turned and not _warn_if_turned(results.get("img_path"))  # say it once
         return results
 
 
-def _note_orientation(path: str | None) -> bool:
+def _warn_if_turned(path: str | None) -> bool:
     """Warn if an image has an EXIF orientation by which it is turned, and return whether it has."""
     try:
         with Image.open(path, formats=image_formats()) as image:

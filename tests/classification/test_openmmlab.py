@@ -38,7 +38,7 @@ from classification.checkpoint import read_checkpoint
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
 from classification.models.openmmlab import MM_SpatialMamba
-from classification.openmmlab import checks, hooks, saved_config, tools
+from classification.openmmlab import checks, config_parts, hooks, label_maps, pipelines, saved_config, tools
 from classification.openmmlab.checkpoint import load_from_local
 from classification.openmmlab.transforms import CheckBits, CheckLabels, CheckSize
 
@@ -642,7 +642,8 @@ def test_environments_of_the_tools(launcher, variables, message, tmp_path, monke
         monkeypatch.setenv(name, value)
     (tmp_path / "c.py").write_text("model = dict()")
     with pytest.raises(UserError, match=message):
-        tools._read_config(argparse.Namespace(config=str(tmp_path / "c.py"), launcher=launcher, local_rank=0), "mmdet")
+        tools._export_ranks(launcher, 0)
+        tools._read_config(argparse.Namespace(config=str(tmp_path / "c.py")), "mmdet")
 
 
 def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
@@ -761,7 +762,7 @@ def test_results_that_could_not_be_written(tmp_path):
     (tmp_path / "names.txt").write_bytes("Käfer".encode("latin-1"))
     names = str(tmp_path / "names.txt")
     with pytest.raises(UserError, match=r"names\.txt: is no text in UTF-8"):
-        checks._classes(ConfigDict(type=dict, metainfo=dict(classes=names)), "train_dataloader.dataset")
+        config_parts.class_names_of(ConfigDict(type=dict, metainfo=dict(classes=names)), "train_dataloader.dataset")
 
 
 def test_iou_needs_maps():
@@ -851,7 +852,7 @@ def test_what_another_process_leaves_behind_is_one_line(monkeypatch):
 def test_images_of_another_suffix_are_counted(tmp_path, monkeypatch):
     """mmsegmentation passes over them."""
     said = []
-    monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
+    monkeypatch.setattr(label_maps, "print_log", lambda message, level: said.append(message))
     folder = tmp_path / "images" / "deeper"
     folder.mkdir(parents=True)
     for name in ("a.jpg", "b.JPG", "c.png", "notes.txt"):
@@ -911,7 +912,7 @@ def test_images_that_pillow_would_clip_are_named(tmp_path):
     for step, clipped in ((plain, False), (pillow, True), ({**pillow, "color_type": "unchanged"}, False)):
         cfg = Config(dict(train_dataloader=dict(dataset=dict(pipeline=[dict(step)]))))
         for _ in range(2):
-            checks.check_bits_everywhere(cfg)
+            pipelines.insert_bit_checks(cfg)
         pipeline = cfg.train_dataloader.dataset.pipeline
         assert [one.type for one in pipeline] == ["CheckBits"] * clipped + ["LoadImageFromFile"]
     assert tools.transforms  # where these steps are registered, whatever the config imports
@@ -1091,7 +1092,7 @@ def maps(folder: str) -> dict:
 def test_labels_mean_the_same_in_all_splits(trained, validated, message, monkeypatch):
     said = []
     monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
-    monkeypatch.setattr(checks, "_must_exist", lambda *what: None)
+    monkeypatch.setattr(checks, "must_exist", lambda *what: None)
 
     class Dataset:
         METAINFO = MappingProxyType({"classes": ("a", "b")})
@@ -1134,34 +1135,34 @@ HEAD, SIZE = "model.rpn_head.anchor_generator", "test_dataloader.dataset.pipelin
 @pytest.mark.parametrize(
     ("changed", "note", "said"),
     [
-        ({}, "note_other_config", []),
+        ({}, "warn_of_other_config", []),
         (
             {"model.backbone.drop_path_rate": 0.3, "model.backbone.pretrained": None, "model.train_cfg": dict(a=1),
              "model.neck.norm_cfg.type": "BN", "model.data_preprocessor.size": (1, 1), "model.rpn_head.extra": 3},
-            "note_other_config",
+            "warn_of_other_config",
             [],
         ),
         (
             {"model.data_preprocessor.mean": [0, 0, 0], "model.data_preprocessor.std": [1, 1, 1],
              f"{HEAD}.strides": [8, 16], f"{SIZE}.1.scale": (64, 64)},
-            "note_other_config",
+            "warn_of_other_config",
             ["a.pth: was trained with another config: model.data_preprocessor.mean was [123.7, 116, 103], is [0, 0, 0]"
              "; model.rpn_head.anchor_generator.strides was [4, 8], is [8, 16]; model.data_preprocessor.std was not set"
              ", is [1, 1, 1]; test_dataloader.dataset.pipeline.Resize.scale was [128, 96], is [64, 64]"],
         ),
-        ({f"{HEAD}.n{i}": i for i in range(1, 8)}, "note_other_config", ["n5 was not set, is 5; and 2 more"]),
-        ({f"{HEAD}.strides": [1], "model.data_preprocessor.bgr_to_rgb": False}, "note_other_start",
+        ({f"{HEAD}.n{i}": i for i in range(1, 8)}, "warn_of_other_config", ["n5 was not set, is 5; and 2 more"]),
+        ({f"{HEAD}.strides": [1], "model.data_preprocessor.bgr_to_rgb": False}, "warn_of_other_start",
          ["normalised otherwise: model.data_preprocessor.bgr_to_rgb was True, is False"]),
-        ({f"{HEAD}.strides": [1], "optim_wrapper.clip_grad.max_norm": 5}, "note_what_goes_on", []),
+        ({f"{HEAD}.strides": [1], "optim_wrapper.clip_grad.max_norm": 5}, "warn_of_what_goes_on", []),
         (
             {"optim_wrapper.optimizer.lr": 1.0, "param_scheduler.1.end": 36, "train_cfg.max_epochs": 36},
-            "note_what_goes_on",
+            "warn_of_what_goes_on",
             ["load_from, without --resume): optim_wrapper.optimizer.lr was 0.001, is 1.0; param_scheduler.1.end was 12"
              ", is 36", "end where they did, but training does not: train_cfg.max_epochs was 12, is 36"],
         ),
-        ({"auto_scale_lr": dict(enable=True)}, "note_what_goes_on", ["so auto_scale_lr scales nothing"]),
-        ({"train_dataloader.batch_size": 4}, "note_what_goes_on", ["train_dataloader.batch_size was 2, is 4"]),
-        ({"param_scheduler": None}, "note_what_goes_on", ["param_scheduler.0.type was 'LinearLR', is not set"]),
+        ({"auto_scale_lr": dict(enable=True)}, "warn_of_what_goes_on", ["so auto_scale_lr scales nothing"]),
+        ({"train_dataloader.batch_size": 4}, "warn_of_what_goes_on", ["train_dataloader.batch_size was 2, is 4"]),
+        ({"param_scheduler": None}, "warn_of_what_goes_on", ["param_scheduler.0.type was 'LinearLR', is not set"]),
     ],
 )  # fmt: skip
 def test_what_a_checkpoint_was_trained_with_is_compared(changed, note, said, log):
@@ -1175,15 +1176,15 @@ def test_what_a_checkpoint_was_trained_with_is_compared(changed, note, said, log
     tta = dict(type="TestTimeAug", transforms=[[dict(type="Resize", scale=(1, 1))]])
     cfg = trained_so(test_dataloader=dict(dataset=dict(pipeline=[tta])))
     cfg.model = dict(module=cfg.model)
-    saved_config.note_other_config(cfg, meta, "a.pth")
+    saved_config.warn_of_other_config(cfg, meta, "a.pth")
     assert len(log.records) == len(said)
 
 
 def test_settings_of_training_alone_matter_to_a_run_that_goes_on(log):
     meta, cfg = {"cfg": trained_so().pretty_text}, trained_so(**{"model.neck.norm_cfg.requires_grad": False})
-    saved_config.note_other_config(cfg, meta, "a.pth")
+    saved_config.warn_of_other_config(cfg, meta, "a.pth")
     assert not log.records
-    saved_config.note_other_config(cfg, meta, "a.pth", resumed=True)
+    saved_config.warn_of_other_config(cfg, meta, "a.pth", resumed=True)
     assert [record.message for record in log.records] == [
         "a.pth: was trained with another config: model.neck.norm_cfg.requires_grad was True, is False"
     ]
@@ -1257,7 +1258,7 @@ def test_options_that_a_tool_does_not_use_are_named(monkeypatch):
     monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
     options = {"val_evaluator.ann_file": "a.json", "test_dataloader.batch_size": 1, "model.neck": None}
     for tool in ("train", "test", None):
-        tools._note_unused(argparse.Namespace(tool=tool, cfg_options=options))
+        tools._warn_of_unused_options(argparse.Namespace(tool=tool, cfg_options=options))
     assert said == [
         "--cfg-options test_dataloader.batch_size: train.py does not use them",
         "--cfg-options val_evaluator.ann_file: test.py does not use them",
@@ -1277,11 +1278,11 @@ def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
     ]
     for base, found in (("_base_ = 'b.py'", True), ("", False)):
         (tmp_path / "c.py").write_text("\n".join([base, *lines]))
-        tools._note_unread_variables(str(tmp_path / "c.py"))
+        tools._warn_of_unread_variables(str(tmp_path / "c.py"))
         assert [one.partition(": sets ")[2].partition(",")[0] for one in said] == ["max_iters"] * found
         said.clear()
     for path in Path(__file__).parents[2].glob("*/configs/spatialmamba/*.py"):
-        tools._note_unread_variables(str(path))
+        tools._warn_of_unread_variables(str(path))
     assert said == []
 
 
@@ -1396,17 +1397,17 @@ def test_images_are_normalised_as_those_of_the_pretrained_weights(changed, expec
     for more in ({}, swins):  # from scratch
         model["backbone"] |= more
         assert not checks.pretrained_of(model)
-        checks.note_other_normalisation(Config(dict(model=model)))
+        checks.warn_of_other_normalisation(Config(dict(model=model)))
         assert said == []
     for more in (dict(pretrained="a.pth"), dict(init_cfg=[dict(type="Pretrained", checkpoint="a.pth")])):
         model["backbone"] = dict(type="MM_SpatialMamba", **more)
         assert checks.pretrained_of(model) == "a.pth"
-        checks.note_other_normalisation(Config(dict(model=model)))
+        checks.warn_of_other_normalisation(Config(dict(model=model)))
         assert [expected in message for message in said] == [True] * bool(expected)
         said.clear()
     model |= dict(pretrained="b.pth", backbone=dict(type="MM_SpatialMamba"))  # which mmseg hands on
     assert checks.pretrained_of(model) == "b.pth"
-    checks.note_other_normalisation(Config(dict(model=model)))
+    checks.warn_of_other_normalisation(Config(dict(model=model)))
     assert [expected in message for message in said] == [True] * bool(expected)
     model["backbone"] = dict(type="ResNet")
     assert checks.pretrained_of(model) == "b.pth"
@@ -1424,7 +1425,7 @@ def test_images_have_the_size_that_their_annotations_are_for():
     for scope, checked in (("mmseg", []), ("mmdet", ["CheckSize"])):
         cfg = Config(dict(default_scope=scope, **loaders))
         for _ in range(2):
-            checks.check_sizes_everywhere(cfg)
+            pipelines.insert_size_checks(cfg)
         inner = cfg.train_dataloader.dataset
         assert [step.type for step in inner.dataset.pipeline] == ["LoadImageFromFile", *checked, "LoadAnnotations"]
         assert [step.type for step in inner.pipeline] == ["Mosaic"]
@@ -1453,8 +1454,8 @@ def test_images_that_are_turned_but_keep_their_size(tmp_path, log):
         pipeline = [{**steps[0], **({"color_type": color_type} if color_type else {})}, steps[1]]
         dataset = dict(pipeline=pipeline, type=dict, metainfo=dict(classes=["a"]))
         cfg = Config(dict(default_scope=scope, model={}, train_dataloader=dict(dataset=dataset)))
-        checks.check_sizes_everywhere(cfg)
-        checks.check_labels_everywhere(cfg)
+        pipelines.insert_size_checks(cfg)
+        pipelines.insert_label_checks(cfg)
         (added,) = [one for one in cfg.train_dataloader.dataset.pipeline if one.type.startswith("Check")]
         check = TRANSFORMS.build(added)
         labels = dict(gt_seg_map=np.zeros((8, 8), np.uint8), seg_map_path=str(tmp_path / "map.png"))
@@ -1481,7 +1482,7 @@ def test_images_that_are_turned_but_keep_their_size(tmp_path, log):
 def test_masks_of_0_and_255_have_no_foreground(labels, more, split, message, tmp_path, monkeypatch):
     """255 is ignored, so that a model learns nothing and is always right."""
     said = []
-    monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
+    monkeypatch.setattr(label_maps, "print_log", lambda message, level: said.append(message))
     for i in range(70):  # a label that is rare is looked for in all maps
         values = labels if i == 7 else labels[:1]
         Image.fromarray(np.array([values], np.uint8)).save(tmp_path / f"{i:02}.png")
@@ -1756,7 +1757,7 @@ def test_maps_of_labels_beyond_a_byte(tmp_path):
     heads = dict(decode_head=dict(loss_decode=[dict(class_weight=[1, 2])]), auxiliary_head=None)
     pipeline = [dict(type="LoadAnnotations"), dict(type="CheckLabels", num_classes=2)]
     cfg = Config(dict(model=heads, train_dataloader=dict(dataset=dict(pipeline=pipeline))))
-    checks.note_class_weights(cfg)
+    pipelines.pass_class_weights(cfg)
     assert cfg.train_dataloader.dataset.pipeline[1].class_weight
     with pytest.raises(UserError, match=r"map.png: is a picture of 3 colours, not a map of labels"):
         CheckLabels(5)({**results, "gt_seg_map": np.zeros((2, 2, 3), np.uint8)})

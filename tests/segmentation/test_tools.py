@@ -29,7 +29,9 @@ from mmseg.structures import SegDataSample
 from classification.data.digits_scenes import scenes as scenes_of
 from classification.errors import UserError
 from classification.openmmlab import tools
-from classification.openmmlab.checks import check_channels, check_data, check_labels_everywhere, data_classes, kind_of
+from classification.openmmlab.checks import check_channels, check_data, data_classes
+from classification.openmmlab.config_parts import kind_of
+from classification.openmmlab.pipelines import insert_label_checks
 from classification.openmmlab.transforms import CheckLabels
 
 CONFIGS = ROOT / "segmentation/configs/spatialmamba"
@@ -381,8 +383,8 @@ def test_labels_are_checked_wherever_they_are_loaded():
     own = [step for step in cfg.train_dataloader.dataset.pipeline if step.type != "CheckLabels"]
     cfg.train_dataloader.dataset.pipeline = own  # as a config of one's own has it
     next(step for step in own if step.type == "LoadAnnotations").type = "mmseg.LoadAnnotations"
-    check_labels_everywhere(cfg)
-    check_labels_everywhere(cfg)  # once more changes nothing where it stands already
+    insert_label_checks(cfg)
+    insert_label_checks(cfg)  # once more changes nothing where it stands already
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         steps = [kind_of(step) for step in loader.dataset.pipeline]
         assert steps[steps.index("LoadAnnotations") + 1] == "CheckLabels"
@@ -399,7 +401,7 @@ def test_labels_are_checked_wherever_they_are_loaded():
             dict(type="mmcv.RandomChoice", transforms=choices),
         ]
         cfg.train_dataloader.dataset.type = "BaseSegDataset"  # which has as many classes as the head
-        check_labels_everywhere(cfg)
+        insert_label_checks(cfg)
         apply, choose = cfg.train_dataloader.dataset.pipeline
         assert [kind_of(step) for step in apply.transforms] == checked
         assert [[kind_of(step) for step in one] for one in choose.transforms] == expected

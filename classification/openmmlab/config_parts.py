@@ -1,0 +1,126 @@
+"""The parts of a config: data sets and the steps of their pipelines, metrics, heads, and what types they have."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+from mmengine.config import Config, ConfigDict
+from mmengine.fileio import list_from_file
+from mmengine.registry import DATASETS
+
+from classification.errors import UserError, is_file
+
+
+def kind_of(config: ConfigDict) -> str:
+    """Return the name of a config's class, without a scope as in "mmdet.CocoDataset". `type` may also be the class."""
+    kind = config.get("type")
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+
+
+def kinds_in(value: object) -> Iterator[str]:
+    """Yield the class names of all parts of a config."""
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from kinds_in(one)
+    if isinstance(value, dict):
+        yield kind_of(value)
+
+
+def datasets_of(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """Yield the data sets that read files, without wrappers such as RepeatDataset and ConcatDataset."""
+    inner = dataset.get("dataset", dataset.get("datasets"))
+    if inner is None:
+        yield dataset
+    for one in inner if isinstance(inner, list) else [inner] if inner else ():
+        yield from datasets_of(one)
+
+
+def steps_of(pipeline: Sequence) -> Iterator[ConfigDict]:
+    """Yield all steps of a pipeline, including those within RandomChoice, RandomApply and TestTimeAug."""
+    for step in pipeline:
+        if isinstance(step, list | tuple):
+            yield from steps_of(step)
+        else:
+            yield step
+            inner = step.get("transforms") or ()
+            yield from steps_of([inner] if isinstance(inner, dict) else inner)
+
+
+def parts_of(key: str, value: object) -> Iterator[tuple[str, ConfigDict]]:
+    """Yield the key and config of a part, or of each part in a list."""
+    if isinstance(value, list | tuple):
+        yield from ((f"{key}[{i}]", one) for i, one in enumerate(value) if isinstance(one, dict))
+    elif isinstance(value, dict):
+        yield key, value
+
+
+def metrics_of(cfg: Config, split: str) -> list[ConfigDict]:
+    evaluator = cfg.get(f"{split}_evaluator")
+    return [one for one in (evaluator if isinstance(evaluator, list) else [evaluator]) if isinstance(one, dict)]
+
+
+def segmentation_heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+    """Yield mmseg's heads with their keys. K-Net's head contains several heads, and the first one has ignore_index."""
+    for part in ("decode_head", "auxiliary_head"):
+        for key, head in parts_of(f"model.{part}", model.get(part)):
+            inner = head.get("kernel_generate_head")
+            yield (f"{key}.kernel_generate_head", inner) if inner else (key, head)
+
+
+def predicting_head(model: ConfigDict) -> dict:
+    """Return mmseg's decode head, or the last of several."""
+    head = model.get("module", model).get("decode_head") or {}  # with --tta
+    head = head[-1] if isinstance(head, list) else head
+    return head.get("kernel_generate_head") or head  # all of K-Net takes ignore_index from this head
+
+
+def resizes(cfg: Config | dict, split: str) -> dict[str, object]:
+    """Return the resizing settings of a split's first data set, by step; {} with test-time augmentation."""
+    loader = cfg.get(f"{split}_dataloader") or {}
+    dataset = next(datasets_of(loader.get("dataset") or {}), {})
+    steps = [step for step in steps_of(dataset.get("pipeline") or ()) if isinstance(step, dict)]
+    if any(kind_of(step) == "TestTimeAug" for step in steps):
+        return {}
+    return {
+        f"{kind_of(step)}.{key}": step.get(key)
+        for step in steps
+        if "Resize" in kind_of(step)
+        for key in ("scale", "scale_factor", "keep_ratio")
+        if step.get(key)
+    }
+
+
+def type_of(dataset: ConfigDict) -> type | None:
+    with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
+        return registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+
+
+def argument_of(dataset: ConfigDict, name: str) -> object:
+    """Return the value of a data set's argument: the config's, or else the default of its type, or else None."""
+    if name in dataset:
+        return dataset[name]
+    for base in getattr(type_of(dataset), "__mro__", ()):
+        given = inspect.signature(base.__init__).parameters.get(name) if "__init__" in vars(base) else None
+        if given is not None:
+            return given.default
+    return None
+
+
+def class_names_of(dataset: ConfigDict, key: str) -> list[str]:
+    """Return the class names of the config, or else of the data set's type; [] if the type has none."""
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    if not classes:
+        classes = getattr(type_of(dataset), "METAINFO", {}).get("classes") or ()  # None for V3Det until it is read
+    if isinstance(classes, str):
+        must_exist(classes, "file of classes", f"{key}.metainfo.classes")
+        try:
+            return list_from_file(classes)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{classes}: is no text in UTF-8 ({error}); write it anew in that encoding") from error
+    return list(classes)
+
+
+def must_exist(path: str, what: str, key: str, exists=is_file) -> None:
+    if "://" not in path and not exists(path):
+        raise UserError(
+            f"{path}: no such {what} ({key}); pass --cfg-options data_root=/path/to/data/, "
+            f"or set {key} if yours is called otherwise"
+        )

@@ -1,0 +1,96 @@
+"""Put the checks of `transforms.py` into the pipelines of a config."""
+
+from collections.abc import Callable
+
+from mmengine.config import Config, ConfigDict
+
+from classification.openmmlab.config_parts import (
+    class_names_of,
+    datasets_of,
+    kind_of,
+    parts_of,
+    predicting_head,
+    segmentation_heads,
+    steps_of,
+)
+
+
+def insert_label_checks(cfg: Config) -> None:
+    """Put CheckLabels after each LoadAnnotations of mmseg, which wraps labels of more than 8 bits."""
+    if cfg.get("default_scope") != "mmseg":
+        return
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in datasets_of(loader.dataset) if loader else ():
+            # If the data set does not know its classes, take the head's number.
+            head = predicting_head(cfg.model)
+            number = len(class_names_of(dataset, f"{split}_dataloader.dataset")) or head.get("num_classes", 0)
+            if number and dataset.get("pipeline"):
+                ignored = head.get("ignore_index", 255)  # mmseg's default
+                check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
+                _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
+
+
+def pass_class_weights(cfg: Config) -> None:
+    """Set `class_weight` of each CheckLabels in the training pipeline if a loss has class weights."""
+    losses = [loss for _, head in segmentation_heads(cfg.model) for _, loss in parts_of("", head.get("loss_decode"))]
+    weighted = any(loss.get("class_weight") for loss in losses)
+    for dataset in datasets_of(cfg.train_dataloader.dataset) if weighted else ():
+        for step in steps_of(dataset.get("pipeline") or ()):
+            if kind_of(step) == "CheckLabels":
+                step.class_weight = True
+
+
+def insert_bit_checks(cfg: Config) -> None:
+    """Put CheckBits before each step that decodes with Pillow: there, mmcv clips images of more than 8 bits."""
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in datasets_of(loader.dataset) if loader else ():
+            _insert(dataset.get("pipeline") or [], _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
+
+
+def insert_size_checks(cfg: Config) -> None:
+    """Put CheckSize after each LoadImageFromFile of mmdet: the annotation file may have other image sizes."""
+    if cfg.get("default_scope") != "mmdet":
+        return
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in datasets_of(loader.dataset) if loader else ():
+            check = ConfigDict(type="CheckSize", turned=_turns(dataset))
+            _insert(dataset.get("pipeline") or [], lambda step: kind_of(step) == "LoadImageFromFile", check, after=True)
+
+
+def _turns(dataset: ConfigDict) -> bool:
+    """Return whether a data set loads images as their EXIF orientation says."""
+    steps = steps_of(dataset.get("pipeline") or ())
+    return not any(str(step.get("color_type")).endswith(("ignore_orientation", "unchanged")) for step in steps)
+
+
+def _decodes_by_pillow(step: ConfigDict) -> bool:
+    clips = step.get("imdecode_backend") == "pillow" and step.get("color_type") != "unchanged"
+    return clips and "LoadImage" in str(step.get("type"))
+
+
+def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:
+    """Put `check` after (or else before) each wanted step; one that is there gets the arguments that it lacks."""
+    for i in reversed(range(len(pipeline))):
+        step = pipeline[i]
+        inner = step.get("transforms")
+        if wanted(step):
+            beside = i + 1 if after else i - 1
+            if 0 <= beside < len(pipeline) and kind_of(pipeline[beside]) == kind_of(check):
+                for key, value in check.items():
+                    pipeline[beside].setdefault(key, value)
+            else:
+                pipeline.insert(i + after, check)
+        elif inner and kind_of(step) == "TestTimeAug":  # each item lists the alternatives for one place
+            at = next((k for k, one in enumerate(inner) if any(map(wanted, steps_of(one)))), None)
+            if at is not None and [check] not in inner:
+                inner.insert(at + after, [check])
+        elif inner and kind_of(step) == "RandomChoice":  # its items are steps or pipelines
+            step.transforms = [list(one) if isinstance(one, list | tuple) else [one] for one in inner]
+            for one in step.transforms:
+                _insert(one, wanted, check, after)
+        elif inner:  # RandomApply and other wrappers
+            step.transforms = [inner] if isinstance(inner, dict) else list(inner)
+            _insert(step.transforms, wanted, check, after)
