@@ -40,6 +40,8 @@ class CpuPointwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels or not is_product(x, self.weight, self.bias):
             return super().forward(x)
+        if class_by_geometry(self) is not CpuPointwiseConv2d:
+            return super().forward(x)
         if not MKL_LEADS and not torch.compiler.is_dynamo_compiling():
             return F.conv2d(x, self.weight, self.bias, dilation=dilation())
         if not x.is_contiguous(memory_format=torch.channels_last):
@@ -61,6 +63,8 @@ class CpuStridedConv2d(nn.Conv2d):
 
     def _is_trained(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        if class_by_geometry(self) is not CpuStridedConv2d:
             return False
         trained = torch.is_grad_enabled() and self.weight.requires_grad and forward_ad._current_level < 0
         return trained and is_product(x, self.weight, self.bias)
@@ -100,7 +104,7 @@ class CpuDepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = type(self.weight) is nn.Parameter and x.dim() == 4 and x.device.type == "cpu"
-        if not plain or x.shape[1] != self.in_channels:
+        if not plain or x.shape[1] != self.in_channels or class_by_geometry(self) is not CpuDepthwiseConv2d:
             return super().forward(x)
         return dilated_dwconv2d(x, self.weight, self.bias, padding_mode="zeros")
 
@@ -157,7 +161,7 @@ class HeldConvLayer(Holding, ConvLayer):
         if not fits or (dtype := held_dtype(x, *(sources := self._sources())[:4])) is None:
             return super().forward(x)
         # Another eps gives other weights.
-        packs = type(conv) is CpuPointwiseConv2d and conv.stride == (1, 1) and to_tokens(x).is_contiguous()
+        packs = class_by_geometry(conv) is CpuPointwiseConv2d and to_tokens(x).is_contiguous()
         name = dtype, getattr(self.norm, "eps", None), packs
         if packs:
             tokens = to_tokens(x).to(dtype)
@@ -198,7 +202,7 @@ class HeldDepthwiseConv2d(Holding, CpuDepthwiseConv2d):
 
     def held_dtype(self, x: Tensor) -> torch.dtype | None:
         fits = x.numel() > LARGE and x.dim() == 4 and x.shape[1] == self.in_channels and x.stride(1) == 1
-        fits = fits and _fits(self.bias, self.weight)
+        fits = fits and _fits(self.bias, self.weight) and class_by_geometry(self) is CpuDepthwiseConv2d
         dtype = held_dtype(x, self.weight, self.bias) if fits else None
         return dtype if dtype == torch.bfloat16 else None
 
@@ -310,14 +314,19 @@ def _class_for(module: nn.Module) -> type[nn.Module] | None:
         return CpuLinear
     if type(module) is StructureAwareSSM:
         return CpuStructureAwareSSM
-    if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
+    return class_by_geometry(module) if type(module) is nn.Conv2d else None
+
+
+def class_by_geometry(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
+    """Return the class above that computes such a convolution. Tools change the geometry of a layer at any time."""
+    if conv.padding_mode != "zeros":
         return None
-    if module.stride != (1, 1):
-        strided = (module.kernel_size, module.stride, module.padding) == ((3, 3), (2, 2), (1, 1))
-        return CpuStridedConv2d if strided and module.groups == 1 and module.dilation == (1, 1) else None
-    depthwise = module.groups == module.in_channels == module.out_channels
-    if module.kernel_size == (1, 1) and module.groups == 1 and module.padding in ((0, 0), "valid", "same"):
+    if conv.stride != (1, 1):
+        strided = (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (2, 2), (1, 1))
+        return CpuStridedConv2d if strided and conv.groups == 1 and conv.dilation == (1, 1) else None
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "valid", "same"):
         return CpuPointwiseConv2d
-    if module.kernel_size == (3, 3) and depthwise and module.dilation == (1, 1) and module.padding in ((1, 1), "same"):
+    if conv.kernel_size == (3, 3) and depthwise and conv.dilation == (1, 1) and conv.padding in ((1, 1), "same"):
         return CpuDepthwiseConv2d
     return None

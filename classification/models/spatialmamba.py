@@ -59,8 +59,15 @@ def _is_plain(module: nn.Module) -> bool:
     if type(module) not in PARAMETRISED:
         return True
     own = module.__dict__
+    if type(module) is nn.Conv2d and tuple(map(own.get, GEOMETRY)) not in KEEPS_SIZE:
+        return False
     weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
     return weight is not None and bias is not None and bias.dim() == 1
+
+
+GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+# What the operators compute. Tools change it in a model that is ready, for circular padding or a smaller output stride.
+KEEPS_SIZE = (((3, 3), (1, 1), (1, 1), (1, 1), "zeros"), ((1, 1), (1, 1), (0, 0), (1, 1), "zeros"))
 
 
 def has_hooks(module: nn.Module) -> bool:

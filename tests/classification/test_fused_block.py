@@ -1,12 +1,13 @@
 """The block on a GPU joins modules into operators: it must give what the modules give, and give way to them."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from classification.models import spatialmamba
+from classification.models import optimise_for_cpu, spatialmamba
 from classification.models.spatialmamba import Block, Downsample, SpatialMamba, Stage, StructureAwareSSM
 
 
@@ -261,3 +262,24 @@ def test_stochastic_depth_has_a_mode_of_its_own(fused):
         found.append(block(x))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     assert not torch.equal(found[0], block.eval()(x))
+
+
+@pytest.mark.parametrize("how", ["fused", "cpu", "held"])
+@pytest.mark.parametrize("change", ["circular", "dilated"])
+def test_geometry_of_a_ready_model(fused, change, how):
+    """Tools pad it circularly, for panoramas, or trade the last strides for dilation, for segmentation."""
+    model = randomise(SpatialMamba(dims=[8, 16], depths=[1, 1], num_classes=3)).eval()
+    changed = copy.deepcopy(model)
+    if how != "fused":
+        optimise_for_cpu(changed, hold_weights=how == "held")
+    for one in (model, changed):
+        for conv in (module for module in one.modules() if isinstance(module, nn.Conv2d)):
+            if change == "circular":
+                conv.padding_mode = "circular"
+            else:
+                conv.stride, conv.dilation, conv.padding = (1, 1), (2, 2), tuple(k // 2 * 2 for k in conv.kernel_size)
+    images = torch.randn(2, 3, 33, 47)
+    with torch.no_grad():
+        expected = model(images)
+        fused(how == "fused")
+        torch.testing.assert_close(changed(images), expected, rtol=1e-4, atol=1e-5)

@@ -641,9 +641,13 @@ def test_environments_of_the_tools(launcher, variables, message, tmp_path, monke
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "c.py").write_text("model = dict()")
-    with pytest.raises(UserError, match=message):
+
+    def read():
         tools._export_ranks(launcher, 0)
         tools._read_config(argparse.Namespace(config=str(tmp_path / "c.py")), "mmdet")
+
+    with pytest.raises(UserError, match=message):
+        read()
 
 
 def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
