@@ -166,7 +166,7 @@ FREE = (
 # Keys that may differ between processes: paths, and keys that change neither a number nor when the processes meet.
 LOCAL = (
     *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "TRAIN.USE_CHECKPOINT"),
-    *("OUTPUT", "TAG", "TENSORBOARD", "PRINT_FREQ"),
+    *("OUTPUT", "TAG", "TENSORBOARD"),
 )
 
 

@@ -53,6 +53,7 @@ logger = logging.getLogger("spatialmamba")
 
 VALIDATED = "validation_images"
 JUDGED_ON = "validation_digest"  # of the images' names
+TRAINED_ON = "image names"  # a digest of those for training
 JUDGED_BY = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT")  # how validation prepares the images
 COMPILED = "compile"  # the compile mode; compiled code rounds differently from eager execution
 WENT_BACK_TO = "went_back_to"  # the checkpoint of this folder that --resume named
@@ -122,7 +123,7 @@ class Training:
         self.train_loader = run.together(lambda: build_train_loader(config, run.rank, run.world_size))
         self.eval_loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
         digests = [loader.dataset.folder.digest() for loader in (self.train_loader, self.eval_loader)]
-        self.judged_on = digests[1]
+        self.trained_on, self.judged_on = digests
         run.check_alike(
             {
                 "classes": self.train_loader.classes,
@@ -322,6 +323,8 @@ class Training:
             for name, number in own.items()
             if name in shares and (type(shares[name]), shares[name]) != (int, number)
         ]
+        if shares.get(TRAINED_ON, self.trained_on) != self.trained_on and shares.get("images") == own["images"]:
+            changed.append("other training images")
         if COMPILED in content and content[COMPILED] != (self.compile_mode or ""):
             changed.append(f"--compile {content.get(COMPILED) or 'off'} -> {self.compile_mode or 'off'}")
         if changed:
@@ -429,7 +432,7 @@ class Training:
                 )
         return f"{path}: was validated otherwise ({', '.join(changed)})" if changed else ""
 
-    def _shares(self) -> dict[str, int]:
+    def _shares(self) -> dict[str, int | str]:
         """Return the facts that decide which images a batch number within an epoch stands for."""
         config = self.config
         return {
@@ -438,6 +441,7 @@ class Training:
             "accumulation": config.TRAIN.ACCUMULATION_STEPS,
             "batches": self.batches,
             "images": len(self.train_loader.dataset),
+            TRAINED_ON: self.trained_on,
             "seed": config.SEED,
         }
 
@@ -619,11 +623,15 @@ def accuracy_on_all(m: dict[str, float]) -> float:
     return m["top1"] * m["images"] / (m["images"] + m.get("unreadable", 0))
 
 
-def _differing(saved: object, own: dict[str, int]) -> list[str]:
+def _differing(saved: object, own: dict[str, int | str]) -> list[str]:
     """Return the names of the facts that differ. A fact that an earlier version did not save counts as equal."""
     if not isinstance(saved, dict) or not {"processes", "batch", "seed"} <= saved.keys():
         return list(own)
-    return [name for name, value in own.items() if name in saved and (type(saved[name]), saved[name]) != (int, value)]
+    return [
+        name
+        for name, value in own.items()
+        if name in saved and (type(saved[name]), saved[name]) != (type(value), value)
+    ]
 
 
 def _check_resumable(content: dict, path: Path) -> None:

@@ -489,9 +489,15 @@ def test_place_of_an_earlier_version_is_kept(few_digits, tmp_path, run_main):
     run_main(*arguments, "1")
     path = tmp_path / name_of(".") / "epoch_0_step_4.pth"
     content = read_checkpoint(path)
+    digest = content["shares"].pop("image names")
     del content["shares"]["images"]
     save_checkpoint(content, path)
     assert "begun anew" not in run_main("--resume", path, "--tag", "other", *arguments, "1")
+    content["shares"].update(images=40, **{"image names": digest[::-1]})
+    save_checkpoint(content, path)
+    printed = run_main("--resume", path, "--tag", "of other images", *arguments, "1")
+    assert "goes on with another config: other training images" in printed
+    assert "its image names are others than now; its epoch is begun anew" in printed
 
 
 def test_best_outlives_an_earlier_checkpoint(few_digits, tmp_path, run_main):
