@@ -151,11 +151,11 @@ def trained_with(content: dict, path: str) -> CfgNode:
         UserError: the text that the checkpoint holds as its config is not a config.
     """
     text = content.get("config")
-    return saved_config(text, f"{path}: its config", OF_WEIGHTS) if isinstance(text, str) else default_config()
+    return saved_config(text, f"{path}: its config", SAVED_WITH_WEIGHTS) if isinstance(text, str) else default_config()
 
 
 # Keys that change no number, or that may change when a run is resumed.
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "DATA.MAX_UNREADABLE"),
     *("MODEL.NUM_CLASSES", "MODEL.PRETRAINED", "MODEL.RESUME"),  # loading compares the head's size
     *("TRAIN.USE_CHECKPOINT", "TRAIN.AUTO_RESUME", "TRAIN.MAX_SKIPPED"),
@@ -164,18 +164,18 @@ FREE = (
 
 
 # Keys that may differ between processes: paths, and keys that change neither a number nor when the processes meet.
-LOCAL = (
+MAY_DIFFER_BETWEEN_PROCESSES = (
     *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PREFETCH_FACTOR", "DATA.PIN_MEMORY", "TRAIN.USE_CHECKPOINT"),
     *("OUTPUT", "TAG", "TENSORBOARD"),
 )
 
 
-def settings(config: CfgNode) -> dict[str, object]:
+def shared_settings(config: CfgNode) -> dict[str, object]:
     """Return the keys that must be the same in all processes of a run, with their values."""
-    return {key: value for key, value in _flatten(config) if key not in LOCAL}
+    return {key: value for key, value in _flatten(config) if key not in MAY_DIFFER_BETWEEN_PROCESSES}
 
 
-def changes(text: str, config: CfgNode, source: str | Path, keys: Sequence[str] = ()) -> list[str]:
+def changed_keys(text: str, config: CfgNode, source: str | Path, keys: Sequence[str] = ()) -> list[str]:
     """Return KEY OLD -> NEW for each key that changes numbers and differs between a checkpoint's `text` and `config`.
 
     Args:
@@ -189,21 +189,21 @@ def changes(text: str, config: CfgNode, source: str | Path, keys: Sequence[str] 
     return [
         f"{key} {saved[key]!r} -> {value!r}"
         for key, value in _flatten(config)
-        if key in there and key not in FREE and (not keys or key in keys) and saved[key] != value
+        if key in there and key not in MAY_CHANGE_ON_RESUME and (not keys or key in keys) and saved[key] != value
     ]
 
 
-SEEN = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT", "TRAIN.AMP")  # accuracy depends on these
-OF_WEIGHTS = ("MODEL.NAME", *SEEN)
+EVALUATION_KEYS = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT", "TRAIN.AMP")  # accuracy depends on these
+SAVED_WITH_WEIGHTS = ("MODEL.NAME", *EVALUATION_KEYS)
 
 
-def seen_otherwise(content: dict, config: CfgNode, path: str | Path) -> list[str]:
+def changed_evaluation_keys(content: dict, config: CfgNode, path: str | Path) -> list[str]:
     """Return KEY OLD -> NEW for each evaluation key that differs between a checkpoint of main.py and `config`."""
     text = content.get("config")
-    return changes(text, config, path, SEEN) if isinstance(text, str) else []
+    return changed_keys(text, config, path, EVALUATION_KEYS) if isinstance(text, str) else []
 
 
-def seen_config(content: dict, path: str | Path) -> str | None:
+def evaluation_config_text(content: dict, path: str | Path) -> str | None:
     """Return, as text, the keys of a checkpoint's config that its evaluation depends on; None without a config.
 
     The text is for weights that are passed on to others, so it holds no paths and the like.
@@ -212,7 +212,7 @@ def seen_config(content: dict, path: str | Path) -> str | None:
         return None
     values = dict(_flatten(trained_with(content, str(path))))
     tree: dict[str, dict] = {}
-    for key in OF_WEIGHTS:
+    for key in SAVED_WITH_WEIGHTS:
         section, _, leaf = key.partition(".")
         tree.setdefault(section, {})[leaf] = values[key]
     return yaml.safe_dump(tree)

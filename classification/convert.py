@@ -29,7 +29,7 @@ from classification.checkpoint import (
     tensors_digest,
     write_atomically,
 )
-from classification.config import CfgNode, seen_config, trained_with
+from classification.config import CfgNode, evaluation_config_text, trained_with
 from classification.errors import UserError, escape_on_streams, printable
 
 MMPRETRAIN = "mmpretrain"
@@ -61,7 +61,8 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
     if os.path.lexists(target):
         raise UserError(f"{target}: exists; remove it or name another file")
     content = read_checkpoint(source)
-    found, names, config = state_dicts(content, source), class_names_of(content, source), seen_config(content, source)
+    found, names = state_dicts(content, source), class_names_of(content, source)
+    config = evaluation_config_text(content, source)
     if weights not in found:
         raise UserError(f"{source}: holds no {weights}, only {', '.join(found)}")
     state = {name: tensor.resolve_conj().resolve_neg().contiguous().clone() for name, tensor in found[weights].items()}

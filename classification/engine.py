@@ -32,7 +32,7 @@ MIB = 2**20
 
 
 @dataclass
-class Progress:
+class EpochProgress:
     """How far an epoch has come."""
 
     step: int = 0  # batches done
@@ -50,7 +50,7 @@ def _ignore(*_: object) -> None:
 
 
 @dataclass
-class Trainer:
+class TrainContext:
     """The objects and settings that one epoch of training works with."""
 
     model: nn.Module  # wrapped in DistributedDataParallel if there are several processes
@@ -63,12 +63,13 @@ class Trainer:
     guard: NonFiniteGuard
     mixup: Mixup | None = None
     ema: ModelEmaV3 | None = None
-    mesa_weight: float = 0.0  # weight of the self-distillation from `ema`
     clip_grad: float = 0.0  # largest 2-norm of the gradients; 0: off
     accumulation_steps: int = 1
     seed: int = 0
     rank: int = 0
     unreadable: UnreadableImages = field(default_factory=UnreadableImages)
+    # `Training` sets these before an epoch.
+    mesa_weight: float = 0.0  # weight of the self-distillation from `ema`
     after_update: Callable[[int, Callable[[], None]], None] = _ignore  # gets updates so far and `_Sums.measure`
     on_report: Callable[[dict[str, float]], None] = _ignore  # called with the measured values
 
@@ -76,14 +77,14 @@ class Trainer:
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(f"the optimizer must be made with fused=True, got {type(self.optimizer).__name__}")
 
-    def updates_per_epoch(self, batches: int) -> int:
+    def updates_for(self, batches: int) -> int:
         return -(-batches // self.accumulation_steps)
 
 
 class _Sums:
     """Sums over the batches of an epoch, kept on the device, and times. `measure` brings `progress` up to date."""
 
-    def __init__(self, progress: Progress, device: torch.device):
+    def __init__(self, progress: EpochProgress, device: torch.device):
         self.progress, self.step = progress, progress.step
         self.loss = torch.tensor(progress.loss, dtype=torch.float64, device=device)
         self.finite = torch.tensor(progress.finite, device=device)
@@ -111,7 +112,7 @@ class _Sums:
 
 
 def train_one_epoch(
-    t: Trainer, loader: DataLoader, epoch: int, print_freq: int = 10, progress: Progress | None = None
+    t: TrainContext, loader: DataLoader, epoch: int, print_freq: int = 10, progress: EpochProgress | None = None
 ) -> dict[str, float]:
     """Train on every batch of `loader`, with one update for every `accumulation_steps` batches and for the rest.
 
@@ -129,43 +130,44 @@ def train_one_epoch(
             checked only when the loss is printed, so that other steps do not wait for the GPU.
         UserError: more images than allowed could not be read.
     """
-    progress = progress or Progress()
+    progress = progress or EpochProgress()
     start = progress.step
     t.model.train()
     batches = start + len(loader)
     sums = _Sums(progress, t.device)
     norm = torch.zeros((), device=t.device)
-    update = epoch * t.updates_per_epoch(batches) + start // t.accumulation_steps
+    updates_done = epoch * t.updates_for(batches) + start // t.accumulation_steps
     on_cpu = t.device.type == "cpu"
-    unchecked = False
+    report_due = False
     bar = _progress_bar(loader, f"epoch {epoch}")
     for step, (images, targets, *unreadable) in enumerate(bar, start):
         for messages in unreadable:
             t.unreadable.add(messages)
-        first = step - step % t.accumulation_steps
-        group = min(t.accumulation_steps, batches - first)
-        last_of_group = step + 1 == first + group
-        if step == first:
-            t.guard.begin()
+        group_start = step - step % t.accumulation_steps
+        group_size = min(t.accumulation_steps, batches - group_start)
+        ends_group = step + 1 == group_start + group_size
+        if step == group_start:
+            t.guard.snapshot()
         set_seed(t.seed, epoch, step, t.rank)
         images, targets = _prepare(t, images, targets)
-        sums.add(_accumulate(t, images, targets, group, sync=last_of_group), len(images))
+        loss = _forward_backward(t, images, targets, group_size, sync=ends_group)
+        sums.add(loss, len(images))
         reports = (step + 1) % print_freq == 0 or step + 1 == batches
-        unchecked |= reports or on_cpu  # reading a GPU's result stalls it
-        if last_of_group:
+        report_due |= reports or on_cpu  # reading a GPU's result stalls it
+        if ends_group:
             norm = _update(t)
-            if unchecked:
-                t.guard.check(
+            if report_due:
+                t.guard.report(
                     f"epoch {epoch}, step {step + 1}", lambda x=images, s=step: _repeat_forward(t, x, epoch, s)
                 )
-                unchecked = False
+                report_due = False
             t.optimizer.zero_grad()
-            t.scheduler.step_update(update)  # the number of the update just made, as in the authors' code
-            update += 1
+            t.scheduler.step_update(updates_done)  # the index of the update just made, as in the authors' code
+            updates_done += 1
         if reports:
-            _report(t, bar, sums, norm, epoch, step + 1, batches, update)
-        if last_of_group:
-            t.after_update(update, sums.measure)
+            _report(t, bar, sums, norm, epoch, step + 1, batches, updates_done)
+        if ends_group:
+            t.after_update(updates_done, sums.measure)
     sums.measure()
     if progress.step and not progress.finite:
         raise NonFiniteError(
@@ -180,15 +182,15 @@ def train_one_epoch(
     }
 
 
-def _prepare(t: Trainer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _prepare(t: TrainContext, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Move a batch to the device and apply mixup there."""
     images = images.to(t.device, non_blocking=True)
     targets = targets.to(t.device, non_blocking=True)
     return t.mixup(images, targets) if t.mixup is not None else (images, targets)
 
 
-def _accumulate(t: Trainer, images: Tensor, targets: Tensor, group: int, sync: bool) -> Tensor:
-    """Add one batch's gradients, divided by `group`, and return the loss. Exchange gradients only if `sync`."""
+def _forward_backward(t: TrainContext, images: Tensor, targets: Tensor, group_size: int, sync: bool) -> Tensor:
+    """Add one batch's gradients, divided by `group_size`. Return the loss. Exchange gradients only if `sync`."""
     wait = not sync and isinstance(t.model, DistributedDataParallel)
     begin_step(_unwrap(t.model))
     with t.model.no_sync() if wait else nullcontext():
@@ -197,11 +199,11 @@ def _accumulate(t: Trainer, images: Tensor, targets: Tensor, group: int, sync: b
             loss = t.criterion(logits, targets)
             if t.mesa_weight:
                 loss = loss + t.mesa_weight * _self_distillation(t.ema, images, logits)
-        t.scaler.scale(loss / group).backward()
+        t.scaler.scale(loss / group_size).backward()
     return loss.detach()
 
 
-def _repeat_forward(t: Trainer, images: Tensor, epoch: int, step: int) -> None:
+def _repeat_forward(t: TrainContext, images: Tensor, epoch: int, step: int) -> None:
     set_seed(t.seed, epoch, step, t.rank)
     model = _unwrap(t.model)
     with t.autocast(), uncompiled(model):
@@ -215,7 +217,7 @@ def _self_distillation(ema: ModelEmaV3, images: Tensor, logits: Tensor) -> Tenso
     return SoftTargetCrossEntropy()(logits, teacher)
 
 
-def _update(t: Trainer) -> Tensor:
+def _update(t: TrainContext) -> Tensor:
     """Clip the gradients and step, unless the gradients are not finite; update the EMA in both cases.
 
     Returns:
@@ -224,10 +226,12 @@ def _update(t: Trainer) -> Tensor:
     t.scaler.unscale_(t.optimizer)
     parameters = list(t.model.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    bad = t.guard.judge(norm)
-    if t.clip_grad:  # by a factor of about 1 if the norm is not finite: the guard must see which gradients are finite
+    bad = t.guard.flag(norm)
+    if t.clip_grad:
+        # If the norm is not finite, clip by a factor of about 1: the guard must see which gradients are finite.
         nn.utils.clip_grads_with_norm_(parameters, t.clip_grad, torch.where(bad > 0, t.clip_grad, norm))
-    # As GradScaler.step does, but the norm decides: finite gradients can have a norm that is not finite.
+    # A fused optimizer skips its step if `found_inf` is 1. GradScaler.step sets it by the gradients. Here, their norm
+    # decides, which can be infinite although each gradient is finite.
     t.optimizer.grad_scale, t.optimizer.found_inf = None, bad
     t.optimizer.step()
     t.scaler.update()
@@ -237,7 +241,7 @@ def _update(t: Trainer) -> Tensor:
 
 
 def _report(
-    t: Trainer, bar: Iterable, sums: _Sums, norm: Tensor, epoch: int, step: int, batches: int, update: int
+    t: TrainContext, bar: Iterable, sums: _Sums, norm: Tensor, epoch: int, step: int, batches: int, update: int
 ) -> None:
     sums.measure()
     loss, lr, rate = sums.progress.mean_loss, t.optimizer.param_groups[0]["lr"], sums.images_per_second()
@@ -298,7 +302,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # images, top-1, top-5, loss, unreadable
     batches = iter(_progress_bar(loader, "evaluate"))
-    whole = 0  # size of the largest batch so far
+    largest_batch = 0  # so far
     rounds = torch.tensor(len(loader), device=device)
     if dist.is_initialized():
         dist.all_reduce(rounds, dist.ReduceOp.MAX)
@@ -307,8 +311,8 @@ def evaluate(
             before_batch()
         batch = next(batches, None)
         if batch is not None:
-            whole = max(whole, len(batch[0]))
-            sums += _count(model, batch, device, autocast, whole if is_compiled(model) else 0)
+            largest_batch = max(largest_batch, len(batch[0]))
+            sums += _evaluate_batch(model, batch, device, autocast, largest_batch if is_compiled(model) else 0)
     model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -324,15 +328,16 @@ def evaluate(
     }
 
 
-def _count(
-    model: nn.Module, batch: tuple, device: torch.device, autocast: Callable[[], torch.autocast], whole: int
+def _evaluate_batch(
+    model: nn.Module, batch: tuple, device: torch.device, autocast: Callable[[], torch.autocast], fill_to: int
 ) -> Tensor:
+    """Return the batch's sums: images, top-1, top-5, loss, unreadable images. The model gets `fill_to` images."""
     images, targets, *unreadable = batch
     for message in (m for messages in unreadable for m in messages):
         logger.warning("%s; it is not counted", message)
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     with autocast():
-        logits = model(filled(images, whole))[: len(images)]  # do not keep them: the next batch may overwrite them
+        logits = model(filled(images, fill_to))[: len(images)]  # do not keep them: the next batch may overwrite them
     read = targets >= 0
     ranked = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]) & read[:, None]
     losses = nn.functional.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=-1)

@@ -50,18 +50,23 @@ class NonFiniteGuard:
             total = output.detach().sum(dtype=torch.float32)
             self.sums[index] = self.sums[index] + total if index in self.sums else total
 
-    def begin(self) -> None:
+    def snapshot(self) -> None:
         """Keep the running statistics; call this before the first batch of an update."""
         self.sums.clear()
         for kept, buffer in zip(self.kept, self.buffers, strict=True):
             kept.copy_(buffer)
 
     @torch.no_grad()
-    def judge(self, norm: Tensor) -> Tensor:
-        """Return 1 if the update must be skipped, else 0, in float32; call this after the last batch of an update.
+    def flag(self, norm: Tensor) -> Tensor:
+        """Count the update. If its gradients are not finite, restore the running statistics.
+
+        Call this after the last batch of an update.
 
         Args:
             norm: the norm of the gradients.
+
+        Returns:
+            1 if the update must be skipped, else 0, in float32.
         """
         bad = ~norm.isfinite()
         self.counts += bad
@@ -72,8 +77,8 @@ class NonFiniteGuard:
             self.spoilt[index] += ~total.isfinite() & bad
         return bad.float()
 
-    def check(self, where: str, forward: Callable[[], object] | None = None) -> bool:
-        """Wait for the device and log the updates skipped since the last check. Return whether there were any.
+    def report(self, where: str, forward: Callable[[], object] | None = None) -> bool:
+        """Wait for the device and log the updates skipped since the last report. Return whether there were any.
 
         Args:
             where: place in the run, for the message.

@@ -30,7 +30,7 @@ from classification.checkpoint import (
     write_atomically,
 )
 from classification.compiling import MODES, WITH_CUDA_GRAPHS, compile_in_place
-from classification.config import load_config, seen_otherwise, settings
+from classification.config import changed_evaluation_keys, load_config, shared_settings
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
 from classification.errors import UserError, end_with, escape_on_streams, printable
@@ -158,7 +158,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str, compile_mode: str 
 
     def read() -> tuple[dict, list[str] | None, list[str]]:
         content = read_checkpoint(path)
-        return state_dicts(content, path), class_names_of(content, path), seen_otherwise(content, config, path)
+        return state_dicts(content, path), class_names_of(content, path), changed_evaluation_keys(content, config, path)
 
     weights, names, otherwise = run.from_main(read)
     classes = run.together(lambda: count_classes(config, "val"))
@@ -169,7 +169,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str, compile_mode: str 
             "classes": loader.classes,
             "images": len(loader.dataset),
             "names of images": names_of_images,
-            **settings(config),
+            **shared_settings(config),
         }
     )
     if names is not None:

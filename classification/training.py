@@ -31,7 +31,7 @@ from classification.checkpoint import (
     state_dicts,
 )
 from classification.compiling import compile_in_place
-from classification.config import changes, saved_config, settings, settings_without_effect
+from classification.config import changed_keys, saved_config, settings_without_effect, shared_settings
 from classification.data import (
     UnreadableImages,
     build_eval_loader,
@@ -40,7 +40,7 @@ from classification.data import (
     escaped,
     names_differ,
 )
-from classification.engine import Progress, Trainer, evaluate, train_one_epoch
+from classification.engine import EpochProgress, TrainContext, evaluate, train_one_epoch
 from classification.errors import UserError, is_file
 from classification.guards import NonFiniteError, NonFiniteGuard
 from classification.metrics import MetricsLog
@@ -51,10 +51,10 @@ from classification.sync_bn import average_batch_norm, mean_statistics, running_
 
 logger = logging.getLogger("spatialmamba")
 
-VALIDATED = "validation_images"
-JUDGED_ON = "validation_digest"  # of the images' names
-TRAINED_ON = "image names"  # a digest of those for training
-JUDGED_BY = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT")  # how validation prepares the images
+VALIDATION_IMAGES = "validation_images"
+VALIDATION_DIGEST = "validation_digest"  # of the images' names
+IMAGE_NAMES = "image names"  # a digest of those for training
+VALIDATION_KEYS = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT")  # how validation prepares the images
 COMPILED = "compile"  # the compile mode; compiled code rounds differently from eager execution
 WENT_BACK_TO = "went_back_to"  # the checkpoint of this folder that --resume named
 NO_ACCURACY = -1.0  # before the first epoch: lower than any measured accuracy
@@ -107,7 +107,7 @@ def log_accuracy(name: str, m: dict[str, float]) -> None:
 
 
 @dataclass
-class State:
+class RunState:
     """How far a run is; a checkpoint holds this beside weights and optimizer."""
 
     epoch: int = -1  # the last finished and validated epoch
@@ -123,19 +123,19 @@ class Training:
         self.train_loader = run.together(lambda: build_train_loader(config, run.rank, run.world_size))
         self.eval_loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
         digests = [loader.dataset.folder.digest() for loader in (self.train_loader, self.eval_loader)]
-        self.trained_on, self.judged_on = digests
+        self.training_digest, self.validation_digest = digests
         run.check_alike(
             {
                 "classes": self.train_loader.classes,
                 "images for training": len(self.train_loader.dataset),
                 "images for validation": len(self.eval_loader.dataset),
                 "names of images": digests,
-                **settings(config),
+                **shared_settings(config),
             }
         )
         self.checkpoints = CheckpointFolder(run.folder, config.KEEP_LAST)
         self.notes = settings_without_effect(config)  # logged later: the log is not open yet
-        resumed = run.from_main(self._read_checkpoint)
+        resumed = run.from_main(self._find_checkpoint_to_resume)
         if resumed:
             self._match_classes(*resumed)
         random_seed(config.SEED)  # gives every process the same weights, also in the EMA's copy
@@ -145,11 +145,11 @@ class Training:
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
         self.batches = len(self.train_loader)
         self.compile_mode = compile_mode
-        self.trainer = self._build_trainer(classes)
+        self.context = self._build_context(classes)
         if compile_mode:  # after the pass in `_order_buckets`, whose batch is smaller
             for module in (self.model, *([self.ema.module] if self.ema else [])):
                 compile_in_place(module, compile_mode)
-        self.state, self.progress = State(), Progress()
+        self.state, self.progress = RunState(), EpochProgress()
         self.resumed_from = None
         self.other_batches = False  # whether an update has other batches than in the resumed run
         self.own_batch_norm = run.world_size > 1 and not config.TRAIN.SYNC_BN
@@ -195,7 +195,7 @@ class Training:
         for loader in (self.train_loader, self.eval_loader):
             loader.renumber(names, str(path))
 
-    def _build_trainer(self, classes: int) -> Trainer:
+    def _build_context(self, classes: int) -> TrainContext:
         config, run = self.config, self.run
         accumulation = config.TRAIN.ACCUMULATION_STEPS
         global_batch = config.DATA.BATCH_SIZE * run.world_size * accumulation
@@ -203,7 +203,7 @@ class Training:
         criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
         optimizer = build_optimizer(config, self.model, global_batch)
         updates_per_epoch = -(-self.batches // accumulation)
-        return Trainer(
+        return TrainContext(
             model=wrap(self.model, config, run),
             criterion=criterion,
             optimizer=optimizer,
@@ -223,24 +223,28 @@ class Training:
 
     # ----- resuming
 
-    def _read_checkpoint(self) -> tuple[dict, Path] | None:
-        """Read, in the first process, the checkpoint to resume: the last one in the output folder, or --resume's.
+    def _find_checkpoint_to_resume(self) -> tuple[dict, Path] | None:
+        """Find and read, in the first process, the checkpoint with which the run goes on.
 
-        The last checkpoint in the folder takes precedence, so that an interrupted command with --resume can be run
-        again. The exception: --resume names another checkpoint in the same folder, and the run has not gone back to
-        that checkpoint yet.
+        An interrupted command with --resume can be run again. So the first of these that applies is taken:
+
+        1. If --resume names an older checkpoint of the output folder: this one, or the folder's last one if the run
+           has gone back to it before.
+        2. If the folder holds a run: its last checkpoint.
+        3. The checkpoint that --resume names.
+        4. None.
         """
         path = Path(self.config.MODEL.RESUME) if self.config.MODEL.RESUME else None
-        begun = self.checkpoints.look()
-        own = begun and path is not None and path.parent.resolve() == self.run.folder.resolve()
-        goes_back = own and path.name != LATEST
+        holds_a_run = self.checkpoints.look()
+        is_in_folder = holds_a_run and path is not None and path.parent.resolve() == self.run.folder.resolve()
+        goes_back = is_in_folder and path.name != LATEST
         if goes_back and self.config.TRAIN.AUTO_RESUME and (last := self._last_if_gone_back_to(path.name)):
             return last
-        if path and (own or not begun):
+        if path and (is_in_folder or not holds_a_run):
             content = read_checkpoint(path)
             _check_resumable(content, path)
             return content, path
-        if not begun:
+        if not holds_a_run:
             return None
         if not self.config.TRAIN.AUTO_RESUME:
             raise UserError(
@@ -276,11 +280,11 @@ class Training:
             load_weights(self.ema.module, weights.get("model_ema", weights["model"]), path)
             if "model_ema" not in weights:
                 self.notes.append(f"{path}: has no model_ema; the average begins anew, at its model's weights")
-        trainer = self.trainer
+        context = self.context
         try:
-            load_moments(trainer.optimizer, content["optimizer"])
-            if content.get("scaler") and trainer.scaler.is_enabled():
-                trainer.scaler.load_state_dict(content["scaler"])
+            load_moments(context.optimizer, content["optimizer"])
+            if content.get("scaler") and context.scaler.is_enabled():
+                context.scaler.load_state_dict(content["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: its optimizer state is not of this model ({error}); {START_OVER}") from error
         self.state.epoch = content["epoch"]
@@ -288,13 +292,13 @@ class Training:
         here = path.parent.resolve() == self.run.folder.resolve()
         back = named and path.name != LATEST  # latest.pth is where the run is already
         self.went_back_to = "" if not here else path.name if back else content.get(WENT_BACK_TO, "")
-        self._keep_best(content, path)
+        self._restore_best_accuracies(content, path)
         self._compare_config(content, path)
         # A step number within an epoch means the same place only if the batches are the same.
-        others = _differing(content.get("shares"), self._shares())
+        others = _differing(content.get("shares"), self._batch_facts())
         self.other_batches = bool({"batches", "accumulation"} & set(others))
         if content.get("progress") and not others:
-            self.progress = Progress(**content["progress"])
+            self.progress = EpochProgress(**content["progress"])
             within = self.progress.step % self.config.TRAIN.ACCUMULATION_STEPS and self.progress.step != self.batches
             if within or self.progress.step > self.batches:
                 raise UserError(f"{path}: its step is {self.progress.step} of {self.batches}, between no two updates")
@@ -303,27 +307,30 @@ class Training:
             self.notes.append(f"{path}: its {', '.join(others)} are others than now; its epoch is begun anew")
         # The schedule follows the config, not the checkpoint, so that more epochs or another batch size take effect.
         if updates := self.updates():
-            trainer.scheduler.step_update(updates - 1)  # the number of the last update, as in `train_one_epoch`
+            context.scheduler.step_update(updates - 1)  # the number of the last update, as in `train_one_epoch`
 
     def _compare_config(self, content: dict, path: Path) -> None:
         """Note the settings that changed since the checkpoint and that change the numbers.
 
         The config in a published checkpoint has other keys.
         """
+        text, changed = content.get("config"), []
         try:
-            changed = changes(content["config"], self.config, path) if isinstance(content.get("config"), str) else []
+            changed += changed_keys(text, self.config, path) if isinstance(text, str) else []
         except UserError as error:
-            changed = [f"({error})"]
+            changed.append(f"({error})")
         shares = content.get("shares") if isinstance(content.get("shares"), dict) else {}
-        own = {name: self._shares()[name] for name in ("processes", "images")}  # no config key holds these
-        shares = {**shares, VALIDATED: content.get(VALIDATED)} if VALIDATED in content else shares
-        own[VALIDATED] = len(self.eval_loader.dataset)
+        own = {name: self._batch_facts()[name] for name in ("processes", "images")}  # no config key holds these
+        if VALIDATION_IMAGES in content:
+            shares = {**shares, VALIDATION_IMAGES: content[VALIDATION_IMAGES]}
+        own[VALIDATION_IMAGES] = len(self.eval_loader.dataset)
         changed += [
             f"{name} {reprlib.repr(shares[name])} -> {number}"
             for name, number in own.items()
             if name in shares and (type(shares[name]), shares[name]) != (int, number)
         ]
-        if shares.get(TRAINED_ON, self.trained_on) != self.trained_on and shares.get("images") == own["images"]:
+        others = shares.get(IMAGE_NAMES, self.training_digest) != self.training_digest
+        if others and shares.get("images") == own["images"]:
             changed.append("other training images")
         if COMPILED in content and content[COMPILED] != (self.compile_mode or ""):
             changed.append(f"--compile {content.get(COMPILED) or 'off'} -> {self.compile_mode or 'off'}")
@@ -342,7 +349,7 @@ class Training:
         try:
             model = saved_config(content["config"], f"{path}: its config", ("MODEL.PRETRAINED", "MODEL.RESUME")).MODEL
         except UserError:
-            return  # `changes` reported it
+            return  # `changed_keys` reported it
         if given.resolve() not in (Path(one).resolve() for one in (model.PRETRAINED, model.RESUME) if one):
             self.notes.append(
                 f"{flag} {given} is not read: {self.run.folder} holds a run, which goes on; pass another --tag to "
@@ -376,7 +383,7 @@ class Training:
                 f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}"
             ) from error
 
-    def _keep_best(self, content: dict, path: Path) -> None:
+    def _restore_best_accuracies(self, content: dict, path: Path) -> None:
         """Set the best accuracies so far, so that no worse epoch replaces best.pth or best_ema.pth.
 
         The checkpoint may be older than best.pth, so the accuracies in these files count too. The first process decides
@@ -388,7 +395,7 @@ class Training:
                 return {}
             found = {}
             for key, name in (("max_accuracy", BEST), ("max_accuracy_ema", BEST_EMA)):
-                there = [] if self._judged_otherwise(content, path) else [content.get(key)]
+                there = [] if self._validated_differently(content, path) else [content.get(key)]
                 best = self.run.folder / name
                 if is_file(best):
                     there.append(self._accuracy_of_best(best, key))
@@ -408,14 +415,14 @@ class Training:
         except DamagedCheckpointError as error:  # damage does not stop training; a file that cannot be read now does
             reason = str(error)
         else:
-            reason = self._judged_otherwise(content, best)
+            reason = self._validated_differently(content, best)
         if not reason:
             return content.get(key)
         self.checkpoints.displaced.add(best.name)
         self.notes.append(f"{reason}: the best epoch is looked for anew, and this file will be set aside for it")
         return None
 
-    def _judged_otherwise(self, content: dict, path: Path) -> str:
+    def _validated_differently(self, content: dict, path: Path) -> str:
         """Say why the accuracies in a checkpoint do not compare with today's; "" if they do.
 
         Checkpoints of earlier versions lack some of the compared facts; a missing fact counts as equal.
@@ -423,16 +430,16 @@ class Training:
         changed = []
         if isinstance(content.get("config"), str):
             with suppress(UserError):  # `_compare_config` reports it
-                changed += changes(content["config"], self.config, path, JUDGED_BY)
+                changed += changed_keys(content["config"], self.config, path, VALIDATION_KEYS)
         images = len(self.eval_loader.dataset)
-        for key, own in ((VALIDATED, images), (JUDGED_ON, self.judged_on)):
+        for key, own in ((VALIDATION_IMAGES, images), (VALIDATION_DIGEST, self.validation_digest)):
             if key in content and (type(content[key]), content[key]) != (type(own), own):
                 changed.append(
-                    f"{reprlib.repr(content[key])} -> {images} images" if key == VALIDATED else "other images"
+                    f"{reprlib.repr(content[key])} -> {images} images" if key == VALIDATION_IMAGES else "other images"
                 )
         return f"{path}: was validated otherwise ({', '.join(changed)})" if changed else ""
 
-    def _shares(self) -> dict[str, int | str]:
+    def _batch_facts(self) -> dict[str, int | str]:
         """Return the facts that decide which images a batch number within an epoch stands for."""
         config = self.config
         return {
@@ -441,14 +448,14 @@ class Training:
             "accumulation": config.TRAIN.ACCUMULATION_STEPS,
             "batches": self.batches,
             "images": len(self.train_loader.dataset),
-            TRAINED_ON: self.trained_on,
+            IMAGE_NAMES: self.training_digest,
             "seed": config.SEED,
         }
 
     def updates(self) -> int:
         """Return the number of updates made so far."""
-        in_epoch = self.trainer.updates_per_epoch(self.progress.step)
-        return (self.state.epoch + 1) * self.trainer.updates_per_epoch(self.batches) + in_epoch
+        in_epoch = self.context.updates_for(self.progress.step)
+        return (self.state.epoch + 1) * self.context.updates_for(self.batches) + in_epoch
 
     # ----- running
 
@@ -467,8 +474,8 @@ class Training:
         updates = None if self.other_batches else self.updates()
         self.metrics = MetricsLog(run.folder, updates, config.TENSORBOARD) if run.is_main else None
         if self.metrics:
-            self.trainer.on_report = self.metrics.step
-        self.trainer.after_update = self._after_update
+            self.context.on_report = self.metrics.step
+        self.context.after_update = self._after_update
         with Preemption(run) as self.preemption:
             try:
                 for epoch in range(first, config.TRAIN.EPOCHS):
@@ -488,17 +495,17 @@ class Training:
             loader._iterator = None
 
     def _train_and_validate(self, epoch: int) -> None:
-        config, trainer, sampler = self.config, self.trainer, self.train_loader.sampler
+        config, context, sampler = self.config, self.context, self.train_loader.sampler
         sampler.set_epoch(epoch)
         sampler.start = self.progress.step * config.DATA.BATCH_SIZE
-        trainer.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= int(config.TRAIN.MESA.START * config.TRAIN.EPOCHS))
-        trained = train_one_epoch(trainer, self.train_loader, epoch, config.PRINT_FREQ, self.progress)
+        context.mesa_weight = config.TRAIN.MESA.WEIGHT * (epoch >= int(config.TRAIN.MESA.START * config.TRAIN.EPOCHS))
+        trained = train_one_epoch(context, self.train_loader, epoch, config.PRINT_FREQ, self.progress)
         validated = self._validate()
         for name, result in validated.items():
             if not math.isfinite(result["loss"]):
                 raise NonFiniteError(f"the validation loss of {name} in epoch {epoch} is not finite; it is not saved")
         metrics = {"epoch": epoch, **trained, **validated}
-        self.state.epoch, self.progress = epoch, Progress()
+        self.state.epoch, self.progress = epoch, EpochProgress()
         best = self._note_best(metrics)
         due = (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS
         if self.metrics:  # before the checkpoint: metrics may hold an epoch twice, but never lack an epoch
@@ -560,13 +567,13 @@ class Training:
     def _content(self, statistics: list | None) -> dict:
         content = {
             "model": self.model.state_dict(),
-            "optimizer": self.trainer.optimizer.state_dict(),
-            "scaler": self.trainer.scaler.state_dict(),
+            "optimizer": self.context.optimizer.state_dict(),
+            "scaler": self.context.scaler.state_dict(),
             "config": self.config.dump(),
             CLASSES: [escaped(name) for name in self.train_loader.classes],
-            "shares": self._shares(),
-            VALIDATED: len(self.eval_loader.dataset),
-            JUDGED_ON: self.judged_on,
+            "shares": self._batch_facts(),
+            VALIDATION_IMAGES: len(self.eval_loader.dataset),
+            VALIDATION_DIGEST: self.validation_digest,
             WENT_BACK_TO: self.went_back_to,
             COMPILED: self.compile_mode or "",
             "progress": asdict(self.progress) if self.progress.step else {},
@@ -663,7 +670,8 @@ LAST_EPOCH, LARGEST_SCALE = 2**31, 2.0**127
 def _is_progress(progress: dict) -> bool:
     counts = all(type(progress.get(key)) is int and progress[key] >= 0 for key in ("step", "finite"))
     floats = all(_is_number(progress.get(key), -LARGEST_SCALE, LARGEST_SCALE) for key in ("loss", "seconds"))
-    return set(progress) == set(asdict(Progress())) and counts and floats and progress["finite"] <= progress["step"]
+    keys = asdict(EpochProgress()).keys()
+    return set(progress) == keys and counts and floats and progress["finite"] <= progress["step"]
 
 
 def _is_number(value: object, low: float, high: float) -> bool:

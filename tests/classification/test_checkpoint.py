@@ -34,7 +34,7 @@ from classification.checkpoint import (
     state_dicts,
     tensors_digest,
 )
-from classification.config import changes, default_config, seen_otherwise, trained_with
+from classification.config import changed_evaluation_keys, changed_keys, default_config, trained_with
 from classification.convert import convert
 from classification.convert import main as convert_main
 from classification.errors import UserError
@@ -644,9 +644,9 @@ def test_bounds_of_training_do_not_bind_weights():
     text = re.sub(r"DECAY: 0\.9+\b", "DECAY: 1.0", config.dump())
     assert "DECAY: 1.0" in text
     assert trained_with({"config": text}, "a.pth").DATA.IMG_SIZE == config.DATA.IMG_SIZE
-    assert seen_otherwise({"config": text}, config, "a.pth") == []
+    assert changed_evaluation_keys({"config": text}, config, "a.pth") == []
     with pytest.raises(UserError, match=r"TRAIN\.EMA\.DECAY must be at most"):
-        changes(text, config, "a.pth")
+        changed_keys(text, config, "a.pth")
 
 
 def test_conversions_that_are_refused(tmp_path, monkeypatch):

@@ -11,14 +11,14 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from classification.engine import Progress, Trainer, evaluate, train_one_epoch
+from classification.engine import EpochProgress, TrainContext, evaluate, train_one_epoch
 from classification.guards import NonFiniteError, NonFiniteGuard
 from classification.training import accuracy_on_all
 
 
-def trainer(model, lr=0.1, limit=3, scaled=False, **options) -> Trainer:
+def trainer(model, lr=0.1, limit=3, scaled=False, **options) -> TrainContext:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True)
-    return Trainer(
+    return TrainContext(
         model=model,
         criterion=nn.CrossEntropyLoss(),
         optimizer=optimizer,
@@ -85,7 +85,7 @@ def test_an_epoch_in_two_parts_is_the_whole_one(task):
     halves = copy.deepcopy(model)
     whole = train_one_epoch(trainer(model, accumulation_steps=3), DataLoader(data, 2), epoch=2)
 
-    progress = Progress()
+    progress = EpochProgress()
     split = trainer(halves, accumulation_steps=3)
     learning_rates = []
 
@@ -110,7 +110,7 @@ def test_optimizer_that_cannot_skip_is_refused(task):
     model, _ = task
     good = trainer(model)
     with pytest.raises(ValueError, match="fused=True"):
-        Trainer(**{**vars(good), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
+        TrainContext(**{**vars(good), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
 
 
 def test_updates_that_are_not_finite_are_skipped_and_logged(task, caplog):

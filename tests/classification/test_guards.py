@@ -45,10 +45,10 @@ def test_parameters_without_a_module_are_those_of_their_block(model):
 
 
 def update(model, guard) -> torch.Tensor:
-    guard.begin()
+    guard.snapshot()
     model.zero_grad()
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-    return guard.judge(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    return guard.flag(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
 
 
 def test_a_fault_that_is_gone_is_still_traced_to_its_block(model, caplog):
@@ -58,10 +58,10 @@ def test_a_fault_that_is_gone_is_still_traced_to_its_block(model, caplog):
     assert update(model, guard) == 1
     hook.remove()
     assert update(model, guard) == 0
-    assert guard.check("here", lambda: model(torch.randn(2, 3, 32, 32))) is True
+    assert guard.report("here", lambda: model(torch.randn(2, 3, 32, 32))) is True
     assert "here: gradients are not finite, so 1 update(s) were skipped, 0 in a row and 1 in all" in caplog.text
     assert "that of layers.1.blocks.0" in caplog.text
-    assert guard.check("here") is False
+    assert guard.report("here") is False
 
 
 def test_the_layer_of_a_compiled_model_is_named(model, caplog):
@@ -77,7 +77,7 @@ def test_the_layer_of_a_compiled_model_is_named(model, caplog):
         with uncompiled(model):
             model(torch.randn(2, 3, 32, 32))
 
-    guard.check("here", again)
+    guard.report("here", again)
     assert "the first output that is not finite is that of layers.1.blocks.0.mlp.fc2" in caplog.text
 
 
@@ -100,4 +100,4 @@ def test_gradients_alone_are_named(model):
     model.norm.register_forward_hook(spoil_gradient)
     update(model, guard)
     with pytest.raises(NonFiniteError, match=r"outputs are finite, the gradient of norm.bias \(\d+ in all\) is not"):
-        guard.check("here", lambda: model(torch.randn(2, 3, 32, 32)))
+        guard.report("here", lambda: model(torch.randn(2, 3, 32, 32)))

@@ -151,13 +151,13 @@ def test_resumed_run_equals_the_undisturbed_one(few_digits, tmp_path, run_main, 
 
     run = tmp_path / "parts/spatialmamba_micro/default"
     handler = signal.getsignal(signal.SIGTERM)
-    stop_at(engine_module, "_accumulate", 3)
+    stop_at(engine_module, "_forward_backward", 3)
     assert (run / "epoch_0_step_3.pth").exists()
-    stop_at(engine_module, "_accumulate", 2 + 3)  # on from step 3: two, then three of the next epoch
+    stop_at(engine_module, "_forward_backward", 2 + 3)  # on from step 3: two, then three of the next epoch
     assert (run / "epoch_1_step_3.pth").exists()
     stop_at(training_module, "evaluate", 1)
     assert (run / "epoch_1_step_5.pth").exists()
-    stop_at(engine_module, "_count", 1)  # in the same validation, further on
+    stop_at(engine_module, "_evaluate_batch", 1)  # in the same validation, further on
     assert signal.getsignal(signal.SIGTERM) is handler
     printed = run_main(*arguments, tmp_path / "parts")
     assert "resuming from" in printed
@@ -309,8 +309,8 @@ def test_a_second_ctrl_c_ends_at_once(few_digits, tmp_path, run_main, monkeypatc
             os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments, **options)
 
-    original = engine_module._accumulate
-    monkeypatch.setattr(engine_module, "_accumulate", interrupt)
+    original = engine_module._forward_backward
+    monkeypatch.setattr(engine_module, "_forward_backward", interrupt)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK]
@@ -547,7 +547,7 @@ def test_the_best_epoch_is_that_of_todays_validation(few_digits, tmp_path, run_m
 
 def test_an_epoch_as_good_as_the_best_one_does_not_take_its_place():
     training = object.__new__(training_module.Training)
-    training.state = training_module.State()
+    training.state = training_module.RunState()
     measured = {"loss": 1.0, "seconds": 1.0, "model": {"images": 4, "top1": 50.0, "top5": 75.0, "loss": 1.0}}
     assert [training._note_best({"epoch": epoch, **measured}) for epoch in (0, 1)] == [["best.pth"], []]
 
