@@ -113,9 +113,10 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
         content["param_schedulers"] = _without_functions(content["param_schedulers"])
     if isinstance(content.get("meta"), dict):
         content["meta"].pop("config", None)  # resuming, mmengine would run it as Python; its own checkpoints have `cfg`
-    if isinstance(content.get("state_dict"), dict):
-        # mmengine would skip entries that are no weights.
-        check_weights(content["state_dict"], path, counts="", tied=True)
+    # mmengine would skip entries that are no weights. EMAHook's are those that training goes on from.
+    for key in ("state_dict", "ema_state_dict"):
+        if isinstance(content.get(key), dict):
+            check_weights(content[key], path, counts="", tied=True)
     return content
 
 

@@ -26,6 +26,7 @@ from classification.openmmlab.config_parts import (
     must_exist,
     parts_of,
     predicting_head,
+    reads_as,
     segmentation_heads,
     steps_of,
     type_of,
@@ -33,6 +34,7 @@ from classification.openmmlab.config_parts import (
 from classification.openmmlab.label_maps import check_foreground, check_maps
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.pickle_files import PICKLES
+from classification.openmmlab.voc import check_object_names
 
 # Heads whose num_classes differs from the data set's: mmseg's head of borders, mmseg's head of texts (without the
 # background's text), and mmdet's heads that compare with the texts of any classes.
@@ -306,7 +308,7 @@ def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) 
 
     CocoMetric numbers labels by the categories of its own file. In another order, perfect predictions count as wrong.
     """
-    plain = [dataset for dataset in datasets if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file")]
+    plain = [dataset for dataset in datasets if reads_as(dataset, "CocoDataset") and dataset.get("ann_file")]
     if kind_of(metric) != "CocoMetric" or len(plain) != 1 or _is_remote(plain[0]):
         return
     loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)
@@ -345,7 +347,7 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
 
     CocoMetric knows an image only by its id, and confuses two images of the same id.
     """
-    plain = [one for one in datasets if kind_of(one) == "CocoDataset" and one.get("ann_file")]
+    plain = [one for one in datasets if reads_as(one, "CocoDataset") and one.get("ann_file")]
     if len(plain) < 2 or any(map(_is_remote, [metric, *plain])):
         return
     seen: dict[object, str] = {}
@@ -392,8 +394,10 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     model = cfg.model.get("module", cfg.model)  # with --tta
     numbers = _panoptic_class_counts(model)
     if classes := class_names_of(dataset, key):
-        if kind_of(dataset) == "CocoDataset" and dataset.get("ann_file"):
+        if reads_as(dataset, "CocoDataset") and dataset.get("ann_file"):
             check_annotations(annotations, classes, _use_of(annotations, dataset, key, cfg))
+        if reads_as(dataset, "XMLDataset") and dataset.get("ann_file"):
+            check_object_names(dataset, root, str(argument_of(dataset, "ann_subdir")), classes, key)
         if numbers:
             _check_things_and_stuff(numbers, dataset, classes, key)
         if kind_of(dataset) != "CocoPanopticDataset":  # boxes are of things only, the first of its classes
@@ -505,7 +509,7 @@ def _check_things_and_stuff(numbers: dict[str, int], dataset: ConfigDict, classe
                     "panoptic_head (or semantic_head) and panoptic_fusion_head, or metainfo's thing_classes and "
                     "stuff_classes"
                 )
-    elif kind_of(dataset) == "CocoDataset" and numbers["num_things_classes"] != len(classes):
+    elif reads_as(dataset, "CocoDataset") and numbers["num_things_classes"] != len(classes):
         raise UserError(
             f"the model's num_things_classes is {numbers['num_things_classes']}, but {key} has {len(classes)} "
             "classes; set num_things_classes of panoptic_head (or semantic_head) and panoptic_fusion_head"

@@ -93,6 +93,13 @@ def type_of(dataset: ConfigDict) -> type | None:
         return registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
 
 
+def reads_as(dataset: ConfigDict, kind: str) -> bool:
+    """Return whether a data set is of this type, or of one that inherits from it and reads its files likewise."""
+    methods = [getattr(type_of(dataset), name, None) for name in ("load_data_list", "parse_data_info")]
+    names = [getattr(method, "__qualname__", "") for method in methods]
+    return kind_of(dataset) == kind or names == [f"{kind}.load_data_list", f"{kind}.parse_data_info"]
+
+
 def argument_of(dataset: ConfigDict, name: str) -> object:
     """Return the value of a data set's argument: the config's, or else the default of its type, or else None."""
     if name in dataset:

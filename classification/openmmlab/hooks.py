@@ -15,8 +15,9 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from torch import nn
 
-from classification.checkpoint import like
+from classification.checkpoint import differences, like
 from classification.errors import UserError
 from classification.openmmlab.messages import print_log
 from classification.sync_bn import average_batch_norm
@@ -66,6 +67,9 @@ class AverageBatchNorm(Hook):
     def after_train_iter(self, runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None) -> None:
         if get_world_size() > 1 and self._is_due(runner, batch_idx):
             average_batch_norm(runner.model)
+            # With update_buffers=True, EMAHook has averaged each process's own statistics.
+            for hook in (hook for hook in runner.hooks if isinstance(hook, EMAHook)):
+                average_batch_norm(hook.ema_model)
 
     def _is_due(self, runner, batch_idx: int) -> bool:
         saved = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
@@ -121,6 +125,9 @@ class CheckResumed(Hook):
     priority = "HIGH"  # before EMAHook
     weights: str | None = None  # a digest of those that were loaded
 
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        checkpoint["meta"]["validation_data"] = _validation_data(runner)
+
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         self.weights = _digest(checkpoint.get("state_dict", checkpoint))
         if not runner._resume:
@@ -146,9 +153,11 @@ class CheckResumed(Hook):
                 f"{path}: holds averaged weights and those that training goes on from, but the config has no EMAHook; "
                 "add it to custom_hooks, or start from the averaged weights by load_from, without --resume"
             )
+        if "ema_state_dict" in checkpoint:
+            _check_averaged(runner.model, checkpoint["ema_state_dict"], path)
         _check_schedules(schedules, states, path)
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path)
-        _forget_other_best(runner, hub["runtime_info"], path)
+        _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
 
     def before_train(self, runner) -> None:
         if get_world_size() == 1:
@@ -163,6 +172,19 @@ class CheckResumed(Hook):
                     f"process {rank} {how}: not all processes have found the checkpoint of process 0; let all machines "
                     f"share {runner.work_dir} and the files that the config names, or copy these to each"
                 )
+
+
+def _check_averaged(model: nn.Module, state: object, path: str) -> None:
+    """Check what EMAHook has saved: the weights that training goes on from. mmengine would load the part that fits."""
+    own = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: its ema_state_dict is a {type(state).__name__}, not the weights of a model")
+    state = {key.removeprefix("module."): value for key, value in state.items() if key != "steps"}
+    for key, value in state.items():
+        if key in own and value.is_floating_point() != own[key].is_floating_point():
+            raise UserError(f"{path}: its ema_state_dict holds {key!r} as {value.dtype}, not {own[key].dtype}")
+    if found := differences(own, state):
+        raise UserError(f"{path}: its ema_state_dict is of another model: {found}")
 
 
 def _digest(state: dict) -> str:
@@ -192,16 +214,21 @@ class CheckSameData(Hook):
         _check_same_data(runner.test_dataloader.dataset, "test")
 
 
-def _check_same_data(dataset: object, name: str) -> None:
-    if get_world_size() == 1:
-        return
+def _facts(dataset: object) -> tuple[int, str, str]:
+    """Return the number of images, a digest of their names, and one of their boxes and labels."""
     infos = map(dataset.get_data_info, range(len(dataset))) if hasattr(dataset, "get_data_info") else ()
     names, objects = hashlib.sha256(), hashlib.sha256()
     for info in infos:
         names.update(os.path.basename(str(info.get("img_path"))).encode(errors="replace") + b"\n")
         boxes = [(one.get("bbox_label"), one.get("bbox")) for one in info.get("instances") or ()]
         objects.update(repr(boxes).encode())
-    first, *others = all_gather_object((len(dataset), names.hexdigest(), objects.hexdigest()))
+    return len(dataset), names.hexdigest(), objects.hexdigest()
+
+
+def _check_same_data(dataset: object, name: str) -> None:
+    if get_world_size() == 1:
+        return
+    first, *others = all_gather_object(_facts(dataset))
     for rank, (images, *digests) in enumerate(others, start=1):
         if (images, *digests) != first:
             what = "with other boxes or labels" if digests[0] == first[1] else "of other names"
@@ -211,10 +238,19 @@ def _check_same_data(dataset: object, name: str) -> None:
             )
 
 
-def _forget_other_best(runner, info: dict, path: str) -> None:
-    """Let CheckpointHook know a best checkpoint only if it is in this run's own folder.
+def _validation_data(runner) -> list | None:
+    """Return the number of validation images, and digests of what they are; None without validation."""
+    dataset = runner.val_loop and runner.val_dataloader.dataset
+    return list(_facts(dataset)) if dataset is not None else None
+
+
+def _forget_other_best(runner, info: dict, path: str, validated: object) -> None:
+    """Let CheckpointHook know a best checkpoint only if it is in this run's own folder and its score compares.
 
     CheckpointHook deletes the best checkpoint as soon as it has a better one, wherever the file is.
+
+    Args:
+        validated: `_validation_data` of the checkpoint; None if it has none, as those of other tools.
     """
     savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     folders = [saving_folder(hook.out_dir, runner.work_dir) for hook in savers]
@@ -225,11 +261,15 @@ def _forget_other_best(runner, info: dict, path: str) -> None:
         best = os.path.basename(str(info.pop(name)))
         own = [file for file in (os.path.join(folder, best) for folder in folders) if os.path.isfile(file)]
         alike = len(sought) != 1 or sought == ["auto"] or best.startswith(f"best_{sought[0].replace('/', '_')}_")
-        if own and alike:
+        same_data = validated in (None, _validation_data(runner))
+        if own and alike and same_data:
             info[name] = own[0]
             continue
         info.pop(name.replace("ckpt", "score", 1), None)
-        why = f"is not in {runner.work_dir}" if alike else f"is not by {sought[0]}, which save_best names now"
+        if not alike:
+            why = f"is not by {sought[0]}, which save_best names now"
+        else:
+            why = "was found with other validation data" if own else f"is not in {runner.work_dir}"
         _warn(f"{path}: its best checkpoint, {best}, {why}; the best one is sought anew")
 
 

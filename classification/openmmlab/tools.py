@@ -39,6 +39,7 @@ from classification.openmmlab.checks import (
     reduces_zero_label,
     warn_of_other_normalisation,
 )
+from classification.openmmlab.config_parts import datasets_of
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
     AverageBatchNorm,
@@ -561,7 +562,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     runner = _build(cfg)
     own = (NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckResumed, CheckSameData, NoteOtherProcesses)
     for hook in own:
-        runner.register_hook(hook())
+        if not any(type(one) is hook for one in runner.hooks):  # a config for the toolchain's own train.py names it
+            runner.register_hook(hook())
     if path := cfg.get("load_from"):
         resumed = bool(cfg.get("resume"))
         classes = data_classes(cfg, "train") if resumed else ()
@@ -744,7 +746,8 @@ def _augment(args: argparse.Namespace, cfg: Config) -> None:
     for key in ("tta_model", "tta_pipeline"):
         if not cfg.get(key):
             raise UserError(f"{args.config}: has no {key}, which --tta needs; add one, or leave --tta out")
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    for dataset in datasets_of(cfg.test_dataloader.dataset):
+        dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 

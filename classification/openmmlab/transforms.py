@@ -1,6 +1,7 @@
 """Checks for data pipelines that the toolchains lack."""
 
 import logging
+import sys
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
@@ -164,7 +165,9 @@ def _not_of_a_byte(path: str) -> int | None:
             fault = _changes_labels(image, path)
             labels = None if fault or image.mode in ("1", "L", "P") else np.asarray(image)
     except Exception:  # LoadAnnotations has read the file by other means
-        return None
+        if "tifffile" not in sys.modules:  # mmcv imports it if it is installed
+            return None
+        fault, labels = None, sys.modules["tifffile"].imread(path)
     if fault:
         raise UserError(f"{path}: {fault}")
     if labels is None:

@@ -655,31 +655,43 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "best_a.pth").touch()
     saver = CheckpointHook()
-    run = argparse.Namespace(hooks=[saver], work_dir=str(tmp_path / "mine"), iter=3)
+    run = argparse.Namespace(hooks=[saver], work_dir=str(tmp_path / "mine"), iter=3, val_loop=None)
     said = []
     monkeypatch.setattr(hooks, "_warn", said.append)
     info = {"best_ckpt": str(tmp_path / "old" / "best_a.pth"), "best_score": 1.0, "epoch": 1}
-    hooks._forget_other_best(run, info, "x.pth")
+    hooks._forget_other_best(run, info, "x.pth", None)
     assert info == {"best_ckpt": str(tmp_path / "mine" / "best_a.pth"), "best_score": 1.0, "epoch": 1}
     info = {"best_ckpt_mIoU": str(tmp_path / "old" / "best_b.pth"), "best_score_mIoU": 1.0}
-    hooks._forget_other_best(run, info, "x.pth")
+    hooks._forget_other_best(run, info, "x.pth", None)
     assert info == {}
     saver.key_indicators = ["coco/bbox_mAP"]
     for best, kept in (("best_aAcc_iter_3.pth", False), ("best_coco_bbox_mAP_epoch_3.pth", True)):
         (tmp_path / "mine" / best).touch()
         info = {"best_ckpt": best, "best_score": 90.0}
-        hooks._forget_other_best(run, info, "x.pth")
+        hooks._forget_other_best(run, info, "x.pth", None)
         assert len(info) == (2 if kept else 0)
     start, end = "x.pth: its best checkpoint, ", "; the best one is sought anew"
     assert said == [
         f"{start}best_b.pth, is not in {run.work_dir}{end}",
         f"{start}best_aAcc_iter_3.pth, is not by coco/bbox_mAP, which save_best names now{end}",
     ]
+    run.val_loop, run.val_dataloader = True, argparse.Namespace(dataset=range(2))
+    saved = {"meta": {}}
+    hooks.CheckResumed().before_save_checkpoint(run, saved)
+    for images, kept in ((2, True), (3, False)):
+        run.val_dataloader.dataset = range(images)
+        info = {"best_ckpt": "best_coco_bbox_mAP_epoch_3.pth", "best_score": 90.0}
+        hooks._forget_other_best(run, info, "x.pth", saved["meta"]["validation_data"])
+        assert len(info) == (2 if kept else 0)
+    assert said[2:] == [f"{start}best_coco_bbox_mAP_epoch_3.pth, was found with other validation data{end}"]
 
     path = save(
         {"state_dict": {"a": torch.ones(1)}, "meta": {"config": "import os", "cfg": "a = 1"}}, tmp_path / "c.pth"
     )
     assert load_from_local(path)["meta"] == {"cfg": "a = 1"}
+    averaged = {"module.a": torch.tensor([torch.nan])}
+    with pytest.raises(UserError, match=r"hold 'module\.a', which is not finite"):
+        load_from_local(save({"state_dict": {}, "ema_state_dict": averaged}, tmp_path / "d.pth"))
     with pytest.raises(UserError, match=r"hold 'a\\x1b\[31m', which is not a name"):
         load_from_local(save({"state_dict": {"a\x1b[31m": torch.ones(1)}}, tmp_path / "d.pth"))
 
@@ -1568,6 +1580,10 @@ def test_batch_norm_is_averaged_before_it_is_saved_and_validated(monkeypatch):
         return found
 
     assert done(IterBasedTrainLoop, val_interval=3) == [3, 4, 6, 8, 9, 10]
+    runner.hooks.append(EMAHook())
+    runner.hooks[-1].ema_model = "average"
+    assert done(IterBasedTrainLoop, val_interval=9) == [4, "average", 8, "average", 9, "average", 10, "average"]
+    runner.hooks.pop()
     saves.by_epoch = True
     assert done(EpochBasedTrainLoop, val_interval=1) == [5, 10]
     monkeypatch.setattr(hooks, "get_world_size", lambda: 1)
@@ -1641,6 +1657,12 @@ RESUMED = {
         dict(param_schedulers=[LinearLR(OPTIMIZER, start_factor=0.1, end=5).state_dict()]),
         "has 1 rate schedules, which are not the 1 of the config's param_scheduler; set",
     ),
+    "ema_state_dict, a list": (dict(ema_state_dict=[]), "its ema_state_dict is a list, not the weights of a model"),
+    "ema_state_dict, less": (dict(ema_state_dict={}), r"its ema_state_dict is of another model: 1 missing \(weight\)"),
+    "ema_state_dict, whole numbers": (
+        dict(ema_state_dict={"steps": torch.tensor(3), "module.weight": torch.ones(1, 2, dtype=torch.int64)}),
+        "its ema_state_dict holds 'weight' as torch.int64, not torch.float32",
+    ),
     "EMAHook": (dict(ema_state_dict={}), "holds averaged weights and .* but the config has no EMAHook; add it"),
     "two groups": (optimizer_of(2), NOT_ITS_OWN + "it has 2 groups of 2 parameters, the config's 1 gr"),
     "another weight": (
@@ -1665,8 +1687,9 @@ RESUMED = {
 def test_a_run_goes_on_from_whole_checkpoints_alone(kind):
     """mmengine would begin anew what a checkpoint lacks: moments, and with them schedules, at other rates."""
     changed, message = RESUMED[kind]
-    runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[])
+    runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[], model=LAYER)
     runner.optim_wrapper = OptimWrapper(OPTIMIZER)
+    runner.hooks = [EMAHook()] if "ema_state_dict" in kind else []
     hook = hooks.CheckResumed()
     with pytest.raises(UserError, match=f"^c\\.pth: .*{message}"):
         hook.after_load_checkpoint(runner, resumable(**changed))
@@ -1677,7 +1700,8 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind):
     hook.after_load_checkpoint(runner, whole)
     assert whole["optimizer"]["state"][0]["exp_avg_sq"].stride() == LAYER.weight.stride()
     runner.hooks = [EMAHook()]
-    hook.after_load_checkpoint(runner, resumable(ema_state_dict={}))
+    averaged = {"steps": torch.tensor(3), "module.weight": torch.ones(1, 2)}
+    hook.after_load_checkpoint(runner, resumable(ema_state_dict=averaged))
     runner.param_schedulers = None
     with pytest.raises(UserError, match="has 1 rate schedules, which are not the 0 of"):
         hook.after_load_checkpoint(runner, resumable())
@@ -1765,6 +1789,25 @@ def test_maps_of_labels_beyond_a_byte(tmp_path):
     assert cfg.train_dataloader.dataset.pipeline[1].class_weight
     with pytest.raises(UserError, match=r"map.png: is a picture of 3 colours, not a map of labels"):
         CheckLabels(5)({**results, "gt_seg_map": np.zeros((2, 2, 3), np.uint8)})
+
+
+def test_maps_that_only_tifffile_reads(tmp_path, monkeypatch):
+    """64 bits, which LoadAnnotations(imdecode_backend="tifffile") takes modulo 256."""
+    path, labels = tmp_path / "map.tif", np.array([[256, 259]])
+    path.write_bytes(b"II*\0")
+    monkeypatch.setitem(sys.modules, "tifffile", argparse.Namespace(imread=lambda path: labels))
+    with pytest.raises(UserError, match=r"map.tif: has label 259, but with 5 classes"):
+        CheckLabels(5)({"seg_map_path": str(path), "gt_seg_map": labels.astype(np.uint8)})
+
+
+def test_augmentation_in_wrapped_data_sets():
+    inner = dict(type="CocoDataset", pipeline=[])
+    dataset = dict(type="ConcatDataset", datasets=[inner, dict(type="RepeatDataset", dataset=dict(inner))])
+    cfg = Config(dict(model={}, tta_model=dict(type="A"), tta_pipeline=[dict(type="B")], test_dataloader={}))
+    cfg.test_dataloader.dataset = dataset
+    tools._augment(argparse.Namespace(config="c.py"), cfg)
+    assert "pipeline" not in cfg.test_dataloader.dataset
+    assert [one.pipeline[0].type for one in config_parts.datasets_of(cfg.test_dataloader.dataset)] == ["B", "B"]
 
 
 def test_mmengine_loads_through_it(tmp_path):

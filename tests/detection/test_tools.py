@@ -401,6 +401,12 @@ def test_predictions_are_compared_with_the_file_that_is_loaded(scenes, tmp_path,
     coco["categories"].reverse()
     path = tmp_path / "reversed.json"
     path.write_text(json.dumps(coco))
+    with pytest.raises(
+        UserError, match=r"must be in the order of .*reversed\.json|reversed\.json.*must be in the order"
+    ):
+        checked(
+            scenes, **{"val_dataloader.dataset.ann_file": str(path), "val_dataloader.dataset.type": "CityscapesDataset"}
+        )
     for kind in ("CocoMetric", "mmdet.CocoMetric", mmdet.evaluation.CocoMetric):
         with pytest.raises(UserError, match=r"must be in the order of .*reversed\.json"):
             checked(scenes, **{"val_evaluator.ann_file": str(path), "val_evaluator.type": kind})
@@ -409,6 +415,37 @@ def test_predictions_are_compared_with_the_file_that_is_loaded(scenes, tmp_path,
     assert "are compared with another file" not in capsys.readouterr().out
     checked(scenes, **other)
     assert "val_evaluator.ann_file is" in capsys.readouterr().out
+
+
+def test_objects_of_voc_that_are_no_class(tmp_path, capsys):
+    """XMLDataset leaves them out."""
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "list.txt").write_text("a\nb\n")
+    dataset = dict(type="VOCDataset", data_root=f"{tmp_path}/", ann_file="list.txt", data_prefix=dict(sub_data_root=""))
+    dataset["metainfo"] = dict(classes=("cat", "dog"))
+    cfg = Config(dict(default_scope="mmdet", model={}, train_dataloader=dict(dataset=dataset)))
+
+    init_default_scope("mmdet")
+
+    def check(*names):
+        for image, name in zip("ab", names, strict=True):
+            objects = f"<object><name>{name}</name></object>" if name else ""
+            (tmp_path / "Annotations" / f"{image}.xml").write_text(f"<annotation>{objects}</annotation>")
+        check_data(cfg, ("train",))
+        return capsys.readouterr().out
+
+    with pytest.raises(
+        UserError, match=r"b\.xml: cannot be read .*; it is the annotation of an image of train_dataloader"
+    ):
+        check("cat", "<")
+    with pytest.raises(
+        UserError, match=r"2 of 2 objects have a name that is no class, as 'Cat' \(1\), 'Dog' \(1\); set"
+    ):
+        check("Cat", "Dog")
+    said = check("cat", "Dog").replace("\n", " ")
+    assert "1 of 2 objects have a name that is no class, as 'Dog' (1): they are left out" in said
+    assert "background; no object is called 'dog' (train_dataloader.dataset)" in said
+    assert "no class" not in check("cat", None)
 
 
 @pytest.mark.parametrize("what", ["images", "categories"])
