@@ -422,6 +422,7 @@ def _use_of(path: str, dataset: ConfigDict, key: str, cfg: Config) -> Use:
         key,
         trains=key.startswith("train"),
         compared=bool(read),
+        scored=any(not one.get("format_only") for one in read),
         masks=bool(masks) or any(map(_compares_masks, read)),
         polygons=any(not step.get("poly2mask", True) for step in masks),
         filters={} if dataset.get("test_mode") else dataset.get("filter_cfg") or {},

@@ -43,6 +43,7 @@ class Use:
         key: the data set's key in the config, for messages.
         trains: training, which needs annotations if images without boxes are left out.
         compared: whether a metric of pycocotools reads the file.
+        scored: whether such a metric compares predictions with its annotations, and so needs some.
         masks: whether masks are read.
         polygons: whether masks must be polygons (`LoadAnnotations(poly2mask=False)`).
         filters: the data set's filter_cfg, which leaves out images.
@@ -52,6 +53,7 @@ class Use:
     key: str
     trains: bool = False
     compared: bool = False
+    scored: bool = False
     masks: bool = False
     polygons: bool = False
     filters: dict = field(default_factory=dict)
@@ -65,7 +67,8 @@ def check_annotations(path: str, classes: list[str], use: Use) -> None:
         UserError: mmdet or pycocotools would fail on the file, or would silently take it for something else.
     """
     content = _content(path)
-    annotated = use.trains and bool(use.filters.get("filter_empty_gt"))  # unlabelled data sets keep all images
+    # Unlabelled data sets for training keep all images.
+    annotated = use.scored or (use.trains and bool(use.filters.get("filter_empty_gt")))
     _check_classes(path, _categories(path, content), classes, use.key)
     if content is None:
         if annotated:
@@ -74,7 +77,9 @@ def check_annotations(path: str, classes: list[str], use: Use) -> None:
     images, annotations = (_entries(path, content, key) for key in ("images", "annotations"))
     for what, there in {"images": images, "annotations": annotations if annotated else True}.items():
         if not there:
-            raise UserError(f"{path}: has no {what}, so there is nothing to {'train on' if use.trains else 'test'}")
+            advice = "; to write predictions alone, set format_only=True in the metric" if use.scored else ""
+            purpose = "train on" if use.trains else "test"
+            raise UserError(f"{path}: has no {what}, so there is nothing to {purpose}{advice}")
     _check_entries(path, classes, images, annotations, content["categories"], use)
 
 

@@ -186,7 +186,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
     with _reading(args.config):
         check_channels(cfg.model)
-    _check_lengths(cfg)
+    _check_training(cfg)
     saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     if getattr(args, "tool", None) == "train" and saver.get("max_keep_ckpts") == 1:
         print_log(
@@ -211,12 +211,19 @@ def _reading(path: str) -> Iterator[None]:
         ) from error
 
 
-def _check_lengths(cfg: Config) -> None:
-    """Raise a UserError if training is to end before it begins: mmengine would say nothing."""
+def _check_training(cfg: Config) -> None:
+    """Raise a UserError if training is to end before it begins, or learns nothing: mmengine would say nothing."""
     loop = cfg.get("train_cfg")
     for key in ("max_epochs", "max_iters") if isinstance(loop, dict) else ():
         if key in loop and not (isinstance(loop[key], int) and loop[key] > 0):
             raise UserError(f"train_cfg.{key} is {loop[key]!r}, but must be a whole number above 0")
+    clip = (cfg.get("optim_wrapper") or {}).get("clip_grad")
+    largest = clip.get("max_norm", 1) if isinstance(clip, dict) else 1
+    if not (isinstance(largest, int | float) and largest > 0):
+        raise UserError(
+            f"optim_wrapper.clip_grad.max_norm is {largest!r}, but must be a number above 0: 0 stops all gradients; "
+            "leave clip_grad out to clip nothing"
+        )
 
 
 def merge_options(cfg: Config, options: dict) -> None:

@@ -14,7 +14,9 @@ PACKAGES = ("classification.", "mmcv.", "mmdet.", "mmengine.", "mmpretrain.", "m
 
 
 def check_types(value: object, key: str = "") -> None:
-    """Check the dotted names in `type`. mmengine imports them and calls what they name, as `subprocess.Popen`.
+    """Check the dotted names of types. mmengine imports them and calls what they name, as `subprocess.Popen`.
+
+    They are in `type` and other keys that end so, as EMAHook's `ema_type`, and in `constructor`.
 
     Raises:
         UserError: a name is of another package than the toolchains and PyTorch's, or names a function.
@@ -22,7 +24,7 @@ def check_types(value: object, key: str = "") -> None:
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_types(item, f"{key}.{name}" if key else str(name))
-    elif key.rpartition(".")[2] in ("type", "runner_type") and isinstance(value, str) and not _is_harmless(value):
+    elif key.endswith(("type", "constructor")) and isinstance(value, str) and not _is_harmless(value):
         raise UserError(
             f"{key} is {value!r}, which is no class of the toolchains, of torch.nn or of torch.optim, and could run "
             "anything; write such a config in Python, or register the class"

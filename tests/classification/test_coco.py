@@ -223,6 +223,9 @@ def test_valid_files(check):
 
 def test_what_pycocotools_compares(check):
     """COCOeval takes the id 0 for "not matched", and looks up `iscrowd`."""
+    with pytest.raises(UserError, match="has no annotations, so there is nothing to test; to write predictions alone"):
+        check(coco(annotations=[]), "val", compared=True)
+    check(coco(annotations=[]), "val")
     (said,) = check(coco(annotation(id=0, segmentation=triangle())), "val", compared=True)
     assert said.startswith("an annotation has the id 0. pycocotools counts its object as missed")
     with pytest.raises(UserError, match=r"a\.json: annotations\[0\] has no 'iscrowd'; write 0, or 1 for a crowd"):

@@ -583,6 +583,19 @@ CONFIGS = {
         '{"default_scope": "mmdet", "model": {"a": [{"type": "subprocess.Popen", "args": ["touch", "ran"]}]}}',
         "model.a.0.type is 'subprocess.Popen', which is no class of the toolchains",
     ),
+    "average.yaml": (
+        "{model: {}, custom_hooks: [{type: EMAHook, ema_type: torch.hub.load}]}",
+        "custom_hooks.0.ema_type is 'torch.hub.load', which is no class",
+    ),
+    "constructor.json": (
+        '{"model": {}, "optim_wrapper": {"constructor": "subprocess.check_output"}}',
+        "optim_wrapper.constructor is 'subprocess.check_output', which is no class",
+    ),
+    "clip.json": (
+        '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"clip_grad": {"max_norm": 0}}, "train_cfg": {}, '
+        '"train_dataloader": {}}',
+        "optim_wrapper.clip_grad.max_norm is 0, but must be a number above 0",
+    ),
     "function.yaml": (
         "model: {type: mmengine.call_command}",
         "model.type is 'mmengine.call_command', which is no class",
