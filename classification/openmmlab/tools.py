@@ -39,7 +39,7 @@ from classification.openmmlab.checks import (
     reduces_zero_label,
     warn_of_other_normalisation,
 )
-from classification.openmmlab.config_parts import datasets_of
+from classification.openmmlab.config_parts import datasets_of, kind_of
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
     AverageBatchNorm,
@@ -211,12 +211,53 @@ def _reading(path: str) -> Iterator[None]:
         ) from error
 
 
+ENDLESS_SAMPLERS = ("InfiniteSampler", "InfiniteGroupBatchSampler")  # of mmengine, mmdet
+
+
+def _check_unit(cfg: Config) -> None:
+    """Compare what counts by epochs with what counts by iterations, as a config has both after its loop was changed.
+
+    Raises:
+        UserError: an epoch would never end.
+    """
+    loop = cfg.get("train_cfg")
+    if not isinstance(loop, dict):
+        return
+    by_epoch = kind_of(loop) == "EpochBasedTrainLoop" if loop.get("type") else loop.get("by_epoch", True)
+    samplers = [cfg.train_dataloader.get(key) or {} for key in ("sampler", "batch_sampler")]
+    endless = [kind_of(one) for one in samplers if kind_of(one) in ENDLESS_SAMPLERS]
+    if by_epoch and endless:
+        raise UserError(
+            f"train_cfg counts epochs, but train_dataloader takes an {endless[0]}, whose epoch has no end: take an "
+            "IterBasedTrainLoop, or a DefaultSampler"
+        )
+    if by_epoch or kind_of(loop) not in ("None", "IterBasedTrainLoop"):
+        return
+    schedules = cfg.get("param_scheduler")
+    for i, one in enumerate(schedules if isinstance(schedules, list) else [schedules]):
+        counts_epochs = isinstance(one, dict) and one.get("type") and one.get("by_epoch", True)
+        if counts_epochs and not one.get("convert_to_iter_based"):
+            print_log(
+                f"param_scheduler[{i}] counts epochs, but train_cfg iterations, which are all of one epoch: the "
+                "schedule does nothing; set by_epoch=False, and its begin, end and milestones in iterations",
+                level=logging.WARNING,
+            )
+    saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    if saver and saver.get("by_epoch", True):
+        print_log(
+            "default_hooks.checkpoint counts epochs, but train_cfg iterations, which are all of one epoch: nothing is "
+            "saved before the end; set by_epoch=False, and its interval in iterations",
+            level=logging.WARNING,
+        )
+
+
 def _check_training(cfg: Config) -> None:
     """Raise a UserError if training is to end before it begins, or learns nothing: mmengine would say nothing."""
     loop = cfg.get("train_cfg")
     for key in ("max_epochs", "max_iters") if isinstance(loop, dict) else ():
         if key in loop and not (isinstance(loop[key], int) and loop[key] > 0):
             raise UserError(f"train_cfg.{key} is {loop[key]!r}, but must be a whole number above 0")
+    _check_unit(cfg)
     clip = (cfg.get("optim_wrapper") or {}).get("clip_grad")
     largest = clip.get("max_norm", 1) if isinstance(clip, dict) else 1
     if not (isinstance(largest, int | float) and largest > 0):

@@ -1804,6 +1804,29 @@ def test_maps_of_labels_beyond_a_byte(tmp_path):
         CheckLabels(5)({**results, "gt_seg_map": np.zeros((2, 2, 3), np.uint8)})
 
 
+def test_epochs_beside_iterations(monkeypatch):
+    """A config has both after its loop was changed: schedules that do nothing, an epoch without an end."""
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    parts = dict(
+        train_cfg=dict(type="IterBasedTrainLoop", max_iters=24),
+        train_dataloader=dict(sampler=dict(type="InfiniteSampler")),
+        param_scheduler=[dict(type="LinearLR", by_epoch=False), dict(type="MultiStepLR", by_epoch=True)],
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=1)),
+    )
+    tools._check_training(Config(parts))
+    assert [one.partition(" counts epochs, but train_cfg iterations")[0] for one in said] == [
+        "param_scheduler[1]",
+        "default_hooks.checkpoint",
+    ]
+    parts |= dict(param_scheduler=dict(type="PolyLR", by_epoch=False), default_hooks={})
+    tools._check_training(Config(parts))
+    assert len(said) == 2
+    for loop in (dict(type="EpochBasedTrainLoop", max_epochs=2), dict(by_epoch=True, max_epochs=2)):
+        with pytest.raises(UserError, match="takes an InfiniteSampler, whose epoch has no end"):
+            tools._check_training(Config({**parts, "train_cfg": loop}))
+
+
 def test_maps_that_only_tifffile_reads(tmp_path, monkeypatch):
     """64 bits, which LoadAnnotations(imdecode_backend="tifffile") takes modulo 256."""
     path, labels = tmp_path / "map.tif", np.array([[256, 259]])
