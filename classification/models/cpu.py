@@ -14,17 +14,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from classification.memory import keep_freed_memory
+from classification.models.fusing import GLOBAL_HOOKS, has_hooks
 from classification.models.held import Holding, depthwise, folded, held_dtype, pack, pack_depthwise, product, steps
 from classification.models.linear import MKL_LEADS, dilation, is_product, linear
-from classification.models.spatialmamba import (
-    GLOBAL_HOOKS,
-    ConvLayer,
-    Mlp,
-    StructureAwareSSM,
-    has_hooks,
-    to_planes,
-    to_tokens,
-)
+from classification.models.spatialmamba import ConvLayer, Mlp, StructureAwareSSM, to_planes, to_tokens
 
 
 class CpuLinear(nn.Linear):

@@ -1,28 +1,35 @@
 """Spatial-Mamba (arXiv 2410.15091): one raster scan, its states fused with their neighbours, in a four-stage backbone.
 
 Read from top to bottom: the block's parts, the block, the stages, the classifier and its dense-task form, the sizes.
-Tokens travel channels-last, (B, H, W, C); the two kernel packages work on planes, (B, D, H, W).
+Tokens travel channels-last, (B, H, W, C); the scan and the fusion work on planes, (B, D, H, W). On a GPU, operators
+join several modules: `fusing.py` says when.
 Parameter names are those of the published checkpoints, which load strictly; weight decay rules match on them.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from dwconv2d import depthwise_residual_norm, depthwise_silu, state_fusion_output
-from dwconv2d.loading import TRITON_INSTALLED, autocast_dtype
 from selective_scan import norm_gate, selective_scan_state
-from selective_scan.loading import call as call_operator
 from timm import layers
 from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-USE_FUSED = os.environ.get("SPATIALMAMBA_FUSED", "1") != "0"
+from classification.models.fusing import (
+    ProjectedScan,
+    apply,
+    cast,
+    fusible,
+    has_fused_kernels,
+    has_hooks,
+    linear_relu,
+    product,
+)
+
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes, log-uniform (Mamba, arXiv 2312.00752, section 3.6)
 
 
@@ -34,118 +41,6 @@ def to_planes(tokens: Tensor) -> Tensor:
 def to_tokens(planes: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H, W, C), a view."""
     return planes.permute(0, 2, 3, 1)
-
-
-def has_fused_kernels(x: Tensor) -> bool:
-    """Whether the operators that join several modules have kernels where x is: on a GPU, in Triton.
-
-    The environment variable SPATIALMAMBA_FUSED=0 has a GPU call the modules too. `torch.fx` traces the modules.
-    """
-    return not isinstance(x, torch.fx.Proxy) and x.is_cuda and TRITON_INSTALLED and USE_FUSED
-
-
-def fusible(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether one operator may stand for these modules: it has kernels, and calling the modules does no more.
-    A module is called as it is if it has a hook, lacks a parameter, or is of another type or has another `forward`, as
-    adapters, quantisation and tools for interpretation make it.
-    """
-    return has_fused_kernels(x) and not any(GLOBAL_HOOKS) and all(map(_is_plain, modules))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    # By its dictionary: attributes of a module take the host longer, and this is asked in each call of the model.
-    if type(module) not in FUSIBLE or has_hooks(module):
-        return False
-    if type(module) not in PARAMETRISED:
-        return True
-    own = module.__dict__
-    if type(module) is nn.Conv2d and tuple(map(own.get, GEOMETRY)) not in KEEPS_SIZE:
-        return False
-    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
-    return weight is not None and bias is not None and bias.dim() == 1
-
-
-GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-# What the operators compute. Tools change it in a model that is ready, for circular padding or a smaller output stride.
-KEEPS_SIZE = (((3, 3), (1, 1), (1, 1), (1, 1), "zeros"), ((1, 1), (1, 1), (0, 0), (1, 1), "zeros"))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's `forward`, apart from hooks of all modules."""
-    own = module.__dict__
-    return "forward" in own or any(map(own.get, HOOKS))
-
-
-# Entries of a module's dictionary that hold hooks, or that `Module.compile` sets.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl")
-# Those of all modules, as torch.nn.modules.module.register_module_forward_hook and its like add them.
-GLOBAL_HOOKS = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
-
-
-class _LinearReLU(torch.autograd.Function):
-    """ReLU(x W^T + b) of rows x (M, C). cuBLAS applies bias and ReLU as it stores the product."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, weight, bias):
-        return torch._addmm_activation(bias, x, weight.t())
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2], output)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, y = ctx.saved_tensors
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        return grad @ weight, grad.t() @ x, grad.sum(0)
-
-
-class _ProjectedScan(torch.autograd.Function):
-    """States of x (B, D, L) whose step size is W r: r (B, R, L), W (D, R). Arguments as of `selective_scan_state`.
-
-    The backward pass computes W r again. R is D / 32, so autograd keeps one tensor of D channels less.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, r, W, A_logs, B, delta_bias):
-        return selective_scan_state(x, product(W, r), A_logs, B, delta_bias, delta_softplus=True, A_is_log=True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, r, W, *others = ctx.saved_tensors
-        inputs = grad, x, product(W, r), *others, True, True  # as in `forward`: softplus, logarithms of -A
-        dx, d_delta, *others = call_operator("selective_scan_state_backward", *inputs)
-        return dx, product(W.t(), d_delta), torch.bmm(d_delta, r.transpose(1, 2)).sum(0), *others
-
-
-def product(weight: Tensor, planes: Tensor) -> Tensor:
-    """weight (E, D) times planes (B, D, L) -> (B, E, L), contiguous. `@` would transpose the planes."""
-    return torch.bmm(weight.expand(len(planes), -1, -1), planes)
-
-
-def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ReLU of a linear layer of tokens (B, H, W, C), in one kernel on a GPU. Autocast applies as to `F.linear`."""
-    x = x.to(autocast_dtype(x) or x.dtype)
-    flat = _apply(_LinearReLU, x.flatten(0, 2), _cast(weight, x), _cast(bias, x))
-    return flat.unflatten(0, x.shape[:3])
-
-
-def _apply(function: type[torch.autograd.Function], *inputs: Tensor) -> Tensor:
-    # Without gradients only its forward: torch.jit can neither look into `apply` nor save it.
-    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(*inputs)
 
 
 def _call(function: Callable, *inputs: Tensor | None):
@@ -258,7 +153,7 @@ class StateFusion(nn.Module):
     def forward(self, h: Tensor, C: Tensor, D: Tensor, x: Tensor) -> Tensor:
         """States h (B, D, N, H, W), C (B, N, H, W), D (D,), x (B, D, H, W) -> y = sum_n C_n h'_n + D x, like x."""
         weights = (self.kernel_3, self.kernel_3_1, self.kernel_3_2, self.alpha, D)
-        *kernels, D = (_cast(w, h) for w in weights)  # float32 even in a model cast to 16 bits
+        *kernels, D = (cast(w, h) for w in weights)  # float32 even in a model cast to 16 bits
         return state_fusion_output(h, *kernels, C, D, x)
 
 
@@ -336,7 +231,7 @@ class StructureAwareSSM(nn.Module):
         x, r, B = (t.flatten(2) for t in (scanned, r, B))
         state_dtype = _at_least_float32(x)
         A_logs, delta_bias = self.A_logs.to(state_dtype), self.dt_projs_bias.to(state_dtype)
-        h = _apply(_ProjectedScan, x, r, self.dt_projs_weight.to(r.dtype), A_logs, B, delta_bias)
+        h = apply(ProjectedScan, x, r, self.dt_projs_weight.to(r.dtype), A_logs, B, delta_bias)
         return self.state_fusion(h.unflatten(3, scanned.shape[2:]), C, self.Ds, observed)
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -433,7 +328,8 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.ln_2(x)))
 
     def fusible(self, x: Tensor) -> bool:
-        return fusible(x, self.cpe1, self.ln_1, self.cpe2, self.ln_2, self.drop_path)
+        is_plain = type(self.drop_path) is DropPath and not has_hooks(self.drop_path)
+        return is_plain and fusible(x, self.cpe1, self.ln_1, self.cpe2, self.ln_2)
 
     def without_last_addition(
         self, x: Tensor, update: Tensor | None = None, scale: Tensor | None = None
@@ -478,7 +374,7 @@ class Stage(nn.Module):
         self.downsample = downsample
 
     def blocks_out(self, x: Tensor) -> Tensor:
-        if fusible(x, *self.blocks) and all(block.fusible(x) and not block.is_recomputed() for block in self.blocks):
+        if all(self._joins(x, block) for block in self.blocks):
             # The last addition of a block is left to the operator that the next block begins with.
             parts = self.blocks[0].without_last_addition(x)
             for block in self.blocks[1:]:
@@ -489,12 +385,12 @@ class Stage(nn.Module):
                 x = block(x)
         return x
 
+    @staticmethod
+    def _joins(x: Tensor, block: nn.Module) -> bool:
+        return type(block) is Block and not has_hooks(block) and not block.is_recomputed() and block.fusible(x)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.downsample(self.blocks_out(x))
-
-
-PARAMETRISED = (nn.Conv2d, nn.LayerNorm)
-FUSIBLE = (*PARAMETRISED, DropPath, Block)
 
 
 class SpatialMamba(nn.Module):
@@ -758,12 +654,8 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _cast(x: Tensor, like: Tensor) -> Tensor:
-    return x if x.dtype == like.dtype else x.to(like.dtype)  # `to` takes the host longer to find that out
-
-
-# What torch.fx puts into its graphs as it is, for it looks at tensors.
-for _name in ("selective_scan_state", "state_fusion_output", "_at_least_float32", "_cast", "_check_images"):
+# torch.fx records calls of these functions and does not trace into them, because they look at shapes and dtypes.
+for _name in ("selective_scan_state", "state_fusion_output", "_at_least_float32", "cast", "_check_images"):
     torch.fx.wrap(_name)
 
 

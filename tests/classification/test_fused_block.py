@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from classification.models import optimise_for_cpu, spatialmamba
+from classification.models import fusing, optimise_for_cpu, spatialmamba
 from classification.models.spatialmamba import Block, Downsample, SpatialMamba, Stage, StructureAwareSSM
 
 
@@ -16,7 +16,8 @@ def fused(monkeypatch):
     """Calls `choose(True)` to have blocks take the operators on a CPU too, where plain PyTorch runs them."""
 
     def choose(wanted):
-        monkeypatch.setattr(spatialmamba, "has_fused_kernels", lambda x: wanted)
+        for module in (spatialmamba, fusing):
+            monkeypatch.setattr(module, "has_fused_kernels", lambda x: wanted)
 
     return choose
 
