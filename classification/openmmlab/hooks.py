@@ -215,13 +215,15 @@ class CheckSameData(Hook):
 
 
 def _facts(dataset: object) -> tuple[int, str, str]:
-    """Return the number of images, a digest of their names, and one of their boxes and labels."""
+    """Return the number of images, a digest of their names, and one of their boxes or the sizes of their maps."""
     infos = map(dataset.get_data_info, range(len(dataset))) if hasattr(dataset, "get_data_info") else ()
     names, objects = hashlib.sha256(), hashlib.sha256()
     for info in infos:
         names.update(os.path.basename(str(info.get("img_path"))).encode(errors="replace") + b"\n")
         boxes = [(one.get("bbox_label"), one.get("bbox")) for one in info.get("instances") or ()]
-        objects.update(repr(boxes).encode())
+        labels = str(info.get("seg_map_path"))  # a digest of what is in the maps would take too long
+        size = os.path.getsize(labels) if os.path.isfile(labels) else None
+        objects.update(repr((boxes, size)).encode())
     return len(dataset), names.hexdigest(), objects.hexdigest()
 
 
@@ -231,7 +233,7 @@ def _check_same_data(dataset: object, name: str) -> None:
     first, *others = all_gather_object(_facts(dataset))
     for rank, (images, *digests) in enumerate(others, start=1):
         if (images, *digests) != first:
-            what = "with other boxes or labels" if digests[0] == first[1] else "of other names"
+            what = "with other boxes, labels or label maps" if digests[0] == first[1] else "of other names"
             raise UserError(
                 f"process {rank} has other {name} data than process 0: {images} images "
                 f"{what if images == first[0] else f'in place of {first[0]}'}; give all machines the same data"

@@ -274,7 +274,7 @@ def merge_options(cfg: Config, options: dict) -> None:
     """
     old, new = cfg.get("data_root"), options.get("data_root")
     if old and new:
-        for key in cfg.keys() - {"work_dir", "load_from", "resume"}:
+        for key in cfg.keys() - {"work_dir", "load_from", "resume", "classes"}:
             cfg[key] = _moved(cfg[key], old.rstrip("/"), new.rstrip("/"))
         options = {**options, "data_root": os.path.join(new, "")}
     _warn_of_misspelt_keys(cfg, options)
@@ -453,7 +453,8 @@ def _accepts(kind: object, argument: str) -> bool:
 def _moved(value: object, old: str, new: str) -> object:
     if isinstance(value, dict):
         for key, item in list(value.items()):
-            value[key] = _moved(item, old, new)
+            if key != "classes" or isinstance(item, str):  # names of classes are no paths; that of their file is
+                value[key] = _moved(item, old, new)
     elif isinstance(value, (list, tuple)):
         return type(value)(_moved(item, old, new) for item in value)
     elif isinstance(value, str) and (value == old or value.startswith(f"{old}/")):

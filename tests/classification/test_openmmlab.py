@@ -711,7 +711,9 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
     class Listed(list):
         def get_data_info(self, i):
             path, *box = self[i]
-            return dict(img_path=path, instances=[dict(bbox=box, bbox_label=0)])
+            label_map = tmp_path / f"map{path[1]}.png"
+            label_map.write_bytes(path[1].encode() * int(path[1]))
+            return dict(img_path=path, instances=[dict(bbox=box, bbox_label=0)], seg_map_path=str(label_map))
 
     monkeypatch.setattr(hooks, "get_world_size", lambda: 2)
     first = []
@@ -723,9 +725,10 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
     monkeypatch.setattr(hooks, "all_gather_object", gather)
     for mine, message in (
         ([("/1/a.png", 0, 0, 2, 2), ("/1/b.png",)], None),
-        ([("/2/a.png", 0, 0, 2, 2), ("/2/b.png",)], None),
+        ([("/1/deep/a.png", 0, 0, 2, 2), ("/1/deep/b.png",)], None),
+        ([("/2/a.png", 0, 0, 2, 2), ("/2/b.png",)], "2 images with other boxes, labels or label maps"),
         ([("/1/a.png", 0, 0, 2, 2), ("/1/c.png",)], "2 images of other names"),
-        ([("/1/a.png", 0, 0, 2, 3), ("/1/b.png",)], "2 images with other boxes or labels"),
+        ([("/1/a.png", 0, 0, 2, 3), ("/1/b.png",)], "2 images with other boxes, labels or label maps"),
         ([("/1/a.png", 0, 0, 2, 2)], "1 images in place of 2"),
     ):
         run.test_dataloader = argparse.Namespace(dataset=Listed(mine))
@@ -1321,6 +1324,10 @@ def test_misspelt_options_are_named(monkeypatch):
     right = {"data_root": "b", "mine": 1, "load_from": "a.pth", "val_cfg.x": 1, "tta_pipeline": [], "model.bakbone": 1}
     tools.merge_options(Config(dict(model={}, data_root="a/", test_pipeline=[])), right)
     assert said == []
+    named = dict(classes=("cat", "dog"))  # one is called as the folder
+    cfg = Config(dict(model={}, data_root="cat/", metainfo=named, a=dict(classes="cat/names.txt"), b=["cat", "cat/d"]))
+    tools.merge_options(cfg, {"data_root": "e"})
+    assert (cfg.metainfo.classes, cfg.a.classes, cfg.b) == (("cat", "dog"), "e/names.txt", ["e", "e/d"])
     tools.merge_options(Config(dict(model={}, max_epochs=12)), {"max_epochs": 36, "data_root": "b"})
     assert ["changes nothing now" in said[0], "none that could be replaced" in said[1]] == [True, True]
     said.clear()
