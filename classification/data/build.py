@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
-from classification.data.images import ImageFolder, UnreadableImageError
+from classification.data.images import ImageFolder, UnreadableImageError, class_names
 from classification.errors import UserError, normalisation_hint
 from classification.seeding import seeded
 
@@ -180,11 +180,6 @@ class UnreadableImages:
                     "remove the images named in the log, or raise it"
                 )
             logger.warning("%s; another takes its place (%d of %d allowed)", message, count, self.limit)
-
-
-def class_names(data_path: str, split: str) -> list[str]:
-    """Return the names of the class folders of a split, in the order of their labels."""
-    return ImageFolder(data_path, split, transform=None).classes
 
 
 def build_train_loader(config: CfgNode, rank: int, world_size: int) -> ImageLoader:

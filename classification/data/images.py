@@ -126,6 +126,34 @@ def image_suffixes() -> tuple[str, ...]:
     return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
+def class_names(data_path: str, split: str, ignored: Counter[str] | None = None) -> list[str]:
+    """Return the names of the class folders of a split, in the order of their labels, without a look into them.
+
+    Args:
+        ignored: counts what is no class folder, by the reason.
+
+    Raises:
+        UserError: a folder is missing or may not be entered, or there are no class folders.
+    """
+    if not data_path:
+        raise UserError("no data: pass --data-path DIR with the folders train/ and val/, one folder a class in each")
+    root = str(Path(data_path, split))
+    for folder in (str(Path(data_path)), root):
+        if not is_dir(folder):
+            raise UserError(f"{folder}: no such folder; --data-path must hold {split}/ with one folder a class")
+    names, ignored = [], Counter() if ignored is None else ignored
+    for entry in _entries(root):
+        if not _is(entry, os.DirEntry.is_dir):
+            ignored["file(s) beside the class folders"] += 1
+        elif entry.name.startswith("."):
+            ignored["hidden folder(s)"] += 1
+        else:
+            names.append(entry.name)
+    if not names:
+        raise UserError(f"{root}: no class folders; expected {root}/CLASS/*.jpg")
+    return names
+
+
 class ImageFolder(Dataset):
     """The images of DATA_PATH/split as (image, label), like torchvision's ImageFolder.
 
@@ -139,18 +167,10 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, data_path: str, split: str, transform: Callable | None):
-        if not data_path:
-            raise UserError(
-                "no data: pass --data-path DIR with the folders train/ and val/, one folder a class in each"
-            )
-        root = Path(data_path, split)
-        for folder in (Path(data_path), root):
-            if not is_dir(folder):
-                raise UserError(f"{folder}: no such folder; --data-path must hold {split}/ with one folder a class")
-        self.root, self.transform = str(root), transform
         self.ignored: Counter[str] = Counter()
+        self.classes = class_names(data_path, split, self.ignored)
+        self.root, self.transform = str(Path(data_path, split)), transform
         self.suffixes = image_suffixes()
-        self.classes = self._classes()
         self.samples = self._samples()
 
     def __len__(self) -> int:
@@ -173,19 +193,6 @@ class ImageFolder(Dataset):
         for path, _ in self.samples:
             found.update(os.fsencode(path.removeprefix(self.root)) + b"\0")
         return found.hexdigest()
-
-    def _classes(self) -> list[str]:
-        names = []
-        for entry in _entries(self.root):
-            if not _is(entry, os.DirEntry.is_dir):
-                self.ignored["file(s) beside the class folders"] += 1
-            elif entry.name.startswith("."):
-                self.ignored["hidden folder(s)"] += 1
-            else:
-                names.append(entry.name)
-        if not names:
-            raise UserError(f"{self.root}: no class folders; expected {self.root}/CLASS/*.jpg")
-        return names
 
     def _samples(self) -> list[tuple[str, int]]:
         samples, owners, empty = [], {}, []

@@ -15,9 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment,
 
 from classification.config import load_config
 from classification.data import UnreadableImages, build_eval_loader, build_mixup, build_train_loader
+from classification.data import images as images_module
 from classification.data.build import eval_transform
 from classification.data.digits import write_digits
-from classification.data.images import ImageFolder, UnreadableImageError, read_image
+from classification.data.images import ImageFolder, UnreadableImageError, class_names, read_image
 from classification.errors import UserError
 
 
@@ -372,3 +373,14 @@ def test_labels_follow_the_names_of_a_checkpoint(few_digits):
     ):
         with pytest.raises(UserError, match=rf"c\.pth: its classes are not those of .*val: {re.escape(difference)}"):
             loader.renumber(other, "c.pth")
+
+
+def test_names_of_classes_take_no_look_into_their_folders(tmp_path, monkeypatch):
+    """ImageNet has a million files, each start asks for the names several times, and the disk may be far away."""
+    for name in ("b", "a"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "train" / name / "a.png")
+    looked, entries = [], images_module._entries
+    monkeypatch.setattr(images_module, "_entries", lambda folder: looked.append(folder) or entries(folder))
+    assert class_names(str(tmp_path), "train") == ["a", "b"]
+    assert looked == [str(tmp_path / "train")]
