@@ -28,7 +28,7 @@ from classification.pickles import RefusedPickleError, Scan
 logger = logging.getLogger("spatialmamba")
 
 LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
-ORDER = "checkpoints.txt"
+ORDER_FILE = "checkpoints.txt"
 CLASSES = "classes"  # names, in the order of the head
 SAFETENSORS, DAMAGED, REPLACED = ".safetensors", ".damaged", ".replaced"
 # The stand-in for CfgNode in a pickle: OrderedDict is the only subclass of dict that the safe unpickler fills.
@@ -72,7 +72,7 @@ def read_checkpoint(
     with _reading(path):
         if path.suffix == SAFETENSORS:
             return _read_safetensors(path)
-        whole = _check_archive(path)
+        has_checksums = _check_archive(path)
         known = [name for _, name in stand_ins]
         refused = [name for name in _unsafe_names(path) if name not in known]
         if others is not None:
@@ -87,7 +87,7 @@ def read_checkpoint(
             if refused:
                 names = ", ".join(refused[:5])
                 raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {names}") from error
-            if whole:  # undamaged, but not a checkpoint that can be read
+            if has_checksums:  # undamaged, but not a checkpoint that can be read
                 raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
             raise _damaged(path) from error
         content = plain(content, path, _without_attributes)
@@ -133,9 +133,16 @@ def _damaged(path: Path) -> DamagedCheckpointError:
 
 
 def _check_archive(path: Path) -> bool:
-    """Compare the checksums, which torch.load ignores, and the claimed sizes with the data. Return whether all match.
+    """Compare the checksums, which torch.load ignores, and the claimed sizes with the data.
 
-    A flipped bit would be another weight. PyTorch's format before 1.6 has no checksums: for it, return False.
+    A flipped bit would be another weight.
+
+    Returns:
+        Whether the file has checksums. PyTorch's format before 1.6 has none.
+
+    Raises:
+        DamagedCheckpointError: a checksum or a size does not match.
+        UserError: the file is packed as torch.save does not pack it, or without checksums.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":
@@ -151,9 +158,9 @@ def _check_archive(path: Path) -> bool:
                 )
             names = {entry.filename.lower() for entry in entries}  # as PyTorch's reader takes them
             claimed = sum(entry.file_size for entry in entries)
-            altered = [e for e in entries if e.external_attr & DIRECTORY or e.compress_size != e.file_size]
+            odd = [e for e in entries if e.external_attr & DIRECTORY or e.compress_size != e.file_size]
             crowded = len(names) < len(entries) or claimed > path.stat().st_size
-            if altered or crowded or not _has_one_directory(path, archive):
+            if odd or crowded or not _has_one_directory(path, archive):
                 raise DamagedCheckpointError(
                     f"{path}: is packed as torch.save does not, or damaged: its directory is not that of what it holds"
                 )
@@ -163,13 +170,13 @@ def _check_archive(path: Path) -> bool:
                     "told whether it is whole; if you trust it, torch.save(torch.load(CKPT, weights_only=True), CKPT) "
                     "adds them"
                 )
-            altered = archive.testzip()
+            corrupt = archive.testzip()
     except Exception as error:  # a damaged directory can send zipfile anywhere
         if isinstance(error, UserError) or _is_momentary(error):
             raise
         raise _damaged(path) from error
-    if altered:
-        raise DamagedCheckpointError(f"{path}: is damaged: {altered} in it does not match its checksum")
+    if corrupt:
+        raise DamagedCheckpointError(f"{path}: is damaged: {corrupt} in it does not match its checksum")
     _check_claims(path, entries)
     return True
 
@@ -217,14 +224,14 @@ def _has_one_directory(path: Path, archive: zipfile.ZipFile) -> bool:
         return int.from_bytes(tail[at : at + length], "little")
 
     begins = size - 22
-    count, length, offset = number(-12, 2), number(-10, 4), number(-6, 4)
+    entries, length, offset = number(-12, 2), number(-10, 4), number(-6, 4)
     if tail[-42:-38] == LOCATOR_64:
         begins = size - 98
         if tail[-98:-94] != END_64 or number(-34, 8) != begins:
             return False
-        count, length, offset = number(-66, 8), number(-58, 8), number(-50, 8)
+        entries, length, offset = number(-66, 8), number(-58, 8), number(-50, 8)
     here = offset + length == begins and offset == archive.start_dir
-    return tail[-22:-18] == END and here and count == len(archive.infolist())
+    return tail[-22:-18] == END and here and entries == len(archive.infolist())
 
 
 def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
@@ -384,9 +391,9 @@ def class_names_of(content: dict, path: str | Path) -> list[str] | None:
         return None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
         raise UserError(f"{path}: its {CLASSES!r} is not a list of names, each of its own")
-    count = num_classes(content["model"]) if isinstance(content.get("model"), dict) else None
-    if count not in (None, len(names)):
-        raise UserError(f"{path}: its {CLASSES!r} has {len(names)} names, but its head has {count} classes")
+    classes = num_classes(content["model"]) if isinstance(content.get("model"), dict) else None
+    if classes not in (None, len(names)):
+        raise UserError(f"{path}: its {CLASSES!r} has {len(names)} names, but its head has {classes} classes")
     return names
 
 
@@ -425,7 +432,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
     for key, value in state.items():
         fault = _fault(value) if isinstance(key, str) and key.isprintable() else "is not a name"
         if not fault and not value.is_floating_point() and not key.endswith(counts):
-            fault = f"is of dtype {_name(value.dtype)}, not of floating point"
+            fault = f"is of dtype {_dtype_name(value.dtype)}, not of floating point"
         if fault:
             raise UserError(f"{path}: its weights hold {key!r}, which {fault}")
         storage = value.untyped_storage()
@@ -471,14 +478,15 @@ def load_weights(
     if found := differences(own, state):
         raise UserError(f"{path}: its weights are of another model: {found}{_hint(state)}")
     try:
-        weights = {key: like(value, state[key], key) for key, value in own.items()}  # without the file's _metadata
+        # A plain dict, without the file's _metadata.
+        weights = {key: in_layout_of(value, state[key], key) for key, value in own.items()}
     except ValueError as error:
         raise UserError(f"{path}: its weights hold what is no weight: {error}") from error
     model.load_state_dict(weights)
     return other_head
 
 
-def like(own: Tensor, value: object, name: str) -> Tensor:
+def in_layout_of(own: Tensor, value: object, name: str) -> Tensor:
     """Copy `value`, which a file holds for `own`, to a new tensor of the layout, dtype and device of `own`.
 
     A tensor in a file can have any strides, even overlapping ones, or be no ordinary tensor at all.
@@ -491,7 +499,7 @@ def like(own: Tensor, value: object, name: str) -> Tensor:
     if value.shape != own.shape and not value.numel() == own.numel() == 1:
         raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(own.shape)}")
     if value.is_floating_point() != own.is_floating_point():
-        raise ValueError(f"{name} is of dtype {_name(value.dtype)}, not {_name(own.dtype)}")
+        raise ValueError(f"{name} is of dtype {_dtype_name(value.dtype)}, not {_dtype_name(own.dtype)}")
     result = torch.empty_like(own, requires_grad=False).copy_(value.detach().reshape(own.shape))
     if not _finite(result):
         raise ValueError(f"{name} is not finite")
@@ -513,11 +521,11 @@ def _fault(value: object) -> str:
     if value.is_meta:
         return "is a tensor without values (on the meta device)"
     if value.is_complex() or value.dtype == torch.bool:
-        return f"is of dtype {_name(value.dtype)}, not of floating point"
+        return f"is of dtype {_dtype_name(value.dtype)}, not of floating point"
     return ""
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -608,11 +616,11 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self.set_aside: list[str] = []  # messages about damaged files
+        self.damage_messages: list[str] = []  # messages about damaged files
         self.notes: list[str] = []  # other messages for the log
-        self.displaced: set[str] = set()  # names whose present files are set aside before new files take the names
+        self.to_set_aside: set[str] = set()  # names whose present files are set aside before new files take the names
         self.lock_file: TextIO | None = None
-        self.seen: dict[str, tuple[int, int]] | None = None
+        self.files_at_start: dict[str, tuple[int, int]] | None = None
 
     def numbered(self) -> list[Path]:
         """Return the numbered checkpoints in the order in which they were written.
@@ -622,12 +630,12 @@ class CheckpointFolder:
         """
         found = {p: re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pth", p.name) for p in self.folder.glob("epoch_*.pth")}
         places = {path: (int(m[1]), int(m[2] or 0)) for path, m in found.items() if m and path.is_file()}
-        listed = {name: i for i, name in enumerate(self._listed())}
+        listed = {name: i for i, name in enumerate(self._read_order())}
         return sorted(places, key=lambda path: (listed.get(path.name, -1), places[path]))
 
-    def _listed(self) -> list[str]:
+    def _read_order(self) -> list[str]:
         try:
-            return (self.folder / ORDER).read_text().splitlines()
+            return (self.folder / ORDER_FILE).read_text().splitlines()
         except (OSError, UnicodeDecodeError):
             return []
 
@@ -641,30 +649,30 @@ class CheckpointFolder:
             UserError: the checkpoint cannot be written; the present files stay.
         """
         path = self.folder / (f"epoch_{epochs}_step_{step}.pth" if step else f"epoch_{epochs}.pth")
-        listed = self._listed()
+        listed = self._read_order()
         if path.name not in listed:
             if path.exists():  # somebody else has put the file there
                 logger.warning("%s: is none of this run's; set aside as %s", path, _set_aside(path, REPLACED).name)
-            self._list([path.name, *listed])  # first: a run killed in between must know its own file
+            self._write_order([path.name, *listed])  # first: a run killed in between must know its own file
         save_checkpoint(content, path)
         own = [old for old in self.numbered() if old.name in listed and old != path]
         order = [*own, path]
-        self._list([kept.name for kept in order[-self.keep :]])
+        self._write_order([kept.name for kept in order[-self.keep :]])
         for name in names:
-            if name in self.displaced and (self.folder / name).exists():
+            if name in self.to_set_aside and (self.folder / name).exists():
                 logger.warning("%s: set aside as %s", self.folder / name, _set_aside(self.folder / name, REPLACED).name)
-            self.displaced.discard(name)
-            self._name(path, self.folder / name)
+            self.to_set_aside.discard(name)
+            self._link(path, self.folder / name)
         for old in order[: -self.keep]:
             with suppress(OSError):
                 old.unlink()
         return path
 
-    def _list(self, names: list[str]) -> None:
+    def _write_order(self, names: list[str]) -> None:
         text = "".join(f"{name}\n" for name in names)
-        write_atomically(self.folder / ORDER, lambda file: file.write(text.encode()))
+        write_atomically(self.folder / ORDER_FILE, lambda file: file.write(text.encode()))
 
-    def _name(self, path: Path, name: Path) -> None:
+    def _link(self, path: Path, name: Path) -> None:
         partial = _partial(name)
         partial.unlink(missing_ok=True)
         try:
@@ -681,25 +689,25 @@ class CheckpointFolder:
         """Keep other runs out of the folder for as long as this process lives, if the file system has locks.
 
         Raises:
-            UserError: another process holds the lock, or has trained in the folder since `look`; or the folder cannot
-                be written to.
+            UserError: another process holds the lock, or has trained in the folder since `has_run`; or the folder
+                cannot be written to.
         """
         if self.lock_file is not None:  # opening and closing the file again would release the lock
             return
         self.lock_file, note = lock_folder(self.folder, "--output", "--tag")
         self.notes += [note] if note else []
-        if self.seen is not None and self.seen != self._present():
+        if self.files_at_start is not None and self.files_at_start != self._present():
             raise UserError(
                 f"{self.folder}: another process has trained in it meanwhile; the same command goes on from there"
             )
 
-    def look(self) -> bool:
+    def has_run(self) -> bool:
         """Return whether the folder holds checkpoints, even damaged ones: then a run has begun.
 
         Remember the files that are there now, which `lock` compares.
         """
-        self.seen = self._present()
-        return bool(self.seen)
+        self.files_at_start = self._present()
+        return bool(self.files_at_start)
 
     def _present(self) -> dict[str, tuple[int, int]]:
         named = [self.folder / name for name in (LATEST, BEST, BEST_EMA)]
@@ -728,7 +736,7 @@ class CheckpointFolder:
     def read_last(self, check: Callable[[dict, Path], object]) -> tuple[dict, Path]:
         """Return the newest undamaged checkpoint that passes `check`, and its path.
 
-        A damaged checkpoint is renamed to NAME.damaged and noted in `set_aside`.
+        A damaged checkpoint is renamed to NAME.damaged and noted in `damage_messages`.
 
         Raises:
             UserError: all checkpoints are damaged, or `check` refuses an undamaged one.
@@ -741,8 +749,8 @@ class CheckpointFolder:
                 check(content, path)
                 return content, path
             except DamagedCheckpointError as error:
-                self.set_aside.append(f"{error}; set aside as {_set_aside(path).name}")
-        found = "; ".join(self.set_aside) or ", ".join(sorted(f.name for f in self.folder.glob(f"*{DAMAGED}*")))
+                self.damage_messages.append(f"{error}; set aside as {_set_aside(path).name}")
+        found = "; ".join(self.damage_messages) or ", ".join(sorted(f.name for f in self.folder.glob(f"*{DAMAGED}*")))
         best = [name for name in (BEST, BEST_EMA) if (self.folder / name).is_file()]
         if best and not found:
             raise UserError(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 from yacs.config import CfgNode
 
-from classification.checkpoint import like
+from classification.checkpoint import in_layout_of
 
 REFERENCE_BATCH = 512  # the global batch that the config's learning rates are for
 
@@ -48,7 +48,7 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
     indices = [i for group in in_order for i in group]
     moments = {
         index: {
-            key: like(_prototype(key, parameter), _value(key, state[index]), f"{key} of parameter {index}")
+            key: in_layout_of(_prototype(key, parameter), _value(key, state[index]), f"{key} of parameter {index}")
             for key in _MOMENTS
         }
         for index, parameter in zip(indices, (p for group in parameters for p in group), strict=True)

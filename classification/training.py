@@ -25,7 +25,7 @@ from classification.checkpoint import (
     DamagedCheckpointError,
     StateDict,
     class_names_of,
-    like,
+    in_layout_of,
     load_weights,
     read_checkpoint,
     state_dicts,
@@ -235,7 +235,7 @@ class Training:
         4. None.
         """
         path = Path(self.config.MODEL.RESUME) if self.config.MODEL.RESUME else None
-        holds_a_run = self.checkpoints.look()
+        holds_a_run = self.checkpoints.has_run()
         is_in_folder = holds_a_run and path is not None and path.parent.resolve() == self.run.folder.resolve()
         goes_back = is_in_folder and path.name != LATEST
         if goes_back and self.config.TRAIN.AUTO_RESUME and (last := self._last_if_gone_back_to(path.name)):
@@ -377,7 +377,7 @@ class Training:
         try:
             for mine, theirs in zip(own, saved[self.run.rank], strict=False):  # the file may lack the EMA's
                 for name, buffer in mine.items():
-                    buffer.copy_(like(buffer, theirs[name], name))
+                    buffer.copy_(in_layout_of(buffer, theirs[name], name))
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}"
@@ -418,7 +418,7 @@ class Training:
             reason = self._validated_differently(content, best)
         if not reason:
             return content.get(key)
-        self.checkpoints.displaced.add(best.name)
+        self.checkpoints.to_set_aside.add(best.name)
         self.notes.append(f"{reason}: the best epoch is looked for anew, and this file will be set aside for it")
         return None
 
@@ -605,7 +605,7 @@ class Training:
         logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, how, run.folder)
         left_out = [loader.dataset.folder.left_out for loader in (self.train_loader, self.eval_loader)]
         one = "there is one class, so every prediction is right: accuracy says nothing"
-        messages = [*self.checkpoints.set_aside, *self.checkpoints.notes, *self.notes, *left_out]
+        messages = [*self.checkpoints.damage_messages, *self.checkpoints.notes, *self.notes, *left_out]
         for message in filter(None, [*messages, one if self.model.num_classes == 1 else ""]):
             logger.log(logging.WARNING if run.is_main else logging.DEBUG, "%s", message)
         if self.resumed_from:

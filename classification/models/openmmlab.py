@@ -18,7 +18,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from classification.checkpoint import StateDict, differences, like, state_dicts, variant_of
+from classification.checkpoint import StateDict, differences, in_layout_of, state_dicts, variant_of
 from classification.errors import UserError
 from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
 from classification.openmmlab import hooks, transforms  # noqa: F401
@@ -153,7 +153,7 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
         if found := differences(own, state, ignore=(*ignored, *fresh)):
             raise UserError(f"{path}: its weights are of another model: {found}{size_hint(state)}")
         try:
-            loaded = {key: like(own[key], value, key) for key, value in state.items() if key not in ignored}
+            loaded = {key: in_layout_of(own[key], value, key) for key, value in state.items() if key not in ignored}
         except ValueError as error:
             raise UserError(f"{path}: its weights hold what is no weight: {error}") from error
         self.load_state_dict({**own, **loaded})

@@ -17,7 +17,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
 
-from classification.checkpoint import differences, like
+from classification.checkpoint import differences, in_layout_of
 from classification.errors import UserError
 from classification.openmmlab.messages import print_log
 from classification.sync_bn import average_batch_norm
@@ -328,9 +328,9 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
             state = saved["state"].get(i, {})
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    state[name] = like(parameter, value, f"state[{i}].{name}")
+                    state[name] = in_layout_of(parameter, value, f"state[{i}].{name}")
                 elif isinstance(value, torch.Tensor) and (name in OF_EACH_WEIGHT or not value.isfinite().all()):
-                    like(parameter, value, f"state[{i}].{name}")  # which says what is wrong with it
+                    in_layout_of(parameter, value, f"state[{i}].{name}")  # raises an error that says what is wrong
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: its optimizer does not fit the config's optim_wrapper ({error!s:.300}); set the one that it was "

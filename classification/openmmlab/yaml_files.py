@@ -1,6 +1,7 @@
 """YAML and JSON configs as data. mmengine's own reader of YAML calls the functions that tags name."""
 
 import inspect
+import re
 
 import yaml
 from mmengine.fileio import BaseFileHandler, register_handler
@@ -10,38 +11,48 @@ from classification.config import StrictYaml
 from classification.errors import UserError
 
 OF_DATA = (".json", ".yaml", ".yml")  # suffixes of configs that are no programs
-PACKAGES = ("classification.", "mmcv.", "mmdet.", "mmengine.", "mmpretrain.", "mmseg.", "torch.nn.", "torch.optim.")
+SCOPES = ("mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg")  # of the toolchains' registries
+PACKAGES = ("classification.", "torch.nn.", "torch.optim.")  # whose classes run no text; inferencers run a config's
+EVALUATE_TEXT = ("CameraMotionCompensation", "RFSearchHook")  # registered types that run their arguments as Python
 
 
 def check_types(value: object, key: str = "") -> None:
-    """Check the dotted names of types. mmengine imports them and calls what they name, as `subprocess.Popen`.
+    """Check the names of types. mmengine imports dotted ones and calls what they name, as `subprocess.Popen`.
 
-    They are in `type` and other keys that end so, as EMAHook's `ema_type`, and in `constructor`.
+    They are in `type` and other keys that end so, as EMAHook's `ema_type`, and in `constructor`. mmcv evaluates the
+    type of an NMS as Python.
 
     Raises:
-        UserError: a name is of another package than the toolchains and PyTorch's, or names a function.
+        UserError: a name is neither a registered one nor a class of PyTorch or of this repository; or it is of a type
+            that evaluates text.
     """
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_types(item, f"{key}.{name}" if key else str(name))
     elif key.endswith(("type", "constructor")) and isinstance(value, str) and not _is_harmless(value):
         raise UserError(
-            f"{key} is {value!r}, which is no class of the toolchains, of torch.nn or of torch.optim, and could run "
+            f"{key} is {value!r}, which is no registered name and no class of torch.nn or torch.optim, and could run "
             "anything; write such a config in Python, or register the class"
         )
 
 
 def _is_harmless(name: str) -> bool:
-    return "." not in name or (name.startswith(PACKAGES) and _is_class(name))
+    *scopes, last = name.split(".")
+    if last in EVALUATE_TEXT or not re.fullmatch(r"[\w./ -]*", name):  # no call, as in torchvision/Resize
+        return False
+    if not scopes:
+        return True
+    found = _object(name)
+    if scopes in [[scope] for scope in SCOPES]:
+        return found is None or inspect.isclass(found)  # mmdet.ResNet is no path, but known to mmdet's registry
+    return name.startswith(PACKAGES) and inspect.isclass(found)
 
 
-def _is_class(name: str) -> bool:
-    """Return whether an object of that name is a class, if there is one; mmengine's registry knows other names."""
+def _object(name: str) -> object:
     try:
-        found = get_object_from_string(name)
+        return get_object_from_string(name)
     except Exception:  # importing may fail in any way
-        found = None
-    return name.count(".") == 1 if found is None else inspect.isclass(found)  # mmdet.ResNet is no path
+        return None
 
 
 class _Loader(StrictYaml, yaml.SafeLoader):

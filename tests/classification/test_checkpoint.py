@@ -27,7 +27,7 @@ from yacs.config import CfgNode
 from classification.checkpoint import (
     CheckpointFolder,
     DamagedCheckpointError,
-    like,
+    in_layout_of,
     load_weights,
     read_checkpoint,
     save_checkpoint,
@@ -319,7 +319,7 @@ def test_a_link_that_leads_nowhere_is_no_empty_folder(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/latest.pth").symlink_to(tmp_path / "disk/latest.pth")
     with pytest.raises(UserError, match=r"latest\.pth: is a link to .*disk/latest\.pth, which is not there; mend or"):
-        CheckpointFolder(tmp_path / "run", keep=3).look()
+        CheckpointFolder(tmp_path / "run", keep=3).has_run()
 
 
 def test_no_bit_of_the_directory_makes_another_weight(tmp_path):
@@ -346,8 +346,8 @@ def test_no_bit_of_the_directory_makes_another_weight(tmp_path):
 
 def test_a_run_that_looked_before_another_one_saved_does_not_start_over_it(tmp_path):
     first, second = (CheckpointFolder(tmp_path / "run", keep=3) for _ in range(2))
-    assert not first.look()
-    assert not second.look()
+    assert not first.has_run()
+    assert not second.has_run()
     first.lock()
     first.save({"epoch": 1}, 1, 0, ["latest.pth"])
     first.lock_file.close()
@@ -446,7 +446,7 @@ def test_harmless_objects_are_read_without_their_attributes(tmp_path):
     content = read_checkpoint(tmp_path / "odd.pth")
     assert {key: content[key] for key in plain} == plain
     for value in state_dicts(content, "odd.pth")["model"].values():
-        assert like(torch.zeros(3), value, "w").tolist() == [0, 1, 2]
+        assert in_layout_of(torch.zeros(3), value, "w").tolist() == [0, 1, 2]
         assert torch.equal(value, torch.arange(3.0))
         assert not vars(value)
 

@@ -581,15 +581,27 @@ CONFIGS = {
     "empty.yaml": ("default_scope: mmdet", "has no model; write it, or inherit a config"),
     "call.json": (
         '{"default_scope": "mmdet", "model": {"a": [{"type": "subprocess.Popen", "args": ["touch", "ran"]}]}}',
-        "model.a.0.type is 'subprocess.Popen', which is no class of the toolchains",
+        "model.a.0.type is 'subprocess.Popen', which is no registered name",
     ),
     "average.yaml": (
         "{model: {}, custom_hooks: [{type: EMAHook, ema_type: torch.hub.load}]}",
-        "custom_hooks.0.ema_type is 'torch.hub.load', which is no class",
+        "custom_hooks.0.ema_type is 'torch.hub.load', which is no registered name",
+    ),
+    "evaluated.yaml": (
+        "model: {test_cfg: {rcnn: {nms: {type: exec(chr(97))}}}}",
+        "model.test_cfg.rcnn.nms.type is 'exec(chr(97))', which is no registered name",
+    ),
+    "warp.yaml": (
+        "model: {type: mmdet.CameraMotionCompensation, warp_mode: print(1)}",
+        "model.type is 'mmdet.CameraMotionCompensation', which is no registered name",
+    ),
+    "inferencer.json": (
+        '{"model": {}, "custom_hooks": [{"type": "mmseg.apis.MMSegInferencer", "weights": "a.pth"}]}',
+        "custom_hooks.0.type is 'mmseg.apis.MMSegInferencer', which is no registered name",
     ),
     "constructor.json": (
         '{"model": {}, "optim_wrapper": {"constructor": "subprocess.check_output"}}',
-        "optim_wrapper.constructor is 'subprocess.check_output', which is no class",
+        "optim_wrapper.constructor is 'subprocess.check_output', which is no registered name",
     ),
     "clip.json": (
         '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"clip_grad": {"max_norm": 0}}, "train_cfg": {}, '
@@ -598,7 +610,7 @@ CONFIGS = {
     ),
     "function.yaml": (
         "model: {type: mmengine.call_command}",
-        "model.type is 'mmengine.call_command', which is no class",
+        "model.type is 'mmengine.call_command', which is no registered name",
     ),
     "classes.json": (
         '{"default_scope": "x", "model": {"type": "mmdet.MaskRCNN", "a": {"type": "torch.optim.AdamW"}}}',
