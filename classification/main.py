@@ -130,8 +130,9 @@ def config_from(args: argparse.Namespace) -> CfgNode:
         raise UserError("--pretrained starts from weights, --resume goes on with a run: pass one of them")
     if args.eval and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
         raise UserError("--eval needs --pretrained CKPT or --resume CKPT, the weights to evaluate")
-    if args.eval and args.finetune:
-        raise UserError("--eval stops after evaluating, --finetune trains: pass one of them")
+    tasks = ("--flops", "--throughput", "--eval", "--finetune")
+    if len(given := [flag for flag in tasks if getattr(args, flag[2:])]) > 1:
+        raise UserError(f"{' and '.join(given)} are different tasks: pass one of them")
     return config
 
 
@@ -161,37 +162,37 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str, compile_mode: str 
         return state_dicts(content, path), class_names_of(content, path), changed_evaluation_keys(content, config, path)
 
     weights, names, otherwise = run.from_main(read)
-    classes = run.together(lambda: count_classes(config, "val"))
+    num_classes = run.together(lambda: count_classes(config, "val"))
     loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
-    names_of_images = loader.dataset.folder.digest()
+    images_digest = loader.dataset.folder.digest()
     run.check_alike(
         {
             "classes": loader.classes,
             "images": len(loader.dataset),
-            "names of images": names_of_images,
+            "names of images": images_digest,
             **shared_settings(config),
         }
     )
     if names is not None:
         loader.renumber(names, path)
-    model = build_model(config, classes)
-    for state in weights.values():
+    model = build_model(config, num_classes)
+    for state in weights.values():  # each is checked before the log is opened
         load_weights(model, state, path)
     run.open_log()
     logger.info("evaluating %s on %s (%s)", path, Path(config.DATA.DATA_PATH, "val"), run.describe())
     if names is None:
         logger.info("%s: holds no names of classes; they are taken in the order of the folders", path)
     if run.is_main and otherwise:
-        logger.warning("%s: is evaluated otherwise than in training: %s", path, ", ".join(otherwise))
+        logger.warning("%s: is evaluated differently than in training: %s", path, ", ".join(otherwise))
     if run.is_main and loader.dataset.folder.left_out:
         logger.warning("%s", loader.dataset.folder.left_out)
-    if run.is_main and classes == 1:
+    if run.is_main and num_classes == 1:
         logger.warning("there is one class, so every prediction is right: accuracy says nothing")
     results = {
         "checkpoint": str(path),
         "sha256": tensors_digest(weights["model"]),
         "data_path": str(Path(config.DATA.DATA_PATH).resolve()),
-        "images_digest": names_of_images,
+        "images_digest": images_digest,
         "otherwise": otherwise,
     }
     run.place(model)
@@ -259,8 +260,8 @@ def print_flops(config: CfgNode) -> None:
 
 
 def train(config: CfgNode, run: Run, compile_mode: str | None) -> None:
-    classes = run.together(lambda: count_classes(config, "train"))
-    training = Training(config, run, classes, compile_mode)
+    num_classes = run.together(lambda: count_classes(config, "train"))
+    training = Training(config, run, num_classes, compile_mode)
     try:
         training.lock()
         run.open_log()

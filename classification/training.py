@@ -61,8 +61,10 @@ NO_ACCURACY = -1.0  # before the first epoch: lower than any measured accuracy
 START_OVER = "start from its weights with --pretrained and --finetune"
 
 
-def build_model(config: CfgNode, classes: int) -> SpatialMamba:
-    model = SpatialMamba(num_classes=classes, drop_path_rate=config.MODEL.DROP_PATH_RATE, **VARIANTS[config.MODEL.NAME])
+def build_model(config: CfgNode, num_classes: int) -> SpatialMamba:
+    model = SpatialMamba(
+        num_classes=num_classes, drop_path_rate=config.MODEL.DROP_PATH_RATE, **VARIANTS[config.MODEL.NAME]
+    )
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model
 
@@ -118,7 +120,7 @@ class RunState:
 class Training:
     """A training run of `config` on the processes of `run`; with a `compile_mode`, torch.compile compiles the model."""
 
-    def __init__(self, config: CfgNode, run: Run, classes: int, compile_mode: str | None = None):
+    def __init__(self, config: CfgNode, run: Run, num_classes: int, compile_mode: str | None = None):
         self.config, self.run = config, run
         self.train_loader = run.together(lambda: build_train_loader(config, run.rank, run.world_size))
         self.eval_loader = run.together(lambda: build_eval_loader(config, run.rank, run.world_size))
@@ -139,13 +141,13 @@ class Training:
         if resumed:
             self._match_classes(*resumed)
         random_seed(config.SEED)  # gives every process the same weights, also in the EMA's copy
-        self.model = build_model(config, classes)
+        self.model = build_model(config, num_classes)
         self.new_head = False if resumed else self._load_pretrained()
         run.place(self.model)
         self.ema = ModelEmaV3(self.model, decay=config.TRAIN.EMA.DECAY) if config.TRAIN.EMA.ENABLE else None
         self.batches = len(self.train_loader)
         self.compile_mode = compile_mode
-        self.context = self._build_context(classes)
+        self.context = self._build_context(num_classes)
         if compile_mode:  # after the pass in `_order_buckets`, whose batch is smaller
             for module in (self.model, *([self.ema.module] if self.ema else [])):
                 compile_in_place(module, compile_mode)
@@ -195,11 +197,11 @@ class Training:
         for loader in (self.train_loader, self.eval_loader):
             loader.renumber(names, str(path))
 
-    def _build_context(self, classes: int) -> TrainContext:
+    def _build_context(self, num_classes: int) -> TrainContext:
         config, run = self.config, self.run
         accumulation = config.TRAIN.ACCUMULATION_STEPS
         global_batch = config.DATA.BATCH_SIZE * run.world_size * accumulation
-        mixup = build_mixup(config, classes)
+        mixup = build_mixup(config, num_classes)
         criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
         optimizer = build_optimizer(config, self.model, global_batch)
         updates_per_epoch = -(-self.batches // accumulation)
@@ -437,7 +439,7 @@ class Training:
                 changed.append(
                     f"{reprlib.repr(content[key])} -> {images} images" if key == VALIDATION_IMAGES else "other images"
                 )
-        return f"{path}: was validated otherwise ({', '.join(changed)})" if changed else ""
+        return f"{path}: was validated differently ({', '.join(changed)})" if changed else ""
 
     def _batch_facts(self) -> dict[str, int | str]:
         """Return the facts that decide which images a batch number within an epoch stands for."""

@@ -130,7 +130,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = to_planes(x)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            # The wide layers; computed again, the batch norm after them would count its batch twice.
+            # Only the wide layers: batch norm, if computed again, would count its batch twice.
             x = self.conv[2](_checkpoint(self._wide, x))
         else:
             x = self.conv(x)
@@ -145,6 +145,7 @@ class StateFusion(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
+        # Published names. The dilations are built into the operator.
         self.kernel_3 = nn.Parameter(torch.ones(channels, 1, 3, 3))  # dilation 1
         self.kernel_3_1 = nn.Parameter(torch.ones(channels, 1, 3, 3))  # dilation 3
         self.kernel_3_2 = nn.Parameter(torch.ones(channels, 1, 3, 3))  # dilation 5
@@ -302,7 +303,7 @@ class Block(nn.Module):
         super().__init__()
         self.cpe1 = depthwise_conv(dim)
         self.ln_1 = nn.LayerNorm(dim)
-        self.self_attention = StructureAwareSSM(dim, d_state, expand)
+        self.self_attention = StructureAwareSSM(dim, d_state, expand)  # the published name; it is no attention
         self.cpe2 = depthwise_conv(dim)
         self.ln_2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
@@ -586,7 +587,7 @@ class SpatialMamba(nn.Module):
         return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the recipe spares beside those of one dimension, which timm's optimizers spare: none."""
+        """Return no names: the recipe exempts one-dimensional parameters alone, and timm does that itself."""
         return set()
 
     def _embed(self, x: Tensor) -> Tensor:

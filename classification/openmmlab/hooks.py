@@ -310,7 +310,7 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
     """Check that an optimizer's saved state fits, and bring it into the layout of the parameters."""
     if not isinstance(wrapper, OptimWrapper):
         return
-    # Of the optimizer, for the wrapper's groups have one more, of its settings.
+    # The optimizer's own groups: the wrapper adds one for its settings.
     own = [group["params"] for group in wrapper.optimizer.param_groups]
     try:
         groups = saved["param_groups"]
@@ -382,20 +382,23 @@ def _naming(metric: BaseMetric, compute: Callable[[list], dict]) -> Callable[[li
         found = compute(results)
         if found and results:  # not of format_only
             _, union, _, labels = (sum(areas).numpy() for areas in zip(*results, strict=True))
-            if message := absent(metric.dataset_meta["classes"], labels, union):
+            if message := message_on_absent_classes(metric.dataset_meta["classes"], labels, union):
                 print_log(message, logger="current", level=logging.WARNING)
         return found
 
     return named
 
 
-def absent(classes: Sequence[str], labels: np.ndarray, union: np.ndarray) -> str | None:
-    """Of classes that no map has: which, and of how many the mean is.
+def message_on_absent_classes(classes: Sequence[str], labels: np.ndarray, union: np.ndarray) -> str | None:
+    """Name the classes without a pixel in the label maps, and say over how many classes mIoU is the mean.
 
     Args:
-        classes: all.
-        labels: pixels of each in the maps.
-        union: of those and of pixels that were predicted.
+        classes: the names of all classes.
+        labels: the number of pixels of each class in the label maps.
+        union: the number of pixels of each class in the label maps or the predictions.
+
+    Returns:
+        None if each class has a pixel.
     """
     missing = [repr(name) for name, pixels in zip(classes, labels, strict=False) if not pixels]
     if not missing:

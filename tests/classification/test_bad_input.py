@@ -336,6 +336,7 @@ def test_names_that_the_console_lacks(few_digits, tmp_path):
         (["--opts", "TRAIN.EMA.ENABLE", "False"], "MESA distils from the EMA model"),
         (["--channels-last"], "--channels-last goes with --throughput"),
         (["--compile", "--flops"], "--compile has no part in --flops"),
+        (["--throughput", "--flops"], "--flops and --throughput are different tasks: pass one of them"),
         (
             ["--compile", "reduce-overhead", "--accumulation-steps", "2"],
             "--compile reduce-overhead replays CUDA graphs, which write each batch's gradients over those of the last",

@@ -630,7 +630,7 @@ def test_weights_go_to_safetensors_and_back(tmp_path, few_digits, run_main):
     assert differences(dict(read_checkpoint(tmp_path / "w.safetensors")["model"]), expected) == []
     assert "/mine" not in read_checkpoint(tmp_path / "back.pth")["config"]
     printed = run_main("--data-path", few_digits, "--output", tmp_path, "--pretrained", tmp_path / "back.pth")
-    assert "back.pth: is evaluated otherwise than in training: DATA.IMG_SIZE 40 -> 32" in printed
+    assert "back.pth: is evaluated differently than in training: DATA.IMG_SIZE 40 -> 32" in printed
     assert "model: top-1" in printed
     altered = (tmp_path / "w.safetensors").read_bytes().replace(b"IMG_SIZE: 40", b"IMG_SIZE: 41")
     (tmp_path / "w.safetensors").write_bytes(altered)

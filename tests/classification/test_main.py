@@ -537,12 +537,12 @@ def test_the_best_epoch_is_that_of_todays_validation(few_digits, tmp_path, run_m
     image = next((tmp_path / "data/val/0").iterdir())
     image.rename(image.with_name(f"other-{image.name}"))
     printed = run_main("--data-path", tmp_path / "data", *arguments, "2", "TEST.CROP_PCT", "0.9")
-    assert printed.count("best.pth: was validated otherwise (TEST.CROP_PCT 1.0 -> 0.9, other images): the best ") == 1
+    assert printed.count("best.pth: was validated differently (TEST.CROP_PCT 1.0 -> 0.9, other images): the best ") == 1
     assert read_checkpoint(folder / "best.pth")["max_accuracy"] < 100
     assert (folder / "best.pth.replaced").read_bytes() == best
     assert (folder / "best_ema.pth.replaced").read_bytes() == damaged
     printed = run_main("--data-path", tmp_path / "data", *arguments, "3", "TEST.CROP_PCT", "0.9")
-    assert "validated otherwise" not in printed
+    assert "validated differently" not in printed
 
 
 def test_an_epoch_as_good_as_the_best_one_does_not_take_its_place():

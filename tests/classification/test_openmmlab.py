@@ -1565,10 +1565,10 @@ def test_classes_that_no_map_has_are_named():
         assert metric.compute_metrics(areas) == {"mIoU": 100.0}
         assert metric.compute_metrics([]) == {}
     assert said == ["classes 'tree', 'car' are in no map; mIoU is the mean of 2 of 3 classes"]
-    assert hooks.absent("ab", np.array([5, 0]), np.array([5, 0])) == (
+    assert hooks.message_on_absent_classes("ab", np.array([5, 0]), np.array([5, 0])) == (
         "class 'b' is in no map; mIoU is the mean of 1 of 2 classes"
     )
-    assert hooks.absent("ab", np.array([5, 1]), np.array([5, 2])) is None
+    assert hooks.message_on_absent_classes("ab", np.array([5, 1]), np.array([5, 2])) is None
 
 
 def loop_of(kind: type, **attributes) -> object:
