@@ -44,7 +44,7 @@ OTHER_CLASSES = ("STDCHead", "SideAdapterCLIPHead", "ATSSVLFusionHead", "Groundi
 def check_channels(model: ConfigDict) -> None:
     """Raise a UserError if the neck or a head expects other numbers of channels than the backbone gives."""
     backbone = model.get("backbone")
-    if not backbone or backbone.type != "MM_SpatialMamba":
+    if not backbone or kind_of(backbone) != "MM_SpatialMamba":
         return
     dims, depths = backbone.get("dims", 64), backbone.get("depths", (2, 4, 8, 4))
     dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
@@ -96,7 +96,7 @@ NORMALISED = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375),
 def warn_of_other_normalisation(cfg: Config) -> None:
     """Warn if the config normalises images differently from the images that the pretrained weights were trained on."""
     backbone = cfg.model.get("backbone") or {}
-    if backbone.get("type") != "MM_SpatialMamba" or not pretrained_of(cfg.model):
+    if kind_of(backbone) != "MM_SpatialMamba" or not pretrained_of(cfg.model):
         return
     given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
     own = {"mean": given.get("mean"), "std": given.get("std"), "bgr_to_rgb": given.get("bgr_to_rgb", False)}
@@ -537,10 +537,10 @@ def _compare_labels(meta: object, reduces: object, path: str) -> None:
 
 
 def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
-    known = meta.get("dataset_meta") if isinstance(meta, dict) else None
-    names = (
-        next((known[key] for key in ("classes", "CLASSES") if key in known), None) if isinstance(known, dict) else None
-    )
+    meta = meta if isinstance(meta, dict) else {}
+    known = meta.get("dataset_meta")
+    known = known if isinstance(known, dict) else meta  # of mmdet 2 and mmseg 0
+    names = next((known[key] for key in ("classes", "CLASSES") if key in known), None)
     if not isinstance(names, list | tuple) and classes:
         print_log(f"{path}: holds no names of classes; they are taken in the order of the data set's", logger="current")
     if not isinstance(names, list | tuple) or not classes or list(names) == list(classes):

@@ -605,7 +605,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         insert_bit_checks(cfg)
         insert_size_checks(cfg)
     _prepare(cfg, args)
-    if cfg.optim_wrapper.get("type") == "AmpOptimWrapper" and not torch.cuda.is_available():
+    if kind_of(cfg.optim_wrapper) == "AmpOptimWrapper" and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     lock = _lock(args, cfg)  # held until training ends
     runner = _build(cfg)
@@ -679,6 +679,12 @@ def _check_no_other_run_is_overwritten(args: argparse.Namespace, cfg: Config) ->
             f"{folder}: holds {newest} of an earlier run, which the one that goes on from {resumed} would overwrite; "
             "name another --work-dir"
         )
+    if newest and _count(newest) > _count(resumed.name) > 0:
+        print_log(
+            f"{folder}: the run goes back to {resumed.name}, and overwrites its later checkpoints up to {newest}; "
+            "those that it does not reach stay beside its own. Name another --work-dir to keep both",
+            level=logging.WARNING,
+        )
 
 
 def _lock(args: argparse.Namespace, cfg: Config) -> TextIO | None:
@@ -701,8 +707,13 @@ def _saving_folder(args: argparse.Namespace, cfg: Config) -> str:
 
 def _newest_checkpoint(work_dir: str) -> str | None:
     """Return the name of the checkpoint with the highest number of epochs or iterations; None if there is none."""
-    names = [path.name for path in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+\.pth", path.name)]
-    return max(names, key=lambda name: int(re.search(r"\d+", name).group()), default=None)
+    return max(filter(_count, (path.name for path in Path(work_dir).glob("*.pth"))), key=_count, default=None)
+
+
+def _count(name: str) -> int:
+    """Return the number of epochs or iterations in a checkpoint's name, 0 for another name."""
+    found = re.fullmatch(r"(?:epoch|iter)_(\d+)\.pth", name)
+    return int(found[1]) if found else 0
 
 
 def _best_checkpoint(work_dir: str) -> str | None:
@@ -781,11 +792,11 @@ def write_maps(cfg: Config, folder: str) -> None:
     """
     evaluator = cfg.test_evaluator
     metrics = evaluator if isinstance(evaluator, list) else [evaluator]
-    able = [m for m in metrics if m.type in ("IoUMetric", "DepthMetric")]
-    able = able or [m for m in metrics if m.type == "CityscapesMetric"]  # only if alone: it reads the maps again
+    able = [m for m in metrics if kind_of(m) in ("IoUMetric", "DepthMetric")]
+    able = able or [m for m in metrics if kind_of(m) == "CityscapesMetric"]  # only if alone: it reads the maps again
     for metric in able:
         metric.output_dir = folder
-        if metric.type == "CityscapesMetric":
+        if kind_of(metric) == "CityscapesMetric":
             metric.keep_results = True  # otherwise it removes its files
     if not able:
         raise UserError(f"--out {folder}: none of test_evaluator's metrics writes maps; add an IoUMetric")

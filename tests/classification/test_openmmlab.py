@@ -849,7 +849,7 @@ def test_a_name_makes_no_line_of_its_own():
     assert str(UserError(f"{wrapped}classification.errors.UserError: a.png: no\n")) == "a.png: no"
 
 
-def test_a_folder_of_best_checkpoints_alone(tmp_path):
+def test_a_folder_of_best_checkpoints_alone(tmp_path, monkeypatch):
     """They are of weights only: no run goes on from them, and a new one would overwrite them."""
     (tmp_path / "best_mIoU_iter_6.pth").touch()
     args, cfg = argparse.Namespace(work_dir=str(tmp_path), config="c.py"), Config(dict())
@@ -870,7 +870,13 @@ def test_a_folder_of_best_checkpoints_alone(tmp_path):
     with pytest.raises(UserError, match=r"of an earlier run, which the one that goes on from .*iter_5\.pth would"):
         tools._check_no_other_run_is_overwritten(args, cfg)
     cfg.load_from = str(tmp_path / "iter_5.pth")
-    tools._check_no_other_run_is_overwritten(args, cfg)
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    for newest in ("iter_4.pth", "iter_5.pth", "iter_10.pth"):
+        (tmp_path / newest).touch()
+        tools._check_no_other_run_is_overwritten(args, cfg)
+    (said,) = said
+    assert "the run goes back to iter_5.pth, and overwrites its later checkpoints up to iter_10.pth" in said
 
 
 def test_what_another_process_leaves_behind_is_one_line(monkeypatch):
@@ -1385,8 +1391,9 @@ def test_misspelt_options_are_named(monkeypatch):
 def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
     """mmengine keeps their names, and does not look at them."""
     model = torch.nn.Linear(2, 3)
-    for key, names in (("classes", ("cat", "dog", "owl")), ("CLASSES", ["cat", "dog", "owl"])):
-        path = save({"meta": {"dataset_meta": {key: names}}, "state_dict": model.state_dict()}, tmp_path / "m.pth")
+    names = ("cat", "dog", "owl")
+    for meta in ({"dataset_meta": {"classes": names}}, {"dataset_meta": {"CLASSES": names}}, {"CLASSES": names}):
+        path = save({"meta": meta, "state_dict": model.state_dict()}, tmp_path / "m.pth")
         checks.check_checkpoint(model, path, classes=["cat", "dog", "owl"])
         checks.check_checkpoint(model, path)
         for other, message in (
