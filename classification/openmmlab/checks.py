@@ -44,6 +44,8 @@ OTHER_CLASSES = ("STDCHead", "SideAdapterCLIPHead", "ATSSVLFusionHead", "Groundi
 def check_channels(model: ConfigDict) -> None:
     """Raise a UserError if the neck or a head expects other numbers of channels than the backbone gives."""
     backbone = model.get("backbone")
+    if backbone and not backbone.get("type"):
+        raise UserError("model.backbone has no type; set MM_SpatialMamba or another backbone")
     if not backbone or kind_of(backbone) != "MM_SpatialMamba":
         return
     dims, depths = backbone.get("dims", 64), backbone.get("depths", (2, 4, 8, 4))

@@ -616,8 +616,13 @@ CONFIGS = {
         '{"default_scope": "x", "model": {"type": "mmdet.MaskRCNN", "a": {"type": "torch.optim.AdamW"}}}',
         "is a config of x",
     ),
-    "odd.json": (
+    "typeless.json": (
         '{"default_scope": "mmdet", "model": {"backbone": {"depth": 1}}, "optim_wrapper": {}, "train_cfg": {}, '
+        '"train_dataloader": {}}',
+        "model.backbone has no type; set MM_SpatialMamba",
+    ),
+    "odd.json": (
+        '{"default_scope": "mmdet", "model": {"backbone": 3}, "optim_wrapper": {}, "train_cfg": {}, '
         '"train_dataloader": {}}',
         "a part of it is not what configs have there (AttributeError",
     ),
