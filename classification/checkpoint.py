@@ -1,45 +1,40 @@
-"""Checkpoints: read safely, load strictly, save atomically, and find a run's last undamaged checkpoint."""
+"""Checkpoint files: read safely, load strictly, save atomically. Those of a run are in `checkpoint_folder.py`."""
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import re
-import shutil
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from classification.checkpoint_archive import (
+    DamagedCheckpointError,
+    check_archive,
+    damaged,
+    first_line,
+    is_momentary,
+    unsafe_names,
+)
 from classification.errors import UserError, is_file
 from classification.models import VARIANTS, SpatialMamba
-from classification.pickles import RefusedPickleError, Scan
 
 logger = logging.getLogger("spatialmamba")
 
-LATEST, BEST, BEST_EMA = "latest.pth", "best.pth", "best_ema.pth"
-ORDER_FILE = "checkpoints.txt"
 CLASSES = "classes"  # names, in the order of the head
-SAFETENSORS, DAMAGED, REPLACED = ".safetensors", ".damaged", ".replaced"
+SAFETENSORS = ".safetensors"
 # The stand-in for CfgNode in a pickle: OrderedDict is the only subclass of dict that the safe unpickler fills.
 CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
 HEAD = ("head.weight", "head.bias")
 StateDict = dict[str, Tensor]
 StandIn = tuple[object, str]
-
-
-class DamagedCheckpointError(UserError):
-    """A file that provably differs from the file that was written."""
 
 
 def read_checkpoint(
@@ -72,9 +67,9 @@ def read_checkpoint(
     with _reading(path):
         if path.suffix == SAFETENSORS:
             return _read_safetensors(path)
-        has_checksums = _check_archive(path)
+        has_checksums = check_archive(path)
         known = [name for _, name in stand_ins]
-        refused = [name for name in _unsafe_names(path) if name not in known]
+        refused = [name for name in unsafe_names(path) if name not in known]
         if others is not None:
             stand_ins = [*stand_ins, *((others(name), name) for name in refused)]
         try:
@@ -82,14 +77,14 @@ def read_checkpoint(
                 warnings.simplefilter("ignore")  # about other pickle protocols, which can be read
                 content = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # a file that is no checkpoint can fail anywhere in the unpickler
-            if _is_momentary(error):
+            if is_momentary(error):
                 raise
             if refused:
                 names = ", ".join(refused[:5])
                 raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {names}") from error
             if has_checksums:  # undamaged, but not a checkpoint that can be read
-                raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
-            raise _damaged(path) from error
+                raise UserError(f"{path}: is not a checkpoint that can be read ({first_line(error)})") from error
+            raise damaged(path) from error
         content = plain(content, path, _without_attributes)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint or state dict")
@@ -102,206 +97,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or not _is_momentary(error):
+        if isinstance(error, UserError) or not is_momentary(error):
             raise
-        raise UserError(f"{path}: cannot be read now ({_first_line(error)}); it was left as it is") from error
-
-
-def _is_momentary(error: BaseException | None) -> bool:
-    """Return whether memory, the disk or the network caused the error.
-
-    EINVAL does not count: the system reports EINVAL when a damaged file holds wrong offsets.
-    """
-    while error is not None:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
-            return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-_NO_MEMORY = ("DefaultCPUAllocator", "allocate memory", "CUDA out of memory")
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def _damaged(path: Path) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"{path}: is not a checkpoint saved by torch.save, or is damaged")
-
-
-def _check_archive(path: Path) -> bool:
-    """Compare the checksums, which torch.load ignores, and the claimed sizes with the data.
-
-    A flipped bit would be another weight.
-
-    Returns:
-        Whether the file has checksums. PyTorch's format before 1.6 has none.
-
-    Raises:
-        DamagedCheckpointError: a checksum or a size does not match.
-        UserError: the file is packed as torch.save does not pack it, or without checksums.
-    """
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            _check_old_format(path)
-            return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if packing := _packing(path, archive):
-                raise UserError(
-                    f"{path}: is an archive {packing}, as torch.save does not pack it; if you trust it, "
-                    "torch.save(torch.load(CKPT, weights_only=True), CKPT) packs it anew"
-                )
-            names = {entry.filename.lower() for entry in entries}  # as PyTorch's reader takes them
-            claimed = sum(entry.file_size for entry in entries)
-            odd = [e for e in entries if e.external_attr & DIRECTORY or e.compress_size != e.file_size]
-            crowded = len(names) < len(entries) or claimed > path.stat().st_size
-            if odd or crowded or not _has_one_directory(path, archive):
-                raise DamagedCheckpointError(
-                    f"{path}: is packed as torch.save does not, or damaged: its directory is not that of what it holds"
-                )
-            if entries and not any(entry.CRC for entry in entries):
-                raise UserError(
-                    f"{path}: was saved without checksums (torch.serialization.set_crc32_options), so it cannot be "
-                    "told whether it is whole; if you trust it, torch.save(torch.load(CKPT, weights_only=True), CKPT) "
-                    "adds them"
-                )
-            corrupt = archive.testzip()
-    except Exception as error:  # a damaged directory can send zipfile anywhere
-        if isinstance(error, UserError) or _is_momentary(error):
-            raise
-        raise _damaged(path) from error
-    if corrupt:
-        raise DamagedCheckpointError(f"{path}: is damaged: {corrupt} in it does not match its checksum")
-    _check_claims(path, entries)
-    return True
-
-
-def _packing(path: Path, archive: zipfile.ZipFile) -> str:
-    """Say how a tool has packed the archive anew; "" if no tool has.
-
-    The header of each entry must agree with the directory; otherwise the directory is damaged.
-
-    Raises:
-        DamagedCheckpointError: an entry's header and the directory disagree.
-    """
-    packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED or _encrypted(entry)]
-    with path.open("rb") as file:
-        for entry in packed:
-            file.seek(entry.header_offset + 6)  # flags and method in the entry's own header
-            flags, method = (int.from_bytes(file.read(2), "little") for _ in range(2))
-            if (flags & ENCRYPTED, method) != (_encrypted(entry), entry.compress_type):
-                raise _damaged(path)
-    if packed:
-        method = "deflated" if packed[0].compress_type == zipfile.ZIP_DEFLATED else "compressed"
-        return f"whose entries are {'encrypted' if _encrypted(packed[0]) else method} ({packed[0].filename})"
-    return "with a comment" if archive.comment else ""
-
-
-ENCRYPTED = 1  # a bit of an entry's flags
-DIRECTORY = 0x10  # a bit of an entry's attributes: PyTorch's reader does not fill a tensor's memory from such an entry
-
-
-def _encrypted(entry: zipfile.ZipInfo) -> int:
-    return entry.flag_bits & ENCRYPTED
-
-
-END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"  # where the last 22, 98 and 42 bytes begin
-
-
-def _has_one_directory(path: Path, archive: zipfile.ZipFile) -> bool:
-    """Return whether all readers find the same directory: it must end where the archive's end records begin."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 98))
-        tail = file.read().rjust(98, b"\0")
-
-    def number(at: int, length: int) -> int:
-        return int.from_bytes(tail[at : at + length], "little")
-
-    begins = size - 22
-    entries, length, offset = number(-12, 2), number(-10, 4), number(-6, 4)
-    if tail[-42:-38] == LOCATOR_64:
-        begins = size - 98
-        if tail[-98:-94] != END_64 or number(-34, 8) != begins:
-            return False
-        entries, length, offset = number(-66, 8), number(-58, 8), number(-50, 8)
-    here = offset + length == begins and offset == archive.start_dir
-    return tail[-22:-18] == END and here and entries == len(archive.infolist())
-
-
-def _check_claims(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """Scan the pickle that PyTorch's own reader finds, and compare the sizes that the pickle claims with the entries.
-
-    Raises:
-        UserError: the pickle is refused, or claims more bytes for a tensor than the file holds.
-    """
-    try:
-        with path.open("rb") as file:
-            reader = torch._C.PyTorchFileReader(file)
-            names, pickled = reader.get_all_records(), reader.get_record("data.pkl")
-    except (RuntimeError, ValueError) as error:
-        if _is_momentary(error):
-            raise
-        if "reading zip archive" in str(error):  # the directory, which `zipfile` checks less strictly
-            raise _damaged(path) from error
-        raise UserError(f"{path}: is not a checkpoint that can be read ({_first_line(error)})") from error
-    folder = entries[0].filename.partition("/")[0]
-    sizes = {entry.filename: entry.file_size for entry in entries}
-    if {f"{folder}/{name}" for name in names} != sizes.keys():
-        raise UserError(f"{path}: is packed as torch.save does not: its entries are not in one folder")
-    for key, size in _scan(pickled, len(pickled), path).storages.items():
-        held = sizes.get(f"{folder}/data/{key}")
-        if held != size:
-            raise UserError(f"{path}: claims {size} bytes for a tensor of which it holds {held or 0}")
-
-
-OLD_FORMAT = 0x1950A86A20F9469CFC6C  # its magic number
-# Files of other kinds, which are not damaged: how they begin.
-OTHER_KINDS = {
-    "one packed by gzip, bzip2, xz, zstd or 7-Zip; unpack it": rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf",
-    "a pointer of Git LFS; get the file itself by git lfs pull": rb"version https://git-lfs",
-    "a safetensors file; let its name end in .safetensors": rb"(?s).{8}\{\"",
-    "a page that a browser shows; download the file itself": rb"(?i)\s*<(!doctype|html)",
-}
-
-
-def _check_old_format(path: Path) -> None:
-    """Check a file of PyTorch's format before 1.6.
-
-    The file holds five pickles, then the storages. The fourth pickle is the content; the last names the storages.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(64)
-        if kind := next((kind for kind, begins in OTHER_KINDS.items() if re.match(begins, head)), None):
-            raise UserError(f"{path}: is no checkpoint but {kind}")
-        file.seek(0)
-        try:
-            if Scan(file, size).stack != [OLD_FORMAT]:
-                raise ValueError("another magic number")
-            claimed = sum(held for _ in range(4) for held in _scan(file, size, path).storages.values())
-        except UserError:
-            raise
-        except Exception as error:
-            if _is_momentary(error):
-                raise
-            raise _damaged(path) from error
-    if claimed > size:
-        raise _damaged(path)
-
-
-def _scan(pickled: bytes | BinaryIO, size: int, path: Path) -> Scan:
-    try:
-        return Scan(pickled, size)
-    except RefusedPickleError as error:
-        raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {error}") from error
-    except (IndexError, KeyError, ValueError) as error:
-        raise _damaged(path) from error
+        raise UserError(f"{path}: cannot be read now ({first_line(error)}); it was left as it is") from error
 
 
 DEEPEST, MOST = 64, 10**7  # levels of containers; objects in them, where each object counts wherever it occurs
@@ -535,14 +333,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: the file cannot be written, or the disk is full.
     """
-    partial = _partial(path)
+    partial = partial_path(path)
     try:
         with partial.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error
         if not isinstance(cause, OSError):
@@ -558,228 +356,17 @@ def save_checkpoint(content: dict, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def _partial(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a rename outlast a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# ----- the checkpoints of a run: epoch_E.pth after E epochs, epoch_E_step_S.pth S batches later, and further names
-
-
-def lock_folder(folder: Path, elsewhere: str, beside: str) -> tuple[TextIO, str | None]:
-    """Make a folder, and keep other runs out of it until the returned file is closed.
-
-    Args:
-        folder: the run's folder.
-        elsewhere: the option that names another folder, if this one cannot be written to.
-        beside: the option that names another folder, if this one is taken.
-
-    Returns:
-        the open file, and a note if the file system has no locks.
-
-    Raises:
-        UserError: another process holds the lock, or the folder cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error}); choose another {elsewhere}") from error
-    try:
-        fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            lock_file.close()
-            raise UserError(
-                f"{folder}: another process is training in it; wait for that one to end, or pass another {beside}"
-            ) from error
-        return lock_file, f"{folder}: its file system has no locks; start one run in it at a time ({error})"
-    return lock_file, None
-
-
-class CheckpointFolder:
-    """The checkpoints in a run's folder.
-
-    Each checkpoint is written once, as epoch_E.pth or epoch_E_step_S.pth. latest.pth, best.pth and best_ema.pth are
-    further names of a checkpoint: hard links, or copies if the file system has no hard links. The folder keeps the last
-    `keep` numbered checkpoints of the run. checkpoints.txt lists them in the order in which they were written; unlike
-    file times, this order does not depend on clocks or copying.
-    """
-
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
-        self.damage_messages: list[str] = []  # messages about damaged files
-        self.notes: list[str] = []  # other messages for the log
-        self.to_set_aside: set[str] = set()  # names whose present files are set aside before new files take the names
-        self.lock_file: TextIO | None = None
-        self.files_at_start: dict[str, tuple[int, int]] | None = None
-
-    def numbered(self) -> list[Path]:
-        """Return the numbered checkpoints in the order in which they were written.
-
-        A run may have gone on from an earlier checkpoint, so this is not the order of epochs. Checkpoints that
-        checkpoints.txt does not list come first, by epoch and step.
-        """
-        found = {p: re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pth", p.name) for p in self.folder.glob("epoch_*.pth")}
-        places = {path: (int(m[1]), int(m[2] or 0)) for path, m in found.items() if m and path.is_file()}
-        listed = {name: i for i, name in enumerate(self._read_order())}
-        return sorted(places, key=lambda path: (listed.get(path.name, -1), places[path]))
-
-    def _read_order(self) -> list[str]:
-        try:
-            return (self.folder / ORDER_FILE).read_text().splitlines()
-        except (OSError, UnicodeDecodeError):
-            return []
-
-    def save(self, content: dict, epochs: int, step: int, names: list[str]) -> Path:
-        """Write a checkpoint and give it `names`; then remove the oldest listed checkpoints.
-
-        A file that checkpoints.txt does not list, such as a copy from elsewhere, is never removed; if it has the name
-        of the new checkpoint, it is set aside.
-
-        Raises:
-            UserError: the checkpoint cannot be written; the present files stay.
-        """
-        path = self.folder / (f"epoch_{epochs}_step_{step}.pth" if step else f"epoch_{epochs}.pth")
-        listed = self._read_order()
-        if path.name not in listed:
-            if path.exists():  # somebody else has put the file there
-                logger.warning("%s: is none of this run's; set aside as %s", path, _set_aside(path, REPLACED).name)
-            self._write_order([path.name, *listed])  # first: a run killed in between must know its own file
-        save_checkpoint(content, path)
-        own = [old for old in self.numbered() if old.name in listed and old != path]
-        order = [*own, path]
-        self._write_order([kept.name for kept in order[-self.keep :]])
-        for name in names:
-            if name in self.to_set_aside and (self.folder / name).exists():
-                logger.warning("%s: set aside as %s", self.folder / name, _set_aside(self.folder / name, REPLACED).name)
-            self.to_set_aside.discard(name)
-            self._link(path, self.folder / name)
-        for old in order[: -self.keep]:
-            with suppress(OSError):
-                old.unlink()
-        return path
-
-    def _write_order(self, names: list[str]) -> None:
-        text = "".join(f"{name}\n" for name in names)
-        write_atomically(self.folder / ORDER_FILE, lambda file: file.write(text.encode()))
-
-    def _link(self, path: Path, name: Path) -> None:
-        partial = _partial(name)
-        partial.unlink(missing_ok=True)
-        try:
-            try:
-                os.link(path, partial)
-            except OSError:
-                shutil.copyfile(path, partial)
-            partial.replace(name)
-            _flush_folder(self.folder)
-        except OSError as error:
-            raise UserError(f"{name}: cannot be written ({error})") from error
-
-    def lock(self) -> None:
-        """Keep other runs out of the folder for as long as this process lives, if the file system has locks.
-
-        Raises:
-            UserError: another process holds the lock, or has trained in the folder since `has_run`; or the folder
-                cannot be written to.
-        """
-        if self.lock_file is not None:  # opening and closing the file again would release the lock
-            return
-        self.lock_file, note = lock_folder(self.folder, "--output", "--tag")
-        self.notes += [note] if note else []
-        if self.files_at_start is not None and self.files_at_start != self._present():
-            raise UserError(
-                f"{self.folder}: another process has trained in it meanwhile; the same command goes on from there"
-            )
-
-    def has_run(self) -> bool:
-        """Return whether the folder holds checkpoints, even damaged ones: then a run has begun.
-
-        Remember the files that are there now, which `lock` compares.
-        """
-        self.files_at_start = self._present()
-        return bool(self.files_at_start)
-
-    def _present(self) -> dict[str, tuple[int, int]]:
-        named = [self.folder / name for name in (LATEST, BEST, BEST_EMA)]
-        files = [*self.folder.glob("epoch_*.pth"), *named, *self.folder.glob(f"*{DAMAGED}*")]
-        found = {}
-        for file in files:
-            try:
-                status = file.stat()
-            except (FileNotFoundError, NotADirectoryError):
-                if file.is_symlink():  # perhaps to a disk that is not mounted now
-                    raise UserError(
-                        f"{file}: is a link to {os.readlink(file)}, which is not there; mend or remove it, or pass "
-                        "another --tag"
-                    ) from None
-                continue
-            except OSError as error:
-                raise UserError(f"{file}: cannot be looked at ({error.strerror}); choose another --output") from error
-            found[file.name] = status.st_ino, status.st_size
-        return found
-
-    def remove_partial(self) -> None:
-        """Remove the files that a killed process left half-written."""
-        for path in self.folder.glob(".*.partial"):
-            path.unlink(missing_ok=True)
-
-    def read_last(self, check: Callable[[dict, Path], object]) -> tuple[dict, Path]:
-        """Return the newest undamaged checkpoint that passes `check`, and its path.
-
-        A damaged checkpoint is renamed to NAME.damaged and noted in `damage_messages`.
-
-        Raises:
-            UserError: all checkpoints are damaged, or `check` refuses an undamaged one.
-        """
-        for path in [self.folder / LATEST, *reversed(self.numbered())]:
-            if not path.is_file():
-                continue
-            try:
-                content = read_checkpoint(path)
-                check(content, path)
-                return content, path
-            except DamagedCheckpointError as error:
-                self.damage_messages.append(f"{error}; set aside as {_set_aside(path).name}")
-        found = "; ".join(self.damage_messages) or ", ".join(sorted(f.name for f in self.folder.glob(f"*{DAMAGED}*")))
-        best = [name for name in (BEST, BEST_EMA) if (self.folder / name).is_file()]
-        if best and not found:
-            raise UserError(
-                f"{self.folder}: holds {' and '.join(best)}, but neither {LATEST} nor epoch_*.pth to go on from; pass "
-                f"--resume {self.folder / best[0]} to go on from that one, or another --tag to start over"
-            )
-        further = f"; {' and '.join(best)} can be passed to --resume" if best else ""
-        raise UserError(
-            f"{self.folder}: no checkpoint is whole, so training cannot go on; pass another --tag to start over, or "
-            f"--resume CKPT to go on from another checkpoint ({found}{further})"
-        )
-
-
-def _set_aside(path: Path, suffix: str = DAMAGED) -> Path:
-    """Rename a file to NAME plus `suffix`, with a number at the end if that name is taken. Return the new path."""
-    names = (path.with_name(f"{path.name}{suffix}{i or ''}") for i in count())
-    aside = next(name for name in names if not name.exists())
-    try:
-        path.replace(aside)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be set aside as {aside.name} ({error})") from error
-    return aside
-
-
-def _unsafe_names(path: Path) -> list[str]:
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # torch.load reports whatever error a damaged file causes
-        return []
 
 
 def differences(own: StateDict, state: StateDict, ignore: tuple[str, ...] = ()) -> str:

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from classification.checkpoint import (
-    BEST,
     class_names_of,
     load_weights,
     num_classes,
@@ -27,6 +26,7 @@ from classification.checkpoint import (
     state_dicts,
     tensors_digest,
 )
+from classification.checkpoint_folder import BEST
 from classification.config import trained_with
 from classification.data import escaped, names_differ
 from classification.data.build import eval_transform

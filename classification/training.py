@@ -17,12 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from classification.checkpoint import (
-    BEST,
-    BEST_EMA,
     CLASSES,
-    LATEST,
-    CheckpointFolder,
-    DamagedCheckpointError,
     StateDict,
     class_names_of,
     in_layout_of,
@@ -30,6 +25,8 @@ from classification.checkpoint import (
     read_checkpoint,
     state_dicts,
 )
+from classification.checkpoint_archive import DamagedCheckpointError
+from classification.checkpoint_folder import BEST, BEST_EMA, LATEST, CheckpointFolder
 from classification.compiling import compile_in_place
 from classification.config import changed_keys, saved_config, settings_without_effect, shared_settings
 from classification.data import (

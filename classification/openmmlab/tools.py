@@ -20,7 +20,7 @@ from mmengine.registry import METRICS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
 
-from classification.checkpoint import lock_folder
+from classification.checkpoint_folder import lock_folder
 from classification.errors import UserError, end_with, is_file
 from classification.models import optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba

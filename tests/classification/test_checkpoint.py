@@ -25,8 +25,6 @@ from torch._tensor import _rebuild_from_type_v2
 from yacs.config import CfgNode
 
 from classification.checkpoint import (
-    CheckpointFolder,
-    DamagedCheckpointError,
     in_layout_of,
     load_weights,
     read_checkpoint,
@@ -34,6 +32,8 @@ from classification.checkpoint import (
     state_dicts,
     tensors_digest,
 )
+from classification.checkpoint_archive import DamagedCheckpointError
+from classification.checkpoint_folder import CheckpointFolder
 from classification.config import changed_evaluation_keys, changed_keys, default_config, trained_with
 from classification.convert import convert
 from classification.convert import main as convert_main

@@ -20,7 +20,8 @@ from hostile import BOMBS, before_1_6, pickled, storage_of, tensor_of, weights_o
 from kill_and_resume import differences
 from PIL import Image
 
-from classification.checkpoint import CheckpointFolder, load_weights, save_checkpoint, state_dicts
+from classification.checkpoint import load_weights, save_checkpoint, state_dicts
+from classification.checkpoint_folder import CheckpointFolder
 from classification.config import RANGES, _flatten, default_config, load_config
 from classification.data.build import eval_transform
 from classification.data.images import UnreadableImageError, read_image

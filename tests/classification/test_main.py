@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from classification import engine as engine_module
 from classification import main as main_module
 from classification import training as training_module
-from classification.checkpoint import CheckpointFolder, read_checkpoint, save_checkpoint
+from classification.checkpoint import read_checkpoint, save_checkpoint
+from classification.checkpoint_folder import CheckpointFolder
 from classification.metrics import read_lines
 from classification.run import Preemption
 
@@ -210,7 +211,7 @@ def test_latest_is_the_newest_whatever_it_was_saved_for(few_digits, tmp_path, ru
 OTHER_RUN = """
 import sys, time
 from pathlib import Path
-from classification.checkpoint import CheckpointFolder
+from classification.checkpoint_folder import CheckpointFolder
 folder = CheckpointFolder(Path(sys.argv[1]), keep=3)
 folder.lock()
 print("locked", flush=True)
