@@ -20,6 +20,7 @@ from classification.openmmlab.config_parts import (
     argument_of,
     class_names_of,
     datasets_of,
+    datasets_of_metrics,
     kind_of,
     kinds_in,
     metrics_of,
@@ -144,16 +145,16 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         datasets = list(datasets_of(loader.dataset)) if loader else []
         for dataset in datasets:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
-        for metric in metrics_of(cfg, split):
-            _check_loads_maps(metric, datasets, split)
+        for metric, its in datasets_of_metrics(cfg, split, datasets):
+            _check_loads_maps(metric, its, split)
             if metric.get("ann_file"):
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
                 if not _is_remote(metric):
                     must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
-                    _check_compared(metric, datasets, split)
-                _check_all_are_tested(metric, datasets, split)
+                    _check_compared(metric, its, split)
+                _check_all_are_tested(metric, its, split)
             if kind_of(metric) in OF_THE_WHOLE_FILE:
-                _check_image_ids(metric, datasets, split)
+                _check_image_ids(metric, its, split)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
 

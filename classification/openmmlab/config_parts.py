@@ -53,8 +53,18 @@ def parts_of(key: str, value: object) -> Iterator[tuple[str, ConfigDict]]:
 
 
 def metrics_of(cfg: Config, split: str) -> list[ConfigDict]:
+    """Return the metrics of a split's evaluator, which is a metric, several, or an evaluator with `metrics`."""
     evaluator = cfg.get(f"{split}_evaluator")
+    evaluator = evaluator.get("metrics", evaluator) if isinstance(evaluator, dict) else evaluator
     return [one for one in (evaluator if isinstance(evaluator, list) else [evaluator]) if isinstance(one, dict)]
+
+
+def datasets_of_metrics(cfg: Config, split: str, datasets: list[ConfigDict]) -> Iterator[tuple[ConfigDict, list]]:
+    """Yield each metric with the data sets that it gets: all, or with MultiDatasetsEvaluator one each, in order."""
+    evaluator, metrics = cfg.get(f"{split}_evaluator"), metrics_of(cfg, split)
+    apart = isinstance(evaluator, dict) and kind_of(evaluator) == "MultiDatasetsEvaluator"
+    for i, metric in enumerate(metrics):
+        yield metric, datasets[i : i + 1] if apart and len(metrics) == len(datasets) else datasets
 
 
 def segmentation_heads(model: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
@@ -94,10 +104,17 @@ def type_of(dataset: ConfigDict) -> type | None:
 
 
 def reads_as(dataset: ConfigDict, kind: str) -> bool:
-    """Return whether a data set is of this type, or of one that inherits from it and reads its files likewise."""
-    methods = [getattr(type_of(dataset), name, None) for name in ("load_data_list", "parse_data_info")]
-    names = [getattr(method, "__qualname__", "") for method in methods]
-    return kind_of(dataset) == kind or names == [f"{kind}.load_data_list", f"{kind}.parse_data_info"]
+    """Return whether a data set is of this type, or of one that inherits from it and reads its files likewise.
+
+    A method that calls the one that it overrides, as to add a field, reads them likewise.
+    """
+    for one in getattr(type_of(dataset), "__mro__", ()):
+        if one.__name__ == kind:
+            return True
+        own = [vars(one)[name] for name in ("load_data_list", "parse_data_info") if name in vars(one)]
+        if not all("__class__" in inspect.unwrap(method).__code__.co_freevars for method in own):  # it calls super()
+            return False
+    return kind_of(dataset) == kind
 
 
 def argument_of(dataset: ConfigDict, name: str) -> object:

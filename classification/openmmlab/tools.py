@@ -39,7 +39,7 @@ from classification.openmmlab.checks import (
     reduces_zero_label,
     warn_of_other_normalisation,
 )
-from classification.openmmlab.config_parts import datasets_of, kind_of
+from classification.openmmlab.config_parts import datasets_of, kind_of, metrics_of
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
     AverageBatchNorm,
@@ -790,8 +790,7 @@ def write_maps(cfg: Config, folder: str) -> None:
     Raises:
         UserError: none of the metrics can write maps.
     """
-    evaluator = cfg.test_evaluator
-    metrics = evaluator if isinstance(evaluator, list) else [evaluator]
+    metrics = metrics_of(cfg, "test")
     able = [m for m in metrics if kind_of(m) in ("IoUMetric", "DepthMetric")]
     able = able or [m for m in metrics if kind_of(m) == "CityscapesMetric"]  # only if alone: it reads the maps again
     for metric in able:

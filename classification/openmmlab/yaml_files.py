@@ -29,6 +29,8 @@ def check_types(value: object, key: str = "") -> None:
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_types(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and value.endswith(".py"):  # as teacher_config, which mmdet reads as a config
+        raise UserError(f"{key} is {value!r}, a program, which mmengine may run; write such a config in Python")
     elif key.endswith(("type", "constructor")) and isinstance(value, str) and not _is_harmless(value):
         raise UserError(
             f"{key} is {value!r}, which is no registered name and no class of torch.nn or torch.optim, and could run "

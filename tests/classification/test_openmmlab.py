@@ -599,6 +599,7 @@ CONFIGS = {
         '{"model": {}, "custom_hooks": [{"type": "mmseg.apis.MMSegInferencer", "weights": "a.pth"}]}',
         "custom_hooks.0.type is 'mmseg.apis.MMSegInferencer', which is no registered name",
     ),
+    "teacher.yaml": ("model: {teacher_config: a/teacher.py}", "model.teacher_config is 'a/teacher.py', a program"),
     "constructor.json": (
         '{"model": {}, "optim_wrapper": {"constructor": "subprocess.check_output"}}',
         "optim_wrapper.constructor is 'subprocess.check_output', which is no registered name",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from running import ROOT, free_port, note_threads, run_command, threads_left
 from scenes import enlarged, write_coco, write_few_scenes
 
 pytest.importorskip("mmdet", reason="make install-openmmlab")
+import mmdet.datasets
 import mmdet.evaluation
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -407,6 +409,27 @@ def test_predictions_are_compared_with_the_file_that_is_loaded(scenes, tmp_path,
         checked(
             scenes, **{"val_dataloader.dataset.ann_file": str(path), "val_dataloader.dataset.type": "CityscapesDataset"}
         )
+
+    class Mine(mmdet.datasets.CocoDataset):
+        def parse_data_info(self, raw):
+            return {**super().parse_data_info(raw), "more": 1}
+
+    class Other(mmdet.datasets.CocoDataset):
+        def load_data_list(self):
+            return []
+
+    for kind, checked_as_coco in ((Mine, True), (Other, False)):
+        changes = {"val_dataloader.dataset.ann_file": str(path), "val_dataloader.dataset.type": kind}
+        changes["val_evaluator.format_only"] = True  # which reads another file
+        with pytest.raises(UserError, match="must be in the order of") if checked_as_coco else nullcontext():
+            checked(scenes, **changes, **{"val_evaluator.ann_file": None})
+    metric = dict(type="CocoMetric", ann_file=str(path))
+    for evaluator in (dict(type="Evaluator", metrics=metric), dict(type="MultiDatasetsEvaluator", metrics=[metric])):
+        cfg = copy.deepcopy(read_once(MICRO))
+        tools.merge_options(cfg, {"data_root": str(scenes)})
+        cfg.val_evaluator = evaluator
+        with pytest.raises(UserError, match=r"must be in the order of .*reversed\.json"):
+            check_data(cfg, ("val",))
     for kind in ("CocoMetric", "mmdet.CocoMetric", mmdet.evaluation.CocoMetric):
         with pytest.raises(UserError, match=r"must be in the order of .*reversed\.json"):
             checked(scenes, **{"val_evaluator.ann_file": str(path), "val_evaluator.type": kind})
