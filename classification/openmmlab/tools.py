@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -356,24 +356,43 @@ def _warn_of_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -
             )
 
 
-def _warn_of_unread_variables(path: str) -> None:
-    """Warn of variables that a config sets, but neither it nor the tool reads.
+def _warn_of_unread_variables(path: str, read_later: frozenset[str] = frozenset()) -> None:
+    """Warn of variables that a config sets, but neither it nor the tool reads; likewise for the configs it inherits.
 
     A config that inherits another one sets them too late: the other one has used its own values by then.
+
+    Args:
+        read_later: variables that configs read that inherit this one, as `_base_.NAME`.
     """
-    if not path.endswith(".py"):
+    if not path.endswith(".py") or not os.path.isfile(path):
         return
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     given = {target.id for one in tree.body if isinstance(one, ast.Assign) and not _is_none(one.value)
              for target in one.targets if isinstance(target, ast.Name)}  # fmt: skip
     used = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
-    unread = sorted(given - used - {*inspect.signature(Runner).parameters, *READ, "_base_", "runner_type"})
+    known = {*inspect.signature(Runner).parameters, *READ, "_base_", "runner_type", *read_later}
+    unread = sorted(given - used - known)
     if "_base_" in given and unread:
         print_log(
             f"{path}: sets {', '.join(unread)}, which nothing reads: the config that it inherits has used its own "
             "values by then; set what they are used for, as train_cfg.max_iters",
             level=logging.WARNING,
         )
+    parts = [one for one in ast.walk(tree) if isinstance(one, ast.Attribute) and isinstance(one.value, ast.Name)]
+    read_later |= {one.attr for one in parts if one.value.id == "_base_"}
+    for base in _own_bases(tree, os.path.dirname(path)):
+        _warn_of_unread_variables(base, read_later)
+
+
+def _own_bases(tree: ast.Module, folder: str) -> list[str]:
+    """Return the files in a config's `_base_`, without a toolchain's own."""
+    for one in tree.body:
+        if isinstance(one, ast.Assign) and [getattr(target, "id", None) for target in one.targets] == ["_base_"]:
+            with suppress(ValueError):  # an expression
+                bases = ast.literal_eval(one.value)
+                bases = [bases] if isinstance(bases, str) else list(bases)
+                return [os.path.join(folder, base) for base in bases if "::" not in base]
+    return []
 
 
 def _is_none(value: ast.expr) -> bool:

@@ -1337,6 +1337,13 @@ def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
         tools._warn_of_unread_variables(str(tmp_path / "c.py"))
         assert [one.partition(": sets ")[2].partition(",")[0] for one in said] == ["max_iters"] * found
         said.clear()
+    # A config between, of which a later one reads one variable.
+    (tmp_path / "c.py").write_text("\n".join(["_base_ = 'b.py'", "max_epochs = 5", *lines]))
+    (tmp_path / "d.py").write_text("_base_ = ['./c.py']\ntrain_cfg = dict(max_epochs={{_base_.max_epochs}})")
+    (tmp_path / "e.py").write_text("_base_ = 'd.py'")
+    tools._warn_of_unread_variables(str(tmp_path / "e.py"))
+    assert [one.partition(": sets ")[2].partition(", which")[0] for one in said] == ["max_iters"]
+    said.clear()
     for path in Path(__file__).parents[2].glob("*/configs/spatialmamba/*.py"):
         tools._warn_of_unread_variables(str(path))
     assert said == []
