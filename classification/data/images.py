@@ -55,7 +55,7 @@ def misread_samples(image: Image.Image) -> str | None:
     kinds = _tag(image, SAMPLE_FORMAT, UNSIGNED)
     if any(kind != UNSIGNED for kind in kinds) and image.mode not in ("I", "F"):  # `_to_eight_bits` refuses these
         return f"its samples are not unsigned numbers (SampleFormat {kinds}); convert it to 8 or 16 bits"
-    if image.mode == "P" and 0 < max(_tag(image, COLOR_MAP, 0)) <= 255:
+    if image.mode in ("P", "PA") and 0 < max(_tag(image, COLOR_MAP, 0)) <= 255:
         return "its colour map has 8 bits in place of 16, which Pillow reads as black; convert it to PNG"
     return misread_planes(image)
 

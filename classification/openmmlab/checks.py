@@ -155,8 +155,36 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 _check_all_are_tested(metric, its, split)
             if kind_of(metric) in OF_THE_WHOLE_FILE:
                 _check_image_ids(metric, its, split)
+        _warn_of_steps(cfg, split, datasets)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
+
+
+def _warn_of_steps(cfg: Config, split: str, datasets: list[ConfigDict]) -> None:
+    """Warn of images that are normalised twice, and of boxes that are scaled before they are compared."""
+    given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
+    kinds = [kind_of(one) for one in metrics_of(cfg, split)]
+    for dataset in datasets:
+        steps = [kind_of(step) for step in steps_of(dataset.get("pipeline") or ())]
+        key = f"{split}_dataloader.dataset.pipeline"
+        if given.get("mean") and "Normalize" in steps:
+            print_log(
+                f"{key} has a Normalize, and data_preprocessor a mean: images are normalised twice; leave one out",
+                level=logging.WARNING,
+            )
+        moving = [step for step in steps[steps.index("LoadAnnotations") :] if step in MOVES_BOXES] if (
+            "LoadAnnotations" in steps and split != "train"
+        ) else []  # fmt: skip
+        if moving and any(kind in OF_LOADED_BOXES for kind in kinds):
+            print_log(
+                f"{key} has {moving[0]} after LoadAnnotations, which then scales the true boxes, but not the predicted "
+                "ones that they are compared with; put LoadAnnotations after it",
+                level=logging.WARNING,
+            )
+
+
+MOVES_BOXES = ("Resize", "RandomFlip", "RandomResize", "FixScaleResize", "RandomCrop")
+OF_LOADED_BOXES = ("VOCMetric", "OpenImagesMetric")  # compare with boxes as the pipeline leaves them
 
 
 def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
@@ -312,6 +340,11 @@ def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) 
     CocoMetric numbers labels by the categories of its own file. In another order, perfect predictions count as wrong.
     """
     plain = [dataset for dataset in datasets if reads_as(dataset, "CocoDataset") and dataset.get("ann_file")]
+    if kind_of(metric) == "CocoMetric" and metric.get("sort_categories") and plain:
+        raise UserError(
+            f"{split}_evaluator.sort_categories=True numbers labels by the categories' ids, as only mmdet's "
+            f"Objects365V1Dataset does, and {split}_dataloader.dataset by the order of classes; leave it out"
+        )
     if kind_of(metric) != "CocoMetric" or len(plain) != 1 or _is_remote(plain[0]):
         return
     loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -86,6 +87,15 @@ class NoteOtherProcesses(Hook):
 
     mmengine does not save the number of processes, so this hook saves it in `meta`.
     """
+
+    def before_train(self, runner) -> None:
+        schedules = runner.param_schedulers if isinstance(runner.param_schedulers, list) else []
+        ends = [one.end for one in schedules if not one.by_epoch and one.begin == 0]
+        for end in sorted({end for end in ends if runner.max_iters < end < ENDLESS}):
+            _warn(
+                f"a schedule of the rate begins at 0 and ends at iteration {end}, but training ends at "
+                f"{runner.max_iters}: a warm-up as long never reaches the rate; set end in param_scheduler"
+            )
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         checkpoint["meta"]["processes"] = get_world_size()
@@ -324,6 +334,8 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
         adam = [one.get("decoupled_weight_decay", False) for one in (groups[0], wrapper.optimizer.defaults)]
         if adam[0] != adam[1] and "decoupled_weight_decay" in groups[0]:
             raise ValueError("one of them is AdamW, the other Adam")
+        for group, ours in zip(groups, wrapper.optimizer.param_groups, strict=True):
+            _check_settings(group, ours)
         for i, parameter in zip(chain(*there), chain(*own), strict=True):
             state = saved["state"].get(i, {})
             for name, value in state.items():
@@ -338,6 +350,23 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
         ) from error
 
 
+def _check_settings(group: dict, ours: dict) -> None:
+    """Raise a ValueError if a saved group has a number that is none, or another switch, as `maximize`, than ours."""
+    for name, value in group.items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if name == "params" or value is None:
+            continue
+        if isinstance(ours.get(name), bool) and name not in HOW and value != ours[name]:
+            raise ValueError(f"its {name} is {value!r}, the config's {ours[name]!r}")
+        if isinstance(ours.get(name), int | float | tuple) and not all(
+            isinstance(one, int | float | torch.Tensor) and math.isfinite(one) for one in numbers
+        ):
+            raise ValueError(f"its {name} is {value!r}, not finite numbers")
+        if name == "betas" and not all(0 <= one < 1 for one in numbers):
+            raise ValueError(f"its betas are {value!r}, not in [0, 1)")
+
+
+HOW = ("capturable", "differentiable", "foreach", "fused")  # how an optimizer computes, not what
 OF_EACH_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
 

@@ -39,7 +39,7 @@ from classification.openmmlab.checks import (
     reduces_zero_label,
     warn_of_other_normalisation,
 )
-from classification.openmmlab.config_parts import datasets_of, kind_of, metrics_of
+from classification.openmmlab.config_parts import argument_of, class_names_of, datasets_of, kind_of, metrics_of
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
     AverageBatchNorm,
@@ -108,9 +108,13 @@ def test(scope: str) -> None:
     add = parser.add_argument
     add("checkpoint", help="checkpoint file")
     add("--tta", action="store_true", help="test-time augmentation by the config's tta_model and tta_pipeline")
-    add("--out", help="write the predictions: mmdet's to a pickle file, mmseg's to a folder")
+    add("--out", type=os.path.expanduser, help="write the predictions: mmdet's to a pickle file, mmseg's to a folder")
     add("--show", action="store_true", help="show predictions on a screen")
-    add("--show-dir", help="folder for images with predictions drawn by the first process; mmdet's is in the work dir")
+    add(
+        "--show-dir",
+        type=os.path.expanduser,
+        help="folder for images with predictions drawn by the first process; mmdet's is in the work dir",
+    )
     add("--wait-time", type=float, default=2, help="seconds that --show shows an image")
     parser.set_defaults(tool="test")
     _run(_test, parser.parse_args(), scope)
@@ -473,9 +477,12 @@ def _moved(value: object, old: str, new: str) -> object:
     if isinstance(value, dict):
         for key, item in list(value.items()):
             if key != "classes" or isinstance(item, str):  # names of classes are no paths; that of their file is
-                value[key] = _moved(item, old, new)
-    elif isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, old, new) for item in value)
+                moved = _moved(item, old, new)
+                if moved is not item:  # a config with read_base gives classes here, but is written by their names
+                    value[key] = moved
+    elif isinstance(value, list | tuple):
+        moved = [_moved(item, old, new) for item in value]
+        return value if all(a is b for a, b in zip(moved, value, strict=True)) else type(value)(moved)
     elif isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
         return new + value.removeprefix(old)
     return value
@@ -506,7 +513,8 @@ def _prepare(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
-    return args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
+    named = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
+    return os.path.expanduser(named)  # a shell does not in --work-dir=~/run
 
 
 def _export_ranks(launcher: str, local_rank: int) -> None:
@@ -803,13 +811,19 @@ def _draw(args: argparse.Namespace, cfg: Config) -> None:
         cfg.visualizer.update({"save_dir": args.show_dir} if args.show_dir else {})
 
 
+BYTE = 256  # values
+
+
 def write_maps(cfg: Config, folder: str) -> None:
     """Make mmseg's metrics write the predicted maps during the test.
 
     Raises:
-        UserError: none of the metrics can write maps.
+        UserError: none of the metrics can write maps, or a map cannot hold so many labels.
     """
-    metrics = metrics_of(cfg, "test")
+    metrics, dataset = metrics_of(cfg, "test"), next(datasets_of(cfg.test_dataloader.dataset))
+    classes = len(class_names_of(dataset, "test_dataloader.dataset")) + bool(argument_of(dataset, "reduce_zero_label"))
+    if classes > BYTE:
+        raise UserError(f"--out {folder}: maps are written in 8 bits, which hold {BYTE} labels, not {classes}")
     able = [m for m in metrics if kind_of(m) in ("IoUMetric", "DepthMetric")]
     able = able or [m for m in metrics if kind_of(m) == "CityscapesMetric"]  # only if alone: it reads the maps again
     for metric in able:

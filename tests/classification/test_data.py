@@ -18,7 +18,7 @@ from classification.data import UnreadableImages, build_eval_loader, build_mixup
 from classification.data import images as images_module
 from classification.data.build import eval_transform
 from classification.data.digits import write_digits
-from classification.data.images import ImageFolder, UnreadableImageError, class_names, read_image
+from classification.data.images import ImageFolder, UnreadableImageError, class_names, misread_samples, read_image
 from classification.errors import UserError
 
 
@@ -231,6 +231,9 @@ def test_tiffs_that_pillow_misreads_are_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(wide, stored))
     with pytest.raises(UnreadableImageError, match=r"colour map has 8 bits in place of 16"):
         read_image(str(path))
+    with_alpha = Image.open(path)
+    with_alpha._mode = "PA"  # with a sample of alpha, which Pillow does not write
+    assert "colour map has 8 bits" in misread_samples(with_alpha)
 
 
 def test_sixteen_bits_take_few_bytes_a_pixel(tmp_path):

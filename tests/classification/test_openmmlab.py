@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import pickle
 import re
 import struct
@@ -1694,6 +1695,7 @@ def optimizer_of(groups: int = 1, **state) -> dict:
     return dict(optimizer={"state": {0: state}, "param_groups": settings})
 
 
+BETAS = {"betas": (0.9, 0.99)}
 NOT_ITS_OWN = r"its optimizer does not fit the config's optim_wrapper \("
 RESUMED = {
     "meta": (dict(meta=None), "has no meta.epoch, meta.iter, so training cannot go on from it; resume an epoch_"),
@@ -1728,8 +1730,20 @@ RESUMED = {
         NOT_ITS_OWN + "one of them has betas, the other has not",
     ),
     "Adam": (
-        dict(optimizer={"state": {}, "param_groups": [{"betas": 1, "decoupled_weight_decay": False, "params": [0]}]}),
+        dict(optimizer={"state": {}, "param_groups": [{**BETAS, "decoupled_weight_decay": False, "params": [0]}]}),
         NOT_ITS_OWN + "one of them is AdamW, the other Adam",
+    ),
+    "ascent": (
+        dict(optimizer={"state": {}, "param_groups": [{"betas": (0.9, 0.99), "maximize": True, "params": [0]}]}),
+        NOT_ITS_OWN + "its maximize is True, the config's False",
+    ),
+    "no steps": (
+        dict(optimizer={"state": {}, "param_groups": [{"betas": (0.9, 0.99), "eps": math.inf, "params": [0]}]}),
+        NOT_ITS_OWN + "its eps is inf, not finite numbers",
+    ),
+    "betas of 1": (
+        dict(optimizer={"state": {}, "param_groups": [{"betas": (1, 1), "params": [0]}]}),
+        NOT_ITS_OWN + r"its betas are \(1, 1\), not in \[0, 1\)",
     ),
     "no groups": (dict(optimizer={"state": {}}), NOT_ITS_OWN + "'param_groups'"),
 }
@@ -1873,6 +1887,31 @@ def test_maps_that_only_tifffile_reads(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tifffile", argparse.Namespace(imread=lambda path: labels))
     with pytest.raises(UserError, match=r"map.tif: has label 259, but with 5 classes"):
         CheckLabels(5)({"seg_map_path": str(path), "gt_seg_map": labels.astype(np.uint8)})
+
+
+def test_steps_that_spoil_what_is_compared(monkeypatch):
+    """Images normalised twice, boxes scaled after they are loaded, a warm-up longer than training."""
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
+    steps = [dict(type=name) for name in ("LoadAnnotations", "Resize", "Normalize")]
+    cfg = Config(dict(model=dict(data_preprocessor=dict(mean=[1])), val_evaluator=dict(type="VOCMetric")))
+    for order, found in ((steps, 2), (steps[1::-1], 0)):
+        checks._warn_of_steps(cfg, "val", [ConfigDict(type="A", pipeline=order)])
+        assert len(said) == found
+        said.clear()
+    metric = ConfigDict(type="CocoMetric", sort_categories=True)
+    with pytest.raises(UserError, match=r"val_evaluator\.sort_categories=True numbers labels by the categories' ids"):
+        checks._check_compared(metric, [ConfigDict(type="CocoDataset", ann_file="a.json")], "val")
+    monkeypatch.setattr(hooks, "_warn", said.append)
+    schedules = [argparse.Namespace(by_epoch=False, begin=0, end=end) for end in (10, 48, 1000, hooks.ENDLESS)]
+    hooks.NoteOtherProcesses().before_train(argparse.Namespace(param_schedulers=schedules, max_iters=48))
+    (one,) = said
+    assert "begins at 0 and ends at iteration 1000, but training ends at 48" in one
+    cfg = Config(dict(test_evaluator=dict(type="IoUMetric"), test_dataloader=dict(dataset=dict(type=dict))))
+    cfg.test_dataloader.dataset.metainfo = dict(classes=[str(i) for i in range(300)])
+    with pytest.raises(UserError, match="maps are written in 8 bits, which hold 256 labels, not 300"):
+        tools.write_maps(cfg, "out")
+    assert tools._work_dir(argparse.Namespace(work_dir="~/run"), cfg) == str(Path("~/run").expanduser())
 
 
 def test_augmentation_in_wrapped_data_sets():
