@@ -22,6 +22,7 @@ def has_fused_kernels(x: Tensor) -> bool:
 
 def fusible(x: Tensor, *modules: nn.Module) -> bool:
     """Whether one operator may stand for these modules: it has kernels, and calling the modules does no more.
+
     A module is called as it is if it has a hook, lacks a parameter, or is of another type or has another `forward`, as
     adapters, quantisation and tools for interpretation make it.
     """

@@ -172,10 +172,9 @@ def _warn_of_steps(cfg: Config, split: str, datasets: list[ConfigDict]) -> None:
                 f"{key} has a Normalize, and data_preprocessor a mean: images are normalised twice; leave one out",
                 level=logging.WARNING,
             )
-        moving = [step for step in steps[steps.index("LoadAnnotations") :] if step in MOVES_BOXES] if (
-            "LoadAnnotations" in steps and split != "train"
-        ) else []  # fmt: skip
-        if moving and any(kind in OF_LOADED_BOXES for kind in kinds):
+        loads = steps.index("LoadAnnotations") if "LoadAnnotations" in steps else len(steps)
+        moving = [step for step in steps[loads:] if step in MOVES_BOXES]
+        if moving and any(kind in OF_LOADED_BOXES for kind in kinds):  # training has no metrics
             print_log(
                 f"{key} has {moving[0]} after LoadAnnotations, which then scales the true boxes, but not the predicted "
                 "ones that they are compared with; put LoadAnnotations after it",

@@ -82,11 +82,8 @@ class AverageBatchNorm(Hook):
         return self.end_of_epoch(runner.train_dataloader, batch_idx)
 
 
-class NoteOtherProcesses(Hook):
-    """Warns if a resumed run counts differently. mmengine keeps iterations and epochs, whatever their length is now.
-
-    mmengine does not save the number of processes, so this hook saves it in `meta`.
-    """
+class NoteLongSchedules(Hook):
+    """Warns of schedules that training ends before, as a warm-up over 1000 iterations that few images never reach."""
 
     def before_train(self, runner) -> None:
         schedules = runner.param_schedulers if isinstance(runner.param_schedulers, list) else []
@@ -96,6 +93,13 @@ class NoteOtherProcesses(Hook):
                 f"a schedule of the rate begins at 0 and ends at iteration {end}, but training ends at "
                 f"{runner.max_iters}: a warm-up as long never reaches the rate; set end in param_scheduler"
             )
+
+
+class NoteOtherProcesses(Hook):
+    """Warns if a resumed run counts differently. mmengine keeps iterations and epochs, whatever their length is now.
+
+    mmengine does not save the number of processes, so this hook saves it in `meta`.
+    """
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         checkpoint["meta"]["processes"] = get_world_size()

@@ -1,6 +1,6 @@
 """Put the checks of `transforms.py` into the pipelines of a config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mmengine.config import Config, ConfigDict
 
@@ -19,16 +19,14 @@ def insert_label_checks(cfg: Config) -> None:
     """Put CheckLabels after each LoadAnnotations of mmseg, which wraps labels of more than 8 bits."""
     if cfg.get("default_scope") != "mmseg":
         return
-    for split in ("train", "val", "test"):
-        loader = cfg.get(f"{split}_dataloader")
-        for dataset in datasets_of(loader.dataset) if loader else ():
-            # If the data set does not know its classes, take the head's number.
-            head = predicting_head(cfg.model)
-            number = len(class_names_of(dataset, f"{split}_dataloader.dataset")) or head.get("num_classes", 0)
-            if number and dataset.get("pipeline"):
-                ignored = head.get("ignore_index", 255)  # mmseg's default
-                check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
-                _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
+    head = predicting_head(cfg.model)
+    for key, dataset in _all_datasets(cfg):
+        # If the data set does not know its classes, take the head's number.
+        number = len(class_names_of(dataset, key)) or head.get("num_classes", 0)
+        if number and dataset.get("pipeline"):
+            ignored = head.get("ignore_index", 255)  # mmseg's default
+            check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
+            _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
 
 
 def pass_class_weights(cfg: Config) -> None:
@@ -43,21 +41,24 @@ def pass_class_weights(cfg: Config) -> None:
 
 def insert_bit_checks(cfg: Config) -> None:
     """Put CheckBits before each step that decodes with Pillow: there, mmcv clips images of more than 8 bits."""
-    for split in ("train", "val", "test"):
-        loader = cfg.get(f"{split}_dataloader")
-        for dataset in datasets_of(loader.dataset) if loader else ():
-            _insert(dataset.get("pipeline") or [], _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
+    for _, dataset in _all_datasets(cfg):
+        _insert(dataset.get("pipeline") or [], _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
 
 
 def insert_size_checks(cfg: Config) -> None:
     """Put CheckSize after each LoadImageFromFile of mmdet: the annotation file may have other image sizes."""
     if cfg.get("default_scope") != "mmdet":
         return
+    for _, dataset in _all_datasets(cfg):
+        check = ConfigDict(type="CheckSize", turned=_turns(dataset))
+        _insert(dataset.get("pipeline") or [], lambda step: kind_of(step) == "LoadImageFromFile", check, after=True)
+
+
+def _all_datasets(cfg: Config) -> Iterator[tuple[str, ConfigDict]]:
+    """Yield the data sets of all splits, each with the key of its split's."""
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
-        for dataset in datasets_of(loader.dataset) if loader else ():
-            check = ConfigDict(type="CheckSize", turned=_turns(dataset))
-            _insert(dataset.get("pipeline") or [], lambda step: kind_of(step) == "LoadImageFromFile", check, after=True)
+        yield from ((f"{split}_dataloader.dataset", one) for one in (datasets_of(loader.dataset) if loader else ()))
 
 
 def _turns(dataset: ConfigDict) -> bool:

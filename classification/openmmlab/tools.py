@@ -46,6 +46,7 @@ from classification.openmmlab.hooks import (
     CheckResumed,
     CheckSameData,
     NameAbsentClasses,
+    NoteLongSchedules,
     NoteOtherProcesses,
     StopAtInvalidLoss,
     saving_folder,
@@ -636,7 +637,10 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     lock = _lock(args, cfg)  # held until training ends
     runner = _build(cfg)
-    own = (NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckResumed, CheckSameData, NoteOtherProcesses)
+    own = (
+        *(NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckResumed, CheckSameData),
+        *(NoteLongSchedules, NoteOtherProcesses),
+    )
     for hook in own:
         if not any(type(one) is hook for one in runner.hooks):  # a config for the toolchain's own train.py names it
             runner.register_hook(hook())

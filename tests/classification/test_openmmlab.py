@@ -1350,6 +1350,21 @@ def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
     assert said == []
 
 
+def test_data_root_of_a_config_that_names_classes(tmp_path):
+    """A new-style config holds classes, and mmengine writes it as text after the option is merged."""
+    (tmp_path / "base.py").write_text("data_root = 'a/'\n")
+    (tmp_path / "c.py").write_text(
+        "from mmengine.config import read_base\nwith read_base():\n    from .base import *\n"
+        "from mmengine.dataset import BaseDataset\n"
+        "model = dict(layers=[dict(type=BaseDataset)])\n"
+        "train_dataloader = dict(dataset=dict(type=BaseDataset, data_root='a/', ann_file='a/b.json'))\n"
+    )
+    cfg = Config.fromfile(str(tmp_path / "c.py"))
+    tools.merge_options(cfg, {"data_root": "e"})
+    assert "ann_file='e/b.json'" in cfg.pretty_text
+    assert "mmengine.dataset.BaseDataset" in cfg.pretty_text
+
+
 def test_misspelt_options_are_named(monkeypatch):
     said = []
     monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
@@ -1904,7 +1919,7 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
         checks._check_compared(metric, [ConfigDict(type="CocoDataset", ann_file="a.json")], "val")
     monkeypatch.setattr(hooks, "_warn", said.append)
     schedules = [argparse.Namespace(by_epoch=False, begin=0, end=end) for end in (10, 48, 1000, hooks.ENDLESS)]
-    hooks.NoteOtherProcesses().before_train(argparse.Namespace(param_schedulers=schedules, max_iters=48))
+    hooks.NoteLongSchedules().before_train(argparse.Namespace(param_schedulers=schedules, max_iters=48))
     (one,) = said
     assert "begins at 0 and ends at iteration 1000, but training ends at 48" in one
     cfg = Config(dict(test_evaluator=dict(type="IoUMetric"), test_dataloader=dict(dataset=dict(type=dict))))
