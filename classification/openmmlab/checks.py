@@ -21,16 +21,17 @@ from classification.openmmlab.config_parts import (
     class_names_of,
     datasets_of,
     datasets_of_metrics,
+    is_kind,
     kind_of,
-    kinds_in,
     metrics_of,
     must_exist,
     parts_of,
+    parts_within,
     predicting_head,
-    reads_as,
     segmentation_heads,
     steps_of,
     type_of,
+    works_as,
 )
 from classification.openmmlab.label_maps import check_foreground, check_maps
 from classification.openmmlab.messages import print_log
@@ -85,7 +86,7 @@ def pretrained_of(model: ConfigDict) -> str | None:
     """
     backbone = model.get("backbone") or {}
     named = backbone.get("pretrained") or model.get("pretrained")
-    if kind_of(backbone) != "MM_SpatialMamba":
+    if not is_kind(backbone, "MM_SpatialMamba"):
         return named if isinstance(named, str) and "://" not in named else None
     if named:
         return named
@@ -99,7 +100,7 @@ NORMALISED = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375),
 def warn_of_other_normalisation(cfg: Config) -> None:
     """Warn if the config normalises images differently from the images that the pretrained weights were trained on."""
     backbone = cfg.model.get("backbone") or {}
-    if kind_of(backbone) != "MM_SpatialMamba" or not pretrained_of(cfg.model):
+    if not is_kind(backbone, "MM_SpatialMamba") or not pretrained_of(cfg.model):
         return
     given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
     own = {"mean": given.get("mean"), "std": given.get("std"), "bgr_to_rgb": given.get("bgr_to_rgb", False)}
@@ -153,7 +154,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                     must_exist(metric.ann_file, "annotation file", f"{split}_evaluator.ann_file")
                     _check_compared(metric, its, split)
                 _check_all_are_tested(metric, its, split)
-            if kind_of(metric) in OF_THE_WHOLE_FILE:
+            if is_kind(metric, "CocoMetric"):
                 _check_image_ids(metric, its, split)
         _warn_of_steps(cfg, split, datasets)
     _check_same_labels(cfg, splits)
@@ -163,27 +164,26 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
 def _warn_of_steps(cfg: Config, split: str, datasets: list[ConfigDict]) -> None:
     """Warn of images that are normalised twice, and of boxes that are scaled before they are compared."""
     given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
-    kinds = [kind_of(one) for one in metrics_of(cfg, split)]
+    of_loaded_boxes = any(is_kind(metric, "VOCMetric", "OpenImagesMetric") for metric in metrics_of(cfg, split))
     for dataset in datasets:
-        steps = [kind_of(step) for step in steps_of(dataset.get("pipeline") or ())]
+        steps = list(steps_of(dataset.get("pipeline") or ()))
         key = f"{split}_dataloader.dataset.pipeline"
-        if given.get("mean") and "Normalize" in steps:
+        if given.get("mean") and any(is_kind(step, "Normalize") for step in steps):
             print_log(
                 f"{key} has a Normalize, and data_preprocessor a mean: images are normalised twice; leave one out",
                 level=logging.WARNING,
             )
-        loads = steps.index("LoadAnnotations") if "LoadAnnotations" in steps else len(steps)
-        moving = [step for step in steps[loads:] if step in MOVES_BOXES]
-        if moving and any(kind in OF_LOADED_BOXES for kind in kinds):  # training has no metrics
+        loads = next((i for i, step in enumerate(steps) if is_kind(step, "LoadAnnotations")), len(steps))
+        moving = [step for step in steps[loads:] if is_kind(step, *MOVES_BOXES)]
+        if moving and of_loaded_boxes:
             print_log(
-                f"{key} has {moving[0]} after LoadAnnotations, which then scales the true boxes, but not the predicted "
-                "ones that they are compared with; put LoadAnnotations after it",
+                f"{key} has {kind_of(moving[0])} after LoadAnnotations, which then scales the true boxes, but not the "
+                "predicted ones that they are compared with; put LoadAnnotations after it",
                 level=logging.WARNING,
             )
 
 
 MOVES_BOXES = ("Resize", "RandomFlip", "RandomResize", "FixScaleResize", "RandomCrop")
-OF_LOADED_BOXES = ("VOCMetric", "OpenImagesMetric")  # compare with boxes as the pipeline leaves them
 
 
 def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
@@ -192,7 +192,7 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
     The data sets of training and of the validation that chooses the best checkpoint must agree.
     """
     first: dict[str, tuple[str, object, str]] = {}
-    by_text = any(kind in OTHER_CLASSES for kind in kinds_in(cfg.model))
+    by_text = any(is_kind(part, *OTHER_CLASSES) for part in parts_within(cfg.model))
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         for dataset in datasets_of(loader.dataset) if loader else ():
@@ -264,7 +264,7 @@ def _ignore_settings(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> I
     """Yield the keys and values of all labels that mmseg ignores or pads with, except the predicting head's."""
     for split in splits:
         for i, metric in enumerate(metrics_of(cfg, split)):
-            if kind_of(metric) == "IoUMetric":
+            if is_kind(metric, "IoUMetric"):
                 place = f"[{i}]" if isinstance(cfg.get(f"{split}_evaluator"), list) else ""
                 yield f"{split}_evaluator{place}.ignore_index", metric.get("ignore_index", 255)
         loader = cfg.get(f"{split}_dataloader")
@@ -273,24 +273,24 @@ def _ignore_settings(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> I
                 key = f"{split}_dataloader.dataset.pipeline.{kind_of(step)}"
                 if kind_of(step) == "CheckLabels":
                     yield f"{key}.ignore_index", step.get("ignore_index", 255)
-                elif kind_of(step) == "Pad":  # of mmcv; a plain number in pad_val is for the image only
+                elif is_kind(step, "Pad"):  # of mmcv; a plain number in pad_val is for the image only
                     value = step.get("pad_val")
                     yield f"{key}.pad_val.seg", (value.get("seg", 255) if isinstance(value, dict) else 255)
-                elif kind_of(step) in ("RandomRotate", "RandomMosaic"):
+                elif is_kind(step, "RandomRotate", "RandomMosaic"):
                     yield f"{key}.seg_pad_val", step.get("seg_pad_val", 255)
-                elif kind_of(step) == "GenerateEdge" or (
-                    kind_of(step) == "RandomCrop" and step.get("cat_max_ratio", 1) < 1  # only then it counts labels
+                elif is_kind(step, "GenerateEdge") or (
+                    is_kind(step, "RandomCrop") and step.get("cat_max_ratio", 1) < 1  # only then it counts labels
                 ):
                     yield f"{key}.ignore_index", step.get("ignore_index", 255)
     if "train" in splits:
         preprocessor = model.get("data_preprocessor") or {}
-        if kind_of(preprocessor) == "SegDataPreProcessor":
+        if is_kind(preprocessor, "SegDataPreProcessor"):
             yield "model.data_preprocessor.seg_pad_val", preprocessor.get("seg_pad_val", 255)
         for part, other in segmentation_heads(model):
-            if kind_of(other) not in OTHER_CLASSES:
+            if not is_kind(other, *OTHER_CLASSES):
                 yield f"{part}.ignore_index", other.get("ignore_index", 255)
             for place, loss in parts_of(f"{part}.loss_decode", other.get("loss_decode")):
-                if name := IGNORING_LOSSES.get(kind_of(loss)):
+                for name in (name for kind, name in IGNORING_LOSSES.items() if is_kind(loss, kind)):
                     yield f"{place}.{name}", loss.get(name, 255)
 
 
@@ -319,11 +319,11 @@ def _check_no_pickles(value: object, key: str) -> None:
 
 def _check_loads_maps(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
     """Raise a UserError if IoUMetric is to compare predictions with label maps, but a pipeline loads none."""
-    if kind_of(metric) != "IoUMetric" or metric.get("format_only"):
+    if not works_as(metric, "IoUMetric") or metric.get("format_only"):
         return
     for dataset in datasets:
-        steps = [kind_of(step) for step in steps_of(dataset.get("pipeline") or ())]
-        loads = not steps or any(step.startswith("Load") and "Annotation" in step for step in steps)
+        steps = list(steps_of(dataset.get("pipeline") or ()))
+        loads = not steps or any(map(_may_load_maps, steps))
         has = "data_prefix" not in dataset or dataset.data_prefix.get("seg_map_path") is not None
         if not (loads and has):
             raise UserError(
@@ -333,18 +333,24 @@ def _check_loads_maps(metric: ConfigDict, datasets: list[ConfigDict], split: str
             )
 
 
+def _may_load_maps(step: ConfigDict) -> bool:
+    """Return whether a step loads label maps. A step that is not one of the toolchains' own may do so."""
+    known = getattr(type_of(step), "__module__", "").partition(".")[0] in ("classification", "mmcv", "mmseg")
+    return not known or ("Load" in kind_of(step) and "Annotation" in kind_of(step))
+
+
 def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
     """Raise a UserError if CocoMetric's file has other categories than the data set; warn if it is another file.
 
     CocoMetric numbers labels by the categories of its own file. In another order, perfect predictions count as wrong.
     """
-    plain = [dataset for dataset in datasets if reads_as(dataset, "CocoDataset") and dataset.get("ann_file")]
-    if kind_of(metric) == "CocoMetric" and metric.get("sort_categories") and plain:
+    plain = [dataset for dataset in datasets if works_as(dataset, "CocoDataset") and dataset.get("ann_file")]
+    if works_as(metric, "CocoMetric") and metric.get("sort_categories") and plain:
         raise UserError(
             f"{split}_evaluator.sort_categories=True numbers labels by the categories' ids, as only mmdet's "
             f"Objects365V1Dataset does, and {split}_dataloader.dataset by the order of classes; leave it out"
         )
-    if kind_of(metric) != "CocoMetric" or len(plain) != 1 or _is_remote(plain[0]):
+    if not works_as(metric, "CocoMetric") or len(plain) != 1 or _is_remote(plain[0]):
         return
     loaded = os.path.join(plain[0].get("data_root") or "", plain[0].ann_file)
     if os.path.realpath(loaded) == os.path.realpath(metric.ann_file):
@@ -359,16 +365,12 @@ def _check_compared(metric: ConfigDict, datasets: list[ConfigDict], split: str) 
     )
 
 
-OF_COCO = ("CocoMetric", "CocoOccludedSeparatedMetric")
-OF_THE_WHOLE_FILE = (*OF_COCO, "LVISMetric")
-
-
 def _check_all_are_tested(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
     """Raise a UserError if only some images of CocoMetric's file are tested.
 
     CocoMetric counts all objects in its file. The objects of an untested image count as missed.
     """
-    for dataset in datasets if kind_of(metric) in OF_THE_WHOLE_FILE else ():
+    for dataset in datasets if is_kind(metric, "CocoMetric") else ():
         if dataset.get("indices") is not None:
             raise UserError(
                 f"{split}_dataloader.dataset.indices has only some images tested, but {split}_evaluator.ann_file "
@@ -382,7 +384,7 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
 
     CocoMetric knows an image only by its id, and confuses two images of the same id.
     """
-    plain = [one for one in datasets if reads_as(one, "CocoDataset") and one.get("ann_file")]
+    plain = [one for one in datasets if works_as(one, "CocoDataset") and one.get("ann_file")]
     if len(plain) < 2 or any(map(_is_remote, [metric, *plain])):
         return
     seen: dict[object, str] = {}
@@ -429,13 +431,13 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     model = cfg.model.get("module", cfg.model)  # with --tta
     numbers = _panoptic_class_counts(model)
     if classes := class_names_of(dataset, key):
-        if reads_as(dataset, "CocoDataset") and dataset.get("ann_file"):
+        if works_as(dataset, "CocoDataset") and dataset.get("ann_file"):
             check_annotations(annotations, classes, _use_of(annotations, dataset, key, cfg))
-        if reads_as(dataset, "XMLDataset") and dataset.get("ann_file"):
+        if works_as(dataset, "XMLDataset") and dataset.get("ann_file"):
             check_object_names(dataset, root, str(argument_of(dataset, "ann_subdir")), classes, key)
         if numbers:
             _check_things_and_stuff(numbers, dataset, classes, key)
-        if kind_of(dataset) != "CocoPanopticDataset":  # boxes are of things only, the first of its classes
+        if not is_kind(dataset, "CocoPanopticDataset"):  # boxes are of things only, the first of its classes
             _check_num_classes(model, len(classes), key)
         for step in steps_of(dataset.get("pipeline") or ()):
             if kind_of(step) == "CheckLabels" and (number := step.get("num_classes")) != len(classes):
@@ -448,9 +450,9 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
 def _use_of(path: str, dataset: ConfigDict, key: str, cfg: Config) -> Use:
     """Return what a config does with the annotation file of a CocoDataset."""
     metrics = metrics_of(cfg, key.partition("_")[0])
-    read = [one for one in metrics if kind_of(one) in OF_COCO and one.get("ann_file") and not _is_remote(one)]
+    read = [one for one in metrics if works_as(one, "CocoMetric") and one.get("ann_file") and not _is_remote(one)]
     read = [one for one in read if os.path.realpath(one.ann_file) == os.path.realpath(path)]
-    steps = [step for step in steps_of(dataset.get("pipeline") or ()) if kind_of(step) == "LoadAnnotations"]
+    steps = [step for step in steps_of(dataset.get("pipeline") or ()) if is_kind(step, "LoadAnnotations")]
     masks = [step for step in steps if step.get("with_mask")]
     images = None if dataset.get("indices") else (dataset.get("data_prefix") or {}).get("img")
     return Use(
@@ -499,7 +501,7 @@ def _check_num_classes(model: ConfigDict, classes: int, key: str) -> None:
         for place, head in parts_of(f"model.{part}", model.get(part)):  # K-Net's heads
             heads += parts_of(f"{place}.kernel_update_head", head.get("kernel_update_head"))
     for part, head in heads:
-        if kind_of(head) not in OTHER_CLASSES and head.get("num_classes", classes) != classes:
+        if not is_kind(head, *OTHER_CLASSES) and head.get("num_classes", classes) != classes:
             raise UserError(
                 f"{part}.num_classes is {head['num_classes']!r}, but {key} has {classes} classes; make them equal"
             )
@@ -545,7 +547,7 @@ def _check_things_and_stuff(numbers: dict[str, int], dataset: ConfigDict, classe
                     "panoptic_head (or semantic_head) and panoptic_fusion_head, or metainfo's thing_classes and "
                     "stuff_classes"
                 )
-    elif reads_as(dataset, "CocoDataset") and numbers["num_things_classes"] != len(classes):
+    elif works_as(dataset, "CocoDataset") and numbers["num_things_classes"] != len(classes):
         raise UserError(
             f"the model's num_things_classes is {numbers['num_things_classes']}, but {key} has {len(classes)} "
             "classes; set num_things_classes of panoptic_head (or semantic_head) and panoptic_fusion_head"

@@ -243,6 +243,8 @@ def _check_entries(
             "number annotations from 1",
             level=logging.WARNING,
         )
+    if use.compared:
+        _warn_of_odd_areas(path, [one for one in annotations if one["category_id"] in wanted])
 
 
 def _check_keys(path: str, what: str, entries: list[dict], keys: Sequence[str]) -> None:
@@ -341,6 +343,22 @@ def _check_corners(path: str, annotations: list[dict], images: dict) -> None:
         print_log(
             f"{path}: {beyond} of its {boxes} boxes reach beyond their images by more than a pixel"
             + (f", and {corners_beyond} of these would fit if they were {advice}" if suspect else "; they are clipped"),
+            level=logging.WARNING,
+        )
+
+
+def _warn_of_odd_areas(path: str, annotations: list[dict]) -> None:
+    """Warn if most areas are no areas of objects in their boxes, as 1 in all, or areas before images were resized.
+
+    pycocotools tells small, medium and large objects apart by `area`.
+    """
+    plain = [one for one in annotations if not one["iscrowd"] and one["area"] > 0]  # others are named elsewhere
+    areas = [(one["area"], one["bbox"][2] * one["bbox"][3]) for one in plain]
+    odd = [(area, box) for area, box in areas if not 0.02 * box <= area <= 1.1 * box + 1]  # a thin object has 2 %
+    if 2 * len(odd) > len(areas):
+        print_log(
+            f"{path}: the area of {len(odd)} of its {len(areas)} objects does not fit the box, as {odd[0][0]:g} in a "
+            f"box of {odd[0][1]:g} pixels; AP of small, medium and large objects goes by area: correct it",
             level=logging.WARNING,
         )
 

@@ -5,7 +5,17 @@ from collections.abc import Iterator, Sequence
 
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
-from mmengine.registry import DATASETS
+from mmengine.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
+    EVALUATOR,
+    LOOPS,
+    METRICS,
+    MODELS,
+    OPTIM_WRAPPERS,
+    TRANSFORMS,
+    Registry,
+)
 
 from classification.errors import UserError, is_file
 
@@ -16,12 +26,35 @@ def kind_of(config: ConfigDict) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
 
 
-def kinds_in(value: object) -> Iterator[str]:
-    """Yield the class names of all parts of a config."""
-    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        yield from kinds_in(one)
-    if isinstance(value, dict):
-        yield kind_of(value)
+def is_kind(config: ConfigDict, *kinds: str) -> bool:
+    """Return whether a config's class, or a class that it inherits from, has one of these names."""
+    return kind_of(config) in kinds or any(base.__name__ in kinds for base in getattr(type_of(config), "__mro__", ()))
+
+
+# What a subclass overrides if it reads other files, loads other labels, or compares otherwise.
+ESSENTIAL = ("load_data_list", "parse_data_info", "transform", "_load_seg_map", "process", "compute_metrics")
+
+
+def works_as(config: ConfigDict, kind: str) -> bool:
+    """Return whether a config's class is called `kind`, or inherits from it and does the same.
+
+    A method that calls the one that it overrides, as to add a field, does the same.
+    """
+    for base in getattr(type_of(config), "__mro__", ()):
+        if base.__name__ == kind:
+            return True
+        own = [inspect.unwrap(vars(base)[name]) for name in ESSENTIAL if name in vars(base)]
+        if not all("__class__" in method.__code__.co_freevars for method in own):  # it does not call super()
+            return False
+    return kind_of(config) == kind
+
+
+def parts_within(value: object) -> Iterator[ConfigDict]:
+    """Yield a config and all parts of it that have a `type`."""
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from parts_within(part)
+    if isinstance(value, dict) and "type" in value:
+        yield value
 
 
 def datasets_of(dataset: ConfigDict) -> Iterator[ConfigDict]:
@@ -62,7 +95,7 @@ def metrics_of(cfg: Config, split: str) -> list[ConfigDict]:
 def datasets_of_metrics(cfg: Config, split: str, datasets: list[ConfigDict]) -> Iterator[tuple[ConfigDict, list]]:
     """Yield each metric with the data sets that it gets: all, or with MultiDatasetsEvaluator one each, in order."""
     evaluator, metrics = cfg.get(f"{split}_evaluator"), metrics_of(cfg, split)
-    apart = isinstance(evaluator, dict) and kind_of(evaluator) == "MultiDatasetsEvaluator"
+    apart = isinstance(evaluator, dict) and is_kind(evaluator, "MultiDatasetsEvaluator")
     for i, metric in enumerate(metrics):
         yield metric, datasets[i : i + 1] if apart and len(metrics) == len(datasets) else datasets
 
@@ -87,7 +120,7 @@ def resizes(cfg: Config | dict, split: str) -> dict[str, object]:
     loader = cfg.get(f"{split}_dataloader") or {}
     dataset = next(datasets_of(loader.get("dataset") or {}), {})
     steps = [step for step in steps_of(dataset.get("pipeline") or ()) if isinstance(step, dict)]
-    if any(kind_of(step) == "TestTimeAug" for step in steps):
+    if any(is_kind(step, "TestTimeAug") for step in steps):
         return {}
     return {
         f"{kind_of(step)}.{key}": step.get(key)
@@ -98,23 +131,28 @@ def resizes(cfg: Config | dict, split: str) -> dict[str, object]:
     }
 
 
-def type_of(dataset: ConfigDict) -> type | None:
-    with DATASETS.switch_scope_and_registry(None) as registry:  # the toolchain's
-        return registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+def type_of(config: ConfigDict) -> type | None:
+    """Return a config's class, which `type` names or is. None if no registry has it."""
+    kind = config.get("type")
+    if not isinstance(kind, str):
+        return kind if isinstance(kind, type) else None
+    for registry in (DATASETS, TRANSFORMS, METRICS, MODELS, EVALUATOR, LOOPS, OPTIM_WRAPPERS, DATA_SAMPLERS):
+        with registry.switch_scope_and_registry(None) as own:  # the toolchain's
+            # `get` would import a module of that name if the registry has none.
+            found = own.get(kind) if "." in kind else _registered(own, kind)
+        if isinstance(found, type):
+            return found
+    return None
 
 
-def reads_as(dataset: ConfigDict, kind: str) -> bool:
-    """Return whether a data set is of this type, or of one that inherits from it and reads its files likewise.
-
-    A method that calls the one that it overrides, as to add a field, reads them likewise.
-    """
-    for one in getattr(type_of(dataset), "__mro__", ()):
-        if one.__name__ == kind:
-            return True
-        own = [vars(one)[name] for name in ("load_data_list", "parse_data_info") if name in vars(one)]
-        if not all("__class__" in inspect.unwrap(method).__code__.co_freevars for method in own):  # it calls super()
-            return False
-    return kind_of(dataset) == kind
+def _registered(registry: Registry | None, name: str) -> object:
+    """Return what a registry, or one of its parents, has under a name."""
+    while registry is not None:
+        registry.import_from_location()
+        if name in registry.module_dict:
+            return registry.module_dict[name]
+        registry = registry.parent
+    return None
 
 
 def argument_of(dataset: ConfigDict, name: str) -> object:

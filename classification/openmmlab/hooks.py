@@ -13,7 +13,7 @@ import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import ConstantParamScheduler, LinearParamScheduler, OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
@@ -82,17 +82,48 @@ class AverageBatchNorm(Hook):
         return self.end_of_epoch(runner.train_dataloader, batch_idx)
 
 
-class NoteLongSchedules(Hook):
-    """Warns of schedules that training ends before, as a warm-up over 1000 iterations that few images never reach."""
+class CompareSchedules(Hook):
+    """Warns of schedules that do not end when training ends.
+
+    A config that changes the length of training keeps the `param_scheduler` that it inherits. A warm-up over 1000
+    iterations is longer than all training if there are few images.
+    """
 
     def before_train(self, runner) -> None:
-        schedules = runner.param_schedulers if isinstance(runner.param_schedulers, list) else []
-        ends = [one.end for one in schedules if not one.by_epoch and one.begin == 0]
-        for end in sorted({end for end in ends if runner.max_iters < end < ENDLESS}):
-            _warn(
-                f"a schedule of the rate begins at 0 and ends at iteration {end}, but training ends at "
-                f"{runner.max_iters}: a warm-up as long never reaches the rate; set end in param_scheduler"
-            )
+        schedules = runner.param_schedulers
+        for of_one_optimizer in schedules.values() if isinstance(schedules, dict) else [schedules or []]:
+            _compare_ends(of_one_optimizer, runner)
+
+
+def _compare_ends(schedules: list, runner) -> None:
+    """Warn of schedules that end after training, and of a last one, which is no warm-up, that ends before it."""
+    by_iteration = isinstance(runner.train_loop, IterBasedTrainLoop)  # another warning names schedules by epochs
+    early, reaches_end = [], False
+    for schedule in schedules:
+        if schedule.by_epoch and by_iteration:
+            return
+        unit, length = ("epoch", runner.max_epochs) if schedule.by_epoch else ("iteration", runner.max_iters)
+        end = _end_of(schedule)
+        last = max([0 if end is None else end, *getattr(schedule, "milestones", ())])
+        text = (
+            f"param_scheduler's {type(schedule).__name__} goes on to {unit} {last}, but training to {length}; if both "
+            "are to end together, set its end, and its milestones, T_max or total_iters if it has them"
+        )
+        if last > length:
+            _warn(text)
+        if end is None or end >= length:
+            reaches_end = True
+        elif not isinstance(schedule, LinearParamScheduler | ConstantParamScheduler):
+            early.append(text)
+    if early and not reaches_end:
+        _warn(early[-1])
+
+
+def _end_of(schedule) -> int | None:
+    """Return when a schedule ends: at its `end`, or else after `T_max`, or never."""
+    if schedule.end < ENDLESS:
+        return schedule.end
+    return schedule.begin + schedule.T_max if hasattr(schedule, "T_max") else None
 
 
 class NoteOtherProcesses(Hook):

@@ -15,6 +15,7 @@ from classification.errors import UserError, is_file
 from classification.openmmlab.config_parts import (
     argument_of,
     class_names_of,
+    is_kind,
     kind_of,
     predicting_head,
     steps_of,
@@ -52,9 +53,9 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
             raise UserError(f"{folder}: {len(broken)} of its images are links that lead nowhere, as {broken[0]}")
     if not names:
         raise UserError(f"{folder}: no file ends with {suffix!r}; set {key}.img_suffix to what the images end with")
-    steps = [kind_of(step) for step in steps_of(dataset.get("pipeline") or ())]
+    loads = any(is_kind(step, "LoadAnnotations") for step in steps_of(dataset.get("pipeline") or ()))
     suffix = argument_of(dataset, "seg_map_suffix")
-    if prefix.get("seg_map_path") and "LoadAnnotations" in steps and isinstance(suffix, str):
+    if prefix.get("seg_map_path") and loads and isinstance(suffix, str):
         maps = os.path.join(root, prefix["seg_map_path"])
         _check_all_there(source, names, suffix, maps, _files_in(maps)[0], f"{key}.seg_map_suffix")
 

@@ -7,11 +7,13 @@ from mmengine.config import Config, ConfigDict
 from classification.openmmlab.config_parts import (
     class_names_of,
     datasets_of,
+    is_kind,
     kind_of,
     parts_of,
     predicting_head,
     segmentation_heads,
     steps_of,
+    works_as,
 )
 
 
@@ -26,7 +28,7 @@ def insert_label_checks(cfg: Config) -> None:
         if number and dataset.get("pipeline"):
             ignored = head.get("ignore_index", 255)  # mmseg's default
             check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
-            _insert(dataset.pipeline, lambda step: kind_of(step) == "LoadAnnotations", check, after=True)
+            _insert(dataset.pipeline, lambda step: works_as(step, "LoadAnnotations"), check, after=True)
 
 
 def pass_class_weights(cfg: Config) -> None:
@@ -51,7 +53,7 @@ def insert_size_checks(cfg: Config) -> None:
         return
     for _, dataset in _all_datasets(cfg):
         check = ConfigDict(type="CheckSize", turned=_turns(dataset))
-        _insert(dataset.get("pipeline") or [], lambda step: kind_of(step) == "LoadImageFromFile", check, after=True)
+        _insert(dataset.get("pipeline") or [], lambda step: works_as(step, "LoadImageFromFile"), check, after=True)
 
 
 def _all_datasets(cfg: Config) -> Iterator[tuple[str, ConfigDict]]:
@@ -69,7 +71,7 @@ def _turns(dataset: ConfigDict) -> bool:
 
 def _decodes_by_pillow(step: ConfigDict) -> bool:
     clips = step.get("imdecode_backend") == "pillow" and step.get("color_type") != "unchanged"
-    return clips and "LoadImage" in str(step.get("type"))
+    return clips and (is_kind(step, "LoadImageFromFile") or "LoadImage" in kind_of(step))
 
 
 def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:
@@ -84,11 +86,11 @@ def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigD
                     pipeline[beside].setdefault(key, value)
             else:
                 pipeline.insert(i + after, check)
-        elif inner and kind_of(step) == "TestTimeAug":  # each item lists the alternatives for one place
+        elif inner and is_kind(step, "TestTimeAug"):  # each item lists the alternatives for one place
             at = next((k for k, one in enumerate(inner) if any(map(wanted, steps_of(one)))), None)
             if at is not None and [check] not in inner:
                 inner.insert(at + after, [check])
-        elif inner and kind_of(step) == "RandomChoice":  # its items are steps or pipelines
+        elif inner and is_kind(step, "RandomChoice"):  # its items are steps or pipelines
             step.transforms = [list(one) if isinstance(one, list | tuple) else [one] for one in inner]
             for one in step.transforms:
                 _insert(one, wanted, check, after)

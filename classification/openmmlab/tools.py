@@ -1,7 +1,6 @@
 """`train.py`, `test.py` and `get_flops.py` of detection and segmentation: OpenMMLab's command lines for mmengine."""
 
 import argparse
-import ast
 import difflib
 import gc
 import inspect
@@ -9,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -39,14 +38,14 @@ from classification.openmmlab.checks import (
     reduces_zero_label,
     warn_of_other_normalisation,
 )
-from classification.openmmlab.config_parts import argument_of, class_names_of, datasets_of, kind_of, metrics_of
+from classification.openmmlab.config_parts import argument_of, class_names_of, datasets_of, is_kind, kind_of, metrics_of
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
     AverageBatchNorm,
     CheckResumed,
     CheckSameData,
+    CompareSchedules,
     NameAbsentClasses,
-    NoteLongSchedules,
     NoteOtherProcesses,
     StopAtInvalidLoss,
     saving_folder,
@@ -59,6 +58,7 @@ from classification.openmmlab.pipelines import (
     pass_class_weights,
 )
 from classification.openmmlab.saved_config import warn_of_other_config, warn_of_other_start, warn_of_what_goes_on
+from classification.openmmlab.unread_variables import SETTINGS, warn_of_unread_variables
 from classification.run import lost_another, meeting, whole_numbers
 
 RESUME_LATEST = "auto"
@@ -185,7 +185,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
         _warn_of_unused_options(args)
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
-    _warn_of_unread_variables(args.config)
+    warn_of_unread_variables(args.config)
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
@@ -228,15 +228,15 @@ def _check_unit(cfg: Config) -> None:
     loop = cfg.get("train_cfg")
     if not isinstance(loop, dict):
         return
-    by_epoch = kind_of(loop) == "EpochBasedTrainLoop" if loop.get("type") else loop.get("by_epoch", True)
+    by_epoch = is_kind(loop, "EpochBasedTrainLoop") if loop.get("type") else loop.get("by_epoch", True)
     samplers = [cfg.train_dataloader.get(key) or {} for key in ("sampler", "batch_sampler")]
-    endless = [kind_of(one) for one in samplers if kind_of(one) in ENDLESS_SAMPLERS]
+    endless = [kind_of(one) for one in samplers if is_kind(one, *ENDLESS_SAMPLERS)]
     if by_epoch and endless:
         raise UserError(
             f"train_cfg counts epochs, but train_dataloader takes an {endless[0]}, whose epoch has no end: take an "
             "IterBasedTrainLoop, or a DefaultSampler"
         )
-    if by_epoch or kind_of(loop) not in ("None", "IterBasedTrainLoop"):
+    if by_epoch or (loop.get("type") and not is_kind(loop, "IterBasedTrainLoop")):
         return
     schedules = cfg.get("param_scheduler")
     for i, one in enumerate(schedules if isinstance(schedules, list) else [schedules]):
@@ -283,9 +283,7 @@ def merge_options(cfg: Config, options: dict) -> None:
             cfg[key] = _moved(cfg[key], old.rstrip("/"), new.rstrip("/"))
         options = {**options, "data_root": os.path.join(new, "")}
     _warn_of_misspelt_keys(cfg, options)
-    before = _ends(cfg)
     cfg.merge_from_dict(options)
-    _warn_of_schedules_left(before, _ends(cfg))
     _warn_of_root_without_data(cfg, old)
 
 
@@ -339,85 +337,12 @@ def _warn_of_unused_options(args: argparse.Namespace) -> None:
         print_log(f"--cfg-options {', '.join(unused)}: {tool}.py does not use them", level=logging.WARNING)
 
 
-def _ends(cfg: Config) -> tuple[dict[str, object], list[object]]:
-    """Return the lengths of training, by key, and the ends of its rate schedules."""
-    loop, schedules = cfg.get("train_cfg"), cfg.get("param_scheduler")
-    schedules = [schedules] if isinstance(schedules, dict) else schedules or []
-    lengths = {key: value for key, value in loop.items() if key.startswith("max_")} if isinstance(loop, dict) else {}
-    return lengths, [one.get("end") if isinstance(one, dict) else None for one in schedules]
-
-
-def _warn_of_schedules_left(before: tuple[dict, list], now: tuple[dict, list]) -> None:
-    """Warn if options change the length of training, but not the end of a schedule that ended with training."""
-    for key, old in before[0].items():
-        new = now[0].get(key)
-        left = [i for i, ends in enumerate(zip(before[1], now[1], strict=False)) if ends == (old, old)]
-        if new is not None and new != old and left:
-            print_log(
-                f"--cfg-options train_cfg.{key}: training ends at {new}, but param_scheduler.{left[-1]} at {old}, as "
-                f"before; if it is to end with training, add param_scheduler.{left[-1]}.end={new}, and set its "
-                "milestones, T_max or total_iters if it has them",
-                level=logging.WARNING,
-            )
-
-
-def _warn_of_unread_variables(path: str, read_later: frozenset[str] = frozenset()) -> None:
-    """Warn of variables that a config sets, but neither it nor the tool reads; likewise for the configs it inherits.
-
-    A config that inherits another one sets them too late: the other one has used its own values by then.
-
-    Args:
-        read_later: variables that configs read that inherit this one, as `_base_.NAME`.
-    """
-    if not path.endswith(".py") or not os.path.isfile(path):
-        return
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    given = {target.id for one in tree.body if isinstance(one, ast.Assign) and not _is_none(one.value)
-             for target in one.targets if isinstance(target, ast.Name)}  # fmt: skip
-    used = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
-    known = {*inspect.signature(Runner).parameters, *READ, "_base_", "runner_type", *read_later}
-    unread = sorted(given - used - known)
-    if "_base_" in given and unread:
-        print_log(
-            f"{path}: sets {', '.join(unread)}, which nothing reads: the config that it inherits has used its own "
-            "values by then; set what they are used for, as train_cfg.max_iters",
-            level=logging.WARNING,
-        )
-    parts = [one for one in ast.walk(tree) if isinstance(one, ast.Attribute) and isinstance(one.value, ast.Name)]
-    read_later |= {one.attr for one in parts if one.value.id == "_base_"}
-    for base in _own_bases(tree, os.path.dirname(path)):
-        _warn_of_unread_variables(base, read_later)
-
-
-def _own_bases(tree: ast.Module, folder: str) -> list[str]:
-    """Return the files in a config's `_base_`, without a toolchain's own."""
-    for one in tree.body:
-        if isinstance(one, ast.Assign) and [getattr(target, "id", None) for target in one.targets] == ["_base_"]:
-            with suppress(ValueError):  # an expression
-                bases = ast.literal_eval(one.value)
-                bases = [bases] if isinstance(bases, str) else list(bases)
-                return [os.path.join(folder, base) for base in bases if "::" not in base]
-    return []
-
-
-def _is_none(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant) and value.value is None
-
-
-# Settings that are read in addition to the Runner's arguments.
-READ = (
-    *("auto_scale_lr", "compile", "custom_imports", "data_root", "default_scope", "find_unused_parameters"),
-    *("model_wrapper_cfg", "sync_bn", "tta_model", "tta_pipeline"),
-)
-
-
 def _warn_of_misspelt_keys(cfg: Config, options: dict) -> None:
     """Warn of options that nothing reads: misspelt keys, and variables that only the config's own file uses."""
-    read = {*inspect.signature(Runner).parameters, *READ}
-    known = {*cfg.keys(), *read}
+    known = {*cfg.keys(), *SETTINGS}
     for key in options:
         name = key.partition(".")[0]
-        if name in cfg and name not in read:
+        if name in cfg and name not in SETTINGS:
             print_log(
                 f"--cfg-options {key}: {name} was used while the config was read, and changes nothing now; set what it "
                 "was used for, as train_cfg.max_epochs",
@@ -633,13 +558,13 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         insert_bit_checks(cfg)
         insert_size_checks(cfg)
     _prepare(cfg, args)
-    if kind_of(cfg.optim_wrapper) == "AmpOptimWrapper" and not torch.cuda.is_available():
+    if is_kind(cfg.optim_wrapper, "AmpOptimWrapper") and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     lock = _lock(args, cfg)  # held until training ends
     runner = _build(cfg)
     own = (
         *(NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckResumed, CheckSameData),
-        *(NoteLongSchedules, NoteOtherProcesses),
+        *(CompareSchedules, NoteOtherProcesses),
     )
     for hook in own:
         if not any(type(one) is hook for one in runner.hooks):  # a config for the toolchain's own train.py names it
@@ -828,11 +753,11 @@ def write_maps(cfg: Config, folder: str) -> None:
     classes = len(class_names_of(dataset, "test_dataloader.dataset")) + bool(argument_of(dataset, "reduce_zero_label"))
     if classes > BYTE:
         raise UserError(f"--out {folder}: maps are written in 8 bits, which hold {BYTE} labels, not {classes}")
-    able = [m for m in metrics if kind_of(m) in ("IoUMetric", "DepthMetric")]
-    able = able or [m for m in metrics if kind_of(m) == "CityscapesMetric"]  # only if alone: it reads the maps again
+    able = [m for m in metrics if is_kind(m, "IoUMetric", "DepthMetric")]
+    able = able or [m for m in metrics if is_kind(m, "CityscapesMetric")]  # only if alone: it reads the maps again
     for metric in able:
         metric.output_dir = folder
-        if kind_of(metric) == "CityscapesMetric":
+        if is_kind(metric, "CityscapesMetric"):
             metric.keep_results = True  # otherwise it removes its files
     if not able:
         raise UserError(f"--out {folder}: none of test_evaluator's metrics writes maps; add an IoUMetric")

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("mmdet", reason="make install-openmmlab")
 from mmengine.config import Config
+from mmengine.registry import METRICS
 from pycocotools import mask as rle
 
 from classification.errors import UserError
@@ -70,7 +71,7 @@ def check(tmp_path, said):
         dataset.setdefault("pipeline", [dict(type="mmdet.LoadAnnotations", with_mask=True)])
         cfg = Config({"model": {}, f"{split}_dataloader": dict(dataset=dataset)})
         if compared:
-            cfg[f"{split}_evaluator"] = dict(type="CocoMetric", ann_file=str(path), metric=["bbox", "segm"])
+            cfg[f"{split}_evaluator"] = dict(type=kind, ann_file=str(path), metric=["bbox", "segm"])
         said.clear()
         checks.check_data(cfg, (split,))
         return [one.removeprefix(f"{path}: ") for one in said]
@@ -241,6 +242,17 @@ def test_what_pycocotools_compares(check):
             check(coco(annotations=both), "val", compared=True)
     with pytest.raises(UserError, match=r"annotations\[0\].segmentation.size is \[40, 64\]"):
         check(coco(annotation(segmentation=compressed(40, 64))), "val", compared=True, pipeline=[])
+    odd = [annotation(area=area, iscrowd=crowd, segmentation=triangle()) for area, crowd in ((1, 0), (500, 0), (1, 1))]
+    for areas, found in ((odd, 1), ([*odd[:1], annotation(segmentation=triangle())], 0)):
+        said = check(coco(*areas), "val", compared=True, pipeline=[])
+        fitting = "the area of 2 of its 2 objects does not fit the box, as 1 in a box of 108 pixels; AP of small"
+        assert [text.partition(",")[0] for text in said if "area" in text] == [fitting.partition(",")[0]] * found
+
+    class Mine(METRICS.get("mmdet.CocoMetric")):
+        pass
+
+    with pytest.raises(UserError, match=r"annotations\[0\].segmentation.size is \[40, 64\]"):
+        check(coco(annotation(segmentation=compressed(40, 64))), "val", compared=True, pipeline=[], kind=Mine)
 
 
 def test_missing_images(check, tmp_path):

@@ -31,15 +31,24 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import dump, load
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.optim import CosineAnnealingLR, LinearLR, OneCycleLR, OptimWrapper
-from mmengine.registry import HOOKS, MODELS, TRANSFORMS
+from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, OneCycleLR, OptimWrapper, PolyLR
+from mmengine.registry import HOOKS, METRICS, MODELS, TRANSFORMS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, load_checkpoint
 
 from classification.checkpoint import read_checkpoint
 from classification.errors import UserError
 from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
 from classification.models.openmmlab import MM_SpatialMamba
-from classification.openmmlab import checks, config_parts, hooks, label_maps, pipelines, saved_config, tools
+from classification.openmmlab import (
+    checks,
+    config_parts,
+    hooks,
+    label_maps,
+    pipelines,
+    saved_config,
+    tools,
+    unread_variables,
+)
 from classification.openmmlab.checkpoint import load_from_local
 from classification.openmmlab.transforms import CheckBits, CheckLabels, CheckSize
 
@@ -1123,6 +1132,51 @@ def test_what_is_ignored_is_the_same_everywhere():
         checks.check_data(cfg, ("train", "val", "test"))
 
 
+def test_subclasses_are_checked_as_what_they_inherit_from():
+    """Types that a user registers, by any name, unless they read, load or compare otherwise."""
+    pytest.importorskip("mmseg", reason="make install-openmmlab")
+
+    class Mine(METRICS.get("mmseg.IoUMetric")):
+        pass
+
+    class Counts(Mine):
+        def compute_metrics(self, results):
+            return {}
+
+    class MyLoad(TRANSFORMS.get("mmseg.LoadAnnotations")):
+        def transform(self, results):
+            return super().transform(results)
+
+    class OfColours(MyLoad):
+        def _load_seg_map(self, results):
+            results["gt_seg_map"] = None
+
+    class Anything:
+        pass
+
+    for kind, works in ((MyLoad, True), (OfColours, False), ("mmseg.LoadAnnotations", True), ("Foreign", False)):
+        step = ConfigDict(type=kind)
+        assert config_parts.works_as(step, "LoadAnnotations") == works
+        assert config_parts.is_kind(step, "LoadAnnotations") == (kind != "Foreign")
+        # Labels are checked after each step that loads them as mmseg does.
+        cfg = Config(dict(default_scope="mmseg", model=dict(decode_head=dict(num_classes=2))))
+        cfg.train_dataloader = dict(dataset=dict(type=Anything, pipeline=[dict(type=kind)]))
+        pipelines.insert_label_checks(cfg)
+        assert [one.type for one in cfg.train_dataloader.dataset.pipeline] == [kind, *["CheckLabels"] * works]
+    for metric, step, message in (
+        (Mine, MyLoad, "val_evaluator.ignore_index is 7"),
+        (Mine, OfColours, "val_evaluator.ignore_index is 7"),
+        (Mine, Anything, "val_evaluator.ignore_index is 7"),  # which may load label maps
+        (Mine, "LoadImageFromFile", "has no LoadAnnotations in its pipeline"),
+        (Counts, "LoadImageFromFile", "val_evaluator.ignore_index is 7"),
+    ):
+        cfg = Config(dict(model=dict(decode_head=dict(type="UPerHead")), val_evaluator=dict(type=metric)))
+        cfg.val_evaluator.ignore_index = 7
+        cfg.val_dataloader = dict(dataset=dict(type="BaseSegDataset", pipeline=[dict(type=step)]))
+        with pytest.raises(UserError, match=re.escape(message)):
+            checks.check_data(cfg, ("val",))
+
+
 def maps(folder: str) -> dict:
     return {"data_prefix": {"seg_map_path": folder}}
 
@@ -1293,20 +1347,35 @@ def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
     assert found("auto", load_from="a.pth") == found(None, resume=True) == (True, latest)
 
 
-def test_a_schedule_that_options_leave_is_named(monkeypatch):
+def test_schedules_that_do_not_end_with_training_are_named(monkeypatch):
+    """A config that changes the length of training keeps the schedules that it inherits."""
     said = []
-    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
-    for options, end in (
-        ({"train_cfg.max_epochs": 36}, "param_scheduler.1.end=36, and set its milestones, T_max or total_iters"),
-        ({"train_cfg.max_epochs": 36, "param_scheduler.1.end": 36}, None),
-        ({"train_cfg.max_epochs": 12}, None),
-        ({"train_cfg.val_interval": 4}, None),
-        ({"train_cfg.max_epochs": 36, "param_scheduler": None}, None),
+    monkeypatch.setattr(hooks, "_warn", said.append)
+    warmup = LinearLR(OPTIMIZER, by_epoch=False, end=6)
+    steps, endless = MultiStepLR(OPTIMIZER, milestones=[8, 11], end=12), MultiStepLR(OPTIMIZER, milestones=[8, 11])
+    cosine, poly = CosineAnnealingLR(OPTIMIZER, T_max=12), PolyLR(OPTIMIZER, by_epoch=False, begin=6, end=48)
+    for schedules, epochs, named in (
+        ([warmup, steps], 12, []),
+        ([warmup, steps], 1, ["LinearLR goes on to iteration 6, but training to 4", "MultiStepLR goes on to epoch 12"]),
+        ([warmup, steps], 36, ["MultiStepLR goes on to epoch 12, but training to 36; if both are to end together"]),
+        ([warmup, endless], 36, []),  # the last rate lasts
+        ([warmup, endless], 10, ["MultiStepLR goes on to epoch 11, but training to 10"]),
+        ([warmup], 36, []),
+        ({"a": [warmup, cosine], "b": [steps]}, 12, []),
+        ({"a": [warmup, cosine], "b": []}, 36, ["CosineAnnealingLR goes on to epoch 12, but training to 36"]),
+        ([warmup, poly], 12, []),
+        ([warmup, poly], 11, ["PolyLR goes on to iteration 48, but training to 44"]),
+        ([steps, poly], 36, ["PolyLR goes on to iteration 48, but training to 144"]),
+        (None, 12, []),
     ):
-        tools.merge_options(trained_so(), options)
-        assert [end in message for message in said] == [True] * bool(end)
+        loop = EpochBasedTrainLoop.__new__(EpochBasedTrainLoop)
+        lengths = dict(train_loop=loop, max_epochs=epochs, max_iters=4 * epochs)
+        hooks.CompareSchedules().before_train(argparse.Namespace(param_schedulers=schedules, **lengths))
+        assert len(said) == len(named)
+        assert all(part in text for part, text in zip(named, said, strict=True))
         said.clear()
-    tools.merge_options(trained_so(**{"param_scheduler.1.end": 11}), {"train_cfg.max_epochs": 36})  # its own way
+    loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)  # whose epochs do not count; another warning says so
+    hooks.CompareSchedules().before_train(argparse.Namespace(param_schedulers=[steps], train_loop=loop, max_iters=4))
     assert said == []
 
 
@@ -1325,7 +1394,13 @@ def test_options_that_a_tool_does_not_use_are_named(monkeypatch):
 def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
     """The config that is inherited has used its own values; what is read, or used in the same file, is not meant."""
     said = []
-    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    monkeypatch.setattr(unread_variables, "print_log", lambda message, level: said.append(message))
+
+    def named(path) -> list[str]:
+        said.clear()
+        unread_variables.warn_of_unread_variables(str(path))
+        return [one.partition(": sets ")[2].partition(", which nothing reads")[0] for one in said]
+
     lines = [
         "max_iters = 5",
         "root = 'a'",
@@ -1333,21 +1408,27 @@ def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
         "checkpoint_file = None",
         "train_cfg = dict(by_epoch=True)",
     ]
-    for base, found in (("_base_ = 'b.py'", True), ("", False)):
+    for base, found in (("_base_ = 'b.py'", ["max_iters"]), ("", [])):
         (tmp_path / "c.py").write_text("\n".join([base, *lines]))
-        tools._warn_of_unread_variables(str(tmp_path / "c.py"))
-        assert [one.partition(": sets ")[2].partition(",")[0] for one in said] == ["max_iters"] * found
-        said.clear()
+        assert named(tmp_path / "c.py") == found
+    (tmp_path / "c.py").write_text("_base_ = 'b.py'\nmax_iters: int = 5\nsize, (a, b) = 1, (2, 3)\nc: int\nd = a")
+    assert named(tmp_path / "c.py") == ["b, d, max_iters, size"]
+    (tmp_path / "c.json").write_text(json.dumps({"_base_": "b.py", "max_iters": 5, "work_dir": "a", "size": None}))
+    (tmp_path / "c.yaml").write_text("_base_: [./c.json, './b.py']\nwork_dir: a\nsize: 5\ntrain_cfg: {max_iters: 3}")
+    assert named(tmp_path / "c.yaml") == ["size", "max_iters"]
+    (tmp_path / "c.yaml").write_text("_base_: [./c.json]\ntrain_cfg: {max_iters: '{{ _base_.max_iters }}'}")
+    assert named(tmp_path / "c.yaml") == []
+    imports = "with read_base():\n    from mmdet.configs.a import *\n"
+    (tmp_path / "lazy.py").write_text(f"{imports}max_iters = 5\nsize = 3")
+    (tmp_path / "lazier.py").write_text("with read_base():\n    from .lazy import *\nwork_dir = f'{size}'")
+    assert named(tmp_path / "lazier.py") == ["max_iters"]
     # A config between, of which a later one reads one variable.
     (tmp_path / "c.py").write_text("\n".join(["_base_ = 'b.py'", "max_epochs = 5", *lines]))
     (tmp_path / "d.py").write_text("_base_ = ['./c.py']\ntrain_cfg = dict(max_epochs={{_base_.max_epochs}})")
     (tmp_path / "e.py").write_text("_base_ = 'd.py'")
-    tools._warn_of_unread_variables(str(tmp_path / "e.py"))
-    assert [one.partition(": sets ")[2].partition(", which")[0] for one in said] == ["max_iters"]
-    said.clear()
+    assert named(tmp_path / "e.py") == ["max_iters"]
     for path in Path(__file__).parents[2].glob("*/configs/spatialmamba/*.py"):
-        tools._warn_of_unread_variables(str(path))
-    assert said == []
+        assert named(path) == []
 
 
 def test_data_root_of_a_config_that_names_classes(tmp_path):
@@ -1905,7 +1986,7 @@ def test_maps_that_only_tifffile_reads(tmp_path, monkeypatch):
 
 
 def test_steps_that_spoil_what_is_compared(monkeypatch):
-    """Images normalised twice, boxes scaled after they are loaded, a warm-up longer than training."""
+    """Images normalised twice, boxes scaled after they are loaded."""
     said = []
     monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
     steps = [dict(type=name) for name in ("LoadAnnotations", "Resize", "Normalize")]
@@ -1917,11 +1998,6 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
     metric = ConfigDict(type="CocoMetric", sort_categories=True)
     with pytest.raises(UserError, match=r"val_evaluator\.sort_categories=True numbers labels by the categories' ids"):
         checks._check_compared(metric, [ConfigDict(type="CocoDataset", ann_file="a.json")], "val")
-    monkeypatch.setattr(hooks, "_warn", said.append)
-    schedules = [argparse.Namespace(by_epoch=False, begin=0, end=end) for end in (10, 48, 1000, hooks.ENDLESS)]
-    hooks.NoteLongSchedules().before_train(argparse.Namespace(param_schedulers=schedules, max_iters=48))
-    (one,) = said
-    assert "begins at 0 and ends at iteration 1000, but training ends at 48" in one
     cfg = Config(dict(test_evaluator=dict(type="IoUMetric"), test_dataloader=dict(dataset=dict(type=dict))))
     cfg.test_dataloader.dataset.metainfo = dict(classes=[str(i) for i in range(300)])
     with pytest.raises(UserError, match="maps are written in 8 bits, which hold 256 labels, not 300"):
