@@ -5,6 +5,7 @@ from fvcore.nn import FlopCountAnalysis, parameter_count
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from classification.errors import UserError
@@ -34,6 +35,19 @@ class _TwoStage(nn.Module):
         return outputs
 
 
+class _WithSizes(nn.Module):
+    """A detector of mmdet's DETR family, which masks what lies outside each image."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list:
+        size = tuple(images.shape[2:])
+        sample = BaseDataElement(metainfo=dict(img_shape=size, batch_input_shape=size))
+        return self.model(images, [sample])
+
+
 def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnalysis:
     """Count the FLOPs of one image of `size` (height, width) in evaluation mode.
 
@@ -41,18 +55,20 @@ def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnaly
         UserError: a detector for which no number of proposals is defined.
     """
     model = revert_sync_batchnorm(model).eval()
-    if not hasattr(model, "roi_head"):
-        return analyse(model, torch.zeros(1, 3, *size))
-    if type(model.roi_head).__name__ != "StandardRoIHead":
-        raise UserError(f"FLOPs are counted for mmdet's StandardRoIHead, not for {type(model.roi_head).__name__}")
-    return analyse(_TwoStage(model), torch.zeros(1, 3, *size))
+    if hasattr(model, "roi_head"):
+        if type(model.roi_head).__name__ != "StandardRoIHead":
+            raise UserError(f"FLOPs are counted for mmdet's StandardRoIHead, not for {type(model.roi_head).__name__}")
+        model = _TwoStage(model)
+    elif hasattr(model, "forward_transformer"):
+        model = _WithSizes(model)
+    return analyse(model, torch.zeros(1, 3, *size))
 
 
 def complexity_table(cfg: Config, size: tuple[int, int]) -> str:
     """Return a table of the parameters and FLOPs of the config's model and of its parts."""
     model = MODELS.build(cfg.model)
     counted, parameters = count_model_flops(model, size), parameter_count(model)
-    prefix = "model." if hasattr(model, "roi_head") else ""
+    prefix = "model." if f"model.{next(model.named_children())[0]}" in counted.by_module() else ""
     rows = [f"| | parameters, M | FLOPs at {size[0]}x{size[1]}, G |", "|---|---|---|"]
     for name in ("", *(name for name, _ in model.named_children() if parameters[name])):
         flops = counted.by_module()[f"{prefix}{name}".rstrip(".")]

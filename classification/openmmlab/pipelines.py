@@ -18,7 +18,7 @@ from classification.openmmlab.config_parts import (
 
 
 def insert_label_checks(cfg: Config) -> None:
-    """Put CheckLabels after each LoadAnnotations of mmseg, which wraps labels of more than 8 bits."""
+    """Put CheckMap before each LoadAnnotations of mmseg, and CheckLabels after it: it wraps labels of over 8 bits."""
     if cfg.get("default_scope") != "mmseg":
         return
     head = predicting_head(cfg.model)
@@ -28,7 +28,9 @@ def insert_label_checks(cfg: Config) -> None:
         if number and dataset.get("pipeline"):
             ignored = head.get("ignore_index", 255)  # mmseg's default
             check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
-            _insert(dataset.pipeline, lambda step: works_as(step, "LoadAnnotations"), check, after=True)
+            _insert(dataset.pipeline, _loads_maps, check, after=True)
+        if dataset.get("pipeline"):
+            _insert(dataset.pipeline, _loads_maps, ConfigDict(type="CheckMap"), after=False)
 
 
 def pass_class_weights(cfg: Config) -> None:
@@ -67,6 +69,10 @@ def _turns(dataset: ConfigDict) -> bool:
     """Return whether a data set loads images as their EXIF orientation says."""
     steps = steps_of(dataset.get("pipeline") or ())
     return not any(str(step.get("color_type")).endswith(("ignore_orientation", "unchanged")) for step in steps)
+
+
+def _loads_maps(step: ConfigDict) -> bool:
+    return works_as(step, "LoadAnnotations")
 
 
 def _decodes_by_pillow(step: ConfigDict) -> bool:

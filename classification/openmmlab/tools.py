@@ -5,6 +5,7 @@ import difflib
 import gc
 import inspect
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -263,6 +264,13 @@ def _check_training(cfg: Config) -> None:
         if key in loop and not (isinstance(loop[key], int) and loop[key] > 0):
             raise UserError(f"train_cfg.{key} is {loop[key]!r}, but must be a whole number above 0")
     _check_unit(cfg)
+    for name in ("train", "val", "test"):
+        size = (cfg.get(f"{name}_dataloader") or {}).get("batch_size")
+        if size is not None and not (isinstance(size, int) and size > 0):
+            raise UserError(f"{name}_dataloader.batch_size is {size!r}, but must be a whole number above 0")
+    rate = ((cfg.get("optim_wrapper") or {}).get("optimizer") or {}).get("lr")
+    if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
+        raise UserError(f"optim_wrapper.optimizer.lr is {rate!r}, but must be a number above 0")
     clip = (cfg.get("optim_wrapper") or {}).get("clip_grad")
     largest = clip.get("max_norm", 1) if isinstance(clip, dict) else 1
     if not (isinstance(largest, int | float) and largest > 0):

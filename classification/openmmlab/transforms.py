@@ -1,11 +1,12 @@
 """Checks for data pipelines that the toolchains lack."""
 
 import logging
+import os
 import sys
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from classification.data.images import EIGHT_BITS_A_BAND, image_formats, misread_planes, misread_samples
 from classification.errors import UserError
@@ -13,6 +14,31 @@ from classification.openmmlab.messages import print_log
 
 LARGEST = 255  # of 8 bits
 TURNED = range(2, 9)  # orientations of EXIF by which an image is turned or mirrored
+
+
+@TRANSFORMS.register_module()
+class CheckMap:
+    """Checks that a label map is whole before LoadAnnotations, whose error names no file.
+
+    Raises:
+        UserError: the file is empty or damaged.
+    """
+
+    def __call__(self, results: dict) -> dict:
+        path = results.get("seg_map_path")
+        if path is None:  # an inferencer has no maps
+            return results
+        try:
+            with Image.open(path, formats=image_formats()) as image:
+                image.verify()  # of a PNG, each chunk's checksum
+        except FileNotFoundError:  # the loader names it, or reads it from elsewhere
+            pass
+        except UnidentifiedImageError as error:
+            if not os.path.getsize(path):  # other files may be read by tifffile
+                raise UserError(f"{path}: is empty; replace it") from error
+        except Exception as error:  # on a damaged file, Pillow's plugins raise any error
+            raise UserError(f"{path}: is damaged ({error}); replace it") from error
+        return results
 
 
 @TRANSFORMS.register_module()

@@ -50,7 +50,7 @@ from classification.openmmlab import (
     unread_variables,
 )
 from classification.openmmlab.checkpoint import load_from_local
-from classification.openmmlab.transforms import CheckBits, CheckLabels, CheckSize
+from classification.openmmlab.transforms import CheckBits, CheckLabels, CheckMap, CheckSize
 
 LAYOUT = json.loads((Path(__file__).parents[1] / "data/checkpoint_layout.json").read_text())
 MICRO = VARIANTS["spatialmamba_micro"]
@@ -619,6 +619,16 @@ CONFIGS = {
         '"train_dataloader": {}}',
         "optim_wrapper.clip_grad.max_norm is 0, but must be a number above 0",
     ),
+    "batch.json": (
+        '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"optimizer": {"lr": [1, 0]}}, "train_cfg": {}, '
+        '"train_dataloader": {"batch_size": 0}}',
+        "train_dataloader.batch_size is 0, but must be a whole number above 0",
+    ),
+    "rate.json": (
+        '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"optimizer": {"lr": [1, 0]}}, "train_cfg": {}, '
+        '"train_dataloader": {"batch_size": 1}}',
+        "optim_wrapper.optimizer.lr is [1, 0], but must be a number above 0",
+    ),
     "function.yaml": (
         "model: {type: mmengine.call_command}",
         "model.type is 'mmengine.call_command', which is no registered name",
@@ -1162,7 +1172,8 @@ def test_subclasses_are_checked_as_what_they_inherit_from():
         cfg = Config(dict(default_scope="mmseg", model=dict(decode_head=dict(num_classes=2))))
         cfg.train_dataloader = dict(dataset=dict(type=Anything, pipeline=[dict(type=kind)]))
         pipelines.insert_label_checks(cfg)
-        assert [one.type for one in cfg.train_dataloader.dataset.pipeline] == [kind, *["CheckLabels"] * works]
+        around = ["CheckMap", kind, "CheckLabels"] if works else [kind]
+        assert [one.type for one in cfg.train_dataloader.dataset.pipeline] == around
     for metric, step, message in (
         (Mine, MyLoad, "val_evaluator.ignore_index is 7"),
         (Mine, OfColours, "val_evaluator.ignore_index is 7"),
@@ -1621,7 +1632,8 @@ def test_images_that_are_turned_but_keep_their_size(tmp_path, log):
         cfg = Config(dict(default_scope=scope, model={}, train_dataloader=dict(dataset=dataset)))
         pipelines.insert_size_checks(cfg)
         pipelines.insert_label_checks(cfg)
-        (added,) = [one for one in cfg.train_dataloader.dataset.pipeline if one.type.startswith("Check")]
+        steps = cfg.train_dataloader.dataset.pipeline
+        added = next(step for step in steps if step.type in ("CheckSize", "CheckLabels"))
         check = TRANSFORMS.build(added)
         labels = dict(gt_seg_map=np.zeros((8, 8), np.uint8), seg_map_path=str(tmp_path / "map.png"))
         for path in (files[0], None, str(tmp_path / "damaged.jpg"), *files[1:]):
@@ -1974,6 +1986,23 @@ def test_epochs_beside_iterations(monkeypatch):
     for loop in (dict(type="EpochBasedTrainLoop", max_epochs=2), dict(by_epoch=True, max_epochs=2)):
         with pytest.raises(UserError, match="takes an InfiniteSampler, whose epoch has no end"):
             tools._check_training(Config({**parts, "train_cfg": loop}))
+
+
+def test_a_damaged_map_is_named(tmp_path):
+    """LoadAnnotations' error names no file."""
+    path = tmp_path / "map.png"
+    Image.fromarray(np.arange(2500, dtype=np.uint8).reshape(50, 50)).save(path)
+    whole, results = path.read_bytes(), {"seg_map_path": str(path)}
+    assert CheckMap()(results) is results
+    assert CheckMap()({"seg_map_path": str(tmp_path / "none.png")})  # which the loader names
+    assert CheckMap()({}) == {}
+    for content, fault in ((whole[:-20], "is damaged"), (whole[:60], "is damaged"), (b"", "is empty")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"map\.png: {fault}.*; replace it"):
+            CheckMap()(results)
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(UserError, match=r"map\.png: is damaged"):
+        CheckMap()(results)
 
 
 def test_maps_that_only_tifffile_reads(tmp_path, monkeypatch):

@@ -127,6 +127,14 @@ def test_flops_of_another_head_are_not_guessed():
         count_model_flops(cascade, (64, 64))
 
 
+def test_flops_of_detr():
+    """It masks what lies outside each image, so that it needs their sizes."""
+    counted = count_model_flops(build(get_config("mmdet::detr/detr_r50_8xb2-150e_coco.py")), (64, 96))
+    parts = [counted.by_module()[f"model.{name}"] for name in ("backbone", "neck", "encoder", "decoder", "bbox_head")]
+    assert all(parts)
+    assert sum(parts) == counted.total()
+
+
 @pytest.mark.parametrize("name", ["tiny_3x", "small_3x"])
 def test_3x_builds_the_same_model(name):
     assert config(name).model == config(name.removesuffix("_3x")).model

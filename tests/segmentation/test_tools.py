@@ -387,11 +387,12 @@ def test_labels_are_checked_wherever_they_are_loaded():
     insert_label_checks(cfg)  # once more changes nothing where it stands already
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         steps = [kind_of(step) for step in loader.dataset.pipeline]
-        assert steps[steps.index("LoadAnnotations") + 1] == "CheckLabels"
-        assert steps.count("CheckLabels") == 1
+        at = steps.index("LoadAnnotations")
+        assert steps[at - 1 : at + 2] == ["CheckMap", "LoadAnnotations", "CheckLabels"]
+        assert steps.count("CheckMap") == steps.count("CheckLabels") == 1
     load = dict(type="LoadAnnotations")
     cfg.model.decode_head.ignore_index = 250
-    checked = ["LoadAnnotations", "CheckLabels"]
+    checked = ["CheckMap", "LoadAnnotations", "CheckLabels"]
     for choices, expected in (
         ([load, dict(type="Pad")], [checked, ["Pad"]]),  # of steps
         ([[load], [dict(type="Pad"), load]], [checked, ["Pad", *checked]]),  # of pipelines
@@ -405,9 +406,10 @@ def test_labels_are_checked_wherever_they_are_loaded():
         apply, choose = cfg.train_dataloader.dataset.pipeline
         assert [kind_of(step) for step in apply.transforms] == checked
         assert [[kind_of(step) for step in one] for one in choose.transforms] == expected
-        assert (apply.transforms[1].num_classes, apply.transforms[1].ignore_index) == (150, 250)
+        assert (apply.transforms[2].num_classes, apply.transforms[2].ignore_index) == (150, 250)
     alternatives = [[step.type for step in steps] for steps in cfg.tta_pipeline[-1].transforms]
-    assert alternatives[alternatives.index(["LoadAnnotations"]) + 1] == ["CheckLabels"]
+    at = alternatives.index(["LoadAnnotations"])
+    assert alternatives[at - 1 : at + 2 : 2] == [["CheckMap"], ["CheckLabels"]]
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(0, marks=pytest.mark.long)])
