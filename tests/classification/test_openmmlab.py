@@ -1632,8 +1632,8 @@ def test_images_that_are_turned_but_keep_their_size(tmp_path, log):
         cfg = Config(dict(default_scope=scope, model={}, train_dataloader=dict(dataset=dataset)))
         pipelines.insert_size_checks(cfg)
         pipelines.insert_label_checks(cfg)
-        steps = cfg.train_dataloader.dataset.pipeline
-        added = next(step for step in steps if step.type in ("CheckSize", "CheckLabels"))
+        built = cfg.train_dataloader.dataset.pipeline
+        added = next(step for step in built if step.type in ("CheckSize", "CheckLabels"))
         check = TRANSFORMS.build(added)
         labels = dict(gt_seg_map=np.zeros((8, 8), np.uint8), seg_map_path=str(tmp_path / "map.png"))
         for path in (files[0], None, str(tmp_path / "damaged.jpg"), *files[1:]):
