@@ -90,10 +90,11 @@ def _say_how_evaluated(config: CfgNode) -> None:
     found = images | {"TEST.CROP_PCT": config.TEST.CROP_PCT}
     others = [f"{key} {found[key]} ({value} there)" for key, value in THEIRS.items() if found[key] != value]
     if others:
-        print(
+        text = (
             f"evaluated with {', '.join(others)}, which the file does not say: set them in the test pipeline of "
             f"mmpretrain's config, whose values are those of configs/{MMPRETRAIN}"
         )
+        print(printable(text))
 
 
 def main() -> None:

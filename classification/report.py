@@ -193,15 +193,15 @@ def report(folder: Path, data_path: str | None) -> None:
         model, dataset, names = _best_model_and_images(checkpoint, path, data_path)
         figures["predictions.png"] = draw_predictions(model, dataset, names)
         try:
-            print(summary(folder, metrics, checkpoint, data_path, dataset.digest()))
+            print(printable(summary(folder, metrics, checkpoint, data_path, dataset.digest()), lines=True))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
     if partly := [m["epoch"] for m in metrics if any(m.get(key, {}).get("unreadable") for key in WEIGHTS)]:
         print(
-            f"in {len(partly)} of {len(metrics)} epochs, as epoch {partly[0]}, not all validation images could be "
-            "read: crosses in learning_curve.png"
+            f"in {len(partly)} of {len(metrics)} epochs, for example epoch {int(partly[0])}, not all validation images "
+            "could be read: crosses in learning_curve.png"
         )
     for name, figure in figures.items():
         try:
@@ -223,7 +223,7 @@ def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tupl
         raise UserError(f"{data_path}: has {len(dataset.classes)} classes, the checkpoint {model.num_classes}")
     names = class_names_of(checkpoint, path)
     if names is None:
-        print(f"{path}: holds no names of classes; they are taken in the order of the folders")
+        print(printable(f"{path}: holds no names of classes; they are taken in the order of the folders"))
         names = dataset.classes
     elif difference := names_differ(names, dataset.classes):
         raise UserError(f"{path}: its classes are not those of {dataset.root}: {difference}")

@@ -278,7 +278,7 @@ def _check_policy(policy: str) -> None:
         chooses = name == "rand" and part.startswith("t")
         number = re.fullmatch(r"([a-z]+)\d.*", part)
         if not (part in SETS_OF_TRANSFORMS if chooses else number):
-            kind = f"is none of {', '.join(SETS_OF_TRANSFORMS)}" if chooses else "has no number, as m9 has"
+            kind = f"is none of {', '.join(SETS_OF_TRANSFORMS)}" if chooses else "has no number, unlike m9"
             raise ValueError(f"its part {part!r} {kind}")
         keys.append("t" if chooses else number[1])
     if len(set(keys)) < len(keys):

@@ -39,7 +39,7 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     """Create a model of this size.
 
     Args:
-        name: the size, as "spatialmamba_tiny".
+        name: the size, for example "spatialmamba_tiny".
         pretrained: the path of a checkpoint, or a hub id such as "hf-hub:user/repository"; True if kwargs name weights.
         kwargs: arguments of `timm.create_model` and `SpatialMamba`.
 

@@ -213,15 +213,15 @@ def _check_entries(
     lost = [one["image_id"] for one in annotations if one["image_id"] not in known]
     if lost:
         print_log(
-            f"{path}: {len(lost)} of its annotations are of images, as image_id {lost[0]!r}, that it does not have; "
-            "they are left out",
+            f"{path}: {len(lost)} of its annotations are of images, for example image_id {lost[0]!r}, that it "
+            "does not have; they are left out",
             level=logging.WARNING,
         )
     foreign = [one["category_id"] for one in annotations if one["category_id"] not in numbers]
     if foreign:
         raise UserError(
-            f"{path}: {len(foreign)} of its annotations have a category_id, as {foreign[0]!r}, that none of its "
-            "categories has; mmdet would leave them out"
+            f"{path}: {len(foreign)} of its annotations have a category_id, for example {foreign[0]!r}, that none of "
+            "its categories has; mmdet would leave them out"
         )
     reasons = [_reason_against(one, known, wanted, use) for one in annotations]
     _count_passed_over(path, images, Counter(reasons))
@@ -348,7 +348,7 @@ def _check_corners(path: str, annotations: list[dict], images: dict) -> None:
 
 
 def _warn_of_odd_areas(path: str, annotations: list[dict]) -> None:
-    """Warn if most areas are no areas of objects in their boxes, as 1 in all, or areas before images were resized.
+    """Warn if most areas do not fit their boxes, for example if all are 1 or are from before images were resized.
 
     pycocotools tells small, medium and large objects apart by `area`.
     """
@@ -357,8 +357,9 @@ def _warn_of_odd_areas(path: str, annotations: list[dict]) -> None:
     odd = [(area, box) for area, box in areas if not 0.02 * box <= area <= 1.1 * box + 1]  # a thin object has 2 %
     if 2 * len(odd) > len(areas):
         print_log(
-            f"{path}: the area of {len(odd)} of its {len(areas)} objects does not fit the box, as {odd[0][0]:g} in a "
-            f"box of {odd[0][1]:g} pixels; AP of small, medium and large objects goes by area: correct it",
+            f"{path}: the area of {len(odd)} of its {len(areas)} objects does not fit the box, for example "
+            f"{odd[0][0]:g} in a box of {odd[0][1]:g} pixels; AP of small, medium and large objects goes by area: "
+            "correct it",
             level=logging.WARNING,
         )
 
@@ -500,8 +501,8 @@ def _check_images_exist(path: str, images: list[dict], folder: str) -> None:
     missing = [one for one in missing if not os.path.isfile(one)]  # links; or the file system ignores case
     if missing:
         raise UserError(
-            f"{path}: {len(missing)} of its {len(images)} images are not there, as {missing[0]}; set data_prefix.img "
-            "to their folder, or take them out of the file"
+            f"{path}: {len(missing)} of its {len(images)} images are not there, for example {missing[0]}; set "
+            "data_prefix.img to their folder, or take them out of the file"
         )
 
 
@@ -528,8 +529,9 @@ def _check_masks(path: str, annotations: dict[int, dict], images: dict, use: Use
         return
     i, extent = next(iter(apart.items()))
     text = (
-        f"{path}: {len(apart)} of its {len(annotations)} masks are elsewhere than their boxes, as annotations[{i}], "
-        f"whose mask takes up {[round(side, 1) for side in extent]} and whose bbox is {annotations[i]['bbox']}"
+        f"{path}: {len(apart)} of its {len(annotations)} masks are elsewhere than their boxes, for example "
+        f"annotations[{i}], whose mask takes up {[round(side, 1) for side in extent]} "
+        f"and whose bbox is {annotations[i]['bbox']}"
     )
     if 2 * len(apart) > len(annotations):
         raise UserError(f"{text}; write both in pixels of the image, [x, y, width, height] and [x1, y1, x2, y2, ...]")

@@ -38,7 +38,7 @@ ESSENTIAL = ("load_data_list", "parse_data_info", "transform", "_load_seg_map", 
 def works_as(config: ConfigDict, kind: str) -> bool:
     """Return whether a config's class is called `kind`, or inherits from it and does the same.
 
-    A method that calls the one that it overrides, as to add a field, does the same.
+    A method that calls the one that it overrides, for example to add a field, does the same.
     """
     for base in getattr(type_of(config), "__mro__", ()):
         if base.__name__ == kind:

@@ -159,7 +159,7 @@ class CheckResumed(Hook):
     """Stops a run from going on from a checkpoint that lacks a part of it. mmengine would begin that part anew.
 
     Without the optimizer's moments and the schedules' state, the rates of a resumed run are not those of its epoch.
-    Checkpoints of weights only, as mmengine's best_*.pth, lack both.
+    Checkpoints of weights only, for example mmengine's best_*.pth, lack both.
 
     Raises:
         UserError: the checkpoint lacks the optimizer, the schedules or what counts epochs; or they are of another model
@@ -342,7 +342,7 @@ def _check_schedules(schedules: list | dict, states: object, path: str) -> None:
 
 
 def _settings(schedule: object) -> set[str]:
-    """Return the names of a schedule's own settings that are part of its state, as `T_max`."""
+    """Return the names of a schedule's own settings that are part of its state, for example `T_max`."""
     initialisers = [vars(base)["__init__"] for base in type(schedule).__mro__ if "__init__" in vars(base)]
     names = {name for one in initialisers[:-1] for name in inspect.signature(one).parameters}  # but object's
     return {name for name, value in schedule.state_dict().items() if name in names and not callable(value)}
@@ -386,7 +386,7 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
 
 
 def _check_settings(group: dict, ours: dict) -> None:
-    """Raise a ValueError if a saved group has a number that is none, or another switch, as `maximize`, than ours."""
+    """Raise a ValueError if a saved group lacks a number, or has another switch than ours, for example `maximize`."""
     for name, value in group.items():
         numbers = value if isinstance(value, list | tuple) else [value]
         if name == "params" or value is None:

@@ -50,7 +50,9 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
     else:
         names = sorted(name.removesuffix(suffix) for name in images if name.endswith(suffix))
         if broken := [name for name in broken if name.endswith(suffix)]:
-            raise UserError(f"{folder}: {len(broken)} of its images are links that lead nowhere, as {broken[0]}")
+            raise UserError(
+                f"{folder}: {len(broken)} of its images are links that lead nowhere, for example {broken[0]}"
+            )
     if not names:
         raise UserError(f"{folder}: no file ends with {suffix!r}; set {key}.img_suffix to what the images end with")
     loads = any(is_kind(step, "LoadAnnotations") for step in steps_of(dataset.get("pipeline") or ()))
@@ -107,8 +109,8 @@ def _check_all_there(source: str, names: list[str], suffix: str, folder: str, fi
     missing = [name for name in missing if not os.path.isfile(os.path.join(folder, name))]  # hidden, or in other case
     if missing:
         raise UserError(
-            f"{source}: {len(missing)} of {len(names)} files are not in {folder}, as {missing[0]}; add them, or set "
-            f"{key} to what they end with"
+            f"{source}: {len(missing)} of {len(names)} files are not in {folder}, for example {missing[0]}; add "
+            f"them, or set {key} to what they end with"
         )
 
 
@@ -116,7 +118,8 @@ def _warn_of_images_left_out(folder: str, names: set[str], suffix: str, key: str
     others = sorted(n for n in names if not n.endswith(suffix) and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES)
     if others:
         print_log(
-            f"{key}: {len(others)} images of {folder}, as {others[0]}, are left out, for img_suffix is {suffix!r}",
+            f"{key}: {len(others)} images of {folder}, for example {others[0]}, are left out, for img_suffix is "
+            f"{suffix!r}",
             level=logging.WARNING,
         )
 

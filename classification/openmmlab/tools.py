@@ -352,8 +352,8 @@ def _warn_of_misspelt_keys(cfg: Config, options: dict) -> None:
         name = key.partition(".")[0]
         if name in cfg and name not in SETTINGS:
             print_log(
-                f"--cfg-options {key}: {name} was used while the config was read, and changes nothing now; set what it "
-                "was used for, as train_cfg.max_epochs",
+                f"--cfg-options {key}: {name} was used while the config was read, and changes nothing now; set what "
+                "used it, for example train_cfg.max_epochs",
                 level=logging.WARNING,
             )
         if name == "data_root" and name not in cfg:

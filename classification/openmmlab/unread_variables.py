@@ -46,7 +46,7 @@ def warn_of_unread_variables(path: str, read_later: frozenset[str] = frozenset()
     if found.inherits and unread:
         print_log(
             f"{path}: sets {', '.join(unread)}, which nothing reads: the config that it inherits has used its own "
-            "values by then; set what they are used for, as train_cfg.max_iters",
+            "values by then; set what used them, for example train_cfg.max_iters",
             level=logging.WARNING,
         )
     for base in found.bases:

@@ -39,7 +39,8 @@ def check_object_names(dataset: ConfigDict, root: str, folder: str, classes: Seq
     if not foreign:
         return
     named = ", ".join(f"{name!r} ({count})" for name, count in Counter(foreign).most_common(NAMED))
-    text = f"{folder}: {sum(foreign.values())} of {found.total()} objects have a name that is no class, as {named}"
+    number = f"{sum(foreign.values())} of {found.total()}"
+    text = f"{folder}: {number} objects have a name that is no class, for example {named}"
     absent = [name for name in classes if name not in found]
     if len(absent) == len(classes):
         raise UserError(f"{text}; set {key}.metainfo.classes to their names")

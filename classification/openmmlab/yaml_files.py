@@ -17,10 +17,10 @@ EVALUATE_TEXT = ("CameraMotionCompensation", "RFSearchHook")  # registered types
 
 
 def check_types(value: object, key: str = "") -> None:
-    """Check the names of types. mmengine imports dotted ones and calls what they name, as `subprocess.Popen`.
+    """Check the names of types. mmengine imports dotted ones and calls what they name, for example `subprocess.Popen`.
 
-    They are in `type` and other keys that end so, as EMAHook's `ema_type`, and in `constructor`. mmcv evaluates the
-    type of an NMS as Python.
+    They are in `type` and other keys that end so, for example EMAHook's `ema_type`, and in `constructor`. mmcv
+    evaluates the type of an NMS as Python.
 
     Raises:
         UserError: a name is neither a registered one nor a class of PyTorch or of this repository; or it is of a type

@@ -118,7 +118,7 @@ BAD = {
     "list as image_id": (coco(annotation(image_id=[1])), "a.json: annotations[0].image_id is [1]; write a number"),
     "list as id": (coco(images=[image(1), image([1])]), "a.json: images[1].id is [1]; write a number"),
     "list of a category": (coco(categories=[dict(id=[1], name="cat")]), "a.json: categories[0].id is [1]; write a"),
-    "category_id": (coco(annotation(category_id=0)), "1 of its annotations have a category_id, as 0, that none of its"),
+    "category_id": (coco(annotation(category_id=0)), "annotations have a category_id, for example 0, that none"),
     # what mmdet passes over
     "thin": (coco(annotation(bbox=[0, 0, 0.5, 0.3])), "1 because their boxes, [x, y, width, height]"),
     "two points": (coco(annotation(segmentation=[[1, 1, 9, 9], [1] * 7])), "because their segmentation is no polygon"),
@@ -157,7 +157,7 @@ BAD = {
     ),
     "RLE along rows": (
         coco(annotation(segmentation={"size": [64, 40], "counts": [41, 9, *[31, 9] * 11, 2070]})),
-        "a.json: 1 of its 1 masks are elsewhere than their boxes, as annotations[0], whose mask",
+        "a.json: 1 of its 1 masks are elsewhere than their boxes, for example annotations[0], whose mask",
     ),
     **{f"{what} counts": (
         coco(annotation(segmentation=compressed(counts=counts))),
@@ -174,8 +174,8 @@ BAD = {
     "texts as points": (coco(annotation(segmentation=[["a"] * 6])), "a.json: annotations[0].segmentation cannot be"),
     "points between 0 and 1": (
         coco(annotation(segmentation=triangle(0.02, 0.02, 0.2, 0.2))),
-        "1 of its 1 masks are elsewhere than their boxes, as annotations[0], whose mask takes up [0.0, 0.0, 0.2, 0.2] "
-        "and whose bbox is [1, 1, 9, 12]; write both in pixels",
+        "1 of its 1 masks are elsewhere than their boxes, for example annotations[0], whose mask takes up [0.0, 0.0, "
+        "0.2, 0.2] and whose bbox is [1, 1, 9, 12]; write both in pixels",
     ),
     "points at twice the size": (coco(annotation(segmentation=triangle(20, 20, 18, 24))), "1 of its 1 masks are else"),
     "an image twice": (
@@ -245,7 +245,9 @@ def test_what_pycocotools_compares(check):
     odd = [annotation(area=area, iscrowd=crowd, segmentation=triangle()) for area, crowd in ((1, 0), (500, 0), (1, 1))]
     for areas, found in ((odd, 1), ([*odd[:1], annotation(segmentation=triangle())], 0)):
         said = check(coco(*areas), "val", compared=True, pipeline=[])
-        fitting = "the area of 2 of its 2 objects does not fit the box, as 1 in a box of 108 pixels; AP of small"
+        fitting = (
+            "the area of 2 of its 2 objects does not fit the box, for example 1 in a box of 108 pixels; AP of small"
+        )
         assert [text.partition(",")[0] for text in said if "area" in text] == [fitting.partition(",")[0]] * found
 
     class Mine(METRICS.get("mmdet.CocoMetric")):
@@ -260,7 +262,9 @@ def test_missing_images(check, tmp_path):
     (tmp_path / "images/1.png").touch()
     there = coco(images=[image(1), image(2, file_name="deeper/2.png")])
     for split, filters in (("test", {}), ("train", {})):
-        with pytest.raises(UserError, match=r"a\.json: 1 of its 2 images are not there, as .*deeper/2\.png; set"):
+        with pytest.raises(
+            UserError, match=r"a\.json: 1 of its 2 images are not there, for example .*deeper/2\.png; set"
+        ):
             check(there, split, data_prefix=dict(img="images"), data_root=str(tmp_path), filter_cfg=filters)
     more = dict(data_prefix=dict(img="images"), data_root=str(tmp_path))
     check(there, **more, filter_cfg=dict(filter_empty_gt=True))  # without an object, it is not read
@@ -272,7 +276,9 @@ def test_missing_images(check, tmp_path):
 def test_what_mmdet_passes_over_is_counted(check):
     lost = coco(*(annotation(image_id=i) for i in (1, 8, 9)))
     (said,) = check(lost, pipeline=[])
-    assert said == "2 of its annotations are of images, as image_id 8, that it does not have; they are left out"
+    assert (
+        said == "2 of its annotations are of images, for example image_id 8, that it does not have; they are left out"
+    )
     some = [
         annotation(**change, segmentation=triangle())
         for change in (
@@ -297,7 +303,7 @@ def test_what_mmdet_passes_over_is_counted(check):
         one["segmentation"] = triangle()
     (said,) = check(coco(*apart))
     assert said.startswith(
-        "1 of its 3 masks are elsewhere than their boxes, as annotations[0], whose mask takes up [20.0,"
+        "1 of its 3 masks are elsewhere than their boxes, for example annotations[0], whose mask takes up [20.0,"
     )
 
 

@@ -428,7 +428,7 @@ def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_pat
 
 
 def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
-    """Key by key, where it changes numbers, as another number of epochs does by the schedule; not other paths."""
+    """Key by key, where it changes numbers, for example another number of epochs by the schedule; not other paths."""
     arguments = ["--data-path", few_digits, "--output", tmp_path]
     run_main(*arguments, "--opts", *QUICK, "TRAIN.EPOCHS", "1")
     path = tmp_path / name_of(".") / "latest.pth"

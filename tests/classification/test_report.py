@@ -33,6 +33,11 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
     (run / "evaluation.json").write_text(json.dumps(evaluation | {"otherwise": ["DATA.IMG_SIZE 40 -> 32"]}))
     report(run, few_digits)
     assert "33 images, DATA.IMG_SIZE 40 -> 32  " in capsys.readouterr().out
+    best_one = torch.load(run / "best.pth", weights_only=True)
+    torch.save(best_one | {"epoch": "4\x1b[2K"}, run / "best.pth")  # nothing may control the terminal
+    report(run, few_digits)
+    assert r"epoch 4\x1b[2K" in capsys.readouterr().out
+    torch.save(best_one, run / "best.pth")
     for other in (
         {"data_path": "/elsewhere"},
         {"sha256": "0"},
@@ -106,7 +111,8 @@ def test_epochs_that_could_not_read_all_images_are_no_part_of_the_curve(tmp_path
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report(tmp_path, None)
     assert (
-        "in 1 of 3 epochs, as epoch 1, not all validation images could be read: crosses in" in capsys.readouterr().out
+        "in 1 of 3 epochs, for example epoch 1, not all validation images could be read: crosses in"
+        in capsys.readouterr().out
     )
 
 

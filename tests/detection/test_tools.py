@@ -462,11 +462,11 @@ def test_objects_of_voc_that_are_no_class(tmp_path, capsys):
     ):
         check("cat", "<")
     with pytest.raises(
-        UserError, match=r"2 of 2 objects have a name that is no class, as 'Cat' \(1\), 'Dog' \(1\); set"
+        UserError, match=r"2 of 2 objects have a name that is no class, for example 'Cat' \(1\), 'Dog' \(1\); set"
     ):
         check("Cat", "Dog")
     said = check("cat", "Dog").replace("\n", " ")
-    assert "1 of 2 objects have a name that is no class, as 'Dog' (1): they are left out" in said
+    assert "1 of 2 objects have a name that is no class, for example 'Dog' (1): they are left out" in said
     assert "background; no object is called 'dog' (train_dataloader.dataset)" in said
     assert "no class" not in check("cat", None)
 
