@@ -193,6 +193,7 @@ def changed_keys(text: str, config: CfgNode, source: str | Path, keys: Sequence[
     ]
 
 
+LARGEST_SIZE = 4096  # pixels of a side, up to which a command takes the image size that a checkpoint names
 EVALUATION_KEYS = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP_PCT", "TRAIN.AMP")  # accuracy depends on these
 SAVED_WITH_WEIGHTS = ("MODEL.NAME", *EVALUATION_KEYS)
 

@@ -27,7 +27,7 @@ from classification.checkpoint import (
     tensors_digest,
 )
 from classification.checkpoint_folder import BEST
-from classification.config import trained_with
+from classification.config import LARGEST_SIZE, trained_with
 from classification.data import escaped, names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
@@ -139,22 +139,23 @@ def draw_predictions(model: SpatialMamba, dataset: ImageFolder, names: list[str]
     """
     count = min(GRID_ROWS * GRID_COLUMNS, len(dataset))
     spread = torch.linspace(0, len(dataset) - 1, count).round().int().tolist()
-    read = {i: sample for i in spread if (sample := _read(dataset, i)) is not None}
-    if not read:
+    found = []  # index, predicted class and true class of each image that can be read
+    for index in spread:
+        if (sample := _read(dataset, index)) is not None:
+            found.append((index, model(sample[0][None]).argmax().item(), sample[1]))
+    if not found:
         raise UserError(f"{dataset.root}: none of the {count} images chosen for predictions can be read")
-    indices, samples = list(read), list(read.values())
-    predicted = model(torch.stack([image for image, _ in samples])).argmax(1).tolist()
     figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(10, 7), layout="constrained")
     for cell in axes.flat:
         cell.axis("off")
     size = 10 if max(map(len, names)) < 8 else 8
-    for cell, index, guess, (_, target) in zip(axes.flat, indices, predicted, samples, strict=False):
+    for cell, (index, guess, target) in zip(axes.flat, found, strict=False):
         cell.imshow(read_image(dataset.samples[index][0]))
         truth = escaped(dataset.classes[target])
         right = names[guess] == truth
         title = printable(_title(truth) if right else _title(names[guess], truth), lines=True).replace("$", r"\$")
         cell.set_title(title, color="black" if right else "red", fontsize=size)
-    figure.suptitle(f"Predictions on {len(read)} validation images, evenly spaced over the classes")
+    figure.suptitle(f"Predictions on {len(found)} validation images, evenly spaced over the classes")
     return figure
 
 
@@ -215,6 +216,10 @@ def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tupl
     if not isinstance(checkpoint.get("config"), str):
         raise UserError(f"{path}: has no 'config', so it was not saved by main.py")
     config = trained_with(checkpoint, str(path))
+    if config.DATA.IMG_SIZE > LARGEST_SIZE:
+        raise UserError(
+            f"{path}: is for images of {config.DATA.IMG_SIZE} pixels; predictions are drawn up to {LARGEST_SIZE}"
+        )
     state = state_dicts(checkpoint, path)["model"]
     model = SpatialMamba(num_classes=num_classes(state) or 0, **VARIANTS[config.MODEL.NAME]).eval()
     load_weights(model, state, path)

@@ -260,8 +260,9 @@ def _cut_ends(image: Image) -> Image:
     keep = LONGEST * min(image.size)
     if max(image.size) <= keep:
         return image
+    # Cut off the same number at both ends, so that the centre stays where it is.
     left, top = (max(0, side - keep) // 2 for side in image.size)
-    return image.crop((left, top, left + min(image.width, keep), top + min(image.height, keep)))
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 SETS_OF_TRANSFORMS = ("t3a", "t3aw", "tweights")  # of RandAugment; for any other name, timm uses its default set

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from classification.checkpoint import variant_of, write_atomically
-from classification.config import default_config
+from classification.config import LARGEST_SIZE, default_config
 from classification.data.build import eval_transform
 from classification.data.images import read_image
 from classification.errors import UserError, escape_on_streams, is_file, printable
@@ -49,7 +49,6 @@ from classification.models import VARIANTS, SpatialMamba
 
 PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224")
 BATCH = 8
-LARGEST_SIZE = 4096
 LARGEST_PORT = 65535
 
 
@@ -257,6 +256,10 @@ def image_transform(config: CfgNode, size: int | str | None = None) -> Callable:
         config = config.clone()
         config.defrost()
         config.DATA.IMG_SIZE = size
+    if config.DATA.IMG_SIZE > LARGEST_SIZE:
+        raise UserError(
+            f"the checkpoint is for images of {config.DATA.IMG_SIZE} pixels; pass --size, at most {LARGEST_SIZE}"
+        )
     return eval_transform(config)
 
 

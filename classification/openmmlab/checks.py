@@ -143,6 +143,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Raise a UserError if a dataset of `splits` ("train", "val", "test") lacks a file, a folder or a class."""
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
+        if loader and split != "train":
+            _check_whole(loader, split)
         datasets = list(datasets_of(loader.dataset)) if loader else []
         for dataset in datasets:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
@@ -157,8 +159,17 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             if is_kind(metric, "CocoMetric"):
                 _check_image_ids(metric, its, split)
         _warn_of_steps(cfg, split, datasets)
+    if "train" in splits:
+        _check_learns(cfg.model)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
+
+
+def _check_whole(loader: ConfigDict, split: str) -> None:
+    """Raise a UserError if images are left out: CocoMetric counts their objects as missed, others do not know them."""
+    sampler = loader.get("batch_sampler") or {}
+    if loader.get("drop_last") or sampler.get("drop_last"):
+        raise UserError(f"{split}_dataloader has drop_last=True, so the last images are not tested; leave it out")
 
 
 def _warn_of_steps(cfg: Config, split: str, datasets: list[ConfigDict]) -> None:
@@ -220,6 +231,19 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
                         f"{place} and {key} have their classes in another order: {one!r} is class {old} and {new}; "
                         "make them equal, and where annotation files disagree, their categories"
                     )
+
+
+def _check_learns(model: ConfigDict) -> None:
+    """Raise a UserError if the softmax of a segmenter has one class: its loss is 0, and nothing is learnt."""
+    for part, head in segmentation_heads(model):
+        if head.get("out_channels", head.get("num_classes")) != 1:
+            continue
+        for place, loss in parts_of(f"{part}.loss_decode", head.get("loss_decode", {"type": "CrossEntropyLoss"})):
+            if is_kind(loss, "CrossEntropyLoss") and not loss.get("use_sigmoid"):
+                raise UserError(
+                    f"{part} has one class, whose softmax is always 1, so nothing is learnt: set {place}.use_sigmoid, "
+                    "or make the background a class"
+                )
 
 
 def _parent_of_maps(dataset: ConfigDict) -> str:

@@ -69,7 +69,7 @@ def check_annotations(path: str, classes: list[str], use: Use) -> None:
     content = _content(path)
     # Unlabelled data sets for training keep all images.
     annotated = use.scored or (use.trains and bool(use.filters.get("filter_empty_gt")))
-    _check_classes(path, _categories(path, content), classes, use.key)
+    _check_classes(path, [*_categories(path, content).values()], classes, use.key)
     if content is None:
         if annotated:
             _check_annotated(path)
@@ -81,6 +81,30 @@ def check_annotations(path: str, classes: list[str], use: Use) -> None:
             purpose = "train on" if use.trains else "test"
             raise UserError(f"{path}: has no {what}, so there is nothing to {purpose}{advice}")
     _check_entries(path, classes, images, annotations, content["categories"], use)
+
+
+def check_labels(dataset: object) -> None:
+    """Check how a data set of any type numbers a COCO file's categories, once it is built.
+
+    Raises:
+        UserError: a category has another label than its name has in the data set's classes. The checkpoint's classes
+            and the metric then mean other objects.
+    """
+    for inner in getattr(dataset, "datasets", [getattr(dataset, "dataset", None)]):
+        if inner is not None:
+            check_labels(inner)
+    labels, path = getattr(dataset, "cat2label", None), getattr(dataset, "ann_file", None)
+    classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
+    if not (isinstance(labels, dict) and isinstance(path, str) and os.path.isfile(path) and classes):
+        return
+    names = _categories(path, None)
+    for number, label in labels.items():
+        name = names.get(number)
+        if name in classes and isinstance(label, int) and label < len(classes) and classes[label] != name:
+            raise UserError(
+                f"{path}: its category {name!r} has the label {label} in {type(dataset).__name__}, but that is "
+                f"{classes[label]!r} of its classes; put metainfo.classes into the order of the file's categories"
+            )
 
 
 def image_ids(path: str) -> set:
@@ -130,8 +154,8 @@ def _entries(path: str, content: dict, key: str) -> list[dict]:
     return entries
 
 
-def _categories(path: str, content: dict | None) -> list[str]:
-    """Return the names of a COCO file's categories, if possible without parsing half a gigabyte of annotations."""
+def _categories(path: str, content: dict | None) -> dict[object, str]:
+    """Return the ids and names of a COCO file's categories, if possible without parsing all of half a gigabyte."""
     readers = (_categories_at_an_end, _categories_in_all) if content is None else (lambda _: content["categories"],)
     for read in readers:
         with suppress(KeyError, RecursionError, TypeError, ValueError):
@@ -144,7 +168,7 @@ def _categories(path: str, content: dict | None) -> list[str]:
             f'{path}: is no COCO annotation file: it has no "categories" list of {{"id": ..., "name": ...}}; add one'
         )
     _check_ids(path, "categories", ids)
-    return names
+    return dict(zip(ids, names, strict=True))
 
 
 def _categories_at_an_end(path: str) -> list[dict]:

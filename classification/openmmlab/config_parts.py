@@ -38,13 +38,13 @@ ESSENTIAL = ("load_data_list", "parse_data_info", "transform", "_load_seg_map", 
 def works_as(config: ConfigDict, kind: str) -> bool:
     """Return whether a config's class is called `kind`, or inherits from it and does the same.
 
-    A method that calls the one that it overrides, for example to add a field, does the same.
+    A method that calls its base's, for example to add a field, does the same.
     """
     for base in getattr(type_of(config), "__mro__", ()):
         if base.__name__ == kind:
             return True
-        own = [inspect.unwrap(vars(base)[name]) for name in ESSENTIAL if name in vars(base)]
-        if not all("__class__" in method.__code__.co_freevars for method in own):  # it does not call super()
+        own = {name: inspect.unwrap(vars(base)[name]) for name in ESSENTIAL if name in vars(base)}
+        if not all(name in method.__code__.co_names for name, method in own.items()):
             return False
     return kind_of(config) == kind
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from classification.checkpoint import differences, in_layout_of
 from classification.errors import UserError
+from classification.openmmlab.coco import check_labels
 from classification.openmmlab.messages import print_log
 from classification.sync_bn import average_batch_norm
 
@@ -82,14 +83,19 @@ class AverageBatchNorm(Hook):
         return self.end_of_epoch(runner.train_dataloader, batch_idx)
 
 
-class CompareSchedules(Hook):
-    """Warns of schedules that do not end when training ends.
+class CheckLength(Hook):
+    """Checks that training has updates, and warns of schedules that do not end when training ends.
 
     A config that changes the length of training keeps the `param_scheduler` that it inherits. A warm-up over 1000
     iterations is longer than all training if there are few images.
     """
 
     def before_train(self, runner) -> None:
+        if runner.max_iters == 0:
+            raise UserError(
+                "an epoch has no batch, so nothing is trained: train_dataloader has no images, or fewer than "
+                "batch_size and drop_last=True"
+            )
         schedules = runner.param_schedulers
         for of_one_optimizer in schedules.values() if isinstance(schedules, dict) else [schedules or []]:
             _compare_ends(of_one_optimizer, runner)
@@ -240,6 +246,23 @@ def _digest(state: dict) -> str:
 
 def _counts(value: object) -> bool:
     return isinstance(value, int) and value >= 0
+
+
+class CheckLabelsOfCategories(Hook):
+    """Checks that each category of a COCO file gets the label of its name, in data sets of any type.
+
+    Raises:
+        UserError: a category has another label.
+    """
+
+    def before_train(self, runner) -> None:
+        check_labels(runner.train_dataloader.dataset)
+
+    def before_val(self, runner) -> None:
+        check_labels(runner.val_dataloader.dataset)
+
+    def before_test(self, runner) -> None:
+        check_labels(runner.test_dataloader.dataset)
 
 
 class CheckSameData(Hook):

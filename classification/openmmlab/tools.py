@@ -43,9 +43,10 @@ from classification.openmmlab.config_parts import argument_of, class_names_of, d
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
     AverageBatchNorm,
+    CheckLabelsOfCategories,
+    CheckLength,
     CheckResumed,
     CheckSameData,
-    CompareSchedules,
     NameAbsentClasses,
     NoteOtherProcesses,
     StopAtInvalidLoss,
@@ -59,7 +60,7 @@ from classification.openmmlab.pipelines import (
     pass_class_weights,
 )
 from classification.openmmlab.saved_config import warn_of_other_config, warn_of_other_start, warn_of_what_goes_on
-from classification.openmmlab.unread_variables import SETTINGS, warn_of_unread_variables
+from classification.openmmlab.unread_variables import settings_of, warn_of_unread_variables
 from classification.run import lost_another, meeting, whole_numbers
 
 RESUME_LATEST = "auto"
@@ -186,7 +187,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
         _warn_of_unused_options(args)
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
-    warn_of_unread_variables(args.config)
+    warn_of_unread_variables(args.config, settings_of(cfg))
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
@@ -347,10 +348,11 @@ def _warn_of_unused_options(args: argparse.Namespace) -> None:
 
 def _warn_of_misspelt_keys(cfg: Config, options: dict) -> None:
     """Warn of options that nothing reads: misspelt keys, and variables that only the config's own file uses."""
-    known = {*cfg.keys(), *SETTINGS}
+    settings = settings_of(cfg)
+    known = {*cfg.keys(), *settings}
     for key in options:
         name = key.partition(".")[0]
-        if name in cfg and name not in SETTINGS:
+        if name in cfg and name not in settings:
             print_log(
                 f"--cfg-options {key}: {name} was used while the config was read, and changes nothing now; set what "
                 "used it, for example train_cfg.max_epochs",
@@ -571,8 +573,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     lock = _lock(args, cfg)  # held until training ends
     runner = _build(cfg)
     own = (
-        *(NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckResumed, CheckSameData),
-        *(CompareSchedules, NoteOtherProcesses),
+        *(NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckLabelsOfCategories, CheckResumed, CheckSameData),
+        *(CheckLength, NoteOtherProcesses),
     )
     for hook in own:
         if not any(type(one) is hook for one in runner.hooks):  # a config for the toolchain's own train.py names it
@@ -721,7 +723,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
         insert_size_checks(cfg)
     _prepare(cfg, args)
     runner = _build(cfg)
-    for hook in (NameAbsentClasses, CheckSameData):
+    for hook in (NameAbsentClasses, CheckLabelsOfCategories, CheckSameData):
         runner.register_hook(hook())
     meta = check_checkpoint(
         _unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"), reduces=reduces_zero_label(cfg, "test")

@@ -10,16 +10,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from mmengine.config import Config
 from mmengine.fileio import load
 from mmengine.runner import Runner
 
 from classification.openmmlab.messages import print_log
 
-# Settings of a config that are read: the Runner's arguments, and what mmengine and the tools read besides.
-SETTINGS = frozenset(inspect.signature(Runner).parameters) | {
+# What mmengine and the tools read of a config besides the Runner's arguments.
+MORE_SETTINGS = (
     *("auto_scale_lr", "compile", "custom_imports", "data_root", "default_scope", "find_unused_parameters"),
     *("model_wrapper_cfg", "runner_type", "sync_bn", "tta_model", "tta_pipeline"),
-}
+)
+
+
+def settings_of(cfg: Config) -> frozenset[str]:
+    """Return the settings of a config that are read. The Runner reads data_preprocessor only if the model has none."""
+    settings = {*inspect.signature(Runner).parameters, *MORE_SETTINGS}
+    model = cfg.get("model")
+    return frozenset(settings - ({"data_preprocessor"} if model and model.get("data_preprocessor") else set()))
 
 
 class _Variables(NamedTuple):
@@ -30,19 +38,19 @@ class _Variables(NamedTuple):
     inherits: bool
 
 
-def warn_of_unread_variables(path: str, read_later: frozenset[str] = frozenset()) -> None:
+def warn_of_unread_variables(path: str, read: frozenset[str]) -> None:
     """Warn of variables that a config sets, but neither it nor the tool reads; likewise for the configs it inherits.
 
     A config that inherits another one sets them too late: the other one has used its own values by then.
 
     Args:
         path: the config, which can be read.
-        read_later: variables that configs read that inherit this one.
+        read: `settings_of` the whole config, and variables that configs read that inherit this one.
     """
     if not os.path.isfile(path):
         return
     found = _of_program(path) if path.endswith(".py") else _of_data(path)
-    unread = sorted(found.given - found.used - SETTINGS - read_later)
+    unread = sorted(found.given - found.used - read)
     if found.inherits and unread:
         print_log(
             f"{path}: sets {', '.join(unread)}, which nothing reads: the config that it inherits has used its own "
@@ -50,7 +58,7 @@ def warn_of_unread_variables(path: str, read_later: frozenset[str] = frozenset()
             level=logging.WARNING,
         )
     for base in found.bases:
-        warn_of_unread_variables(os.path.join(os.path.dirname(path), base), read_later | found.used_of_bases)
+        warn_of_unread_variables(os.path.join(os.path.dirname(path), base), read | found.used_of_bases)
 
 
 def _of_data(path: str) -> _Variables:

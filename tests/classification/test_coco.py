@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -350,6 +351,26 @@ def test_images_of_joined_data_sets_have_their_own_ids(tmp_path):
             checked(*pair, compared)
     with pytest.raises(UserError, match=r"a\.json: has no image of the id 3, which .*b\.json has, so"):
         checked("a", "b", "a")
+
+
+def test_labels_of_data_sets_of_any_type(tmp_path):
+    """A type that reads its file in a way of its own may number categories otherwise than its classes."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(coco(**TWO)))
+
+    def dataset(labels, classes=("cat", "dog"), **more) -> SimpleNamespace:
+        return SimpleNamespace(cat2label=labels, metainfo=dict(classes=classes), ann_file=str(path), **more)
+
+    for labels in ({1: 0, 2: 1}, {2: 1}, {1: 0, 9: 0}, {1: 7}, None):
+        checks_of_coco.check_labels(dataset(labels))
+    checks_of_coco.check_labels(dataset({1: 0, 2: 0}, ("cat",)))  # joined
+    checks_of_coco.check_labels(SimpleNamespace())
+    wrong = dataset({1: 1, 2: 0})
+    for one in (wrong, SimpleNamespace(dataset=wrong), SimpleNamespace(datasets=[SimpleNamespace(dataset=wrong)])):
+        with pytest.raises(
+            UserError, match=r"a\.json: its category 'cat' has the label 1 in SimpleNamespace, but that"
+        ):
+            checks_of_coco.check_labels(one)
 
 
 @pytest.mark.parametrize("kind", ["CocoMetric", "mmdet.LVISMetric"])

@@ -352,6 +352,10 @@ def test_long_images_are_cut_before_they_are_resized(few_digits):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 400, 3), dtype=np.uint8))
     expected = create_transform(224, interpolation="bicubic", crop_pct=0.875)(picture)
     assert torch.equal(transform(picture), expected)
+    odd = Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 901, 3), dtype=np.uint8))  # 8:1 is 800
+    torch.testing.assert_close(
+        transform(odd), create_transform(224, interpolation="bicubic", crop_pct=0.875)(odd), atol=0.05, rtol=0
+    )
 
 
 def test_shared_memory_too_small_for_the_workers(few_digits, monkeypatch):

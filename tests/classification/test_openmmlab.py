@@ -1157,6 +1157,10 @@ def test_subclasses_are_checked_as_what_they_inherit_from():
         def transform(self, results):
             return super().transform(results)
 
+    class Named(MyLoad):
+        def transform(self, results):
+            return MyLoad.transform(self, results)
+
     class OfColours(MyLoad):
         def _load_seg_map(self, results):
             results["gt_seg_map"] = None
@@ -1164,7 +1168,13 @@ def test_subclasses_are_checked_as_what_they_inherit_from():
     class Anything:
         pass
 
-    for kind, works in ((MyLoad, True), (OfColours, False), ("mmseg.LoadAnnotations", True), ("Foreign", False)):
+    for kind, works in (
+        (MyLoad, True),
+        (Named, True),
+        (OfColours, False),
+        ("mmseg.LoadAnnotations", True),
+        ("Foreign", False),
+    ):
         step = ConfigDict(type=kind)
         assert config_parts.works_as(step, "LoadAnnotations") == works
         assert config_parts.is_kind(step, "LoadAnnotations") == (kind != "Foreign")
@@ -1381,12 +1391,14 @@ def test_schedules_that_do_not_end_with_training_are_named(monkeypatch):
     ):
         loop = EpochBasedTrainLoop.__new__(EpochBasedTrainLoop)
         lengths = dict(train_loop=loop, max_epochs=epochs, max_iters=4 * epochs)
-        hooks.CompareSchedules().before_train(argparse.Namespace(param_schedulers=schedules, **lengths))
+        hooks.CheckLength().before_train(argparse.Namespace(param_schedulers=schedules, **lengths))
         assert len(said) == len(named)
         assert all(part in text for part, text in zip(named, said, strict=True))
         said.clear()
+    with pytest.raises(UserError, match="an epoch has no batch, so nothing is trained"):
+        hooks.CheckLength().before_train(argparse.Namespace(param_schedulers=[], max_iters=0))
     loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)  # whose epochs do not count; another warning says so
-    hooks.CompareSchedules().before_train(argparse.Namespace(param_schedulers=[steps], train_loop=loop, max_iters=4))
+    hooks.CheckLength().before_train(argparse.Namespace(param_schedulers=[steps], train_loop=loop, max_iters=4))
     assert said == []
 
 
@@ -1407,9 +1419,9 @@ def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(unread_variables, "print_log", lambda message, level: said.append(message))
 
-    def named(path) -> list[str]:
+    def named(path, cfg: dict | None = None) -> list[str]:
         said.clear()
-        unread_variables.warn_of_unread_variables(str(path))
+        unread_variables.warn_of_unread_variables(str(path), unread_variables.settings_of(Config(cfg)))
         return [one.partition(": sets ")[2].partition(", which nothing reads")[0] for one in said]
 
     lines = [
@@ -1433,6 +1445,9 @@ def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
     (tmp_path / "lazy.py").write_text(f"{imports}max_iters = 5\nsize = 3")
     (tmp_path / "lazier.py").write_text("with read_base():\n    from .lazy import *\nwork_dir = f'{size}'")
     assert named(tmp_path / "lazier.py") == ["max_iters"]
+    (tmp_path / "c.py").write_text("_base_ = 'b.py'\ndata_preprocessor = dict(mean=[0, 0, 0])")
+    assert named(tmp_path / "c.py", dict(model=dict(data_preprocessor=dict(mean=[1, 1, 1])))) == ["data_preprocessor"]
+    assert named(tmp_path / "c.py") == named(tmp_path / "c.py", dict(model=dict(type="A"))) == []
     # A config between, of which a later one reads one variable.
     (tmp_path / "c.py").write_text("\n".join(["_base_ = 'b.py'", "max_epochs = 5", *lines]))
     (tmp_path / "d.py").write_text("_base_ = ['./c.py']\ntrain_cfg = dict(max_epochs={{_base_.max_epochs}})")
@@ -2003,6 +2018,30 @@ def test_a_damaged_map_is_named(tmp_path):
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     with pytest.raises(UserError, match=r"map\.png: is damaged"):
         CheckMap()(results)
+
+
+def test_images_that_would_not_be_tested_and_models_that_would_not_learn():
+    loader = dict(dataset=dict(type="BaseSegDataset"))
+    for name, dropping in itertools.product(("val", "test"), ({}, {"batch_sampler": dict(type="A", drop_last=True)})):
+        cfg = Config({"model": {}, f"{name}_dataloader": dict(**loader, **(dropping or {"drop_last": True}))})
+        with pytest.raises(UserError, match=f"^{name}_dataloader has drop_last=True, so the last"):
+            checks.check_data(cfg, (name,))
+    checks.check_data(Config(dict(model={}, train_dataloader=dict(**loader, drop_last=True))), ("train",))
+    softmax, sigmoid = (dict(type="CrossEntropyLoss", use_sigmoid=way) for way in (False, True))
+    for head, place in (
+        (dict(num_classes=1), "loss_decode"),
+        (dict(num_classes=1, loss_decode=softmax), "loss_decode"),
+        (dict(num_classes=2, out_channels=1, loss_decode=[sigmoid, softmax]), r"loss_decode\[1\]"),
+        (dict(num_classes=1, loss_decode=sigmoid), None),
+        (dict(num_classes=1, loss_decode=dict(type="DiceLoss")), None),
+        (dict(num_classes=2), None),
+    ):
+        cfg = Config(dict(model=dict(decode_head=dict(type="UPerHead", **head)), train_dataloader=loader))
+        if place is None:
+            checks.check_data(cfg, ("train",))
+        else:
+            with pytest.raises(UserError, match=rf"decode_head has one class.*set model\.decode_head\.{place}\.use"):
+                checks.check_data(cfg, ("train",))
 
 
 def test_maps_that_only_tifffile_reads(tmp_path, monkeypatch):

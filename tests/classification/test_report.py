@@ -1,6 +1,7 @@
 """The report reads what a run wrote, draws the two pictures, and says the accuracies as they are."""
 
 import json
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from classification.config import default_config
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder
 from classification.errors import UserError
+from classification.explain import image_transform, load
 from classification.metrics import read_lines
 from classification.models import spatialmamba_micro
 from classification.report import draw_learning_curve, draw_predictions, draw_training_curves, read_metrics, report
@@ -37,6 +39,12 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
     torch.save(best_one | {"epoch": "4\x1b[2K"}, run / "best.pth")  # nothing may control the terminal
     report(run, few_digits)
     assert r"epoch 4\x1b[2K" in capsys.readouterr().out
+    large = best_one["config"].replace("IMG_SIZE: 32", "IMG_SIZE: 16384")  # gigabytes an image
+    torch.save(best_one | {"config": large}, run / "best.pth")
+    with pytest.raises(UserError, match=r"best\.pth: is for images of 16384 pixels; predictions are drawn up to 4096"):
+        report(run, few_digits)
+    with pytest.raises(UserError, match="the checkpoint is for images of 16384 pixels; pass --size, at most 4096"):
+        image_transform(load(str(run / "best.pth")).config)
     torch.save(best_one, run / "best.pth")
     for other in (
         {"data_path": "/elsewhere"},
@@ -69,7 +77,8 @@ def test_long_names_of_classes_do_not_meet(tmp_path):
         for i in range(6):
             Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "val" / name / f"{i}.png")
     dataset = ImageFolder(str(tmp_path), "val", eval_transform(default_config()))
-    figure = draw_predictions(lambda images: torch.eye(10)[torch.arange(len(images)) % 10], dataset, dataset.classes)
+    guesses = cycle(torch.eye(10))
+    figure = draw_predictions(lambda image: next(guesses)[None], dataset, dataset.classes)
     figure.canvas.draw()
     titles = [cell.title for cell in figure.axes]
     assert {title.get_color() for title in titles} == {"black", "red"}
