@@ -617,9 +617,9 @@ def _check_nothing_is_lost(args: argparse.Namespace, cfg: Config) -> None:
     mmengine finds the latest checkpoint by that file. Without it, training would start anew and overwrite them.
     """
     folder = _saving_folder(args, cfg)
-    if newest := _newest_checkpoint(folder):
+    if newest := _newest_checkpoint(cfg, folder):
         raise UserError(
-            f"{folder}: holds {newest}, but no last_checkpoint that says where to go on; name the checkpoint, as "
+            f"{folder}: holds {newest}, but no last_checkpoint that says where to go on; name the checkpoint by "
             f"--resume {os.path.join(folder, newest)}, or another --work-dir"
         )
     if best := _best_checkpoint(folder):  # of weights only
@@ -629,7 +629,7 @@ def _check_nothing_is_lost(args: argparse.Namespace, cfg: Config) -> None:
 def _check_nothing_is_overwritten(args: argparse.Namespace, cfg: Config) -> None:
     """Raise a UserError if the run's folder has checkpoints: mmengine would start anew and overwrite them."""
     folder = _saving_folder(args, cfg)
-    if newest := _newest_checkpoint(folder) or _best_checkpoint(folder):
+    if newest := _newest_checkpoint(cfg, folder) or _best_checkpoint(folder):
         raise UserError(
             f"{folder}: holds {newest} of an earlier run, which this one would overwrite; go on with that run by "
             "--resume, or name another --work-dir"
@@ -639,13 +639,13 @@ def _check_nothing_is_overwritten(args: argparse.Namespace, cfg: Config) -> None
 def _check_no_other_run_is_overwritten(args: argparse.Namespace, cfg: Config) -> None:
     """Raise a UserError if a run goes on from a checkpoint elsewhere, and its own folder holds checkpoints."""
     folder, resumed = _saving_folder(args, cfg), Path(cfg.load_from).expanduser()
-    newest = _newest_checkpoint(folder) or _best_checkpoint(folder)
+    newest = _newest_checkpoint(cfg, folder) or _best_checkpoint(folder)
     if newest and resumed.resolve().parent != Path(folder).resolve():
         raise UserError(
             f"{folder}: holds {newest} of an earlier run, which the one that goes on from {resumed} would overwrite; "
             "name another --work-dir"
         )
-    if newest and _count(newest) > _count(resumed.name) > 0:
+    if newest and _count(cfg, newest) > _count(cfg, resumed.name) > 0:
         print_log(
             f"{folder}: the run goes back to {resumed.name}, and overwrites its later checkpoints up to {newest}; "
             "those that it does not reach stay beside its own. Name another --work-dir to keep both",
@@ -671,15 +671,21 @@ def _saving_folder(args: argparse.Namespace, cfg: Config) -> str:
     return saving_folder(saver.get("out_dir"), os.path.abspath(_work_dir(args, cfg)))
 
 
-def _newest_checkpoint(work_dir: str) -> str | None:
+def _newest_checkpoint(cfg: Config, folder: str) -> str | None:
     """Return the name of the checkpoint with the highest number of epochs or iterations; None if there is none."""
-    return max(filter(_count, (path.name for path in Path(work_dir).glob("*.pth"))), key=_count, default=None)
+    counts = {path.name: _count(cfg, path.name) for path in Path(folder).glob("*")}
+    return max(filter(counts.get, counts), key=counts.get, default=None)
 
 
-def _count(name: str) -> int:
+def _count(cfg: Config, name: str) -> int:
     """Return the number of epochs or iterations in a checkpoint's name, 0 for another name."""
-    found = re.fullmatch(r"(?:epoch|iter)_(\d+)\.pth", name)
-    return int(found[1]) if found else 0
+    saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    parts = [re.escape(part) for part in re.split(r"{[^{}]*}", saver.get("filename_tmpl") or "", maxsplit=1)]
+    own = [r"(\d+)".join(parts)] if len(parts) == 2 else []
+    for pattern in (r"(?:epoch|iter)_(\d+)\.pth", *own):
+        if found := re.fullmatch(pattern, name):
+            return int(found[1])
+    return 0
 
 
 def _best_checkpoint(work_dir: str) -> str | None:

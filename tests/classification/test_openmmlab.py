@@ -891,6 +891,11 @@ def test_a_folder_of_best_checkpoints_alone(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"holds best_mIoU_iter_6\.pth of an earlier run"):
         tools._check_nothing_is_overwritten(elsewhere, saved)
     tools._check_nothing_is_overwritten(elsewhere, cfg)
+    (tmp_path / "step_000007.pth").touch()  # by a template of the config
+    saved.default_hooks.checkpoint.filename_tmpl = "step_{:06d}.pth"
+    with pytest.raises(UserError, match=r"holds step_000007\.pth of an earlier run"):
+        tools._check_nothing_is_overwritten(elsewhere, saved)
+    (tmp_path / "step_000007.pth").unlink()
     # A run that goes on from another folder's checkpoint is another run.
     cfg.load_from = str(tmp_path / "other" / "iter_5.pth")
     with pytest.raises(UserError, match=r"of an earlier run, which the one that goes on from .*iter_5\.pth would"):

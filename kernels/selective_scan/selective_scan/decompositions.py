@@ -65,7 +65,7 @@ def _scan(log_decay: Tensor, drive: Tensor) -> Tensor:
     last, within = torch.ops.higher_order.scan(_next_token, [first], [log_decay.exp(), drive], ())
     products = log_decay.cumsum(0).exp()  # of the decays from the start of each chunk on
     ends = [_dense(t.permute(3, 0, 1, 2)) for t in (products[-1], last)]
-    _, before = torch.ops.higher_order.scan(_next_chunk, [_dense(first[..., 0])], ends, ())
+    _, before = torch.ops.higher_order.scan(_next_chunk, [first[..., 0]], ends, ())
     h = within + products * before.permute(1, 2, 3, 0)
     return _dense(h.permute(1, 2, 3, 4, 0)).view(batch, channels, states, chunk * chunks)[..., :length]
 
