@@ -19,6 +19,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
+        return self._synchronised(x)
+
+    # Dynamo loses the backward pass of `all_reduce`, so that the gradients through the statistics would be wrong.
+    @torch.compiler.disable
+    def _synchronised(self, x: Tensor) -> Tensor:
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         channels = (1, -1, 1, 1)
         count = values.new_tensor([values.numel() / values.shape[1]])
