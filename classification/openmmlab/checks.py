@@ -31,6 +31,7 @@ from classification.openmmlab.config_parts import (
     segmentation_heads,
     steps_of,
     type_of,
+    with_pipelines,
     works_as,
 )
 from classification.openmmlab.label_maps import check_foreground, check_maps
@@ -143,6 +144,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Raise a UserError if a dataset of `splits` ("train", "val", "test") lacks a file, a folder or a class."""
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
+        if loader:
+            _check_no_pickles(loader.dataset, f"{split}_dataloader.dataset")
         if loader and split != "train":
             _check_whole(loader, split)
         datasets = list(datasets_of(loader.dataset)) if loader else []
@@ -158,7 +161,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 _check_all_are_tested(metric, its, split)
             if is_kind(metric, "CocoMetric"):
                 _check_image_ids(metric, its, split)
-        _warn_of_steps(cfg, split, datasets)
+        if loader:
+            _warn_of_steps(cfg, split, loader.dataset)
     if "train" in splits:
         _check_learns(cfg.model)
     _check_same_labels(cfg, splits)
@@ -172,12 +176,12 @@ def _check_whole(loader: ConfigDict, split: str) -> None:
         raise UserError(f"{split}_dataloader has drop_last=True, so the last images are not tested; leave it out")
 
 
-def _warn_of_steps(cfg: Config, split: str, datasets: list[ConfigDict]) -> None:
-    """Warn of images that are normalised twice, and of boxes that are scaled before they are compared."""
+def _warn_of_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
+    """Warn of images that are normalised twice, of boxes that are scaled before they are compared, and of chance."""
     given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
     of_loaded_boxes = any(is_kind(metric, "VOCMetric", "OpenImagesMetric") for metric in metrics_of(cfg, split))
-    for dataset in datasets:
-        steps = list(steps_of(dataset.get("pipeline") or ()))
+    for part in with_pipelines(dataset):
+        steps = list(steps_of(part.pipeline))
         key = f"{split}_dataloader.dataset.pipeline"
         if given.get("mean") and any(is_kind(step, "Normalize") for step in steps):
             print_log(
@@ -193,7 +197,28 @@ def _warn_of_steps(cfg: Config, split: str, datasets: list[ConfigDict]) -> None:
                 level=logging.WARNING,
             )
 
+        if split != "train":
+            plain = [step for step in part.pipeline if isinstance(step, dict) and not is_kind(step, "TestTimeAug")]
+            for step in filter(_is_by_chance, steps_of(plain)):
+                print_log(
+                    f"{key} has {kind_of(step)}, which changes images by chance, so that the score changes from run to "
+                    "run, and mmdet does not flip boxes back; leave it out",
+                    level=logging.WARNING,
+                )
 
+
+def _is_by_chance(step: ConfigDict) -> bool:
+    """Return whether a step changes images by chance."""
+    if is_kind(step, "RandomFlip"):
+        return step.get("prob") is not None and step.prob != 0
+    return is_kind(step, *BY_CHANCE)
+
+
+BY_CHANCE = (
+    *("AutoAugment", "CachedMixUp", "CachedMosaic", "CopyPaste", "CutOut", "MixUp", "Mosaic", "PhotoMetricDistortion"),
+    *("RandAugment", "RandomAffine", "RandomCrop", "RandomErasing", "RandomMosaic", "RandomResize", "RandomRotate"),
+    *("RandomChoiceResize", "RandomShift", "YOLOXHSVRandomAug"),
+)
 MOVES_BOXES = ("Resize", "RandomFlip", "RandomResize", "FixScaleResize", "RandomCrop")
 
 
@@ -292,8 +317,8 @@ def _ignore_settings(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> I
                 place = f"[{i}]" if isinstance(cfg.get(f"{split}_evaluator"), list) else ""
                 yield f"{split}_evaluator{place}.ignore_index", metric.get("ignore_index", 255)
         loader = cfg.get(f"{split}_dataloader")
-        for dataset in datasets_of(loader.dataset) if loader else ():
-            for step in steps_of(dataset.get("pipeline") or ()):
+        for dataset in with_pipelines(loader.dataset) if loader else ():
+            for step in steps_of(dataset.pipeline):
                 key = f"{split}_dataloader.dataset.pipeline.{kind_of(step)}"
                 if kind_of(step) == "CheckLabels":
                     yield f"{key}.ignore_index", step.get("ignore_index", 255)
@@ -438,7 +463,6 @@ def _is_remote(config: ConfigDict) -> bool:
 
 
 def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
-    _check_no_pickles(dataset, key)
     if _is_remote(dataset):
         return
     root = dataset.get("data_root") or ""

@@ -19,6 +19,7 @@ from classification.openmmlab.messages import print_log
 
 CHUNK = 2**24  # bytes; a list of categories fits into them
 SMALL = 2**27  # bytes of the largest file that is read whole; COCO's own, half a gigabyte, is known to be sound
+NAMED = 10  # classes
 LARGEST = 2**31  # pixels; NaN is not below it either
 FARTHEST = 10  # sides of its image that a mask's point may be away
 SURE = 0.8  # intersection over union of a box and its mask's extent that shows that both are in the same place
@@ -71,6 +72,11 @@ def check_annotations(path: str, classes: list[str], use: Use) -> None:
     annotated = use.scored or (use.trains and bool(use.filters.get("filter_empty_gt")))
     _check_classes(path, [*_categories(path, content).values()], classes, use.key)
     if content is None:
+        print_log(
+            f"{path}: is larger than {SMALL // 2**20} MiB, so only its categories are checked, not its images and "
+            "annotations",
+            logger="current",
+        )
         if annotated:
             _check_annotated(path)
         return
@@ -105,6 +111,25 @@ def check_labels(dataset: object) -> None:
                 f"{path}: its category {name!r} has the label {label} in {type(dataset).__name__}, but that is "
                 f"{classes[label]!r} of its classes; put metainfo.classes into the order of the file's categories"
             )
+
+
+def check_order(metric: object, classes: Sequence[str]) -> None:
+    """Check how a metric of any type that has loaded a COCO file numbers labels.
+
+    Raises:
+        UserError: it numbers them in another order than the data set's classes.
+    """
+    loaded = getattr(metric, "_coco_api", None)
+    names = {number: category["name"] for number, category in (loaded.cats if loaded else {}).items()}
+    if not set(classes) <= set(names.values()):
+        return  # it knows the classes by other names
+    order = [names[number] for number in loaded.get_cat_ids(cat_names=list(classes))]
+    if order != list(classes):
+        raise UserError(
+            f"{type(metric).__name__} numbers labels in the order {', '.join(order[:NAMED])}, ..., but the data set's "
+            f"classes are {', '.join(classes[:NAMED])}, ...; make them equal (of mmdet's data sets, only "
+            "Objects365V1Dataset needs sort_categories=True)"
+        )
 
 
 def image_ids(path: str) -> set:

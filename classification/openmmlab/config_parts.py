@@ -66,6 +66,15 @@ def datasets_of(dataset: ConfigDict) -> Iterator[ConfigDict]:
         yield from datasets_of(one)
 
 
+def with_pipelines(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """Yield the data sets and the wrappers that have a pipeline, for example MultiImageMixDataset, from the inside."""
+    inner = dataset.get("dataset", dataset.get("datasets"))
+    for one in inner if isinstance(inner, list) else [inner] if inner else ():
+        yield from with_pipelines(one)
+    if dataset.get("pipeline"):
+        yield dataset
+
+
 def steps_of(pipeline: Sequence) -> Iterator[ConfigDict]:
     """Yield all steps of a pipeline, including those within RandomChoice, RandomApply and TestTimeAug."""
     for step in pipeline:
@@ -115,13 +124,16 @@ def predicting_head(model: ConfigDict) -> dict:
     return head.get("kernel_generate_head") or head  # all of K-Net takes ignore_index from this head
 
 
-def resizes(cfg: Config | dict, split: str) -> dict[str, object]:
-    """Return the resizing settings of a split's first data set, by step; {} with test-time augmentation."""
+def resizes(cfg: Config | dict, split: str) -> dict[str, object] | None:
+    """Return the resizing settings of a split's first data set, by step; None if they are not known.
+
+    They are not known with test-time augmentation, or without a pipeline.
+    """
     loader = cfg.get(f"{split}_dataloader") or {}
     dataset = next(datasets_of(loader.get("dataset") or {}), {})
     steps = [step for step in steps_of(dataset.get("pipeline") or ()) if isinstance(step, dict)]
-    if any(is_kind(step, "TestTimeAug") for step in steps):
-        return {}
+    if not steps or any(is_kind(step, "TestTimeAug") for step in steps):
+        return None
     return {
         f"{kind_of(step)}.{key}": step.get(key)
         for step in steps

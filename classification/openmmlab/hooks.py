@@ -13,14 +13,20 @@ import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
-from mmengine.optim import ConstantParamScheduler, LinearParamScheduler, OptimWrapper, OptimWrapperDict
+from mmengine.optim import (
+    ConstantParamScheduler,
+    LinearParamScheduler,
+    OptimWrapper,
+    OptimWrapperDict,
+    ReduceOnPlateauParamScheduler,
+)
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
 from torch import nn
 
 from classification.checkpoint import differences, in_layout_of
 from classification.errors import UserError
-from classification.openmmlab.coco import check_labels
+from classification.openmmlab.coco import check_labels, check_order
 from classification.openmmlab.messages import print_log
 from classification.sync_bn import average_batch_norm
 
@@ -206,8 +212,10 @@ class CheckResumed(Hook):
             )
         if "ema_state_dict" in checkpoint:
             _check_averaged(runner.model, checkpoint["ema_state_dict"], path)
-        _check_schedules(schedules, states, path)
-        _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path)
+        _check_schedules(schedules, states, path, meta)
+        names = {"lr", *(state["param_name"] for state in states)}
+        scheduled = names | {f"initial_{name}" for name in names}
+        _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path, scheduled)
         _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
 
     def before_train(self, runner) -> None:
@@ -249,7 +257,7 @@ def _counts(value: object) -> bool:
 
 
 class CheckLabelsOfCategories(Hook):
-    """Checks that each category of a COCO file gets the label of its name, in data sets of any type.
+    """Checks that each category of a COCO file gets the label of its name, in data sets and metrics of any type.
 
     Raises:
         UserError: a category has another label.
@@ -257,12 +265,21 @@ class CheckLabelsOfCategories(Hook):
 
     def before_train(self, runner) -> None:
         check_labels(runner.train_dataloader.dataset)
+        if runner.val_loop is not None:  # now, not after the first epoch
+            _check_validation(runner.val_loop)
 
     def before_val(self, runner) -> None:
-        check_labels(runner.val_dataloader.dataset)
+        _check_validation(runner.val_loop)
 
     def before_test(self, runner) -> None:
-        check_labels(runner.test_dataloader.dataset)
+        _check_validation(runner.test_loop)
+
+
+def _check_validation(loop: ValLoop | TestLoop) -> None:
+    check_labels(loop.dataloader.dataset)
+    if isinstance(loop.evaluator, Evaluator):
+        for metric in loop.evaluator.metrics:
+            check_order(metric, (metric.dataset_meta or {}).get("classes") or ())
 
 
 class CheckSameData(Hook):
@@ -350,18 +367,42 @@ def saving_folder(out_dir: str | None, work_dir: str) -> str:
     return os.path.join(out_dir, os.path.basename(work_dir.rstrip(os.sep)))
 
 
-def _check_schedules(schedules: list | dict, states: object, path: str) -> None:
-    """Raise a UserError if the states are not of these schedules: mmengine would load what both have."""
+def _check_schedules(schedules: list | dict, states: object, path: str, meta: dict) -> None:
+    """Check that the states are of these schedules: mmengine would load what both have, and replace other attributes.
+
+    It warns if a schedule has not made the steps that the checkpoint counts: its rate is then that of another step.
+
+    Raises:
+        UserError: they are of other schedules.
+    """
     if isinstance(schedules, dict):  # of several optimizers
         return
     states = states if isinstance(states, list) else []
-    kinds = [_settings(one) <= set(state) for one, state in zip(schedules, states, strict=False)]
+    pairs = list(zip(schedules, states, strict=False))
+    kinds = [_is_of(schedule, state) for schedule, state in pairs]
     if len(states) != len(schedules) or not all(kinds):
         raise UserError(
             f"{path}: has {len(states)} rate schedules, which are not the {len(schedules)} of the config's "
             "param_scheduler; set those that it was trained with, or start from its weights by load_from, without "
             "--resume"
         )
+    for schedule, state in pairs:
+        done, begin, end = meta["epoch" if schedule.by_epoch else "iter"], state["begin"], state["end"]
+        if isinstance(schedule, ReduceOnPlateauParamScheduler) or not (isinstance(begin, int) and begin <= done):
+            continue  # it steps when a score is known; or it has not begun
+        expected = min(done - begin, end - begin - 1)
+        if state["last_step"] != expected:
+            _warn(
+                f"{path}: its {type(schedule).__name__} is at step {state['last_step']}, not at {expected} as after "
+                f"{done} {'epochs' if schedule.by_epoch else 'iterations'}: its rate goes on from there"
+            )
+
+
+def _is_of(schedule: object, state: dict) -> bool:
+    """Return whether a state is of such a schedule, for the same setting and unit, and would replace nothing else."""
+    own = schedule.state_dict()
+    alike = all(state.get(name) == own[name] for name in ("by_epoch", "param_name"))
+    return alike and _settings(schedule) <= set(state) and not any(hasattr(schedule, key) for key in state.keys() - own)
 
 
 def _settings(schedule: object) -> set[str]:
@@ -374,8 +415,11 @@ def _settings(schedule: object) -> set[str]:
 OF_ALGORITHM = ("alpha", "betas", "lambd", "momentum", "rho")  # settings that tell one kind of optimizer from another
 
 
-def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path: str) -> None:
-    """Check that an optimizer's saved state fits, and bring it into the layout of the parameters."""
+def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path: str, scheduled: set[str]) -> None:
+    """Check that an optimizer's saved state fits, and bring it into the layout of the parameters.
+
+    It warns of settings that differ from the config's, but for those that a schedule changes (`scheduled`).
+    """
     if not isinstance(wrapper, OptimWrapper):
         return
     # The optimizer's own groups: the wrapper adds one for its settings.
@@ -392,8 +436,14 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
         adam = [one.get("decoupled_weight_decay", False) for one in (groups[0], wrapper.optimizer.defaults)]
         if adam[0] != adam[1] and "decoupled_weight_decay" in groups[0]:
             raise ValueError("one of them is AdamW, the other Adam")
+        other: dict[str, tuple] = {}
         for group, ours in zip(groups, wrapper.optimizer.param_groups, strict=True):
             _check_settings(group, ours)
+            for name in ours.keys() & group.keys() - {"params", *scheduled, *HOW}:
+                if not isinstance(ours[name], bool) and _plain(group[name]) != _plain(ours[name]):
+                    other.setdefault(name, (group[name], ours[name]))
+        for name, (there_is, ours) in sorted(other.items()):
+            _warn(f"{path}: its optimizer goes on with {name}={there_is!r}, whatever the config says ({ours!r})")
         for i, parameter in zip(chain(*there), chain(*own), strict=True):
             state = saved["state"].get(i, {})
             for name, value in state.items():
@@ -422,6 +472,10 @@ def _check_settings(group: dict, ours: dict) -> None:
             raise ValueError(f"its {name} is {value!r}, not finite numbers")
         if name == "betas" and not all(0 <= one < 1 for one in numbers):
             raise ValueError(f"its betas are {value!r}, not in [0, 1)")
+
+
+def _plain(value: object) -> object:
+    return [float(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 HOW = ("capturable", "differentiable", "foreach", "fused")  # how an optimizer computes, not what

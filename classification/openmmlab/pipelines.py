@@ -6,13 +6,13 @@ from mmengine.config import Config, ConfigDict
 
 from classification.openmmlab.config_parts import (
     class_names_of,
-    datasets_of,
     is_kind,
     kind_of,
     parts_of,
     predicting_head,
     segmentation_heads,
     steps_of,
+    with_pipelines,
     works_as,
 )
 
@@ -25,20 +25,20 @@ def insert_label_checks(cfg: Config) -> None:
     for key, dataset in _all_datasets(cfg):
         # If the data set does not know its classes, take the head's number.
         number = len(class_names_of(dataset, key)) or head.get("num_classes", 0)
-        if number and dataset.get("pipeline"):
+        if number:
             ignored = head.get("ignore_index", 255)  # mmseg's default
             check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
             _insert(dataset.pipeline, _loads_maps, check, after=True)
-        if dataset.get("pipeline"):
-            _insert(dataset.pipeline, _loads_maps, ConfigDict(type="CheckMap"), after=False)
+            _insert(dataset.pipeline, _loads_otherwise, ConfigDict(check, of_file=False), after=True)
+        _insert(dataset.pipeline, _loads_maps, ConfigDict(type="CheckMap"), after=False)
 
 
 def pass_class_weights(cfg: Config) -> None:
     """Set `class_weight` of each CheckLabels in the training pipeline if a loss has class weights."""
     losses = [loss for _, head in segmentation_heads(cfg.model) for _, loss in parts_of("", head.get("loss_decode"))]
     weighted = any(loss.get("class_weight") for loss in losses)
-    for dataset in datasets_of(cfg.train_dataloader.dataset) if weighted else ():
-        for step in steps_of(dataset.get("pipeline") or ()):
+    for dataset in with_pipelines(cfg.train_dataloader.dataset) if weighted else ():
+        for step in steps_of(dataset.pipeline):
             if kind_of(step) == "CheckLabels":
                 step.class_weight = True
 
@@ -46,7 +46,7 @@ def pass_class_weights(cfg: Config) -> None:
 def insert_bit_checks(cfg: Config) -> None:
     """Put CheckBits before each step that decodes with Pillow: there, mmcv clips images of more than 8 bits."""
     for _, dataset in _all_datasets(cfg):
-        _insert(dataset.get("pipeline") or [], _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
+        _insert(dataset.pipeline, _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
 
 
 def insert_size_checks(cfg: Config) -> None:
@@ -55,14 +55,14 @@ def insert_size_checks(cfg: Config) -> None:
         return
     for _, dataset in _all_datasets(cfg):
         check = ConfigDict(type="CheckSize", turned=_turns(dataset))
-        _insert(dataset.get("pipeline") or [], lambda step: works_as(step, "LoadImageFromFile"), check, after=True)
+        _insert(dataset.pipeline, lambda step: is_kind(step, "LoadImageFromFile"), check, after=True)
 
 
 def _all_datasets(cfg: Config) -> Iterator[tuple[str, ConfigDict]]:
-    """Yield the data sets of all splits, each with the key of its split's."""
+    """Yield the data sets and wrappers with a pipeline of all splits, each with the key of its split's."""
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
-        yield from ((f"{split}_dataloader.dataset", one) for one in (datasets_of(loader.dataset) if loader else ()))
+        yield from ((f"{split}_dataloader.dataset", one) for one in (with_pipelines(loader.dataset) if loader else ()))
 
 
 def _turns(dataset: ConfigDict) -> bool:
@@ -73,6 +73,10 @@ def _turns(dataset: ConfigDict) -> bool:
 
 def _loads_maps(step: ConfigDict) -> bool:
     return works_as(step, "LoadAnnotations")
+
+
+def _loads_otherwise(step: ConfigDict) -> bool:
+    return is_kind(step, "LoadAnnotations") and not _loads_maps(step)
 
 
 def _decodes_by_pillow(step: ConfigDict) -> bool:

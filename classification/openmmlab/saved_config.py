@@ -50,10 +50,10 @@ def _is_plain(text: str) -> bool:
     """
     if len(text) > LONGEST or "'''" in text or '"""' in text:
         return False
-    rest = re.sub(r"'(?:[^'\\\n\r]|\\.)*'|\"(?:[^\"\\\n\r]|\\.)*\"", "0", text)
-    rest = re.sub(r"\b\d+(?:\.\d*)?(?:[eE][+-]?\d+)?", "0", rest)
+    rest = re.sub(r"(?:\bb)?(?:'(?:[^'\\\n\r]|\\.)*'|\"(?:[^\"\\\n\r]|\\.)*\")", "0", text)
+    rest = re.sub(r"\b\d+(?:\.\d*)?(?:[eE][+-]?\d+)?j?", "0", rest)
     rest = re.sub(r"\bdict\(", "(", rest)
-    names = re.sub(r"\b(?:[A-Za-z_]\w*\s*=|True\b|False\b|None\b)", "", rest)
+    names = re.sub(r"\b(?:[A-Za-z_]\w*\s*=|True\b|False\b|None\b|inf\b|nan\b)", "", rest)
     if re.search(r"[^\s0,:=()\[\]{}-]", names) or re.search(r"[\w)\]}]\s*[(\[{-]|-\s*-", rest):
         return False
     depth = 0
@@ -73,23 +73,43 @@ def _value(node: ast.expr) -> object:
         return {ast.literal_eval(key): _value(value) for key, value in zip(node.keys, node.values, strict=True)}
     if isinstance(node, ast.List | ast.Tuple):
         return [_value(one) for one in node.elts]
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):  # as mmengine writes these numbers
+        return float(node.id)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Name):
+        return -_value(node.operand)
     return ast.literal_eval(node)
+
+
+def _say_if_unread(meta: object, path: str) -> None:
+    """Say that a checkpoint's config cannot be compared, because it is no plain data."""
+    if isinstance(meta, dict) and isinstance(meta.get("cfg"), str) and meta["cfg"] and not saved_config(meta):
+        print_log(
+            f"{path}: the config in it is not read, because it is no plain data; whether it was trained with another "
+            "config is not known",
+            logger="current",
+            level=logging.WARNING,
+        )
 
 
 def warn_of_other_config(cfg: Config, meta: object, path: str, resumed: bool = False) -> None:
     """Warn of model settings and image sizes that differ from those that the checkpoint was trained with."""
+    _say_if_unread(meta, path)
     before = saved_config(meta)
     unused = NO_MATTER | (set() if resumed else ONLY_TRAINING)
     found = _differences(_model(before), _model(cfg), "model")
     found = [one for one in found if not unused & {one[0], *one[0].split(".")}]
-    sizes = resizes(before, "test"), resizes(cfg, "test")
-    if all(sizes):
-        found += _differences(*sizes, "test_dataloader.dataset.pipeline", missing=True)
+    old, new = resizes(before, "test"), resizes(cfg, "test")
+    if old is not None and new is not None:
+        place = "test_dataloader.dataset.pipeline"
+        names = dict.fromkeys([*old, *new])
+        both = ((f"{place}.{name}", _lists(old.get(name)), _lists(new.get(name))) for name in names)
+        found += [one for one in both if one[1] != one[2]]
     _say(f"{path}: was trained with another config", found)
 
 
 def warn_of_other_start(cfg: Config, meta: object, path: str) -> None:
     """Warn if training starts from weights for differently normalised images. Other settings may well differ."""
+    _say_if_unread(meta, path)
     parts = (_model(one).get("data_preprocessor") for one in (saved_config(meta), cfg))
     found = _differences(*parts, "model.data_preprocessor")
     found = [one for one in found if one[0].rpartition(".")[2] in NORMALISING]

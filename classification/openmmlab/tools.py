@@ -261,17 +261,22 @@ def _check_unit(cfg: Config) -> None:
 def _check_training(cfg: Config) -> None:
     """Raise a UserError if training is to end before it begins, or learns nothing: mmengine would say nothing."""
     loop = cfg.get("train_cfg")
-    for key in ("max_epochs", "max_iters") if isinstance(loop, dict) else ():
-        if key in loop and not (isinstance(loop[key], int) and loop[key] > 0):
+    for key in ("max_epochs", "max_iters", "val_interval") if isinstance(loop, dict) else ():
+        if key in loop and not _is_count(loop[key]):
             raise UserError(f"train_cfg.{key} is {loop[key]!r}, but must be a whole number above 0")
     _check_unit(cfg)
     for name in ("train", "val", "test"):
         size = (cfg.get(f"{name}_dataloader") or {}).get("batch_size")
-        if size is not None and not (isinstance(size, int) and size > 0):
+        if size is not None and not _is_count(size):
             raise UserError(f"{name}_dataloader.batch_size is {size!r}, but must be a whole number above 0")
-    rate = ((cfg.get("optim_wrapper") or {}).get("optimizer") or {}).get("lr")
+    optimizer = (cfg.get("optim_wrapper") or {}).get("optimizer") or {}
+    rate = optimizer.get("lr")
     if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
         raise UserError(f"optim_wrapper.optimizer.lr is {rate!r}, but must be a number above 0")
+    for name, value in optimizer.items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
+            raise UserError(f"optim_wrapper.optimizer.{name} is {value!r}, with which nothing is learnt")
     clip = (cfg.get("optim_wrapper") or {}).get("clip_grad")
     largest = clip.get("max_norm", 1) if isinstance(clip, dict) else 1
     if not (isinstance(largest, int | float) and largest > 0):
@@ -279,6 +284,10 @@ def _check_training(cfg: Config) -> None:
             f"optim_wrapper.clip_grad.max_norm is {largest!r}, but must be a number above 0: 0 stops all gradients; "
             "leave clip_grad out to clip nothing"
         )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def merge_options(cfg: Config, options: dict) -> None:

@@ -53,20 +53,28 @@ class CheckLabels:
         class_weight: whether the loss has class weights. mmseg looks up a weight for each pixel, also for ignored ones.
         ignore_index: the label that the loss ignores.
         turned: whether images are loaded as their EXIF orientation says; if one is turned, a warning says so once.
+        of_file: whether the file holds the labels as they are; False for a loader that makes them otherwise.
 
     Raises:
         UserError: a label is no class, or is ignored although the loss has class weights; or the file is no label map,
             or has another size than the image.
     """
 
-    def __init__(self, num_classes: int, class_weight: bool = False, ignore_index: int = 255, turned: bool = True):
+    def __init__(
+        self,
+        num_classes: int,
+        class_weight: bool = False,
+        ignore_index: int = 255,
+        turned: bool = True,
+        of_file: bool = True,
+    ):
         self.num_classes, self.class_weight, self.ignore_index = num_classes, class_weight, ignore_index
-        self.turned = turned
+        self.turned, self.of_file = turned, of_file
 
     def __call__(self, results: dict) -> dict:
         if "gt_seg_map" not in results:  # mmseg's inferencer takes LoadAnnotations out of a pipeline
             return results
-        path, labels = results["seg_map_path"], results["gt_seg_map"]
+        path, labels = results.get("seg_map_path"), results["gt_seg_map"]
         if labels.ndim != 2:
             raise UserError(
                 f"{path}: is a picture of {labels.shape[-1]} colours, not a map of labels: write one number a pixel"
@@ -78,7 +86,7 @@ class CheckLabels:
                 f"{results.get('img_path')} has {size[1]}x{size[0]}; make them equal"
             )
         reduced = bool(results.get("reduce_zero_label"))  # then LoadAnnotations has subtracted 1
-        wrong = _not_of_a_byte(path)
+        wrong = _not_of_a_byte(path) if self.of_file else None
         if wrong is None:
             outside = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
             wrong = np.max(outside) + reduced if outside.size else None

@@ -13,6 +13,7 @@ from classification.errors import UserError
 OF_DATA = (".json", ".yaml", ".yml")  # suffixes of configs that are no programs
 SCOPES = ("mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg")  # of the toolchains' registries
 PACKAGES = ("classification.", "torch.nn.", "torch.optim.")  # whose classes run no text; inferencers run a config's
+BACKENDS = ("disk", "http", "local", "petrel")  # of mmengine's, those that import nothing that a config names
 EVALUATE_TEXT = ("CameraMotionCompensation", "RFSearchHook")  # registered types that run their arguments as Python
 
 
@@ -20,7 +21,7 @@ def check_types(value: object, key: str = "") -> None:
     """Check the names of types. mmengine imports dotted ones and calls what they name, for example `subprocess.Popen`.
 
     They are in `type` and other keys that end so, for example EMAHook's `ema_type`, and in `constructor`. mmcv
-    evaluates the type of an NMS as Python.
+    evaluates the type of an NMS as Python. A `backend` of `backend_args` may import a module, too.
 
     Raises:
         UserError: a name is neither a registered one nor a class of PyTorch or of this repository; or it is of a type
@@ -29,6 +30,8 @@ def check_types(value: object, key: str = "") -> None:
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_types(item, f"{key}.{name}" if key else str(name))
+    elif key.endswith("backend_args.backend") and value not in BACKENDS:
+        raise UserError(f"{key} is {value!r}, which may import a module; of {', '.join(BACKENDS)}, name one")
     elif isinstance(value, str) and value.endswith(".py"):  # as teacher_config, which mmdet reads as a config
         raise UserError(f"{key} is {value!r}, a program, which mmengine may run; write such a config in Python")
     elif key.endswith(("type", "constructor")) and isinstance(value, str) and not _is_harmless(value):

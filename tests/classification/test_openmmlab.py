@@ -629,6 +629,20 @@ CONFIGS = {
         '"train_dataloader": {"batch_size": 1}}',
         "optim_wrapper.optimizer.lr is [1, 0], but must be a number above 0",
     ),
+    "infinite.json": (
+        '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"optimizer": {"eps": 1e400}}, "train_cfg": {}, '
+        '"train_dataloader": {}}',
+        "optim_wrapper.optimizer.eps is inf, with which nothing is learnt",
+    ),
+    "interval.json": (
+        '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {}, "train_cfg": {"val_interval": 0}, '
+        '"train_dataloader": {}}',
+        "train_cfg.val_interval is 0, but must be a whole number above 0",
+    ),
+    "memcached.yaml": (
+        "{model: {}, test_dataloader: {dataset: {backend_args: {backend: memcached, sys_path: evil}}}}",
+        "test_dataloader.dataset.backend_args.backend is 'memcached', which may import a module",
+    ),
     "function.yaml": (
         "model: {type: mmengine.call_command}",
         "model.type is 'mmengine.call_command', which is no registered name",
@@ -1187,8 +1201,12 @@ def test_subclasses_are_checked_as_what_they_inherit_from():
         cfg = Config(dict(default_scope="mmseg", model=dict(decode_head=dict(num_classes=2))))
         cfg.train_dataloader = dict(dataset=dict(type=Anything, pipeline=[dict(type=kind)]))
         pipelines.insert_label_checks(cfg)
-        around = ["CheckMap", kind, "CheckLabels"] if works else [kind]
-        assert [one.type for one in cfg.train_dataloader.dataset.pipeline] == around
+        steps = cfg.train_dataloader.dataset.pipeline
+        if kind == "Foreign":
+            assert [one.type for one in steps] == [kind]
+        else:  # what it loads is checked in any case, the file only if it holds the same
+            assert [one.type for one in steps] == ["CheckMap"] * works + [kind, "CheckLabels"]
+            assert steps[-1].get("of_file", True) == works
     for metric, step, message in (
         (Mine, MyLoad, "val_evaluator.ignore_index is 7"),
         (Mine, OfColours, "val_evaluator.ignore_index is 7"),
@@ -1297,6 +1315,8 @@ HEAD, SIZE = "model.rpn_head.anchor_generator", "test_dataloader.dataset.pipelin
             ["load_from, without --resume): optim_wrapper.optimizer.lr was 0.001, is 1.0; param_scheduler.1.end was 12"
              ", is 36", "end where they did, but training does not: train_cfg.max_epochs was 12, is 36"],
         ),
+        ({SIZE: [dict(type="LoadImageFromFile")]}, "warn_of_other_config",
+         ["scale was [128, 96], is not set; test_dataloader.dataset.pipeline.Resize.keep_ratio was True, is not set"]),
         ({"auto_scale_lr": dict(enable=True)}, "warn_of_what_goes_on", ["so auto_scale_lr scales nothing"]),
         ({"train_dataloader.batch_size": 4}, "warn_of_what_goes_on", ["train_dataloader.batch_size was 2, is 4"]),
         ({"param_scheduler": None}, "warn_of_what_goes_on", ["param_scheduler.0.type was 'LinearLR', is not set"]),
@@ -1349,8 +1369,18 @@ def test_literals_of_a_saved_config_are_what_they_were():
     text = (
         "a = dict(b=[1, (2, )], c={'x y': dict(d=-1e-05), 3: 'it\\'s'})\nb = \"'(\"\n_c = None\nd = [\n    -1.5,\n]\n"
     )
+    text += "e = dict(max_norm=inf, min=-inf)\nf = [2j, b'\\x00']\n"
     expected = dict(a=dict(b=[1, [2]], c={"x y": dict(d=-1e-5), 3: "it's"}), b="'(", _c=None, d=[-1.5])
+    expected |= dict(e=dict(max_norm=math.inf, min=-math.inf), f=[2j, b"\0"])
     assert saved_config.saved_config({"cfg": text}) == expected
+
+
+def test_a_config_that_cannot_be_compared_is_named(log):
+    for text, said in (("a = f()", True), ("a = 1", False), ("", False)):
+        saved_config.warn_of_other_config(trained_so(), {"cfg": text}, "a.pth")
+        saved_config.warn_of_other_start(trained_so(), {"cfg": text}, "a.pth")
+        assert ["a.pth: the config in it is not read" in one.message for one in log.records] == [True, True] * said
+        log.clear()
 
 
 def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
@@ -1815,7 +1845,8 @@ def resumable(**changed) -> dict:
     state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(1, 2), "exp_avg_sq": torch.ones(2, 1).t()}}
     optimizer = {"state": state, "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99), "params": [0]}]}
     parts = dict(meta={"epoch": 1, "iter": 3}, message_hub=MessageHub("a").state_dict(), optimizer=optimizer)
-    return {k: v for k, v in {**parts, "param_schedulers": [COSINE.state_dict()], **changed}.items() if v is not None}
+    parts["param_schedulers"] = [COSINE.state_dict() | {"last_step": 1}]  # after an epoch
+    return {k: v for k, v in {**parts, **changed}.items() if v is not None}
 
 
 def optimizer_of(groups: int = 1, **state) -> dict:
@@ -1838,6 +1869,14 @@ RESUMED = {
     "another schedule": (
         dict(param_schedulers=[LinearLR(OPTIMIZER, start_factor=0.1, end=5).state_dict()]),
         "has 1 rate schedules, which are not the 1 of the config's param_scheduler; set",
+    ),
+    "a schedule's optimizer": (
+        dict(param_schedulers=[COSINE.state_dict() | {"optimizer": {}}]),
+        "has 1 rate schedules,",
+    ),
+    "a schedule of decay": (
+        dict(param_schedulers=[COSINE.state_dict() | {"param_name": "weight_decay"}]),
+        "has 1 rate",
     ),
     "ema_state_dict, a list": (dict(ema_state_dict=[]), "its ema_state_dict is a list, not the weights of a model"),
     "ema_state_dict, less": (dict(ema_state_dict={}), r"its ema_state_dict is of another model: 1 missing \(weight\)"),
@@ -1878,8 +1917,10 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-def test_a_run_goes_on_from_whole_checkpoints_alone(kind):
+def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     """mmengine would begin anew what a checkpoint lacks: moments, and with them schedules, at other rates."""
+    said = []
+    monkeypatch.setattr(hooks, "_warn", said.append)
     changed, message = RESUMED[kind]
     runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[], model=LAYER)
     runner.optim_wrapper = OptimWrapper(OPTIMIZER)
@@ -1893,6 +1934,13 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind):
     whole = resumable()
     hook.after_load_checkpoint(runner, whole)
     assert whole["optimizer"]["state"][0]["exp_avg_sq"].stride() == LAYER.weight.stride()
+    said.clear()
+    whole["optimizer"]["param_groups"][0] |= {"eps": 1e10, "betas": [0.9, 0.999], "lr": 2.0, "weight_decay": 0.01}
+    hook.after_load_checkpoint(runner, whole)
+    assert said == ["c.pth: its optimizer goes on with eps=10000000000.0, whatever the config says (1e-08)"]
+    said.clear()
+    hook.after_load_checkpoint(runner, resumable(param_schedulers=[COSINE.state_dict() | {"last_step": -(10**6)}]))
+    assert "c.pth: its CosineAnnealingLR is at step -1000000, not at 1 as after 1 epochs" in said[0]
     runner.hooks = [EMAHook()]
     averaged = {"steps": torch.tensor(3), "module.weight": torch.ones(1, 2)}
     hook.after_load_checkpoint(runner, resumable(ema_state_dict=averaged))
@@ -2065,9 +2113,17 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
     steps = [dict(type=name) for name in ("LoadAnnotations", "Resize", "Normalize")]
     cfg = Config(dict(model=dict(data_preprocessor=dict(mean=[1])), val_evaluator=dict(type="VOCMetric")))
     for order, found in ((steps, 2), (steps[1::-1], 0)):
-        checks._warn_of_steps(cfg, "val", [ConfigDict(type="A", pipeline=order)])
+        checks._warn_of_steps(cfg, "val", ConfigDict(type="A", pipeline=order))
         assert len(said) == found
         said.clear()
+    mixing = ConfigDict(type="MultiImageMixDataset", dataset=dict(type="A", pipeline=steps[1:2]), pipeline=steps[2:])
+    checks._warn_of_steps(cfg, "train", mixing)
+    assert ["images are normalised twice" in one for one in said] == [True]
+    said.clear()
+    chance = [dict(type="RandomFlip", prob=0.5), dict(type="PhotoMetricDistortion"), dict(type="RandomFlip", prob=0.0)]
+    chance.append(dict(type="TestTimeAug", transforms=[[dict(type="RandomFlip", prob=1.0)]]))
+    checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=chance))
+    assert [one.partition(" has ")[2].partition(",")[0] for one in said] == ["RandomFlip", "PhotoMetricDistortion"]
     metric = ConfigDict(type="CocoMetric", sort_categories=True)
     with pytest.raises(UserError, match=r"val_evaluator\.sort_categories=True numbers labels by the categories' ids"):
         checks._check_compared(metric, [ConfigDict(type="CocoDataset", ann_file="a.json")], "val")
