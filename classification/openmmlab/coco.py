@@ -120,7 +120,9 @@ def check_order(metric: object, classes: Sequence[str]) -> None:
         UserError: it numbers them in another order than the data set's classes.
     """
     loaded = getattr(metric, "_coco_api", None)
-    names = {number: category["name"] for number, category in (loaded.cats if loaded else {}).items()}
+    if loaded is None:
+        return
+    names = {number: category["name"] for number, category in loaded.cats.items()}
     if not set(classes) <= set(names.values()):
         return  # it knows the classes by other names
     order = [names[number] for number in loaded.get_cat_ids(cat_names=list(classes))]
