@@ -75,7 +75,7 @@ def check_annotations(path: str, classes: list[str], use: Use) -> None:
         print_log(
             f"{path}: is larger than {SMALL // 2**20} MiB, so only its categories are checked, not its images and "
             "annotations",
-            logger="current",
+            level=logging.INFO,
         )
         if annotated:
             _check_annotated(path)
