@@ -45,7 +45,8 @@ GPU = ("bfloat16 --batch", "AMP bfloat16", "dtypes bfloat16")  # kernels/gpu_che
 TIMM_TESTS = "pip download"  # by hand: they are timm's, which it downloads
 TIMM_TRAIN = "runpy"  # test_scripts_of_timm
 SERVE = "--serve"  # tests/classification/test_explain_page.py
-NOT_HERE = (INSTALL, SLURM, *GPU, TIMM_TESTS, TIMM_TRAIN, SERVE)
+TWO_NODES = "--nnodes=2"
+NOT_HERE = (INSTALL, SLURM, *GPU, TIMM_TESTS, TIMM_TRAIN, SERVE, TWO_NODES)
 LESS = "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.IMG_SIZE 32 TRAIN.MESA.START 0.0"
 
 
@@ -122,7 +123,7 @@ def test_commands_are_understood(monkeypatch):
             else:
                 scripts[name](kinds[folder])
             commands += 1
-    assert len(understood) == commands == 16
+    assert len(understood) == commands == 17
     assert set(understood) == {"spatialmamba_tiny", "MaskRCNN", "EncoderDecoder"}
 
 
@@ -134,7 +135,7 @@ def test_commands_for_imagenet(folder, pages):
     others = (CD_DETECTION, CD_SEGMENTATION, TO_MMPRETRAIN, EXPORT, EXPLAIN)
     elsewhere = [block for block in blocks if any(mark in block for mark in others) and block not in named]
     blocks = [block for block in blocks if block not in named + elsewhere]
-    assert (len(blocks), len(elsewhere), len(named)) == (11, 12, 10)
+    assert (len(blocks), len(elsewhere), len(named)) == (11, 12, 11)
     for block in blocks:
         if pages == "README" and block not in PAGES[0].read_text():
             continue
