@@ -77,6 +77,10 @@ class NonFiniteGuard:
             self.spoilt[index] += ~total.isfinite() & bad
         return bad.float()
 
+    def skipped_in_a_row(self) -> int:
+        """Wait for the device and return how many of the last updates were skipped one after the other."""
+        return int(self.counts[0])
+
     def report(self, where: str, forward: Callable[[], object] | None = None) -> bool:
         """Wait for the device and log the updates skipped since the last report. Return whether there were any.
 
@@ -99,8 +103,8 @@ class NonFiniteGuard:
         self.spoilt.zero_()
         if in_a_row >= self.limit:
             raise NonFiniteError(
-                f"{message}. TRAIN.MAX_SKIPPED allows fewer than {self.limit} in a row. The last checkpoint is from "
-                "before them: lower TRAIN.BASE_LR, or set TRAIN.AMP bfloat16 or off"
+                f"{message}. TRAIN.MAX_SKIPPED allows fewer than {self.limit} in a row. Lower TRAIN.BASE_LR, or "
+                "set TRAIN.AMP bfloat16 or off, and go on from a checkpoint that was saved before them (--resume)"
             )
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.warning("%s", message)

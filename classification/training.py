@@ -536,9 +536,10 @@ class Training:
             if accuracy > getattr(self.state, key):
                 setattr(self.state, key, accuracy)
                 best.append(file)
+        of_ema = f", of the EMA {self.state.max_accuracy_ema:.3f}%" if "model_ema" in metrics else ""
         logger.info(
-            "epoch %d: train loss %.4f, %.1f s; best top-1 %.3f%%, of the EMA %.3f%%",
-            metrics["epoch"], metrics["loss"], metrics["seconds"], self.state.max_accuracy, self.state.max_accuracy_ema,
+            "epoch %d: train loss %.4f, %.1f s; best top-1 %.3f%%%s",
+            metrics["epoch"], metrics["loss"], metrics["seconds"], self.state.max_accuracy, of_ema,
         )  # fmt: skip
         return best
 
@@ -550,6 +551,9 @@ class Training:
             measure()
             raise
         if self.config.SAVE_STEPS and update % self.config.SAVE_STEPS == 0:
+            if skipped := self.context.guard.skipped_in_a_row():  # saving would replace older weights by these
+                logger.info("no checkpoint is saved, because the last %d update(s) were skipped", skipped)
+                return
             measure()
             self._save([LATEST])
 

@@ -367,14 +367,14 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks, and the downsampling to the next stage: `blocks_out` is what dense tasks read, `forward` goes on."""
+    """Blocks, and the downsampling to the next stage. Dense tasks read the map between them."""
 
     def __init__(self, blocks: Sequence[Block], downsample: nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def blocks_out(self, x: Tensor) -> Tensor:
+    def _blocks_out(self, x: Tensor) -> Tensor:
         if all(self._joins(x, block) for block in self.blocks):
             # The last addition of a block is left to the operator that the next block begins with.
             parts = self.blocks[0].without_last_addition(x)
@@ -390,8 +390,12 @@ class Stage(nn.Module):
     def _joins(x: Tensor, block: nn.Module) -> bool:
         return type(block) is Block and not has_hooks(block) and not block.is_recomputed() and block.fusible(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.blocks_out(x))
+    def forward(self, x: Tensor, with_map: bool = False, is_last: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the next stage's input; or `(map, input)` with `with_map`; or the map alone if the stage `is_last`."""
+        x = self._blocks_out(x)
+        if is_last:
+            return x
+        return (x, self.downsample(x)) if with_map else self.downsample(x)
 
 
 class SpatialMamba(nn.Module):
@@ -540,13 +544,14 @@ class SpatialMamba(nn.Module):
         x = self._embed(x)
         maps = []
         for i, stage in enumerate(self.layers):
-            x = stage.blocks_out(x)
+            is_last = stop_early and i == max(wanted)
+            # Call the stage, not its parts, for hooks and wrappers of it.
+            out, x = (stage(x, is_last=True), None) if is_last else stage(x, with_map=True)
             if i in wanted:
-                out = self.norm(x) if norm and i + 1 == len(self.layers) else x
+                out = self.norm(out) if norm and i + 1 == len(self.layers) else out
                 maps.append(to_planes(out) if output_fmt == "NCHW" else out)
-            if stop_early and i == max(wanted):
+            if is_last:
                 break
-            x = stage.downsample(x)
         if output_dict:
             return {"image_intermediates": maps} | ({} if intermediates_only else {"image_features": self.norm(x)})
         return maps if intermediates_only else (self.norm(x), maps)

@@ -722,6 +722,7 @@ def test_nan_in_one_layer_from_step_seven(few_digits, tmp_path, run_main, monkey
     monkeypatch.setattr(Mlp, "forward", spoilt)
     monkeypatch.setattr(Training, "__init__", noted)
     opts = [*QUICK, "TRAIN.EPOCHS", "6", "TRAIN.MAX_SKIPPED", "6", "PRINT_FREQ", "1", "TRAIN.MESA.WEIGHT", "0.0"]
+    opts += ["SAVE_STEPS", "1"]
     with pytest.raises(SystemExit) as stop:
         run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *opts)
     assert "epoch 2, step 2: gradients are not finite" in stop.value.code  # steps 7 to 12, five in an epoch
@@ -731,6 +732,9 @@ def test_nan_in_one_layer_from_step_seven(few_digits, tmp_path, run_main, monkey
     run = tmp_path / "spatialmamba_micro/default"
     log = (run / "log.txt").read_text()
     assert "epoch 1, step 2: gradients are not finite, so 1 update(s) were skipped, 1 in a row and 1 in all" in log
+    assert "no checkpoint is saved, because the last 1 update(s) were skipped" in log
+    steps = [int(path.stem.rpartition("_")[2]) for path in run.glob("epoch_1_step_*.pth")]
+    assert max(steps, default=1) == 1  # later ones would have replaced these
     assert " nan" not in log
     assert "NaN" not in (run / "steps.jsonl").read_text() + (run / "metrics.jsonl").read_text()
     saved = read_checkpoint(run / "latest.pth")

@@ -9,13 +9,15 @@ from running import ROOT
 from timm.models import group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from classification.checkpoint import save_checkpoint
 from classification.config import default_config
 from classification.flops import count_flops
-from classification.models import VARIANTS, registry, spatialmamba_micro
+from classification.models import VARIANTS, SpatialMambaBackbone, registry, spatialmamba_micro
+from classification.models.spatialmamba import Stage
 
 PLAIN = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
 BARE = ("StructureAwareSSM", "StateFusion")  # whose parameters are none of a layer's, by the published names
@@ -191,6 +193,30 @@ def test_traced_and_hooked():
         module.register_full_backward_hook(lambda *_: seen.append(1))
     model(IMAGES).sum().backward()
     assert len(seen) >= sum(1 for _ in model.modules()) - 10  # but for what is not called, as lists of blocks are
+
+
+def test_hooks_and_wrappers_of_a_stage():
+    """The classifier and dense tasks call the stage itself, not its parts."""
+    backbone = SpatialMambaBackbone(**VARIANTS["spatialmamba_micro"]).eval()
+    expected = backbone(IMAGES)
+    shapes = []
+    hook = backbone.layers[1].register_forward_hook(
+        lambda module, inputs, out: shapes.append([t.shape[-1] for t in out])
+    )
+    changing = backbone.layers[0].register_forward_hook(lambda module, inputs, out: (out[0], 0.5 * out[1]))
+    maps = backbone(IMAGES)
+    assert shapes == [[32, 64]]  # the map and the next stage's input
+    assert [torch.equal(a, b) for a, b in zip(maps, expected, strict=True)] == [True, False, False, False]
+    hook.remove(), changing.remove()
+    gradients = []
+    for wraps in (False, True):
+        if wraps:
+            apply_activation_checkpointing(backbone, check_fn=lambda module: isinstance(module, Stage))
+        backbone.zero_grad()
+        sum(m.square().mean() for m in backbone(IMAGES)).backward()
+        gradients.append([p.grad for p in backbone.parameters()])
+    assert all("_checkpoint_wrapped" in name for name, _ in backbone.layers.named_parameters())
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_vmap_over_images():
