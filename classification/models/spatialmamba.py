@@ -129,7 +129,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_planes(x)
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        is_plain = type(self.conv) is nn.Sequential and not has_hooks(self.conv)  # or its parts cannot stand for it
+        if self.grad_checkpointing and torch.is_grad_enabled() and is_plain:
             # Only the wide layers: batch norm, if computed again, would count its batch twice.
             x = self.conv[2](_checkpoint(self._wide, x))
         else:

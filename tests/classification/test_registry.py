@@ -208,6 +208,11 @@ def test_hooks_and_wrappers_of_a_stage():
     assert shapes == [[32, 64]]  # the map and the next stage's input
     assert [torch.equal(a, b) for a, b in zip(maps, expected, strict=True)] == [True, False, False, False]
     hook.remove(), changing.remove()
+    model, called = seeded(num_classes=5), []
+    model.set_grad_checkpointing()
+    model.layers[0].downsample.conv.register_forward_hook(lambda module, inputs, out: called.append(out.shape[1]))
+    model(IMAGES)
+    assert called == [32]
     gradients = []
     for wraps in (False, True):
         if wraps:
