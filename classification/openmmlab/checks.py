@@ -261,7 +261,7 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
 def _check_learns(model: ConfigDict) -> None:
     """Raise a UserError if the softmax of a segmenter has one class: its loss is 0, and nothing is learnt."""
     for part, head in segmentation_heads(model):
-        if head.get("out_channels", head.get("num_classes")) != 1:
+        if (head.get("out_channels") or head.get("num_classes")) != 1:
             continue
         for place, loss in parts_of(f"{part}.loss_decode", head.get("loss_decode", {"type": "CrossEntropyLoss"})):
             if is_kind(loss, "CrossEntropyLoss") and not loss.get("use_sigmoid"):

@@ -213,7 +213,8 @@ class CheckResumed(Hook):
         if "ema_state_dict" in checkpoint:
             _check_averaged(runner.model, checkpoint["ema_state_dict"], path)
         _check_schedules(schedules, states, path, meta)
-        names = {"lr", *(state["param_name"] for state in states)}
+        of_schedules = chain(*schedules.values()) if isinstance(schedules, dict) else schedules
+        names = {"lr", *(schedule.param_name for schedule in of_schedules)}
         scheduled = names | {f"initial_{name}" for name in names}
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path, scheduled)
         _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
@@ -388,7 +389,7 @@ def _check_schedules(schedules: list | dict, states: object, path: str, meta: di
         )
     for schedule, state in pairs:
         done, begin, end = meta["epoch" if schedule.by_epoch else "iter"], state["begin"], state["end"]
-        if isinstance(schedule, ReduceOnPlateauParamScheduler) or not (isinstance(begin, int) and begin <= done):
+        if isinstance(schedule, ReduceOnPlateauParamScheduler) or begin > done:
             continue  # it steps when a score is known; or it has not begun
         expected = min(done - begin, end - begin - 1)
         if state["last_step"] != expected:
@@ -398,9 +399,11 @@ def _check_schedules(schedules: list | dict, states: object, path: str, meta: di
             )
 
 
-def _is_of(schedule: object, state: dict) -> bool:
+def _is_of(schedule: object, state: object) -> bool:
     """Return whether a state is of such a schedule, for the same setting and unit, and would replace nothing else."""
     own = schedule.state_dict()
+    if not (isinstance(state, dict) and all(isinstance(state.get(name), int) for name in ("begin", "end"))):
+        return False
     alike = all(state.get(name) == own[name] for name in ("by_epoch", "param_name"))
     return alike and _settings(schedule) <= set(state) and not any(hasattr(schedule, key) for key in state.keys() - own)
 

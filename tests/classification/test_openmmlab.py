@@ -1878,6 +1878,11 @@ RESUMED = {
         dict(param_schedulers=[COSINE.state_dict() | {"param_name": "weight_decay"}]),
         "has 1 rate",
     ),
+    "a schedule that is a number": (dict(param_schedulers=[3]), "has 1 rate schedules, which are not the 1 of"),
+    "a schedule's odd end": (
+        dict(param_schedulers=[COSINE.state_dict() | {"end": "b"}]),
+        "has 1 rate schedules, which",
+    ),
     "ema_state_dict, a list": (dict(ema_state_dict=[]), "its ema_state_dict is a list, not the weights of a model"),
     "ema_state_dict, less": (dict(ema_state_dict={}), r"its ema_state_dict is of another model: 1 missing \(weight\)"),
     "ema_state_dict, whole numbers": (
