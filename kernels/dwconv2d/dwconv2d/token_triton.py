@@ -67,8 +67,8 @@ def _convolve(x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, heig
 
 
 @triton.jit
-def _sigmoid(s):
-    return 1 / (1 + tl.exp(-s))
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _silu_kernel(
     grad_ptr,
     grad_2_ptr,
     grad_3_ptr,
-    grad_s_ptr,
+    grad_c_ptr,
     height,
     width,
     channels,
@@ -122,7 +122,7 @@ def _silu_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """With s the convolution: y = SiLU(s) as planes; or, with gradients of y, the gradient of s as tokens in DTYPE."""
+    """With c the convolution: y = SiLU(c) as planes; or, with gradients of y, the gradient of c as tokens in DTYPE."""
     plane = plane_units * UNIT  # so that Triton knows how planes are aligned
     d_tiles = tl.cdiv(channels, BLOCK_D)
     p_tiles = tl.cdiv(plane, BLOCK_P)
@@ -136,13 +136,13 @@ def _silu_kernel(
     valid = (p < plane) & d_valid
 
     x_ptrs = _token_ptrs(x_ptr, image, row, column, d, x_stride_b, x_stride_y, x_stride_x, x_stride_d)
-    s = _convolve(
+    c = _convolve(
         x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, height, width, x_stride_y, x_stride_x, DTYPE
     )
-    gate = _sigmoid(s)
+    gate = _sigmoid(c)
     if grad_ptr is None:
         y_ptrs = y_ptr + image * channels * plane + d.to(tl.int64) * plane + p
-        tl.store(y_ptrs, s * gate, mask=valid)
+        tl.store(y_ptrs, c * gate, mask=valid)
     else:
         offsets = image * grad_stride_b + d.to(tl.int64) * grad_stride_d + p.to(tl.int64) * grad_stride_p
         grad = tl.load(grad_ptr + offsets, mask=valid, other=0).to(DTYPE)
@@ -150,8 +150,8 @@ def _silu_kernel(
             grad += tl.load(grad_2_ptr + offsets, mask=valid, other=0).to(DTYPE)
         if grad_3_ptr is not None:
             grad += tl.load(grad_3_ptr + offsets, mask=valid, other=0).to(DTYPE)
-        grad_s_ptrs = grad_s_ptr + (image * plane + p) * channels + d
-        tl.store(grad_s_ptrs, grad * (gate * (1 + s * (1 - gate))), mask=valid)
+        grad_c_ptrs = grad_c_ptr + (image * plane + p) * channels + d
+        tl.store(grad_c_ptrs, grad * (gate * (1 + c * (1 - gate))), mask=valid)
 
 
 # ----- depthwise_residual_norm: tokens to tokens
@@ -187,7 +187,7 @@ def _residual_norm_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """r = s + convolution of s with s = x + scale update, and n = LayerNorm(r) of the stored r."""
+    """r = s + convolution of s with s = x + scale * update, and n = LayerNorm(r) of the stored r."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     image, row, column = _image_row_column(p, height, width)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -311,8 +311,8 @@ def _convolution_backward_kernel(
 ):
     """The gradient of s and, with a scale, of the update, and partial sums for weight and bias.
 
-    `grad` is the gradient of bias + conv(s) [+ s] with s = x [+ scale update], as tokens in DTYPE. The tap that leads
-    from p to q multiplies s(q) for the output p, so it also joins s(q) with grad(p). Sums are (programs, 10, channels):
+    `grad` is the gradient of bias + conv(s) [+ s] with s = x [+ scale * update], as tokens in DTYPE. The tap that leads
+    from p to q multiplies s(q) for the result p, so it also joins s(q) with grad(p). Sums are (programs, 10, channels):
     nine taps, then the bias.
     """
     d_tiles = tl.cdiv(channels, BLOCK_D)
@@ -542,9 +542,9 @@ def _silu(
     bias: Tensor,
     y: Tensor | None,
     grads: Sequence[Tensor] = (),
-    grad_s: Tensor | None = None,
+    grad_c: Tensor | None = None,
 ) -> None:
-    """Compute y; with gradients of y, which must have the same strides, compute grad_s instead."""
+    """Compute y; with gradients of y, which must have the same strides, compute grad_c instead."""
     batch, height, width, channels = x.shape
     plane = height * width
     unit = _unit(plane)
@@ -553,7 +553,7 @@ def _silu(
     launch(
         _silu_kernel,
         batch * _ceil_div(plane, tiling["BLOCK_P"]) * _ceil_div(channels, tiling["BLOCK_D"]),
-        *(x, weight.contiguous(), bias.contiguous(), y, *rows, *(None,) * (3 - len(rows)), grad_s),
+        *(x, weight.contiguous(), bias.contiguous(), y, *rows, *(None,) * (3 - len(rows)), grad_c),
         *(height, width, channels, plane // unit, *x.stride(), *(rows[0].stride() if rows else (0, 0, 0))),
         UNIT=unit,
         DTYPE=_computed(x),
@@ -580,12 +580,12 @@ def depthwise_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `depthwise_silu` for x, weight and bias, from the sum of up to three gradients of its planes."""
     reference.check_silu_backward_inputs(grad, x, weight, bias, grad_2, grad_3)
-    grad_s = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
+    grad_c = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
     grads = [g for g in (grad, grad_2, grad_3) if g is not None]
     if any(g.stride() != grad.stride() for g in grads):
-        grads = [sum(g.to(grad_s.dtype) for g in grads)]
-    _silu(x, weight, bias, None, grads, grad_s)
-    grad_x, partials, _ = _convolution_backward(grad_s, x, weight, residual=False)
+        grads = [sum(g.to(grad_c.dtype) for g in grads)]
+    _silu(x, weight, bias, None, grads, grad_c)
+    grad_x, partials, _ = _convolution_backward(grad_c, x, weight, residual=False)
     grad_weight, grad_bias = _reduce_partials(partials)
     return grad_x, grad_weight.view(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)
 
@@ -621,8 +621,9 @@ def _convolution_backward(
     update: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the contiguous gradient of s, partial sums of the gradients of weight and bias in `grad`'s dtype, and the
-    gradient of the update, which differs from that of s if there is a scale and is otherwise empty.
+    """Return the contiguous gradient of s = x [+ scale * update], partial sums of the gradients of weight and bias in
+    `grad`'s dtype, and the gradient of the update, which differs from that of s if there is a scale and is otherwise
+    empty.
     """
     _, height, width, channels = x.shape
     positions = _count_positions(x)
