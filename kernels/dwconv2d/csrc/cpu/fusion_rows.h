@@ -87,9 +87,9 @@ struct Rows {
   }
 };
 
-// 16 columns of a plane, or its last ones. Left: they are the first. Right: taps reach beyond the last column. Output:
-// the sums are multiplied by C, and D x is added.
-template <bool Left, bool Right, bool Output>
+// 16 columns of a plane, or its last ones. Left: they are the first. Right: taps reach beyond the last column.
+// OutputEquation: the sums are multiplied by C, and D x is added.
+template <bool Left, bool Right, bool OutputEquation>
 struct ColumnBlock {
   Rows in;  // of column 0
   int64_t column;
@@ -113,7 +113,7 @@ struct ColumnBlock {
   }
 
   INLINE void store(__m512 sum) {
-    if (Output) {
+    if (OutputEquation) {
       const __m512 skip = _mm512_mul_ps(D, _mm512_maskz_loadu_ps(has, x.next()));
       sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(has, C.next()), sum, skip);
     }
@@ -126,7 +126,7 @@ INLINE __m512 join(__m256 low, __m256 high) {
 }
 
 // The last columns of two planes, up to eight of each.
-template <bool Output>
+template <bool OutputEquation>
 struct Ends {
   Rows in;  // of column 0
   int64_t offset;
@@ -152,7 +152,7 @@ struct Ends {
   }
 
   INLINE void store(__m512 sum) {
-    if (Output) {
+    if (OutputEquation) {
       const float* const from = x.next();
       const __m512 skip = join(_mm256_maskz_loadu_ps(has, from), _mm256_maskz_loadu_ps(has, from + x_channel));
       const __m256 numbers = _mm256_maskz_loadu_ps(has, C.next());
@@ -251,9 +251,9 @@ struct Pair {
     return n || !p.D.data ? 1 : ((const float*)p.D.data)[(channel + c) * p.D.channel];
   }
 
-  template <bool Output, bool Left, bool Right>
+  template <bool OutputEquation, bool Left, bool Right>
   INLINE void block(int64_t c, int64_t n, int64_t column) const {
-    ColumnBlock<Left, Right, Output> b;
+    ColumnBlock<Left, Right, OutputEquation> b;
     b.in = rows_of(p.in, c, n, 0);
     b.column = column;
     if (Right) b.here = Segment(column, p.width), b.next = Segment(column + kLanes, p.width);
@@ -264,9 +264,9 @@ struct Pair {
     fuse(b, strip, weights[c]);
   }
 
-  template <bool Output>
+  template <bool OutputEquation>
   INLINE void ends(int64_t n, int64_t column) const {
-    Ends<Output> e;
+    Ends<OutputEquation> e;
     e.look_from(column, p.width);
     e.in = rows_of(p.in, 0, n, 0);
     e.C = rows_of(p.C, 0, n, column), e.x = rows_of_x(0, n, column), e.out = rows_of_out(0, n, column);
@@ -275,22 +275,22 @@ struct Pair {
     fuse(e, strip, weights[2]);
   }
 
-  template <bool Output>
+  template <bool OutputEquation>
   INLINE void run() const {
     const int64_t rest = p.width % kLanes, shared = channels == 2 && 0 < rest && rest <= 8 ? p.width - rest : p.width;
     for (int64_t n = 0; n < p.states; ++n) {
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t column = 0; column < shared; column += kLanes) {
           if (column == 0) {
-            block<Output, true, false>(c, n, column);
+            block<OutputEquation, true, false>(c, n, column);
           } else if (column + kLanes + kReach <= p.width) {
-            block<Output, false, false>(c, n, column);
+            block<OutputEquation, false, false>(c, n, column);
           } else {
-            block<Output, false, true>(c, n, column);
+            block<OutputEquation, false, true>(c, n, column);
           }
         }
       }
-      if (shared < p.width) ends<Output>(n, shared);
+      if (shared < p.width) ends<OutputEquation>(n, shared);
     }
   }
 };

@@ -202,7 +202,7 @@ struct Task {
 // beside(i), or sum beside(i).
 template <class S>
 struct Finish {
-  enum { kSum, kOutput, kMultiply } what;
+  enum { kSum, kOutputEquation, kMultiply } what;
   Pixels<S> out;
   const S* C = nullptr;
   Vec<S> factor = {};
@@ -214,7 +214,7 @@ struct Finish {
     const auto from = beside;
     if (what == kSum) {
       for (int j = 0; j < PixelCount; ++j) to.set(first + j, sums[j]);
-    } else if (what == kOutput) {
+    } else if (what == kOutputEquation) {
       const S* numbers = C + first;
       const Vec<S> multiple = factor;
       for (int j = 0; j < PixelCount; ++j) to.set(first + j, numbers[j] * sums[j] + multiple * from.get(first + j));
@@ -400,7 +400,7 @@ void forward(const Problem& p, int64_t index, void* memory) {
       const Pixels<S> out = last ? task.template place_for<U>(m.out, p.out, 0, y, rows) : sums;
       const Vec<S> factor = first ? D : Vec<S>{} + 1;
       task.read_C(m.C, n, y, rows);
-      conv.rows(y, rows, Vec<S>{}, {Finish<S>::kOutput, out, m.C, factor, before});
+      conv.rows(y, rows, Vec<S>{}, {Finish<S>::kOutputEquation, out, m.C, factor, before});
       if (last) task.template write<U>(out, m.out, p.out, 0, y, rows);
     }
   }
