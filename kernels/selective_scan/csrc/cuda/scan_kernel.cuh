@@ -6,7 +6,7 @@
 // and decays that underflow are ordinary zeros.
 //
 // A block's tile has the tokens of a chunk for each of its rows, row after row. So thread k owns the elements from
-// k kItems on, for every shape. With kItems of 7 or 14, these accesses have no bank conflicts.
+// k * kItems on, for every shape. With kItems of 7 or 14, these accesses have no bank conflicts.
 #pragma once
 
 #include <type_traits>
