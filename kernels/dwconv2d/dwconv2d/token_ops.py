@@ -24,7 +24,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"dwconv2d::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    loading.register(getattr(reference, _name), triton_module="token_triton", compiled=False)
+    loading.register(getattr(reference, _name), triton_module="token_triton", has_compiled_kernels=False)
 
 
 @torch.library.register_fake("dwconv2d::depthwise_silu")
