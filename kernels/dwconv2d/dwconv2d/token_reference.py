@@ -29,7 +29,7 @@ def _check_convolution(x: Tensor, weight: Tensor) -> None:
 def check_silu_backward_inputs(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, grad_2: Tensor | None, grad_3: Tensor | None
 ) -> None:
-    """The same for `depthwise_silu_backward`."""
+    """Raise a ValueError or TypeError that names the first argument of the backward operator that does not fit."""
     check_silu_inputs(x, weight, bias)
     for name, tensor in (("grad", grad), ("grad_2", grad_2), ("grad_3", grad_3)):
         if tensor is not None:
@@ -45,7 +45,7 @@ def check_residual_norm_inputs(
     update: Tensor | None,
     scale: Tensor | None,
 ) -> None:
-    """The same for `depthwise_residual_norm`."""
+    """Raise a ValueError or TypeError that names the first argument that does not fit."""
     check_silu_inputs(x, weight, bias)
     _check(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
     _check(x, "norm_bias", norm_bias, tuple(x.shape[-1:]))
@@ -62,7 +62,7 @@ def check_residual_norm_backward_inputs(
     update: Tensor | None,
     scale: Tensor | None,
 ) -> None:
-    """The same for `depthwise_residual_norm_backward`."""
+    """Raise a ValueError or TypeError that names the first argument of the backward operator that does not fit."""
     _check_convolution(x, weight)
     _check(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
     _check_update(x, update, scale)

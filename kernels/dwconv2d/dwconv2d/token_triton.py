@@ -123,7 +123,7 @@ def _silu_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """With c the convolution: y = SiLU(c) as planes; or, with gradients of y, the gradient of c as tokens in DTYPE."""
-    plane = plane_units * UNIT  # so that Triton knows how planes are aligned
+    plane = plane_units * UNIT  # the number of positions of a plane; see `_unit`
     d_tiles = tl.cdiv(channels, BLOCK_D)
     p_tiles = tl.cdiv(plane, BLOCK_P)
     d = (tl.program_id(0) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -228,7 +228,7 @@ def _residual_norm_kernel(
     tl.store(n_ptr + p_wide * channels + d, n, mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["positions"])
 def _norm_backward_kernel(
     grad_r_ptr,
     grad_n_ptr,
@@ -479,8 +479,8 @@ def _computed(x: Tensor) -> tl.dtype:
 Tiling = dict[str, int]  # tile sizes and warps of a program, as arguments of a kernel
 
 
-# The sizes were the fastest on an H100, at the shapes of T and a batch of 128. They are cached, because the host's time
-# limits small kernels.
+# The sizes were the fastest on an H100, at the shapes of Spatial-Mamba Tiny and a batch of
+# 128. They are cached, because the host's time limits small kernels.
 
 
 def _power_of_2(channels: int) -> int:
@@ -489,13 +489,13 @@ def _power_of_2(channels: int) -> int:
 
 
 @functools.cache
-def silu_tiling(channels: int) -> Tiling:
+def _silu_tiling(channels: int) -> Tiling:
     """Positions of one image times channels. Channels are adjacent in tokens, and positions in planes."""
     return dict(BLOCK_P=16, BLOCK_D=min(_power_of_2(channels), 64), num_warps=2)
 
 
 @functools.cache
-def norm_tiling(channels: int, backward: bool) -> Tiling:
+def _norm_tiling(channels: int, backward: bool) -> Tiling:
     """Positions with all their channels."""
     block_d = _power_of_2(channels)
     if backward:
@@ -509,14 +509,14 @@ def norm_tiling(channels: int, backward: bool) -> Tiling:
 
 
 @functools.cache
-def convolution_tiling(channels: int) -> Tiling:
+def _convolution_tiling(channels: int) -> Tiling:
     """Few elements per thread, because a thread holds nine taps and ten sums for each."""
     block_d = min(_power_of_2(channels), 32)
     return dict(BLOCK_P=256 // block_d, BLOCK_D=block_d, num_warps=2)
 
 
 # A program adds all rows of its 8 channels (32 bytes a row), and loads 256 rows at once.
-SUMS_TILING: Tiling = dict(BLOCK_ROWS=256, BLOCK_D=8, num_warps=4)
+_SUMS_TILING: Tiling = dict(BLOCK_ROWS=256, BLOCK_D=8, num_warps=4)
 
 
 def tiles_of_a_program(positions: int, block_p: int, d_tiles: int) -> int:
@@ -528,7 +528,11 @@ def tiles_of_a_program(positions: int, block_p: int, d_tiles: int) -> int:
 
 
 def _unit(stride: int) -> int:
-    """The largest power of two up to 8 that divides a stride."""
+    """The largest power of two up to 8 that divides a stride. The widest access has 8 elements of 16 bits.
+
+    For the numbers that it gets at run time, Triton knows at most that 16 divides them. So a kernel gets a stride as
+    `stride // unit` and the constant `unit`. Triton then knows that `unit` divides their product.
+    """
     return min(stride & -stride, 8) or 8
 
 
@@ -548,7 +552,7 @@ def _silu(
     batch, height, width, channels = x.shape
     plane = height * width
     unit = _unit(plane)
-    tiling = silu_tiling(channels)
+    tiling = _silu_tiling(channels)
     rows = [grad.reshape(batch, channels, plane) for grad in grads]
     launch(
         _silu_kernel,
@@ -604,11 +608,11 @@ def _reduce_partials(partials: Tensor, norm_partials: Tensor | None = None) -> l
         return [grad.zero_() for grad in grads]
     launch(
         _sums_kernel,
-        (10 if norm_partials is None else 12) * _ceil_div(channels, SUMS_TILING["BLOCK_D"]),
+        (10 if norm_partials is None else 12) * _ceil_div(channels, _SUMS_TILING["BLOCK_D"]),
         *(partials, norm_partials, *grads, *((None, None) if norm_partials is None else ())),
         *(len(partials), 0 if norm_partials is None else len(norm_partials), channels),
         DTYPE=_TRITON_DTYPES[partials.dtype],
-        **SUMS_TILING,
+        **_SUMS_TILING,
     )
     return grads
 
@@ -627,7 +631,7 @@ def _convolution_backward(
     """
     _, height, width, channels = x.shape
     positions = _count_positions(x)
-    tiling = convolution_tiling(channels)
+    tiling = _convolution_tiling(channels)
     d_tiles = _ceil_div(channels, tiling["BLOCK_D"])
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], d_tiles)
     programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
@@ -661,7 +665,7 @@ def depthwise_residual_norm(
     reference.check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
     _, height, width, channels = x.shape
     positions = _count_positions(x)
-    tiling = norm_tiling(channels, backward=False)
+    tiling = _norm_tiling(channels, backward=False)
     r = x.new_empty(x.shape, dtype=_stored(x))
     n = torch.empty_like(r)
     launch(
@@ -698,7 +702,7 @@ def depthwise_residual_norm_backward(
     reference.check_residual_norm_backward_inputs(grad_r, grad_n, r, x, weight, norm_weight, update, scale)
     channels = x.shape[3]
     positions = _count_positions(x)
-    tiling = norm_tiling(channels, backward=True)
+    tiling = _norm_tiling(channels, backward=True)
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], 1)
     programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
     grad = x.new_empty(x.shape, dtype=reference.computed_dtype(x))

@@ -149,6 +149,7 @@ def _convolve(
     """The sum over taps of tap times value. `partials_ptrs` receives, for each tap, the sum of factor times value.
 
     Levels are kernels of the same size with dilations 2 apart. They share their centre, which only the first one has.
+    With several levels, UNROLLED must be KERNEL_Y.
     """
     total = tl.zeros(valid.shape, taps_ptrs.dtype.element_ty)
     for level in tl.static_range(LEVELS):
@@ -408,7 +409,7 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=_FOLD_SIZES)
 def _fold_kernel(first_ptr, outer, side_by_side, outer_stride, along_stride, length, margin, BLOCK: tl.constexpr):
-    """Along one axis, store sums of the 2, 3, ..., margin + 1 outermost values 1, 2, ..., margin beyond the border.
+    """Along one axis, at distance k = 1, ..., margin beyond each border, store the sum of the k + 1 outermost values.
 
     Every lane has a line of `length` values. There are `outer` groups of lines, and the lines of a
     group are `side_by_side` in memory.
@@ -778,5 +779,5 @@ def state_fusion_output_backward(
     reference.check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x)
     reference.check_grad(grad, x)
     equation = C, D.contiguous(), x
-    states, grads = _fusion_gradients(grad, h, weight3, weight3_d3, weight3_d5, alpha, equation)
-    return *states, grads.C, grads.D, grads.x
+    of_fusion, grads = _fusion_gradients(grad, h, weight3, weight3_d3, weight3_d5, alpha, equation)
+    return *of_fusion, grads.C, grads.D, grads.x
