@@ -32,7 +32,7 @@ struct Pixel {
 };
 
 // The position in the plane that a tap reads, or -1 for a zero outside.
-__device__ __forceinline__ int seen(int position, int size, bool zeros) {
+__device__ __forceinline__ int position_read(int position, int size, bool zeros) {
   const int inside = min(max(position, 0), size - 1);
   return zeros && inside != position ? -1 : inside;
 }
@@ -41,11 +41,11 @@ template <typename Taps, typename Input, typename Activation, typename State = t
 __device__ __forceinline__ State convolve_at(const Params& p, const Input* plane, int channel, int row, int column) {
   State sum = 0;
   for (int a = 0; a < Taps::rows(p); ++a) {
-    const int y = seen(row + Taps::row(p, a), p.height, p.zeros);
+    const int y = position_read(row + Taps::row(p, a), p.height, p.zeros);
     if (y < 0) continue;
     const Input* const from = plane + int64_t(y) * p.width;
     for (int b = 0; b < Taps::columns(p, a); ++b) {
-      const int x = seen(column + Taps::column(p, a, b), p.width, p.zeros);
+      const int x = position_read(column + Taps::column(p, a, b), p.width, p.zeros);
       if (x >= 0) sum += Taps::template weight<State, Activation>(p, channel, a, b) * widen(from[x]);
     }
   }
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params 
       State term = widen(grad[pixel]);
       if (is_tap) {
         const int from_y = int(pixel / p.width), from_x = int(pixel - int64_t(from_y) * p.width);
-        const int y = seen(from_y + row_offset, p.height, p.zeros), x = seen(from_x + column_offset, p.width, p.zeros);
+        const int y = position_read(from_y + row_offset, p.height, p.zeros);
+        const int x = position_read(from_x + column_offset, p.width, p.zeros);
         if (y < 0 || x < 0) continue;
         if constexpr (kOutputEquation) term *= widen(at<Activation>(p.C, batch, 0, n)[pixel]);
         term *= widen(plane[int64_t(y) * p.width + x]);

@@ -82,7 +82,8 @@ struct Plan {
 
 struct Params {
   Operation operation = Operation::kFusion;
-  Dtype dtype = Dtype::kFloat;  // of x and C, or of all convolution tensors; states are double if it is, else float
+  // Of x and C, of h for the fusion alone, or of all tensors of a convolution. States are double if it is, else float.
+  Dtype dtype = Dtype::kFloat;
   int64_t batch = 0;
   int channels = 0, states = 1, height = 0, width = 0;
   int kernel_height = 0, kernel_width = 0, dilation = 1;  // of the convolution
@@ -270,7 +271,7 @@ inline int best_rounds(const Params& p) {
 inline void set_rounds(Params& p, int rounds) {
   p.plan.rounds = rounds;
   lay_out(p.plan, p, Pass::kGradients);
-  // `make_plan` has found room for one round. If it found none, the launch fails. To try again would never end.
+  // `make_plan` has found room for one round. If it found none, the launch fails: to try one round again would not end.
   if (rounds > 1 && p.plan.shared > kMostShared) set_rounds(p, 1);
 }
 

@@ -280,8 +280,9 @@ class Window {
   int pitch_;
 };
 
-// A row of a window. With kFold, the plane's first and last column read, at an offset into the plane, the sum of the
-// columns up to the offset, which the adjoint adds to a border.
+// A row of a window. With kFold, left[k] belongs to the thread's first column, and right[k] to its last one. If that
+// column is the plane's border, they are the sum of the border and the next k columns inside, which the adjoint adds to
+// the border. Otherwise, they are the value k columns further inside alone.
 template <int kReach, bool kFold>
 struct Row {
   float values[kUnit + 2 * kReach];
@@ -430,7 +431,9 @@ __device__ __forceinline__ void for_each_pixel(const Plan& plan, Function functi
 
 // ----- forward
 
-// The result of the convolution plus a bias, or of the output equation y = sum_n C_n h'_n + D x.
+// The result of the convolution plus a bias, or of the output equation y = sum_n C_n h'_n + D x. Here and below, the
+// second number of the launch bounds is the number of blocks on a multiprocessor that a thread's registers leave room
+// for.
 template <typename Stencil, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) {
   const Plan& plan = p.plan;
@@ -742,8 +745,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p
 #pragma unroll 1
       for (int part = 0; part < Stencil::kParts; ++part) {
         correlate<Stencil>(window, Stencil::part_row(part), grad, taps);
-        if (n + 1 < p.states) continue;  // then there is only one part
-        if (kOutputEquation) __syncthreads();    // x has been read, so the parts may replace it
+        if (n + 1 < p.states) continue;  // only the fusion has several states, and it has one part
+        if (kOutputEquation) __syncthreads();  // x has been read, so the parts may replace it
         store_partials<Stencil>(p, block, set, me, part, taps, D_or_bias);
         if (part + 1 < Stencil::kParts) __syncthreads();
       }
