@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can tell: tests of the kernels on it, compute-sanitizer over some of those, benchmarks of the kernels
-# and of the whole model beside its peers, and training in float32 and under both kinds of AMP.
+# Checks what only a GPU can tell. The script runs the tests of the kernels on it, compute-sanitizer over some of those,
+# benchmarks of the kernels and of the whole model beside its peers, and training in float32 and with both kinds of AMP.
 #
 #   bash kernels/gpu_check.sh FOLDER [STEP...]     all steps take about twenty minutes on 16 cores and one H100
 #
-# FOLDER/gpu_check.tar.gz holds the logs and the benchmarks' JSON; it is written anew after each step, so that a run that
-# is cut short leaves what it has. The steps, in this order unless named:
+# FOLDER/gpu_check.tar.gz holds the logs and the benchmarks' JSON. It is written anew after each step, so that a run
+# that is cut short leaves what it has. These are the steps. They run in this order, or in that of the arguments:
 #   build       compiles the kernels for this card, unless kernels for CUDA are already there
 #   cuda        tests of the CUDA kernels: values and gradients
 #   gpu         tests of the CUDA kernels: streams, graphs, large tensors
@@ -18,8 +18,8 @@
 #   racecheck   compute-sanitizer: races in shared memory
 #   train       digits, and the tiny model at 224 pixels, without AMP, in float16 and bfloat16, and compiled
 #
-# Needs PyTorch with CUDA, timm, pytest, pytest-xdist, and for `build` setuptools, a C++ compiler and nvcc; for `train`,
-# all of requirements.txt. PYTHON names another interpreter than python3.
+# The script needs PyTorch with CUDA, timm, pytest and pytest-xdist. `build` also needs setuptools, a C++ compiler and
+# nvcc, and `train` needs all of requirements.txt. PYTHON names another interpreter than python3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?"usage: bash kernels/gpu_check.sh FOLDER [STEP...]"}
@@ -80,8 +80,8 @@ step_triton() {
     run_tests 300 -n "$(nproc)" "${tests[@]}" --random-cases 40 -k triton
 }
 
-# Without PyTorch's allocator, whose large blocks would hide what is read or written beyond a tensor: forward and backward
-# of every kind of block, in float32, at lengths and sizes that the tool finishes.
+# This runs without PyTorch's allocator, whose large blocks would hide what is read or written beyond a tensor. It
+# covers forward and backward of every kind of block, in float32, at lengths and sizes that the tool finishes.
 sanitize() { # TOOL
     CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \
         --kernel-regex kns=scan --kernel-regex kns=dwconv --kernel-regex kns=sum_partials \
