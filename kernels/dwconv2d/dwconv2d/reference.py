@@ -202,7 +202,7 @@ def _margins(kernel: tuple[int, int], dilation: int) -> tuple[int, int]:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    # Not .contiguous(): on a plane of one pixel, it keeps strides for which PyTorch picks slow kernels.
+    # This is not .contiguous(), which on a plane of one pixel keeps strides for which PyTorch picks slow kernels.
     return x.to(memory_format=torch.channels_last)
 
 

@@ -487,7 +487,7 @@ def _tiling(planes: tuple[Tensor | None, ...], elements: int) -> _Tiling:
     positions = batch * height * width
     most_d = triton.next_power_of_2(channels)
     least_d = min(most_d, 8) if any(_channels_innermost(p) for p in planes if p is not None) else 1
-    # At least 16, since Triton 3.0 crashes on a sum over a single position
+    # It is at least 16, because Triton 3.0 crashes on a sum over a single position.
     block_p = min(max(triton.next_power_of_2(positions), 16), elements // least_d)
     block_d = min(most_d, elements // block_p)
     return _Tiling(block_p, block_d, triton.cdiv(positions, block_p), triton.cdiv(channels, block_d))

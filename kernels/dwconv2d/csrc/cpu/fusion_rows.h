@@ -160,7 +160,7 @@ struct Ends {
     }
     float* const to = out.next();
     _mm256_mask_storeu_ps(to, has, _mm512_castps512_ps256(sum));
-    // Not by extracting 256 bits: GCC 12 fuses both steps into an instruction that accesses masked-out lanes.
+    // This does not extract 256 bits: GCC 12 fuses both steps into an instruction that accesses masked-out lanes.
     _mm512_mask_storeu_ps(to + out_channel - 8, has << 8, sum);
   }
 };
