@@ -7,10 +7,10 @@ import copy
 import logging
 
 import torch
-from dwconv2d.flops import conv_taps, fusion_taps
+from dwconv2d.flops import conv_multiply_adds, fusion_multiply_adds
 from fvcore.nn import FlopCountAnalysis, flop_count_table
 from fvcore.nn.jit_handles import get_shape
-from selective_scan.flops import scan_flops
+from selective_scan.flops import scan_multiply_adds
 from torch import nn
 
 
@@ -19,10 +19,10 @@ def _shapes(inputs: list) -> list:
 
 
 HANDLES = {
-    "selective_scan::selective_scan_state": lambda inputs, outputs: scan_flops(*_shapes(inputs[:3])),
-    "dwconv2d::state_fusion": lambda inputs, outputs: fusion_taps(get_shape(inputs[0])),
-    "dwconv2d::state_fusion_output": lambda inputs, outputs: fusion_taps(get_shape(inputs[0])),
-    "dwconv2d::dilated_dwconv2d": lambda inputs, outputs: conv_taps(*_shapes(inputs[:2])),
+    "selective_scan::selective_scan_state": lambda inputs, outputs: scan_multiply_adds(*_shapes(inputs[:3])),
+    "dwconv2d::state_fusion": lambda inputs, outputs: fusion_multiply_adds(get_shape(inputs[0])),
+    "dwconv2d::state_fusion_output": lambda inputs, outputs: fusion_multiply_adds(get_shape(inputs[0])),
+    "dwconv2d::dilated_dwconv2d": lambda inputs, outputs: conv_multiply_adds(*_shapes(inputs[:2])),
 }
 
 

@@ -1,4 +1,4 @@
-"""Times the scan, the fusion and the 3x3 convolution at the model's shapes, beside plain PyTorch and a copy.
+"""Times the scan, the fusion and the 3x3 convolution at Spatial-Mamba's shapes, beside plain PyTorch and a copy.
 
     python kernels/benchmark.py                               all three and every shape, on the GPU if there is one
     python kernels/benchmark.py --shapes "T/56 batch 1" --threads 1 --instruction-sets
@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-# The planes of the backbone's scans: channels (twice the features) and side of each stage, one state.
+# The planes of Spatial-Mamba's scans, T for Tiny and B for Base: channels (twice the features) and side of each stage,
+# one state.
 LAYERS = {
     **{f"T/{side}": (channels, side, side) for side, channels in ((56, 128), (28, 256), (14, 512), (7, 1024))},
     **{f"B/{side}": (channels, side, side) for side, channels in ((56, 192), (28, 384), (14, 768), (7, 1536))},
@@ -83,7 +84,7 @@ def planes(batch: int, channels: int, height: int, width: int, like: Tensor, cha
 
 
 def scan_inputs(batch: int, channels: int, height: int, width: int, like: Tensor, channels_last: bool) -> Inputs:
-    """The scan's inputs as in the backbone: delta has a bias and softplus, and planes are rows of tokens."""
+    """The scan's inputs as in Spatial-Mamba: delta has a bias and softplus, and planes are rows of tokens."""
 
     def activation(rows: int) -> Tensor:
         return planes(batch, rows, height, width, like, channels_last).flatten(2)

@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
-# What only a GPU can tell: tests of the kernels on it, compute-sanitizer over some of those, benchmarks of the kernels
-# and of the whole model beside its peers, and training in float32 and under both kinds of AMP.
+# Checks what only a GPU can tell. The script runs the tests of the kernels on it, compute-sanitizer over some of those,
+# benchmarks of the kernels and of the whole model beside its peers, and training in float32 and with both kinds of AMP.
 #
 #   bash kernels/gpu_check.sh FOLDER [STEP...]     all steps take about twenty minutes on 16 cores and one H100
 #
-# FOLDER/gpu_check.tar.gz holds the logs and the benchmarks' JSON; it is written anew after each step, so that a run that
-# is cut short leaves what it has. The steps, in this order unless named:
+# FOLDER/gpu_check.tar.gz holds the logs and the benchmarks' JSON. It is written anew after each step, so that a run
+# that is cut short leaves what it has. These are the steps. They run in this order, or in that of the arguments:
 #   build       compiles the kernels for this card, unless kernels for CUDA are already there
-#   cuda gpu    tests of the CUDA kernels: values and gradients; streams, graphs, large tensors
+#   cuda        tests of the CUDA kernels: values and gradients
+#   gpu         tests of the CUDA kernels: streams, graphs, large tensors
 #   tokens      tests of the operators between tokens and planes, in Triton, and of the block that uses them
 #   benchmark   the scan, the fusion and the 3x3 convolution in both layouts
 #   model       the whole model beside its peers: inference and training, eager and compiled
 #   profile     where the time of the whole model goes
 #   triton      tests of the Triton kernels
-#   memcheck racecheck   compute-sanitizer
+#   memcheck    compute-sanitizer: accesses to memory
+#   racecheck   compute-sanitizer: races in shared memory
 #   train       digits, and the tiny model at 224 pixels, without AMP, in float16 and bfloat16, and compiled
 #
-# Needs PyTorch with CUDA, timm, pytest, pytest-xdist, and for `build` setuptools, a C++ compiler and nvcc; for `train`,
-# all of requirements.txt. PYTHON names another interpreter than python3.
+# The script needs PyTorch with CUDA, timm, pytest and pytest-xdist. `build` also needs setuptools, a C++ compiler and
+# nvcc, and `train` needs all of requirements.txt. PYTHON names another interpreter than python3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?"usage: bash kernels/gpu_check.sh FOLDER [STEP...]"}
@@ -78,11 +80,11 @@ step_triton() {
     run_tests 300 -n "$(nproc)" "${tests[@]}" --random-cases 40 -k triton
 }
 
-# Without PyTorch's allocator, whose large blocks would hide what is read or written beyond a tensor: forward and backward
-# of every kind of block, in float32, at lengths and sizes that the tool finishes.
+# This runs without PyTorch's allocator, whose large blocks would hide what is read or written beyond a tensor. It
+# covers forward and backward of every kind of block, in float32, at lengths and sizes that the tool finishes.
 sanitize() { # TOOL
     CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \
-        --kernel-regex kns=scan --kernel-regex kns=dwconv \
+        --kernel-regex kns=scan --kernel-regex kns=dwconv --kernel-regex kns=sum_partials \
         $python -m pytest -q -x -p no:cacheprovider "${tests[@]}" -k "cuda and not reference and not triton and not float64 and \
         not float16 and not 64521 and not 3136 and (sizes or small_planes or (conv_kernels and replicate))" || return
     CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and prints the resources that each needs.
 
-    python kernels/inspect_triton.py                            for sm_75, sm_80 and sm_90, at the shapes of T
+    python kernels/inspect_triton.py                            for sm_75, sm_80 and sm_90, at the shapes of T (Tiny)
     python kernels/inspect_triton.py --arch 90 --ops depthwise  one architecture, operators with this in their name
 
 Each launcher runs on fake CUDA tensors, so that kernels are compiled with the types, alignments and tiles of real

@@ -1,5 +1,5 @@
-// The gradients of the operators that the model calls. Without compiled kernels, dwconv2d/ops.py and token_ops.py
-// define them.
+// The gradients of the operators that training on a GPU calls. Without compiled kernels, dwconv2d/ops.py and
+// token_ops.py define them. The gradients of `dilated_dwconv2d` and `state_fusion` are always those of ops.py.
 #include "autograd.h"
 
 namespace dwconv2d {
@@ -27,9 +27,9 @@ class StateFusionOutput : public Function<StateFusionOutput> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = operator_named<Backward>("dwconv2d::state_fusion_output_backward");
     const auto saved = ctx->get_saved_variables();
-    const auto [h, weight3, weight3_d3, weight3_d5, alpha, C, D, x] = backward_by(
-        op, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7]);
-    return {h, weight3, weight3_d3, weight3_d5, alpha, C, D, x};
+    const auto [grad_h, grad_weight3, grad_weight3_d3, grad_weight3_d5, grad_alpha, grad_C, grad_D, grad_x] =
+        backward_by(op, grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7]);
+    return {grad_h, grad_weight3, grad_weight3_d3, grad_weight3_d5, grad_alpha, grad_C, grad_D, grad_x};
   }
 
   static Tensor run(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
@@ -38,6 +38,7 @@ class StateFusionOutput : public Function<StateFusionOutput> {
   }
 };
 
+// Only the gradients of the two operators on tokens are compiled. Triton or plain PyTorch runs the operators.
 class DepthwiseSilu : public Function<DepthwiseSilu> {
   using Forward = Tensor(const Tensor&, const Tensor&, const Tensor&);
   using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -53,9 +54,9 @@ class DepthwiseSilu : public Function<DepthwiseSilu> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = operator_named<Backward>("dwconv2d::depthwise_silu_backward");
     const auto saved = ctx->get_saved_variables();
-    const auto [x, weight, bias] =
+    const auto [grad_x, grad_weight, grad_bias] =
         backward_by(op, grads[0], saved[0], saved[1], saved[2], std::nullopt, std::nullopt);
-    return {x, weight, bias};
+    return {grad_x, grad_weight, grad_bias};
   }
 
   static Tensor run(const Tensor& x, const Tensor& weight, const Tensor& bias) { return apply(x, weight, bias); }
@@ -87,16 +88,16 @@ class DepthwiseResidualNorm : public Function<DepthwiseResidualNorm> {
     const Tensor &r = saved[0], &x = saved[1], &weight = saved[2], &norm_weight = saved[3];
     const auto update = if_defined(saved[4]), scale = if_defined(saved[5]);
     const double eps = ctx->saved_data["eps"].toDouble();
-    const auto [s, to_weight, to_bias, to_norm_weight, to_norm_bias, scaled] =
+    const auto [grad_s, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_update] =
         backward_by(op, grads[0], grads[1], r, x, weight, norm_weight, eps, update, scale);
     const auto dtype_of = [&](const char* name) { return ctx->saved_data[name].toScalarType(); };
-    return {s,
-            to_weight.to(weight.scalar_type()),
-            to_bias.to(dtype_of("bias")),
-            to_norm_weight.to(norm_weight.scalar_type()),
-            to_norm_bias.to(dtype_of("norm_bias")),
+    return {grad_s,
+            grad_weight.to(weight.scalar_type()),
+            grad_bias.to(dtype_of("bias")),
+            grad_norm_weight.to(norm_weight.scalar_type()),
+            grad_norm_bias.to(dtype_of("norm_bias")),
             Tensor(),
-            !update ? Tensor() : scale ? scaled : s,
+            !update ? Tensor() : scale ? grad_update : grad_s,
             Tensor()};
   }
 

@@ -1,4 +1,4 @@
-"""The operators in terms of PyTorch's standard operators, so that exported programs run without this package.
+"""The operators on planes in terms of PyTorch's standard operators, so that exported programs run without this package.
 
 table = torch.export.default_decompositions()
 table.update(dwconv2d.decompositions())
@@ -15,7 +15,10 @@ from dwconv2d.reference import DILATIONS, check_conv_inputs, check_output_inputs
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
-    """Decompositions of this package's inference operators, for `torch.export.ExportedProgram.run_decompositions`."""
+    """Decompositions for `torch.export.ExportedProgram.run_decompositions`.
+
+    The table has the forward operators on planes. The operators on tokens are for a GPU and have none.
+    """
     return {
         torch.ops.dwconv2d.dilated_dwconv2d.default: _dilated_dwconv2d,
         torch.ops.dwconv2d.state_fusion.default: _state_fusion,

@@ -4,6 +4,7 @@ selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_in
 
 For every launch, Triton inspects every argument to find the kernel that it has compiled for such arguments. This takes
 the host longer than the launch itself. Here, a dictionary maps known arguments to their compiled kernel.
+The scan and the operators on planes do not use it: Triton runs them only where no CUDA kernels are compiled.
 """
 
 import torch

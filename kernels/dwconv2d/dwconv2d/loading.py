@@ -46,7 +46,6 @@ COMPILED_FOR_CUDA = COMPILED and any(
     name.startswith(f"{PACKAGE}::") for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
 )
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-TRITON_RUNS_ON_CUDA = not COMPILED_FOR_CUDA and TRITON_INSTALLED
 
 
 def _not_compiled(part: str) -> str:
@@ -61,7 +60,7 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
 
     The result maps each name to "available", with detail in brackets, or to the reason why it is not available. With a
     tensor, "selected" is the name of what runs for tensors on its device, and "selected for NAME" is the same for each
-    operator that is never compiled.
+    operator that has no compiled kernels.
     """
     gpu = torch.cuda.is_available()
     found = {
@@ -78,7 +77,7 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
         device = tensor.device.type
         found["selected"] = _selected(device)
         uncompiled = "triton" if device == "cuda" and TRITON_INSTALLED else "reference"
-        names = (n for n, i in OPERATORS.items() if not i.compiled and not n.endswith("_backward"))
+        names = (n for n, i in OPERATORS.items() if not i.has_compiled_kernels and not n.endswith("_backward"))
         found |= {f"selected for {name}": uncompiled for name in names}
     return found
 
@@ -88,7 +87,7 @@ def _selected(device: str) -> str:
         return "cpu"
     if device == "cuda" and COMPILED_FOR_CUDA:
         return "cuda"
-    return "triton" if device == "cuda" and TRITON_RUNS_ON_CUDA else "reference"
+    return "triton" if device == "cuda" and TRITON_INSTALLED else "reference"
 
 
 def autocast_dtype(activation: Tensor) -> torch.dtype | None:
@@ -131,19 +130,20 @@ def without_autocast(kernel: Callable) -> Callable:
 
 
 @functools.cache
-def _warn_of_plain_pytorch(device: str, compiled: bool) -> None:
+def _warn_of_plain_pytorch(device: str, has_compiled_kernels: bool) -> None:
     """Warn once for each device type that could have a kernel, and for each way to get that kernel."""
-    if device == "cuda" or (device == "cpu" and compiled):
-        how = _REINSTALL if compiled else "pip install triton"
+    if device == "cuda" or (device == "cpu" and has_compiled_kernels):
+        how = _REINSTALL if has_compiled_kernels else "pip install triton"
         warnings.warn(f"{PACKAGE} runs as plain PyTorch, slowly, on {device}: {how}", stacklevel=2)
 
 
 class Implementations(NamedTuple):
-    """The implementations of an operator besides the compiled one."""
+    """The implementations of an operator in Python, and whether it has others."""
 
     plain: Callable  # in plain PyTorch
     triton_module: str  # module of this package with Triton's function of the same name
-    compiled: bool  # whether the compiled library has the operator
+    # For the CPU and, where it is compiled for CUDA, the GPU. The operator's gradient in C++ is another matter.
+    has_compiled_kernels: bool
 
     def in_triton(self) -> Callable:
         # Imported here, because a process on a CPU need not import Triton.
@@ -159,7 +159,7 @@ def _plain(implementations: Implementations) -> Callable:
     @functools.wraps(implementations.plain)
     def run(first: Tensor, *args, **kwargs):
         result = implementations.plain(first, *args, **kwargs)  # first: if it raises, there is no warning
-        _warn_of_plain_pytorch(first.device.type, implementations.compiled)
+        _warn_of_plain_pytorch(first.device.type, implementations.has_compiled_kernels)
         return result
 
     return without_autocast(run)
@@ -175,16 +175,16 @@ def _triton(implementations: Implementations) -> Callable:
 OPERATORS: dict[str, Implementations] = {}  # all registered operators, by name
 
 
-def register(plain: Callable, triton_module: str = "triton_kernels", compiled: bool = True) -> None:
+def register(plain: Callable, triton_module: str = "triton_kernels", has_compiled_kernels: bool = True) -> None:
     """Register `plain`, plain PyTorch, as the operator of its name on every device without a compiled kernel.
 
-    On a GPU, Triton's kernel of that name takes precedence. `compiled` says whether the compiled library has the
-    operator.
+    On a GPU, Triton's kernel of that name takes precedence. `has_compiled_kernels` says whether the package's C++ has
+    kernels of the operator. Its gradient in C++ (csrc/autograd.cpp) is another matter.
     """
-    implementations = OPERATORS[plain.__name__] = Implementations(plain, triton_module, compiled)
+    implementations = OPERATORS[plain.__name__] = Implementations(plain, triton_module, has_compiled_kernels)
     operator = f"{PACKAGE}::{plain.__name__}"
     torch.library.impl(operator, "default", _plain(implementations))
-    if TRITON_INSTALLED and not (compiled and COMPILED_FOR_CUDA):
+    if TRITON_INSTALLED and not (has_compiled_kernels and COMPILED_FOR_CUDA):
         torch.library.impl(operator, "cuda", _triton(implementations))
 
 
@@ -204,7 +204,7 @@ def call(name: str, *inputs: object) -> Tensor | tuple[Tensor, ...]:
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Make `backward` the gradient of an operator, as `torch.library.register_autograd` does.
 
-    The compiled library takes precedence: it has C++ gradients of the operators that the model calls.
+    An operator whose gradient the compiled library has (csrc/autograd.cpp) keeps that one.
     """
     FUNCTIONS[name] = _function(name, backward, setup_context)
     operator = f"{PACKAGE}::{name}"

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-# The kernels have these numbers built in: csrc/cpu (planes.cpp, planes_kernel.h, fusion_rows.h), csrc/cuda (taps.cuh,
-# direct_kernel.cuh) and triton_kernels.py.
+# The kernels have these numbers built in: csrc/cpu (planes.cpp, planes_kernel.h, fusion_rows.h), csrc/cuda (plan.h,
+# taps.cuh, direct_kernel.cuh) and triton_kernels.py. So has kernels/benchmark.py.
 DILATIONS = (1, 3, 5)
 PADDING_MODES = ("replicate", "zeros")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -202,7 +202,7 @@ def _margins(kernel: tuple[int, int], dilation: int) -> tuple[int, int]:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    # Not .contiguous(): on a plane of one pixel, it keeps strides for which PyTorch picks slow kernels.
+    # This is not .contiguous(), which on a plane of one pixel keeps strides for which PyTorch picks slow kernels.
     return x.to(memory_format=torch.channels_last)
 
 

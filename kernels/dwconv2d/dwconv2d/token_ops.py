@@ -24,7 +24,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"dwconv2d::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    loading.register(getattr(reference, _name), triton_module="token_triton", compiled=False)
+    loading.register(getattr(reference, _name), triton_module="token_triton", has_compiled_kernels=False)
 
 
 @torch.library.register_fake("dwconv2d::depthwise_silu")
@@ -110,9 +110,9 @@ loading.refuse_second_derivatives("depthwise_silu", "depthwise_residual_norm")
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor, uses: int = 1) -> Tensor | tuple[Tensor, ...]:
-    """Depthwise 3x3 convolution and SiLU, from tokens to planes: y = s sigmoid(s), s = bias + dwconv3x3(x).
+    """Depthwise 3x3 convolution and SiLU, from tokens to planes: y = c sigmoid(c), c = bias + dwconv3x3(x).
 
-    Outside the image x is 0. The backward pass recomputes s, so only the inputs are saved.
+    Outside the image x is 0. The backward pass recomputes c, so only the inputs are saved.
 
     Args:
         x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, with any strides: half of a projection's
@@ -153,7 +153,7 @@ def depthwise_residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """A residual, a depthwise 3x3 convolution with a residual, and the LayerNorm that follows, in one pass.
 
-    s = x + scale update, r = s + bias + dwconv3x3(s), n = LayerNorm(r) over the channels. Outside the image s is 0.
+    s = x + scale * update, r = s + bias + dwconv3x3(s), n = LayerNorm(r) over the channels. Outside the image s is 0.
     n is the norm of the returned r, which is rounded to x's dtype.
 
     Args:

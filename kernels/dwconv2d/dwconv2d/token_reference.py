@@ -29,7 +29,7 @@ def _check_convolution(x: Tensor, weight: Tensor) -> None:
 def check_silu_backward_inputs(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, grad_2: Tensor | None, grad_3: Tensor | None
 ) -> None:
-    """The same for `depthwise_silu_backward`."""
+    """Raise a ValueError or TypeError that names the first argument of the backward operator that does not fit."""
     check_silu_inputs(x, weight, bias)
     for name, tensor in (("grad", grad), ("grad_2", grad_2), ("grad_3", grad_3)):
         if tensor is not None:
@@ -45,7 +45,7 @@ def check_residual_norm_inputs(
     update: Tensor | None,
     scale: Tensor | None,
 ) -> None:
-    """The same for `depthwise_residual_norm`."""
+    """Raise a ValueError or TypeError that names the first argument that does not fit."""
     check_silu_inputs(x, weight, bias)
     _check(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
     _check(x, "norm_bias", norm_bias, tuple(x.shape[-1:]))
@@ -62,7 +62,7 @@ def check_residual_norm_backward_inputs(
     update: Tensor | None,
     scale: Tensor | None,
 ) -> None:
-    """The same for `depthwise_residual_norm_backward`."""
+    """Raise a ValueError or TypeError that names the first argument of the backward operator that does not fit."""
     _check_convolution(x, weight)
     _check(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
     _check_update(x, update, scale)
@@ -114,23 +114,24 @@ def _planes(tokens: Tensor) -> Tensor:
     return tokens.permute(0, 3, 1, 2)
 
 
-def _convolve(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """s are planes in `computed_dtype`."""
-    return F.conv2d(s, weight.to(s.dtype), bias.to(s.dtype), padding=1, groups=s.shape[1])
+def _convolve(planes: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The planes are in `computed_dtype`."""
+    dtype = planes.dtype
+    return F.conv2d(planes, weight.to(dtype), bias.to(dtype), padding=1, groups=planes.shape[1])
 
 
-def _convolution_backward(grad: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    channels = s.shape[1]
+def _convolution_backward(grad: Tensor, planes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    channels = planes.shape[1]
     geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True])
-    grads = torch.ops.aten.convolution_backward(grad, s, weight.to(s.dtype), [channels], *geometry)
+    grads = torch.ops.aten.convolution_backward(grad, planes, weight.to(planes.dtype), [channels], *geometry)
     return grads[0], grads[1].contiguous(), grads[2]
 
 
 def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`dwconv2d.depthwise_silu` without its gradient."""
     check_silu_inputs(x, weight, bias)
-    s = _convolve(_planes(x).to(computed_dtype(x)), weight, bias)
-    return F.silu(s).to(x.dtype).contiguous()
+    c = _convolve(_planes(x).to(computed_dtype(x)), weight, bias)
+    return F.silu(c).to(x.dtype).contiguous()
 
 
 def depthwise_silu_backward(
@@ -144,11 +145,11 @@ def depthwise_silu_backward(
     """Gradients of `depthwise_silu` for x, weight and bias, from the sum of up to three gradients of its planes."""
     check_silu_backward_inputs(grad, x, weight, bias, grad_2, grad_3)
     planes = _planes(x).to(computed_dtype(x))
-    s = _convolve(planes, weight, bias)
-    gate = torch.sigmoid(s)
-    total = sum(g.to(s.dtype) for g in (grad, grad_2, grad_3) if g is not None)
-    grad_s = total * (gate * (1 + s * (1 - gate)))
-    grad_x, grad_weight, grad_bias = _convolution_backward(grad_s, planes, weight)
+    c = _convolve(planes, weight, bias)
+    gate = torch.sigmoid(c)
+    total = sum(g.to(c.dtype) for g in (grad, grad_2, grad_3) if g is not None)
+    grad_c = total * (gate * (1 + c * (1 - gate)))
+    grad_x, grad_weight, grad_bias = _convolution_backward(grad_c, planes, weight)
     grad_x = grad_x.permute(0, 2, 3, 1).to(x.dtype).contiguous()
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
@@ -157,7 +158,7 @@ def depthwise_silu_backward(
 
 
 def _add_update(x: Tensor, update: Tensor | None, scale: Tensor | None) -> Tensor:
-    """s = x + scale update, as planes in `computed_dtype`."""
+    """s = x + scale * update, as planes in `computed_dtype`."""
     s = x.to(computed_dtype(x))
     if update is not None:
         update = update.to(s.dtype)

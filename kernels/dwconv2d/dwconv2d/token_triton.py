@@ -67,8 +67,8 @@ def _convolve(x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, heig
 
 
 @triton.jit
-def _sigmoid(s):
-    return 1 / (1 + tl.exp(-s))
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _silu_kernel(
     grad_ptr,
     grad_2_ptr,
     grad_3_ptr,
-    grad_s_ptr,
+    grad_c_ptr,
     height,
     width,
     channels,
@@ -122,8 +122,8 @@ def _silu_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """With s the convolution: y = SiLU(s) as planes; or, with gradients of y, the gradient of s as tokens in DTYPE."""
-    plane = plane_units * UNIT  # so that Triton knows how planes are aligned
+    """With c the convolution: y = SiLU(c) as planes; or, with gradients of y, the gradient of c as tokens in DTYPE."""
+    plane = plane_units * UNIT  # the number of positions of a plane; see `_unit`
     d_tiles = tl.cdiv(channels, BLOCK_D)
     p_tiles = tl.cdiv(plane, BLOCK_P)
     d = (tl.program_id(0) % d_tiles) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -136,13 +136,13 @@ def _silu_kernel(
     valid = (p < plane) & d_valid
 
     x_ptrs = _token_ptrs(x_ptr, image, row, column, d, x_stride_b, x_stride_y, x_stride_x, x_stride_d)
-    s = _convolve(
+    c = _convolve(
         x_ptrs, weight_ptr, bias_ptr, d, d_valid, valid, row, column, height, width, x_stride_y, x_stride_x, DTYPE
     )
-    gate = _sigmoid(s)
+    gate = _sigmoid(c)
     if grad_ptr is None:
         y_ptrs = y_ptr + image * channels * plane + d.to(tl.int64) * plane + p
-        tl.store(y_ptrs, s * gate, mask=valid)
+        tl.store(y_ptrs, c * gate, mask=valid)
     else:
         offsets = image * grad_stride_b + d.to(tl.int64) * grad_stride_d + p.to(tl.int64) * grad_stride_p
         grad = tl.load(grad_ptr + offsets, mask=valid, other=0).to(DTYPE)
@@ -150,8 +150,8 @@ def _silu_kernel(
             grad += tl.load(grad_2_ptr + offsets, mask=valid, other=0).to(DTYPE)
         if grad_3_ptr is not None:
             grad += tl.load(grad_3_ptr + offsets, mask=valid, other=0).to(DTYPE)
-        grad_s_ptrs = grad_s_ptr + (image * plane + p) * channels + d
-        tl.store(grad_s_ptrs, grad * (gate * (1 + s * (1 - gate))), mask=valid)
+        grad_c_ptrs = grad_c_ptr + (image * plane + p) * channels + d
+        tl.store(grad_c_ptrs, grad * (gate * (1 + c * (1 - gate))), mask=valid)
 
 
 # ----- depthwise_residual_norm: tokens to tokens
@@ -187,7 +187,7 @@ def _residual_norm_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """r = s + convolution of s with s = x + scale update, and n = LayerNorm(r) of the stored r."""
+    """r = s + convolution of s with s = x + scale * update, and n = LayerNorm(r) of the stored r."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     image, row, column = _image_row_column(p, height, width)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -228,7 +228,7 @@ def _residual_norm_kernel(
     tl.store(n_ptr + p_wide * channels + d, n, mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["positions"])
 def _norm_backward_kernel(
     grad_r_ptr,
     grad_n_ptr,
@@ -311,8 +311,8 @@ def _convolution_backward_kernel(
 ):
     """The gradient of s and, with a scale, of the update, and partial sums for weight and bias.
 
-    `grad` is the gradient of bias + conv(s) [+ s] with s = x [+ scale update], as tokens in DTYPE. The tap that leads
-    from p to q multiplies s(q) for the output p, so it also joins s(q) with grad(p). Sums are (programs, 10, channels):
+    `grad` is the gradient of bias + conv(s) [+ s] with s = x [+ scale * update], as tokens in DTYPE. The tap that leads
+    from p to q multiplies s(q) for the result p, so it also joins s(q) with grad(p). Sums are (programs, 10, channels):
     nine taps, then the bias.
     """
     d_tiles = tl.cdiv(channels, BLOCK_D)
@@ -479,8 +479,8 @@ def _computed(x: Tensor) -> tl.dtype:
 Tiling = dict[str, int]  # tile sizes and warps of a program, as arguments of a kernel
 
 
-# The sizes were the fastest on an H100, at the shapes of T and a batch of 128. They are cached, because the host's time
-# limits small kernels.
+# The sizes were the fastest on an H100, at the shapes of Spatial-Mamba Tiny and a batch of
+# 128. They are cached, because the host's time limits small kernels.
 
 
 def _power_of_2(channels: int) -> int:
@@ -489,13 +489,13 @@ def _power_of_2(channels: int) -> int:
 
 
 @functools.cache
-def silu_tiling(channels: int) -> Tiling:
+def _silu_tiling(channels: int) -> Tiling:
     """Positions of one image times channels. Channels are adjacent in tokens, and positions in planes."""
     return dict(BLOCK_P=16, BLOCK_D=min(_power_of_2(channels), 64), num_warps=2)
 
 
 @functools.cache
-def norm_tiling(channels: int, backward: bool) -> Tiling:
+def _norm_tiling(channels: int, backward: bool) -> Tiling:
     """Positions with all their channels."""
     block_d = _power_of_2(channels)
     if backward:
@@ -509,14 +509,14 @@ def norm_tiling(channels: int, backward: bool) -> Tiling:
 
 
 @functools.cache
-def convolution_tiling(channels: int) -> Tiling:
+def _convolution_tiling(channels: int) -> Tiling:
     """Few elements per thread, because a thread holds nine taps and ten sums for each."""
     block_d = min(_power_of_2(channels), 32)
     return dict(BLOCK_P=256 // block_d, BLOCK_D=block_d, num_warps=2)
 
 
 # A program adds all rows of its 8 channels (32 bytes a row), and loads 256 rows at once.
-SUMS_TILING: Tiling = dict(BLOCK_ROWS=256, BLOCK_D=8, num_warps=4)
+_SUMS_TILING: Tiling = dict(BLOCK_ROWS=256, BLOCK_D=8, num_warps=4)
 
 
 def tiles_of_a_program(positions: int, block_p: int, d_tiles: int) -> int:
@@ -528,7 +528,11 @@ def tiles_of_a_program(positions: int, block_p: int, d_tiles: int) -> int:
 
 
 def _unit(stride: int) -> int:
-    """The largest power of two up to 8 that divides a stride."""
+    """The largest power of two up to 8 that divides a stride. The widest access has 8 elements of 16 bits.
+
+    For the numbers that it gets at run time, Triton knows at most that 16 divides them. So a kernel gets a stride as
+    `stride // unit` and the constant `unit`. Triton then knows that `unit` divides their product.
+    """
     return min(stride & -stride, 8) or 8
 
 
@@ -542,18 +546,18 @@ def _silu(
     bias: Tensor,
     y: Tensor | None,
     grads: Sequence[Tensor] = (),
-    grad_s: Tensor | None = None,
+    grad_c: Tensor | None = None,
 ) -> None:
-    """Compute y; with gradients of y, which must have the same strides, compute grad_s instead."""
+    """Compute y; with gradients of y, which must have the same strides, compute grad_c instead."""
     batch, height, width, channels = x.shape
     plane = height * width
     unit = _unit(plane)
-    tiling = silu_tiling(channels)
+    tiling = _silu_tiling(channels)
     rows = [grad.reshape(batch, channels, plane) for grad in grads]
     launch(
         _silu_kernel,
         batch * _ceil_div(plane, tiling["BLOCK_P"]) * _ceil_div(channels, tiling["BLOCK_D"]),
-        *(x, weight.contiguous(), bias.contiguous(), y, *rows, *(None,) * (3 - len(rows)), grad_s),
+        *(x, weight.contiguous(), bias.contiguous(), y, *rows, *(None,) * (3 - len(rows)), grad_c),
         *(height, width, channels, plane // unit, *x.stride(), *(rows[0].stride() if rows else (0, 0, 0))),
         UNIT=unit,
         DTYPE=_computed(x),
@@ -580,12 +584,12 @@ def depthwise_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `depthwise_silu` for x, weight and bias, from the sum of up to three gradients of its planes."""
     reference.check_silu_backward_inputs(grad, x, weight, bias, grad_2, grad_3)
-    grad_s = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
+    grad_c = x.new_empty(x.shape, dtype=reference.computed_dtype(x))
     grads = [g for g in (grad, grad_2, grad_3) if g is not None]
     if any(g.stride() != grad.stride() for g in grads):
-        grads = [sum(g.to(grad_s.dtype) for g in grads)]
-    _silu(x, weight, bias, None, grads, grad_s)
-    grad_x, partials, _ = _convolution_backward(grad_s, x, weight, residual=False)
+        grads = [sum(g.to(grad_c.dtype) for g in grads)]
+    _silu(x, weight, bias, None, grads, grad_c)
+    grad_x, partials, _ = _convolution_backward(grad_c, x, weight, residual=False)
     grad_weight, grad_bias = _reduce_partials(partials)
     return grad_x, grad_weight.view(weight.shape).to(weight.dtype), grad_bias.to(bias.dtype)
 
@@ -604,11 +608,11 @@ def _reduce_partials(partials: Tensor, norm_partials: Tensor | None = None) -> l
         return [grad.zero_() for grad in grads]
     launch(
         _sums_kernel,
-        (10 if norm_partials is None else 12) * _ceil_div(channels, SUMS_TILING["BLOCK_D"]),
+        (10 if norm_partials is None else 12) * _ceil_div(channels, _SUMS_TILING["BLOCK_D"]),
         *(partials, norm_partials, *grads, *((None, None) if norm_partials is None else ())),
         *(len(partials), 0 if norm_partials is None else len(norm_partials), channels),
         DTYPE=_TRITON_DTYPES[partials.dtype],
-        **SUMS_TILING,
+        **_SUMS_TILING,
     )
     return grads
 
@@ -621,12 +625,13 @@ def _convolution_backward(
     update: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the contiguous gradient of s, partial sums of the gradients of weight and bias in `grad`'s dtype, and the
-    gradient of the update, which differs from that of s if there is a scale and is otherwise empty.
+    """Return the contiguous gradient of s = x [+ scale * update], partial sums of the gradients of weight and bias in
+    `grad`'s dtype, and the gradient of the update, which differs from that of s if there is a scale and is otherwise
+    empty.
     """
     _, height, width, channels = x.shape
     positions = _count_positions(x)
-    tiling = convolution_tiling(channels)
+    tiling = _convolution_tiling(channels)
     d_tiles = _ceil_div(channels, tiling["BLOCK_D"])
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], d_tiles)
     programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
@@ -660,7 +665,7 @@ def depthwise_residual_norm(
     reference.check_residual_norm_inputs(x, weight, bias, norm_weight, norm_bias, update, scale)
     _, height, width, channels = x.shape
     positions = _count_positions(x)
-    tiling = norm_tiling(channels, backward=False)
+    tiling = _norm_tiling(channels, backward=False)
     r = x.new_empty(x.shape, dtype=_stored(x))
     n = torch.empty_like(r)
     launch(
@@ -697,7 +702,7 @@ def depthwise_residual_norm_backward(
     reference.check_residual_norm_backward_inputs(grad_r, grad_n, r, x, weight, norm_weight, update, scale)
     channels = x.shape[3]
     positions = _count_positions(x)
-    tiling = norm_tiling(channels, backward=True)
+    tiling = _norm_tiling(channels, backward=True)
     tiles = tiles_of_a_program(positions, tiling["BLOCK_P"], 1)
     programs = _ceil_div(positions, tiling["BLOCK_P"] * tiles)
     grad = x.new_empty(x.shape, dtype=reference.computed_dtype(x))

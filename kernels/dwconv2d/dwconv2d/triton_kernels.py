@@ -149,6 +149,7 @@ def _convolve(
     """The sum over taps of tap times value. `partials_ptrs` receives, for each tap, the sum of factor times value.
 
     Levels are kernels of the same size with dilations 2 apart. They share their centre, which only the first one has.
+    With several levels, UNROLLED must be KERNEL_Y.
     """
     total = tl.zeros(valid.shape, taps_ptrs.dtype.element_ty)
     for level in tl.static_range(LEVELS):
@@ -238,7 +239,7 @@ def _forward_kernel(
     result_ptrs = result_ptr + image * result_stride_b + d * result_stride_d
     result_ptrs += row * result_stride_y + column * result_stride_x
 
-    output = tl.zeros((BLOCK_P, BLOCK_D), dtype)
+    y = tl.zeros((BLOCK_P, BLOCK_D), dtype)
     for n in range(N):
         n_64 = tl.cast(n, tl.int64)
         fused = _convolve(
@@ -270,11 +271,11 @@ def _forward_kernel(
             tl.store(result_ptrs + n_64 * result_stride_n, fused, mask=valid)
         else:
             C_ptrs = C_ptr + image * C_stride_b + n_64 * C_stride_n + row * C_stride_y + column * C_stride_x
-            output += _load(C_ptrs, p_valid, dtype) * fused
+            y += _load(C_ptrs, p_valid, dtype) * fused
     if C_ptr is not None:
         x_ptrs = x_ptr + image * x_stride_b + d * x_stride_d + row * x_stride_y + column * x_stride_x
-        output += _load(D_ptr + d, d_valid, dtype) * _load(x_ptrs, valid, dtype)
-        tl.store(result_ptrs, output, mask=valid)
+        y += _load(D_ptr + d, d_valid, dtype) * _load(x_ptrs, valid, dtype)
+        tl.store(result_ptrs, y, mask=valid)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -408,7 +409,7 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=_FOLD_SIZES)
 def _fold_kernel(first_ptr, outer, side_by_side, outer_stride, along_stride, length, margin, BLOCK: tl.constexpr):
-    """Along one axis, store sums of the 2, 3, ..., margin + 1 outermost values 1, 2, ..., margin beyond the border.
+    """Along one axis, at distance k = 1, ..., margin beyond each border, store the sum of the k + 1 outermost values.
 
     Every lane has a line of `length` values. There are `outer` groups of lines, and the lines of a
     group are `side_by_side` in memory.
@@ -432,7 +433,7 @@ def _fold_kernel(first_ptr, outer, side_by_side, outer_stride, along_stride, len
 # ----- launches
 
 _INT32_MAX = 2**31 - 1
-_Output = tuple[Tensor, Tensor, Tensor]  # C, D, x
+_OutputEquation = tuple[Tensor, Tensor, Tensor]  # C, D, x
 
 
 class _Convolution(NamedTuple):
@@ -486,7 +487,7 @@ def _tiling(planes: tuple[Tensor | None, ...], elements: int) -> _Tiling:
     positions = batch * height * width
     most_d = triton.next_power_of_2(channels)
     least_d = min(most_d, 8) if any(_channels_innermost(p) for p in planes if p is not None) else 1
-    # At least 16, since Triton 3.0 crashes on a sum over a single position
+    # It is at least 16, because Triton 3.0 crashes on a sum over a single position.
     block_p = min(max(triton.next_power_of_2(positions), 16), elements // least_d)
     block_d = min(most_d, elements // block_p)
     return _Tiling(block_p, block_d, triton.cdiv(positions, block_p), triton.cdiv(channels, block_d))
@@ -534,11 +535,11 @@ def _convolve_planes(
     convolution: _Convolution,
     result: Tensor,
     bias: Tensor | None = None,
-    output: _Output | None = None,
+    equation: _OutputEquation | None = None,
     adjoint: bool = False,
 ) -> None:
     """Run `_forward_kernel` from `source` to `result`, both (B, D, H, W) or (B, D, N, H, W)."""
-    C, D, x = output or (None, None, None)
+    C, D, x = equation or (None, None, None)
     batch, channels, *_, height, width = source.shape
     tiling = _tiling((source, result), 1024)
     source, result = _with_states(source), _with_states(result)
@@ -608,15 +609,15 @@ class _Gradients(NamedTuple):
 
 
 def _gradients(
-    grad: Tensor, h: Tensor, convolution: _Convolution, bias: bool = False, output: _Output | None = None
+    grad: Tensor, h: Tensor, convolution: _Convolution, bias: bool = False, equation: _OutputEquation | None = None
 ) -> _Gradients:
-    """Gradients from `grad` of the convolution's result or, with `output`, of y. `bias`: also that of the bias."""
-    C, D, x = output or (None, None, None)
+    """Gradients from `grad` of the convolution's result or, with `equation`, of y. `bias`: also that of the bias."""
+    C, D, x = equation or (None, None, None)
     h, taps = _with_states(h), convolution.taps
     grad = _with_states(grad).expand(h.shape)
     batch, channels, states, height, width = h.shape
     tiling = _tiling((h, grad, x), 256)
-    group = min(max(8 // tiling.block_d, 1), tiling.d_tiles) if output else 1
+    group = min(max(8 // tiling.block_d, 1), tiling.d_tiles) if equation else 1
     groups = triton.cdiv(tiling.d_tiles, group)
 
     fused, memory = None, None
@@ -624,9 +625,9 @@ def _gradients(
         fused, memory = _with_margins(h, *convolution.margins(height, width), taps.dtype)
     grad_taps = taps.new_empty(tiling.p_tiles, states, *taps.shape)
     grad_bias = taps.new_empty(tiling.p_tiles, channels) if bias else None
-    grad_C = taps.new_empty(groups, *C.shape) if output else None
-    grad_D = taps.new_empty(tiling.p_tiles, channels) if output else None
-    grad_x = _result_like(x, taps.dtype) if output else None
+    grad_C = taps.new_empty(groups, *C.shape) if equation else None
+    grad_D = taps.new_empty(tiling.p_tiles, channels) if equation else None
+    grad_x = _result_like(x, taps.dtype) if equation else None
     _launch(
         _backward_kernel,
         tiling.p_tiles * groups,
@@ -647,9 +648,9 @@ def _gradients(
         grad if fused is None else fused,
         grad_taps.sum((0, 1)),
         grad_bias.sum(0) if bias else None,
-        grad_C.sum(0).to(C.dtype) if output else None,
-        grad_D.sum(0) if output else None,
-        grad_x.to(x.dtype) if output else None,
+        grad_C.sum(0).to(C.dtype) if equation else None,
+        grad_D.sum(0) if equation else None,
+        grad_x.to(x.dtype) if equation else None,
     )
 
 
@@ -728,12 +729,12 @@ def _fusion_gradients(
     weight3_d3: Tensor,
     weight3_d5: Tensor,
     alpha: Tensor,
-    output: _Output | None = None,
+    equation: _OutputEquation | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], _Gradients]:
     """The gradients of h, the three kernels and alpha, and all that `_gradients` returns."""
     weights = _stack(weight3, weight3_d3, weight3_d5)
     convolution = _merged(weights, alpha)
-    grads = _gradients(grad, h, convolution, output=output)
+    grads = _gradients(grad, h, convolution, equation=equation)
     grad_h = h.new_empty(h.shape)
     _convolve_planes(grads.fused, convolution, grad_h, adjoint=True)
 
@@ -759,7 +760,7 @@ def state_fusion_output(
     reference.check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x)
     y = _result_like(x, h.dtype)
     convolution = _merged(_stack(weight3, weight3_d3, weight3_d5), alpha)
-    _convolve_planes(h, convolution, y, output=(C, D.contiguous(), x))
+    _convolve_planes(h, convolution, y, equation=(C, D.contiguous(), x))
     return y.to(x.dtype)
 
 
@@ -777,6 +778,6 @@ def state_fusion_output_backward(
     """Gradients of `state_fusion_output` for its eight inputs, from `grad` of y. The fused states are recomputed."""
     reference.check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x)
     reference.check_grad(grad, x)
-    output = C, D.contiguous(), x
-    states, grads = _fusion_gradients(grad, h, weight3, weight3_d3, weight3_d5, alpha, output)
-    return *states, grads.C, grads.D, grads.x
+    equation = C, D.contiguous(), x
+    of_fusion, grads = _fusion_gradients(grad, h, weight3, weight3_d3, weight3_d5, alpha, equation)
+    return *of_fusion, grads.C, grads.D, grads.x

@@ -27,9 +27,9 @@ class Scan : public Function<Scan> {
     const auto saved = ctx->get_saved_variables();
     const auto bias = if_defined(saved[4]);
     const bool softplus = ctx->saved_data["delta_softplus"].toBool(), is_log = ctx->saved_data["A_is_log"].toBool();
-    const auto [u, delta, A, B, grad_bias] =
+    const auto [grad_u, grad_delta, grad_A, grad_B, grad_bias] =
         backward_by(op, grads[0], saved[0], saved[1], saved[2], saved[3], bias, softplus, is_log);
-    return {u, delta, A, B, bias ? grad_bias : Tensor(), Tensor(), Tensor()};
+    return {grad_u, grad_delta, grad_A, grad_B, bias ? grad_bias : Tensor(), Tensor(), Tensor()};
   }
 
   static Tensor run(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
@@ -38,6 +38,7 @@ class Scan : public Function<Scan> {
   }
 };
 
+// Only the gradient of the gated norm is compiled. Triton or plain PyTorch runs the operator.
 class NormGate : public Function<NormGate> {
   using Forward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
   using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
@@ -56,8 +57,9 @@ class NormGate : public Function<NormGate> {
     static const auto op = operator_named<Backward>("selective_scan::norm_gate_backward");
     const auto saved = ctx->get_saved_variables();
     const double eps = ctx->saved_data["eps"].toDouble();
-    const auto [y, z, weight, bias] = backward_by(op, grads[0], saved[0], saved[1], saved[2], saved[3], eps);
-    return {y, z, weight, bias, Tensor()};
+    const auto [grad_y, grad_z, grad_weight, grad_bias] =
+        backward_by(op, grads[0], saved[0], saved[1], saved[2], saved[3], eps);
+    return {grad_y, grad_z, grad_weight, grad_bias, Tensor()};
   }
 
   static Tensor run(const Tensor& y, const Tensor& z, const Tensor& weight, const Tensor& bias, double eps) {

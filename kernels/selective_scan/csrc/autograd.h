@@ -33,7 +33,8 @@ auto below_autograd(const Operator& op, Args&&... args) {
   return op.call(std::forward<Args>(args)...);
 }
 
-// Calls a backward operator. Its own autograd kernel only refuses a second derivative.
+// Calls a backward operator. With create_graph=True, grad mode is on, and the operator's own autograd kernel raises an
+// error, because there is no second derivative. Otherwise, the call skips that kernel, which is faster.
 template <typename Operator, typename... Args>
 auto backward_by(const Operator& op, Args&&... args) {
   return at::GradMode::is_enabled() ? op.call(std::forward<Args>(args)...)

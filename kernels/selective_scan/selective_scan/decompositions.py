@@ -1,4 +1,4 @@
-"""The operators in terms of PyTorch's standard operators, so that exported programs run without this package.
+"""The scan in terms of PyTorch's standard operators, so that exported programs run without this package.
 
     table = torch.export.default_decompositions()
     table.update(selective_scan.decompositions())
@@ -20,7 +20,9 @@ CHUNK = 32  # tokens of a chunk, if the total number is unknown
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
-    """Decompositions of this package's inference operators, for `torch.export.ExportedProgram.run_decompositions`.
+    """Decompositions for `torch.export.ExportedProgram.run_decompositions`.
+
+    The table has `selective_scan_state` alone. `norm_gate` is for a GPU and has none.
 
     The scan becomes two calls of `torch.ops.higher_order.scan`, which ONNX has as Scan. The first runs within all
     chunks of tokens at once, the second over the chunks. A chunk has sqrt(L) of L tokens, which gives the fewest steps,

@@ -10,18 +10,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from selective_scan import gate_ops, ops  # noqa: F401, they define the operators
 
-STATE = 7  # for each state, if a multiply-add counts as one; Mamba's and the authors' counters use this number
+# Multiply-adds for each state. The official counters of Mamba and of Spatial-Mamba use this number.
+STATE = 7
 STATE_BACKWARD = 2 * STATE + 4  # the states again, their adjoint, and the products of the four gradients
 
 
-def scan_flops(u_shape, delta_shape, A_shape, *args) -> int:
-    """`STATE` for each of the B D N L states: a multiply-add counts as one."""
+def scan_multiply_adds(u_shape, delta_shape, A_shape, *args) -> int:
+    """`STATE` for each of the B D N L states."""
     return STATE * prod(u_shape) * A_shape[1]
 
 
 @register_flop_formula(torch.ops.selective_scan.selective_scan_state)
 def _forward(*shapes, out_shape=None, **kwargs) -> int:
-    return 2 * scan_flops(*shapes)
+    return 2 * scan_multiply_adds(*shapes)
 
 
 @register_flop_formula(torch.ops.selective_scan.selective_scan_state_backward)

@@ -16,7 +16,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"selective_scan::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    loading.register(getattr(reference, _name), triton_module="gate_triton", compiled=False)
+    loading.register(getattr(reference, _name), triton_module="gate_triton", has_compiled_kernels=False)
 
 
 @torch.library.register_fake("selective_scan::norm_gate")

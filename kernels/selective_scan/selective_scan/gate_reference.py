@@ -34,7 +34,7 @@ def check_inputs(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def check_grad(grad: Tensor, z: Tensor) -> None:
-    """The same for the gradient of the result, which is like z."""
+    """Raise a ValueError if the gradient of the result, which is like z, does not fit."""
     if grad.shape != z.shape or grad.dtype != z.dtype or grad.device != z.device:
         raise ValueError(
             f"grad must be {tuple(z.shape)}, {z.dtype} on {z.device}, "

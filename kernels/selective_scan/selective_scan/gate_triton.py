@@ -18,7 +18,7 @@ from selective_scan.launching import launch
 
 @triton.jit
 def _tile(plane, channels, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """This program's image, positions and channels, and which of them exist."""
+    """This program's image, positions and channels, and which of them exist. `plane` is its number of positions."""
     tiles = tl.cdiv(plane, BLOCK_P)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
@@ -59,7 +59,7 @@ def _forward_kernel(
 ):
     image, p, d, p_valid, d_valid = _tile(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
-    # Strides of planes come in units, so that Triton knows how planes are aligned.
+    # Strides of planes come in units: see `_unit`.
     y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
     y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
     z_ptrs = z_ptr + image * z_stride_b + p.to(tl.int64) * z_stride_p + d.to(tl.int64) * z_stride_d
@@ -100,7 +100,10 @@ def _backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of y (planes) and z (tokens), and this program's partial sums of those of weight and bias."""
+    """Gradients of y (planes) and z (tokens), and this program's partial sums of those of weight and bias.
+
+    Strides of planes come in units: see `_unit`.
+    """
     image, p, d, p_valid, d_valid = _tile(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
     y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
@@ -139,7 +142,11 @@ def _stored(y: Tensor) -> torch.dtype:
 
 
 def _unit(stride: int) -> int:
-    """The largest power of two up to 8 that divides a stride."""
+    """The largest power of two up to 8 that divides a stride. The widest access has 8 elements of 16 bits.
+
+    For the numbers that it gets at run time, Triton knows at most that 16 divides them. So a kernel gets a stride as
+    `stride // unit` and the constant `unit`. Triton then knows that `unit` divides their product.
+    """
     return min(stride & -stride, 8) or 8
 
 
@@ -148,8 +155,10 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 @functools.cache
-def gate_tiling(channels: int, backward: bool) -> dict[str, int]:
-    """Tiles of adjacent positions with all their channels. The sizes were the fastest on an H100, at T's shapes."""
+def _gate_tiling(channels: int, backward: bool) -> dict[str, int]:
+    """Tiles of adjacent positions with all their channels. The sizes were the fastest on an H100, at the shapes
+    of Spatial-Mamba Tiny.
+    """
     block_d = max(triton.next_power_of_2(channels), 16)
     if block_d <= (128 if backward else 256):
         block_p = 16
@@ -178,7 +187,7 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     planes, tokens = _rows(y, z)
     batch, channels, plane = planes.shape
     strides, unit = _strides_in_units(planes)
-    tiling = gate_tiling(channels, backward=False)
+    tiling = _gate_tiling(channels, backward=False)
     launch(
         _forward_kernel,
         batch * _ceil_div(plane, tiling["BLOCK_P"]),
@@ -203,7 +212,7 @@ def norm_gate_backward(
     _, grads = _rows(y, grad)
     batch, channels, plane = planes.shape
     strides, unit = _strides_in_units(planes)
-    tiling = gate_tiling(channels, backward=True)
+    tiling = _gate_tiling(channels, backward=True)
     programs = batch * _ceil_div(plane, tiling["BLOCK_P"])
     partials = y.new_empty(programs, 2, channels, dtype=reference.computed_dtype(y))
     launch(

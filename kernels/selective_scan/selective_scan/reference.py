@@ -40,7 +40,7 @@ def check_inputs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Ten
 
 
 def check_grad(grad: Tensor, u: Tensor, A: Tensor) -> None:
-    """The same for the gradient of the states."""
+    """Raise a ValueError or TypeError if the gradient of the states does not fit."""
     shape = (*u.shape[:2], A.shape[1], u.shape[2])
     if grad.shape != shape:
         raise ValueError(f"grad must be {tuple(shape)}, got shape {tuple(grad.shape)}")

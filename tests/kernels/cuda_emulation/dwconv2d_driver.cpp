@@ -17,9 +17,9 @@ void run_tiled(const Params& p, Pass pass, Order order) {
   using Input = typename Instance::Input;
   using Activation = typename Instance::Activation;
   emulation::launch(p.blocks(), p.plan.threads, p.plan.shared, order, [&] {
-    if (pass == Pass::kForward) return tiled_forward<Taps, Input, Activation, Instance::kOutput>(p);
-    if (pass == Pass::kAdjoint) return tiled_adjoint<Taps, Input, Activation, Instance::kOutput>(p);
-    return tiled_gradients<Taps, Input, Activation, Instance::kOutput>(p);
+    if (pass == Pass::kForward) return tiled_forward<Taps, Input, Activation, Instance::kOutputEquation>(p);
+    if (pass == Pass::kAdjoint) return tiled_adjoint<Taps, Input, Activation, Instance::kOutputEquation>(p);
+    return tiled_gradients<Taps, Input, Activation, Instance::kOutputEquation>(p);
   });
 }
 
@@ -34,11 +34,11 @@ void run_direct(const Params& p, Pass pass, Order order) {
   using Input = typename Instance::Input;
   using Activation = typename Instance::Activation;
   launch_threads(direct_results(p, pass), order, [&] {
-    if (pass == Pass::kForward) return direct_forward<Taps, Input, Activation, Instance::kOutput>(p);
-    if (pass == Pass::kAdjoint) return direct_adjoint<Taps, Input, Activation, Instance::kOutput>(p);
-    return direct_gradients<Taps, Input, Activation, Instance::kOutput>(p);
+    if (pass == Pass::kForward) return direct_forward<Taps, Input, Activation, Instance::kOutputEquation>(p);
+    if (pass == Pass::kAdjoint) return direct_adjoint<Taps, Input, Activation, Instance::kOutputEquation>(p);
+    return direct_gradients<Taps, Input, Activation, Instance::kOutputEquation>(p);
   });
-  if constexpr (Instance::kOutput) {
+  if constexpr (Instance::kOutputEquation) {
     const int64_t partials = p.batch * p.plan.channel_blocks * p.states * p.pixels();
     if (pass == Pass::kGradients) launch_threads(partials, order, [&] { direct_C_gradient<Input, Activation>(p); });
   }
@@ -117,7 +117,7 @@ extern "C" const char* emulated_forward(
     int order, const int64_t* numbers, const void* const* inputs, const int64_t* strides, void** outputs) {
   return guarded([&] {
     Params p = make_params(numbers, inputs, strides);
-    p.result = contiguous(outputs[0], p, p.has_output() ? 1 : p.states);
+    p.result = contiguous(outputs[0], p, p.has_output_equation() ? 1 : p.states);
     make_plan(p, Pass::kForward);
     run(p, Pass::kForward, Order(order));
   });
@@ -149,7 +149,7 @@ extern "C" const char* emulated_backward(
     Sums sums;
     sums.first = {p.partials_taps, conv ? outputs[2] : grad_taps.data(), 1, slices, taps, !conv};
     if (p.partials_D_or_bias) sums.second = {p.partials_D_or_bias, outputs[6], 1, slices, p.channels, !conv};
-    if (p.has_output()) {
+    if (p.has_output_equation()) {
       sums.third = {p.partials_C, outputs[7], p.batch, p.plan.channel_blocks, p.states * p.pixels(), false};
     }
     add_up(sums, p.dtype, turn);
@@ -163,7 +163,7 @@ extern "C" const char* emulated_backward(
 extern "C" void emulated_plan(int pass, const int64_t* numbers, const int64_t* strides, int64_t* results) {
   const void* const aligned_but_null[10] = {};
   Params p = make_params(numbers, aligned_but_null, strides);
-  const int of_result = p.has_output() ? 1 : p.states;
+  const int of_result = p.has_output_equation() ? 1 : p.states;
   p.result = contiguous(nullptr, p, of_result);
   p.grad_input = contiguous(nullptr, p, p.states);
   p.grad_x = contiguous(nullptr, p, 1);

@@ -87,9 +87,9 @@ struct Rows {
   }
 };
 
-// 16 columns of a plane, or its last ones. Left: they are the first. Right: taps reach beyond the last column. Output:
-// the sums are multiplied by C, and D x is added.
-template <bool Left, bool Right, bool Output>
+// 16 columns of a plane, or its last ones. Left: they are the first. Right: taps reach beyond the last column.
+// OutputEquation: the sums are multiplied by C, and D x is added.
+template <bool Left, bool Right, bool OutputEquation>
 struct ColumnBlock {
   Rows in;  // of column 0
   int64_t column;
@@ -113,7 +113,7 @@ struct ColumnBlock {
   }
 
   INLINE void store(__m512 sum) {
-    if (Output) {
+    if (OutputEquation) {
       const __m512 skip = _mm512_mul_ps(D, _mm512_maskz_loadu_ps(has, x.next()));
       sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(has, C.next()), sum, skip);
     }
@@ -126,7 +126,7 @@ INLINE __m512 join(__m256 low, __m256 high) {
 }
 
 // The last columns of two planes, up to eight of each.
-template <bool Output>
+template <bool OutputEquation>
 struct Ends {
   Rows in;  // of column 0
   int64_t offset;
@@ -152,7 +152,7 @@ struct Ends {
   }
 
   INLINE void store(__m512 sum) {
-    if (Output) {
+    if (OutputEquation) {
       const float* const from = x.next();
       const __m512 skip = join(_mm256_maskz_loadu_ps(has, from), _mm256_maskz_loadu_ps(has, from + x_channel));
       const __m256 numbers = _mm256_maskz_loadu_ps(has, C.next());
@@ -160,7 +160,7 @@ struct Ends {
     }
     float* const to = out.next();
     _mm256_mask_storeu_ps(to, has, _mm512_castps512_ps256(sum));
-    // Not by extracting 256 bits: GCC 12 fuses both steps into an instruction that accesses masked-out lanes.
+    // This does not extract 256 bits: GCC 12 fuses both steps into an instruction that accesses masked-out lanes.
     _mm512_mask_storeu_ps(to + out_channel - 8, has << 8, sum);
   }
 };
@@ -170,15 +170,15 @@ struct Strip {
   int64_t height, begin, rows;
 };
 
-// Goes down a strip. sums[j] belongs to the output row j - 5 rows before the input row, and is stored when j is 10.
+// Goes down a strip. sums[j] belongs to the output row `input row + 5 - j`, and is stored when j is 10.
 template <class Columns>
-struct Sums {
+struct Descent {
   Columns columns;
   const int64_t height, begin, rows;  // of the plane, and of the strip
   const float* weights;
   __m512 held[kWeightsHeld], sums[kSums];
 
-  INLINE Sums(const Columns& given, const Strip& strip, const float* weights)
+  INLINE Descent(const Columns& given, const Strip& strip, const float* weights)
       : columns(given), height(strip.height), begin(strip.begin), rows(strip.rows), weights(weights) {
     columns.C.skip(begin), columns.x.skip(begin), columns.out.skip(begin);
 #pragma GCC unroll 25
@@ -217,15 +217,15 @@ struct Sums {
 
 template <class Columns>
 NOINLINE void fuse(const Columns& columns, const Strip& strip, const float* weights) {
-  Sums<Columns> sums(columns, strip, weights);
+  Descent<Columns> descent(columns, strip, weights);
   const int64_t first = 2 * kReach, last = most(first, strip.rows);
-  const Rows plane = sums.columns.in;
-  for (int64_t row = 0; row < first; ++row) sums.template add<false>(row);
-  sums.columns.in.skip(strip.begin + kReach);
+  const Rows plane = descent.columns.in;
+  for (int64_t row = 0; row < first; ++row) descent.template add<false>(row);
+  descent.columns.in.skip(strip.begin + kReach);
 #pragma GCC unroll 2  // the fastest of 1, 2, 3, 4 and 11, although with 11 no sums would move
-  for (int64_t row = first; row < last; ++row) sums.template add<true>(row);
-  sums.columns.in = plane;
-  for (int64_t row = last; row < strip.rows + 2 * kReach; ++row) sums.template add<false>(row);
+  for (int64_t row = first; row < last; ++row) descent.template add<true>(row);
+  descent.columns.in = plane;
+  for (int64_t row = last; row < strip.rows + 2 * kReach; ++row) descent.template add<false>(row);
 }
 
 // A task: a strip of two channels. Their last columns share a vector if they fit.
@@ -241,7 +241,7 @@ struct Pair {
   }
 
   // The rows that are added to the sums: x (with factor D) for the first state, then the sum over the states so far.
-  INLINE Rows rows_of_x(int64_t c, int64_t n, int64_t column) const {
+  INLINE Rows rows_to_add(int64_t c, int64_t n, int64_t column) const {
     return n == 0 ? rows_of(p.x, c, 0, column) : rows_of(p.out, c, 0, column);
   }
   INLINE Rows rows_of_out(int64_t c, int64_t n, int64_t column) const {
@@ -251,46 +251,46 @@ struct Pair {
     return n || !p.D.data ? 1 : ((const float*)p.D.data)[(channel + c) * p.D.channel];
   }
 
-  template <bool Output, bool Left, bool Right>
+  template <bool OutputEquation, bool Left, bool Right>
   INLINE void block(int64_t c, int64_t n, int64_t column) const {
-    ColumnBlock<Left, Right, Output> b;
+    ColumnBlock<Left, Right, OutputEquation> b;
     b.in = rows_of(p.in, c, n, 0);
     b.column = column;
     if (Right) b.here = Segment(column, p.width), b.next = Segment(column + kLanes, p.width);
     b.has_next = first_lanes(p.width - column - kLanes);
     b.has = first_lanes(p.width - column);
-    b.C = rows_of(p.C, 0, n, column), b.x = rows_of_x(c, n, column), b.out = rows_of_out(c, n, column);
+    b.C = rows_of(p.C, 0, n, column), b.x = rows_to_add(c, n, column), b.out = rows_of_out(c, n, column);
     b.D = _mm512_set1_ps(D(c, n));
     fuse(b, strip, weights[c]);
   }
 
-  template <bool Output>
+  template <bool OutputEquation>
   INLINE void ends(int64_t n, int64_t column) const {
-    Ends<Output> e;
+    Ends<OutputEquation> e;
     e.look_from(column, p.width);
     e.in = rows_of(p.in, 0, n, 0);
-    e.C = rows_of(p.C, 0, n, column), e.x = rows_of_x(0, n, column), e.out = rows_of_out(0, n, column);
+    e.C = rows_of(p.C, 0, n, column), e.x = rows_to_add(0, n, column), e.out = rows_of_out(0, n, column);
     e.in_channel = p.in.channel, e.out_channel = p.out.channel, e.x_channel = n == 0 ? p.x.channel : p.out.channel;
     e.D = join(_mm256_set1_ps(D(0, n)), _mm256_set1_ps(D(1, n)));
     fuse(e, strip, weights[2]);
   }
 
-  template <bool Output>
+  template <bool OutputEquation>
   INLINE void run() const {
     const int64_t rest = p.width % kLanes, shared = channels == 2 && 0 < rest && rest <= 8 ? p.width - rest : p.width;
     for (int64_t n = 0; n < p.states; ++n) {
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t column = 0; column < shared; column += kLanes) {
           if (column == 0) {
-            block<Output, true, false>(c, n, column);
+            block<OutputEquation, true, false>(c, n, column);
           } else if (column + kLanes + kReach <= p.width) {
-            block<Output, false, false>(c, n, column);
+            block<OutputEquation, false, false>(c, n, column);
           } else {
-            block<Output, false, true>(c, n, column);
+            block<OutputEquation, false, true>(c, n, column);
           }
         }
       }
-      if (shared < p.width) ends<Output>(n, shared);
+      if (shared < p.width) ends<OutputEquation>(n, shared);
     }
   }
 };

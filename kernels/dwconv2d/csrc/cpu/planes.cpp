@@ -16,7 +16,9 @@ namespace {
 
 using Bias = std::optional<Tensor>;
 
-constexpr int64_t kStripBytes = 320 * 1024, kFewTasks = 16, kFewRows = 16;
+constexpr int64_t kStripBytes = 320 * 1024;  // of a strip with its margins, for the L2 cache
+constexpr int64_t kTargetTasks = 16;         // for the threads
+constexpr int64_t kLeastStripRows = 16;
 constexpr int kDilations[] = {1, 3, 5};
 
 const Kernels& kernels() {
@@ -27,8 +29,8 @@ const Kernels& kernels() {
 #endif
 }
 
-ElementTypes types(const Tensor& in, const Tensor& beside) {
-  switch (beside.scalar_type()) {
+ElementTypes element_types_of(const Tensor& in, const Tensor& activation) {
+  switch (activation.scalar_type()) {
     case at::kDouble: return kFloat64;
     case at::kHalf: return in.scalar_type() == at::kHalf ? kFloat16 : kFloat32WithFloat16;
     case at::kBFloat16: return in.scalar_type() == at::kBFloat16 ? kBFloat16 : kFloat32WithBFloat16;
@@ -149,14 +151,14 @@ Problem problem(const Sizes& sizes, const Taps& taps, bool replicate) {
 void choose_strips(Problem& p, const Kernel& kernel) {
   const int64_t row_bytes = (p.width + 2 * p.reach_columns) * kernel.pixel_bytes;
   const int64_t fitting = kStripBytes / row_bytes - 2 * p.reach_rows;
-  const int64_t blocks = std::max<int64_t>(1, p.batch * p.channel_blocks(kernel.lanes));
-  const int64_t strips = std::max<int64_t>(1, kFewTasks / blocks);
+  const int64_t blocks = std::max<int64_t>(1, p.batch * p.channel_blocks(kernel.channels));
+  const int64_t strips = std::max<int64_t>(1, kTargetTasks / blocks);
   const int64_t shared = (p.height + strips - 1) / strips;
-  p.strip_rows = std::min({p.height, std::max(fitting, kFewRows), std::max(shared, kFewRows)});
+  p.strip_rows = std::min({p.height, std::max(fitting, kLeastStripRows), std::max(shared, kLeastStripRows)});
   p.strips = (p.height + p.strip_rows - 1) / p.strip_rows;
 }
 
-int64_t tasks(const Problem& p, const Kernel& kernel) { return p.batch * p.channel_blocks(kernel.lanes) * p.strips; }
+int64_t tasks(const Problem& p, const Kernel& kernel) { return p.batch * p.channel_blocks(kernel.channels) * p.strips; }
 
 // Whether `fusion_rows` can compute the problem, and faster than the kernel whose lanes are channels. It goes down
 // columns: short columns do not pay off, and planes that are not in a cache would be read in a bad order.
@@ -184,10 +186,10 @@ struct SharedGradients {
 SharedGradients run_backward(Problem& p, ElementTypes types, const Tensor& grad_in, const Tensor* C) {
   const Kernel& kernel = kernels().backward[types];
   choose_strips(p, kernel);
-  p.out = planes(grad_in);
+  p.grad_in = planes(grad_in);
   const bool in_double = types == kFloat64;
   const auto options = grad_in.options().dtype(in_double ? at::kDouble : at::kFloat);
-  const int64_t strips = p.batch * p.strips, channel_blocks = p.channel_blocks(kernel.lanes);
+  const int64_t strips = p.batch * p.strips, channel_blocks = p.channel_blocks(kernel.channels);
   const Tensor weights = at::empty({strips, p.taps + 1, p.channels}, options);
   p.grad_weights = weights.mutable_data_ptr();
   Tensor partials_of_C;
@@ -216,7 +218,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Bias& bias, int64_t dil
   const Taps taps = conv_weights(weight, dilation, sizes);
   Problem p = conv_problem(sizes, taps, x, padding_mode);
   if (bias) p.bias = per_channel(*bias);
-  run_forward(p, types(x, x), y);
+  run_forward(p, element_types_of(x, x), y);
   return y;
 }
 
@@ -228,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Tenso
   const Taps taps = conv_weights(weight, dilation, sizes);
   Problem p = conv_problem(sizes, taps, x, padding_mode);
   p.grad = planes(grad);
-  const Tensor shared = run_backward(p, types(x, x), grad_x, nullptr).weights;
+  const Tensor shared = run_backward(p, element_types_of(x, x), grad_x, nullptr).weights;
   const Tensor grad_weight = at::empty(weight.sizes(), weight.options());
   grad_weight.view({sizes.channels, p.taps}).copy_(shared.slice(0, 0, p.taps).t());
   return {grad_x, grad_weight, at::empty({sizes.channels}, weight.options()).copy_(shared.select(0, p.taps))};
@@ -277,7 +279,7 @@ Tensor fusion(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, 
   const Taps taps = fusion_weights(h, {weight3, weight3_d3, weight3_d5}, alpha);
   Problem p = problem(sizes, taps, true);
   p.in = planes(h);
-  run_forward(p, types(h, h), fused);
+  run_forward(p, element_types_of(h, h), fused);
   return fused;
 }
 
@@ -292,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusion_backward(const Tensor&
   Problem p = problem(sizes, taps, true);
   p.in = planes(h);
   p.grad = planes(grad);
-  const auto shared = run_backward(p, types(h, h), grad_h, nullptr);
+  const auto shared = run_backward(p, element_types_of(h, h), grad_h, nullptr);
   return std::tuple_cat(std::tuple(grad_h), unmerge(shared.weights, weights, alpha));
 }
 
@@ -312,7 +314,7 @@ Tensor output(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, 
   const Tensor y = empty_laid_out_as(x);
   const Taps taps = fusion_weights(h, {weight3, weight3_d3, weight3_d5}, alpha);
   Problem p = output_problem(sizes, taps, h, C, D, x);
-  run_forward(p, types(h, x), y);
+  run_forward(p, element_types_of(h, x), y);
   return y;
 }
 
@@ -327,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outpu
   Problem p = output_problem(sizes, taps, h, C, D, x);
   p.grad = planes(grad);
   p.grad_x = planes(grad_x);
-  const auto shared = run_backward(p, types(h, x), grad_h, &C);
+  const auto shared = run_backward(p, element_types_of(h, x), grad_h, &C);
   const Tensor grad_D = shared.weights.select(0, p.taps).clone();
   return std::tuple_cat(std::tuple(grad_h), unmerge(shared.weights, weights, alpha),
                         std::tuple(shared.C, grad_D, grad_x));

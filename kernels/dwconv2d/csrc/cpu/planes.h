@@ -33,23 +33,23 @@ struct Problem {
   int64_t weight_pitch;
 
   View in, C, x, bias, D;
-  View out;  // in the backward pass, the gradient of `in`
+  View out;  // for the forward pass
 
-  // For the backward pass. `grad` is the gradient of the forward pass's `out`.
-  View grad, grad_x;
+  // For the backward pass: the gradient of `out`, and the results.
+  View grad, grad_in, grad_x;
   // Partial sums in the computation's type: (batch, states, channel blocks, height, width), still to be summed over
   // channel blocks, and (batch, strips, taps + 1, channels), over both; after the taps comes D or the bias.
   void *grad_C, *grad_weights;
 
-  // A strip is the rows of a plane that are processed at once. A task is one strip of as many channels as fit in a
-  // vector. Its results do not depend on the thread that runs it.
+  // A strip is the rows of a plane that are processed at once. A task is one strip of `Kernel::channels` channels: as
+  // many as fit in a vector, or two for `fusion_rows`. Its results do not depend on the thread that runs it.
   int64_t strip_rows, strips;
 
-  int64_t channel_blocks(int64_t lanes) const { return (channels + lanes - 1) / lanes; }
+  int64_t channel_blocks(int64_t of_task) const { return (channels + of_task - 1) / of_task; }
 };
 
 struct Kernel {
-  int64_t lanes, pixel_bytes;  // channels of a task, and bytes of a pixel of all of them
+  int64_t channels, pixel_bytes;  // channels of a task, and bytes of a pixel of all of them
   int64_t (*scratch_bytes)(const Problem&);
   void (*run)(const Problem&, int64_t task, void* scratch);
 };

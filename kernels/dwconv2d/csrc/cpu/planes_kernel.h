@@ -15,7 +15,7 @@ using namespace simd;
 constexpr int kPixels = VECTOR_BYTES == 64 ? 14 : 8;  // accumulators of a convolution, among 32 or 16 registers
 constexpr int kTapsAtOnce = 8;  // accumulators of a weight's gradient
 constexpr int64_t kColumns = 16;  // columns at once; few, so that all rows that taps reach stay in the L1 cache
-constexpr int64_t kTokens = 1024;  // pixels to read, compute and write at once, or more if a row has more
+constexpr int64_t kTilePixels = 1024;  // pixels to read, compute and write at once, or more if a row has more
 constexpr int64_t kSumInFloat = 128;  // pixels after which a float sum is added to a double
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -83,7 +83,7 @@ struct Task {
   }
 
   // The number of rows to read, compute and write at once.
-  INLINE int64_t rows_at_once() const { return most(1, kTokens / p.width); }
+  INLINE int64_t rows_at_once() const { return most(1, kTilePixels / p.width); }
 
   // The rows of the strip and, within the plane, of its margins: from the first to before the end.
   INLINE int64_t first_row() const { return most(0, begin - p.reach_rows); }
@@ -114,7 +114,7 @@ struct Task {
 
   // Rows of a view to read, in the tensor or copied to the tile.
   template <class V>
-  INLINE Pixels<const S> look(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
+  INLINE Pixels<const S> rows_to_read(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
     if (is_in_place<V>(v, rows)) return {(const S*)at<V>(v, n, y), v.column};
     read<V>(tile, v, n, y, rows);
     return {tile, W};
@@ -122,7 +122,7 @@ struct Task {
 
   // Rows of a view to write, in the tensor or in the tile, which `write` then copies to the tensor.
   template <class V>
-  INLINE Pixels<S> place_for(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
+  INLINE Pixels<S> rows_to_write(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
     if (is_in_place<V>(v, rows)) return {(S*)at<V>(v, n, y), v.column};
     return {tile, W};
   }
@@ -156,7 +156,7 @@ struct Task {
   INLINE bool fills_vectors(const View& v) const { return v.channel == 1 || p.width >= 2 * W; }
 
   // Fills a row's margins with its border values or with zeros.
-  INLINE void continue_row(const Buffer<S>& to, int64_t y, bool replicate) const {
+  INLINE void pad_row(const Buffer<S>& to, int64_t y, bool replicate) const {
     S *row = to.row(y), *end = row + p.width * W;
     const Vec<S> zero = {}, left = replicate ? load(row) : zero, right = replicate ? load(end - W) : zero;
     fill(row - to.margin * W, left, to.margin);
@@ -164,7 +164,7 @@ struct Task {
   }
 
   // Fills the rows beyond the plane with copies of the nearest row or with zeros.
-  INLINE void continue_plane(const Buffer<S>& to, bool replicate) const {
+  INLINE void pad_rows_beyond(const Buffer<S>& to, bool replicate) const {
     for (int64_t y = begin - p.reach_rows; y < end + p.reach_rows; ++y) {
       if (0 <= y && y < p.height) continue;
       S* row = to.row(y) - to.margin * W;
@@ -185,10 +185,10 @@ struct Task {
       read<T>(row_by_row ? to.row(y) : tile, p.in, n, y, rows);
       for (int64_t i = 0; i < rows; ++i) {
         if (!row_by_row) memcpy(to.row(y + i), tile + i * p.width * W, p.width * VECTOR_BYTES);
-        continue_row(to, y + i, p.replicate);
+        pad_row(to, y + i, p.replicate);
       }
     }
-    continue_plane(to, p.replicate);
+    pad_rows_beyond(to, p.replicate);
   }
 
   INLINE const S* weights(S* room) const {
@@ -198,23 +198,23 @@ struct Task {
   }
 };
 
-// What happens with a convolution's sums: out(i) is the sum of pixel i, or the output equation's C(i) sum + factor
-// beside(i), or sum beside(i).
+// What happens with sum(i), the convolution's sum of pixel i. out(i) is sum(i); or, for the output equation,
+// C(i) * sum(i) + factor * other(i); or sum(i) * other(i).
 template <class S>
 struct Finish {
-  enum { kSum, kOutput, kMultiply } what;
+  enum { kSum, kOutputEquation, kMultiply } what;
   Pixels<S> out;
   const S* C = nullptr;
   Vec<S> factor = {};
-  Pixels<const S> beside = {};
+  Pixels<const S> other = {};
 
   template <int PixelCount>
   INLINE void operator()(int64_t first, const Vec<S> (&sums)[PixelCount]) const {
     const auto to = out;  // local copies, which no store can change
-    const auto from = beside;
+    const auto from = other;
     if (what == kSum) {
       for (int j = 0; j < PixelCount; ++j) to.set(first + j, sums[j]);
-    } else if (what == kOutput) {
+    } else if (what == kOutputEquation) {
       const S* numbers = C + first;
       const Vec<S> multiple = factor;
       for (int j = 0; j < PixelCount; ++j) to.set(first + j, numbers[j] * sums[j] + multiple * from.get(first + j));
@@ -224,7 +224,7 @@ struct Finish {
   }
 };
 
-// Any taps: the sums over k of weight_k from(offset_k) for some neighbours.
+// Any taps: the sums over k of weight_k * from(offset_k) for some neighbours.
 struct Any {
   template <int Sign, int PixelCount, class S>
   static INLINE void add(Vec<S> (&sums)[PixelCount], const S* from, const int64_t* offsets, const S* weights,
@@ -314,7 +314,7 @@ INLINE void convolve(const Problem& p, const S* from, int64_t pitch, const int64
 }
 
 // The sizes of pieces of scratch memory, in vectors.
-INLINE int64_t tile_vectors(const Problem& p) { return most(kTokens, p.width); }
+INLINE int64_t tile_vectors(const Problem& p) { return most(kTilePixels, p.width); }
 INLINE int64_t pitch_vectors(const Problem& p) { return p.width + 2 * p.reach_columns; }
 INLINE int64_t buffer_vectors(const Problem& p) { return pitch_vectors(p) * (p.strip_rows + 2 * p.reach_rows); }
 INLINE int64_t offset_vectors(const Problem& p) { return p.taps * sizeof(int64_t) / VECTOR_BYTES + 1; }
@@ -353,7 +353,7 @@ struct Convolution {
   }
 
   // Computes start + conv_n for the pixels of `count` rows and passes the sums to `finish`, which counts pixels from 0.
-  INLINE void rows(int64_t y, int64_t count, Vec<S> start, const Finish<S>& finish) const {
+  INLINE void convolve_rows(int64_t y, int64_t count, Vec<S> start, const Finish<S>& finish) const {
     convolve<1>(task.p, in.row(y), in.pitch, offsets, weights, count, start, finish);
   }
 };
@@ -389,18 +389,18 @@ void forward(const Problem& p, int64_t index, void* memory) {
     for (int64_t y = task.begin; y < task.end; y += step) {
       const int64_t rows = least(step, task.end - y);
       if (!p.C.data) {
-        const Pixels<S> out = task.template place_for<U>(m.out, p.out, n, y, rows);
-        conv.rows(y, rows, bias, {Finish<S>::kSum, out});
+        const Pixels<S> out = task.template rows_to_write<U>(m.out, p.out, n, y, rows);
+        conv.convolve_rows(y, rows, bias, {Finish<S>::kSum, out});
         task.template write<U>(out, m.out, p.out, n, y, rows);
         continue;
       }
       const Pixels<S> sums = {m.sums + (y - task.begin) * p.width * W, W};
-      const Pixels<const S> x = task.template look<U>(m.x, p.x, 0, y, rows);
+      const Pixels<const S> x = task.template rows_to_read<U>(m.x, p.x, 0, y, rows);
       const Pixels<const S> before = first ? x : Pixels<const S>{sums.data, sums.step};
-      const Pixels<S> out = last ? task.template place_for<U>(m.out, p.out, 0, y, rows) : sums;
+      const Pixels<S> out = last ? task.template rows_to_write<U>(m.out, p.out, 0, y, rows) : sums;
       const Vec<S> factor = first ? D : Vec<S>{} + 1;
       task.read_C(m.C, n, y, rows);
-      conv.rows(y, rows, Vec<S>{}, {Finish<S>::kOutput, out, m.C, factor, before});
+      conv.convolve_rows(y, rows, Vec<S>{}, {Finish<S>::kOutputEquation, out, m.C, factor, before});
       if (last) task.template write<U>(out, m.out, p.out, 0, y, rows);
     }
   }
@@ -481,7 +481,7 @@ struct Adjoint {
   }
 
   // Computes rows of the gradient.
-  INLINE void rows(const Pixels<S>& out, int64_t begin, int64_t count) const {
+  INLINE void compute_rows(const Pixels<S>& out, int64_t begin, int64_t count) const {
     const Problem& p = task.p;
     int64_t y = begin;
     while (y < begin + count) {
@@ -551,13 +551,13 @@ template <class S>
 struct BackwardMemory {
   ConvolutionMemory<S> convolution;
   AdjointMemory<S> adjoint;
-  S *tile, *beside, *numbers;  // tiles
-  Sums sums;                   // of the gradients of the taps, then of D or the bias
+  S *tile, *other, *C_or_sums;  // tiles
+  Sums sums;                    // of the gradients of the taps, then of D or the bias
 
   INLINE BackwardMemory(const Problem& p, Scratch& scratch) : convolution(p, scratch), adjoint(p, scratch) {
     tile = scratch.take<S>(tile_vectors(p));
-    beside = scratch.take<S>(tile_vectors(p));
-    numbers = scratch.take<S>(tile_vectors(p));
+    other = scratch.take<S>(tile_vectors(p));
+    C_or_sums = scratch.take<S>(tile_vectors(p));
     sums = {(double*)scratch.take<S>((p.taps + 1) * (sizeof(double) / sizeof(S))), kLanes<S>};
   }
 };
@@ -571,15 +571,15 @@ INLINE void skip_gradients(const Task<T, U>& task, const BackwardMemory<S>& m) {
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.begin; y < task.end; y += step) {
     const int64_t rows = least(step, task.end - y);
-    const Pixels<const S> g = task.template look<U>(m.tile, p.grad, 0, y, rows);
+    const Pixels<const S> g = task.template rows_to_read<U>(m.tile, p.grad, 0, y, rows);
     const bool has_x = p.x.data;
-    const Pixels<const S> x = has_x ? task.template look<U>(m.beside, p.x, 0, y, rows) : g;
+    const Pixels<const S> x = has_x ? task.template rows_to_read<U>(m.other, p.x, 0, y, rows) : g;
     const Pixels<S> grad_x =
-        has_x ? task.template place_for<U>(m.tile, p.grad_x, 0, y, rows) : Pixels<S>{m.tile, kLanes<S>};
+        has_x ? task.template rows_to_write<U>(m.tile, p.grad_x, 0, y, rows) : Pixels<S>{m.tile, kLanes<S>};
     for (int64_t begin = 0; begin < rows * p.width; begin += kSumInFloat) {
       const int64_t end = least(rows * p.width, begin + kSumInFloat);
       Vec<S> sum = {};
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = begin; i < end; ++i) {  // g and grad_x may be the same tile: a pixel is read, then written
         const Vec<S> gradient = g.get(i);
         sum += has_x ? gradient * x.get(i) : gradient;
         if (has_x) grad_x.set(i, gradient * D);
@@ -598,20 +598,20 @@ INLINE void read_grad(const Task<T, U>& task, const Buffer<S>& grad, const Backw
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.first_row(); y < task.end_row(); y += step) {
     const int64_t rows = least(step, task.end_row() - y);
-    const Pixels<const S> g = task.template look<U>(m.tile, p.grad, p.C.data ? 0 : n, y, rows);
+    const Pixels<const S> g = task.template rows_to_read<U>(m.tile, p.grad, p.C.data ? 0 : n, y, rows);
     if (p.C.data) {
-      task.read_C(m.numbers, n, y, rows);
+      task.read_C(m.C_or_sums, n, y, rows);
     } else {
-      for (int64_t i = 0; i < rows * p.width; ++i) m.numbers[i] = 1;
+      for (int64_t i = 0; i < rows * p.width; ++i) m.C_or_sums[i] = 1;
     }
     for (int64_t i = 0; i < rows; ++i) {
       S* row = grad.row(y + i);
       for (int64_t x = 0; x < p.width; ++x)
-        store(row + x * W, m.numbers[i * p.width + x] * g.get(i * p.width + x));
-      task.continue_row(grad, y + i, false);
+        store(row + x * W, m.C_or_sums[i * p.width + x] * g.get(i * p.width + x));
+      task.pad_row(grad, y + i, false);
     }
   }
-  task.continue_plane(grad, false);
+  task.pad_rows_beyond(grad, false);
 }
 
 // The gradient of C_n: the sum over the task's channels of grad conv_n.
@@ -622,11 +622,11 @@ INLINE void C_gradient(const Convolution<T, U>& conv, const BackwardMemory<S>& m
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.begin; y < task.end; y += step) {
     const int64_t rows = least(step, task.end - y);
-    const Pixels<const S> g = task.template look<U>(m.beside, p.grad, 0, y, rows);
-    conv.rows(y, rows, Vec<S>{}, {Finish<S>::kMultiply, {m.tile, kLanes<S>}, nullptr, Vec<S>{}, g});
-    sum_lanes(m.numbers, m.tile, rows * p.width);
+    const Pixels<const S> g = task.template rows_to_read<U>(m.other, p.grad, 0, y, rows);
+    conv.convolve_rows(y, rows, Vec<S>{}, {Finish<S>::kMultiply, {m.tile, kLanes<S>}, nullptr, Vec<S>{}, g});
+    sum_lanes(m.C_or_sums, m.tile, rows * p.width);
     const int64_t plane = (task.batch * p.states + n) * p.channel_blocks(kLanes<S>) + task.block;
-    memcpy((S*)p.grad_C + (plane * p.height + y) * p.width, m.numbers, rows * p.width * sizeof(S));
+    memcpy((S*)p.grad_C + (plane * p.height + y) * p.width, m.C_or_sums, rows * p.width * sizeof(S));
   }
 }
 
@@ -637,9 +637,9 @@ INLINE void input_gradient(const Adjoint<T, U>& adjoint, const BackwardMemory<S>
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.begin; y < task.end; y += step) {
     const int64_t rows = least(step, task.end - y);
-    const Pixels<S> out = task.template place_for<T>(m.tile, p.out, n, y, rows);
-    adjoint.rows(out, y, rows);
-    task.template write<T>(out, m.tile, p.out, n, y, rows);
+    const Pixels<S> grad_in = task.template rows_to_write<T>(m.tile, p.grad_in, n, y, rows);
+    adjoint.compute_rows(grad_in, y, rows);
+    task.template write<T>(grad_in, m.tile, p.grad_in, n, y, rows);
   }
 }
 

@@ -113,8 +113,9 @@ INLINE void store(S* p, Vec<S> v) {
   memcpy(p, &v, VECTOR_BYTES);
 }
 
-// Memory for one task, in pieces of whole vectors. A kernel's pieces are in one struct, whose constructor takes them.
-// From address 0 on, it only counts their bytes. So the memory of a kernel cannot be smaller than what it takes.
+// Memory for one task, in pieces of whole vectors. A kernel's pieces are in one struct, whose constructor takes them
+// from a Scratch. If the Scratch starts at address 0, the constructor only adds up bytes: `bytes_of` uses that. So the
+// memory of a kernel cannot be smaller than what the kernel takes.
 struct Scratch {
   uintptr_t next;
 

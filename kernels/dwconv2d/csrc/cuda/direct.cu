@@ -19,15 +19,15 @@ cudaError_t launch_direct(const Params& p, Pass pass, cudaStream_t stream) {
     using Taps = typename I::Taps;
     using Input = typename I::Input;
     using Activation = typename I::Activation;
-    constexpr bool kOutput = I::kOutput;
+    constexpr bool kOutputEquation = I::kOutputEquation;
     if (pass == Pass::kForward) {
-      return launch_threads(direct_forward<Taps, Input, Activation, kOutput>, results, p, stream);
+      return launch_threads(direct_forward<Taps, Input, Activation, kOutputEquation>, results, p, stream);
     }
     if (pass == Pass::kAdjoint) {
-      return launch_threads(direct_adjoint<Taps, Input, Activation, kOutput>, results, p, stream);
+      return launch_threads(direct_adjoint<Taps, Input, Activation, kOutputEquation>, results, p, stream);
     }
-    const auto error = launch_threads(direct_gradients<Taps, Input, Activation, kOutput>, results, p, stream);
-    if constexpr (kOutput) {
+    const auto error = launch_threads(direct_gradients<Taps, Input, Activation, kOutputEquation>, results, p, stream);
+    if constexpr (kOutputEquation) {
       const int64_t partials = p.batch * p.plan.channel_blocks * p.states * p.pixels();
       return error ? error : launch_threads(direct_C_gradient<Input, Activation>, partials, p, stream);
     }

@@ -32,7 +32,7 @@ struct Pixel {
 };
 
 // The position in the plane that a tap reads, or -1 for a zero outside.
-__device__ __forceinline__ int seen(int position, int size, bool zeros) {
+__device__ __forceinline__ int position_read(int position, int size, bool zeros) {
   const int inside = min(max(position, 0), size - 1);
   return zeros && inside != position ? -1 : inside;
 }
@@ -41,28 +41,28 @@ template <typename Taps, typename Input, typename Activation, typename State = t
 __device__ __forceinline__ State convolve_at(const Params& p, const Input* plane, int channel, int row, int column) {
   State sum = 0;
   for (int a = 0; a < Taps::rows(p); ++a) {
-    const int y = seen(row + Taps::row(p, a), p.height, p.zeros);
+    const int y = position_read(row + Taps::row(p, a), p.height, p.zeros);
     if (y < 0) continue;
     const Input* const from = plane + int64_t(y) * p.width;
     for (int b = 0; b < Taps::columns(p, a); ++b) {
-      const int x = seen(column + Taps::column(p, a, b), p.width, p.zeros);
+      const int x = position_read(column + Taps::column(p, a, b), p.width, p.zeros);
       if (x >= 0) sum += Taps::template weight<State, Activation>(p, channel, a, b) * widen(from[x]);
     }
   }
   return sum;
 }
 
-template <typename Taps, typename Input, typename Activation, bool kOutput>
+template <typename Taps, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kDirectThreads) direct_forward(const Params p) {
   using State = typename StateOf<Activation>::type;
-  const Pixel me(global_index(), p.channels, kOutput ? 1 : p.states, p);
+  const Pixel me(global_index(), p.channels, kOutputEquation ? 1 : p.states, p);
   if (me.batch >= p.batch) return;
   const auto convolved = [&](int n) {
     const Input* const plane = at<Input>(p.input, me.batch, me.channel, n);
     return convolve_at<Taps, Input, Activation>(p, plane, me.channel, me.row, me.column);
   };
   State sum;
-  if constexpr (kOutput) {
+  if constexpr (kOutputEquation) {
     sum = static_cast<const State*>(p.D)[me.channel] * widen(at<Activation>(p.x, me.batch, me.channel, 0)[me.offset]);
     for (int n = 0; n < p.states; ++n) sum += widen(at<Activation>(p.C, me.batch, 0, n)[me.offset]) * convolved(n);
   } else {
@@ -82,13 +82,13 @@ struct Range {
   }
 };
 
-template <typename Taps, typename Input, typename Activation, bool kOutput>
+template <typename Taps, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p) {
   using State = typename StateOf<Activation>::type;
   const Pixel me(global_index(), p.channels, p.states, p);
   if (me.batch >= p.batch) return;
-  const Activation* const grad = at<Activation>(p.grad, me.batch, me.channel, kOutput ? 0 : me.state);
-  const Activation* const C = kOutput ? at<Activation>(p.C, me.batch, 0, me.state) : nullptr;
+  const Activation* const grad = at<Activation>(p.grad, me.batch, me.channel, kOutputEquation ? 0 : me.state);
+  const Activation* const C = kOutputEquation ? at<Activation>(p.C, me.batch, 0, me.state) : nullptr;
   State sum = 0;
   for (int a = 0; a < Taps::rows(p); ++a) {
     const Range rows(me.row, Taps::row(p, a), p.height, p.zeros);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p)
         State of_row = 0;
         for (int x = columns.first; x <= columns.last; ++x) {
           const int64_t pixel = int64_t(y) * p.width + x;
-          if constexpr (kOutput) {
+          if constexpr (kOutputEquation) {
             of_row += widen(grad[pixel]) * widen(C[pixel]);
           } else {
             of_row += widen(grad[pixel]);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p)
     }
   }
   narrow(sum, at<Input>(p.grad_input, me.batch, me.channel, me.state)[me.offset]);
-  if (kOutput && me.state == 0) {
+  if (kOutputEquation && me.state == 0) {
     const State D = static_cast<const State*>(p.D)[me.channel];
     narrow(D * widen(grad[me.offset]), at<Activation>(p.grad_x, me.batch, me.channel, 0)[me.offset]);
   }
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p)
 
 // Partial sums of the gradients of the taps, and of D or the bias. A thread computes one, for one channel and slice of
 // an image.
-template <typename Taps, typename Input, typename Activation, bool kOutput>
+template <typename Taps, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params p) {
   using State = typename StateOf<Activation>::type;
   const int taps = p.taps(), numbers = taps + (p.partials_D_or_bias ? 1 : 0);
@@ -135,18 +135,19 @@ __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params 
   const int row_offset = Taps::row(p, a), column_offset = Taps::column(p, a, b);
   State sum = 0;
   for (int n = 0; n < (is_tap ? p.states : 1); ++n) {
-    const Activation* const grad = at<Activation>(p.grad, batch, channel, kOutput ? 0 : n);
+    const Activation* const grad = at<Activation>(p.grad, batch, channel, kOutputEquation ? 0 : n);
     const Input* const plane = at<Input>(p.input, batch, channel, n);
     State of_state = 0;
     for (int64_t pixel = first; pixel < last; ++pixel) {
       State term = widen(grad[pixel]);
       if (is_tap) {
         const int from_y = int(pixel / p.width), from_x = int(pixel - int64_t(from_y) * p.width);
-        const int y = seen(from_y + row_offset, p.height, p.zeros), x = seen(from_x + column_offset, p.width, p.zeros);
+        const int y = position_read(from_y + row_offset, p.height, p.zeros);
+        const int x = position_read(from_x + column_offset, p.width, p.zeros);
         if (y < 0 || x < 0) continue;
-        if constexpr (kOutput) term *= widen(at<Activation>(p.C, batch, 0, n)[pixel]);
+        if constexpr (kOutputEquation) term *= widen(at<Activation>(p.C, batch, 0, n)[pixel]);
         term *= widen(plane[int64_t(y) * p.width + x]);
-      } else if constexpr (kOutput) {
+      } else if constexpr (kOutputEquation) {
         term *= widen(at<Activation>(p.x, batch, channel, 0)[pixel]);
       }
       of_state += term;
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(kUnmergeThreads)
   for (int64_t i = threadIdx.x; i < int64_t(p.channels) * 9; i += kUnmergeThreads) {
     const int64_t channel = i / 9;
     const int row = int(i - channel * 9) / 3 - 1, column = int(i - channel * 9) % 3 - 1;
-    const State grad = taps[channel * 25 + FusionStencil::tap_at(row * dilation, column * dilation)];
+    const State grad = taps[channel * kFusionTaps + FusionStencil::tap_at(row * dilation, column * dilation)];
     to[i] = alpha * grad;
     sum += weights[i] * grad;
   }

@@ -8,18 +8,18 @@ namespace dwconv2d {
 
 // The template arguments of a kernel: its taps, the type of the input and of its gradient, the type of the other
 // activations (the result, C, x and their gradients), and whether it computes the output equation.
-template <typename T, typename I, typename A, bool kHasOutput>
+template <typename T, typename I, typename A, bool kHasOutputEquation>
 struct Instance {
   using Taps = T;
   using Input = I;
   using Activation = A;
-  static constexpr bool kOutput = kHasOutput;
+  static constexpr bool kOutputEquation = kHasOutputEquation;
 };
 
 // Calls `function` with an Instance.
 template <typename Function>
 auto with_tiled_fusion(const Params& p, Function function) {
-  if (!p.has_output()) return function(Instance<FusionStencil, float, float, false>());
+  if (!p.has_output_equation()) return function(Instance<FusionStencil, float, float, false>());
   switch (p.dtype) {
     case Dtype::kHalf: return function(Instance<FusionStencil, float, Half, true>());
     case Dtype::kBFloat16: return function(Instance<FusionStencil, float, BFloat16, true>());
@@ -50,7 +50,7 @@ auto with_tiled_conv(const Params& p, Function function) {
 template <typename Activation, typename Function>
 auto with_direct(const Params& p, Function function) {
   using State = typename StateOf<Activation>::type;
-  if (p.has_output()) return function(Instance<FusionTaps, State, Activation, true>());
+  if (p.has_output_equation()) return function(Instance<FusionTaps, State, Activation, true>());
   if (p.operation == Operation::kConv) return function(Instance<ConvTaps, Activation, Activation, false>());
   return function(Instance<FusionTaps, State, State, false>());
 }
@@ -62,7 +62,8 @@ auto with_direct(const Params& p, Function function) {
 
 // The number of threads of the kernels without tiles: one for each result.
 inline int64_t direct_results(const Params& p, Pass pass) {
-  const int64_t planes = p.batch * p.channels, states = pass == Pass::kForward && p.has_output() ? 1 : p.states;
+  const int64_t planes = p.batch * p.channels;
+  const int64_t states = pass == Pass::kForward && p.has_output_equation() ? 1 : p.states;
   if (pass != Pass::kGradients) return planes * states * p.pixels();
   return planes * p.slices * (p.taps() + (p.partials_D_or_bias ? 1 : 0));
 }

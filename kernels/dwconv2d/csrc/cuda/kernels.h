@@ -14,7 +14,7 @@ cudaError_t launch_conv(const Params& p, cudaStream_t stream);
 cudaError_t launch_conv_adjoint(const Params& p, cudaStream_t stream);
 cudaError_t launch_conv_gradients(const Params& p, cudaStream_t stream);
 
-// Launches the kernels without tiles. For the fusion with output, the pass for the gradients also writes partials_C.
+// Launches the kernels without tiles. With the output equation, the pass for the gradients also writes partials_C.
 cudaError_t launch_direct(const Params& p, Pass pass, cudaStream_t stream);
 
 inline cudaError_t launch_pass(const Params& p, Pass pass, cudaStream_t stream) {

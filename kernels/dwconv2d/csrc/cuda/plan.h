@@ -11,7 +11,7 @@ namespace dwconv2d {
 
 using namespace gpu;
 
-enum class Operation { kFusion, kOutput, kConv };
+enum class Operation { kFusion, kOutputEquation, kConv };
 enum class Pass { kForward, kAdjoint, kGradients };
 
 // What is contiguous in a block's part of a tensor: each row, each plane, or all planes together.
@@ -26,7 +26,8 @@ struct Planes {
   int move = 1;  // elements to move at once
 };
 
-constexpr int kUnit = 7;  // a thread's outputs are 7 rows of 7 columns; 7 divides 56, 28, 14 and 7
+constexpr int kUnit = 7;  // a thread owns 7 rows of 7 pixels; 7 divides 56, 28, 14 and 7
+constexpr int kFusionTaps = 25, kFusionReach = 5;  // of the dilations 1, 3 and 5; `FusionStencil` places them
 constexpr int kMaxThreads = 128;
 constexpr int kMaxColumnUnits = 16;                              // in a tile
 constexpr int kMuchShared = 48 * 1024, kMostShared = 64 * 1024;  // bytes per block: preferred and hard limit
@@ -67,10 +68,10 @@ struct Plan {
   static constexpr int convolved = 0, results = 0, products = 0;
   int grad = 0, x = 0, C = 0, sums = 0, parts = 0, shared = 0;
   Divisor by_column_units, by_planes, by_row_units, by_channel_blocks;
-  Divisor by_tiles, by_tile_columns, by_outputs, by_columns;
+  Divisor by_tiles, by_tile_columns, by_tile_pixels, by_columns;
 
   constexpr int tiles() const { return rows.tiles * columns.tiles; }
-  constexpr int outputs() const { return rows.tile * columns.tile; }
+  constexpr int tile_pixels() const { return rows.tile * columns.tile; }
   constexpr Position position(int thread) const {
     const int outer = by_column_units.divide(thread), column_unit = thread - outer * columns.units;
     const int outermost = row_units_outermost ? by_planes.divide(outer) : by_row_units.divide(outer);
@@ -81,12 +82,13 @@ struct Plan {
 
 struct Params {
   Operation operation = Operation::kFusion;
-  Dtype dtype = Dtype::kFloat;  // of x and C, or of all convolution tensors; states are double if it is, else float
+  // Of x and C, of h for the fusion alone, or of all tensors of a convolution. States are double if it is, else float.
+  Dtype dtype = Dtype::kFloat;
   int64_t batch = 0;
   int channels = 0, states = 1, height = 0, width = 0;
   int kernel_height = 0, kernel_width = 0, dilation = 1;  // of the convolution
   bool zeros = false;                                     // its padding, instead of replicated borders
-  // `input` is convolved, and `grad` is the gradient of the result. Only the fusion with output has C and x.
+  // `input` is convolved, and `grad` is the gradient of the result. Only the output equation has C and x.
   Planes input, grad, C, x;
   // Contiguous parameters: the fusion's kernels by dilation, or the convolution's kernel. Missing ones are null.
   const void *weights[3] = {}, *alpha = nullptr, *D = nullptr, *bias = nullptr;
@@ -98,8 +100,8 @@ struct Params {
   int slices = 1;
   Plan plan;
 
-  constexpr bool has_output() const { return operation == Operation::kOutput; }
-  constexpr int taps() const { return operation == Operation::kConv ? kernel_height * kernel_width : 25; }
+  constexpr bool has_output_equation() const { return operation == Operation::kOutputEquation; }
+  constexpr int taps() const { return operation == Operation::kConv ? kernel_height * kernel_width : kFusionTaps; }
   constexpr int64_t pixels() const { return int64_t(height) * width; }
   // With tiles: bytes of an element of the input, and of the planes that a pass convolves. The adjoint convolves grad,
   // or grad C_n, in float.
@@ -177,21 +179,22 @@ inline int padded_to_16(int64_t bytes) { return int(ceil_div<int64_t>(bytes, 16)
 
 inline void lay_out(Plan& plan, const Params& p, Pass pass) {
   const int activation_bytes = size_of(p.dtype), input_bytes = p.input_bytes();
-  const bool output = p.has_output(), gradients = pass == Pass::kGradients;
-  const int64_t planes = plan.planes, outputs = plan.outputs();
+  const bool equation = p.has_output_equation(), gradients = pass == Pass::kGradients;
+  const int64_t planes = plan.planes, pixels = plan.tile_pixels();
   plan.threads = ceil_div(plan.planes * plan.threads_per_plane, kWarp) * kWarp;
 
   // Results replace the convolved planes, or x.
   const int64_t convolved = planes * plan.plane_pitch * p.convolved_bytes(pass);
-  const int64_t grad = gradients ? planes * outputs * activation_bytes : 0;
-  const int64_t x = output && pass != Pass::kAdjoint ? planes * outputs * activation_bytes : 0;
-  const int64_t C = output && pass != Pass::kAdjoint ? outputs * activation_bytes : 0;
+  const int64_t grad = gradients ? planes * pixels * activation_bytes : 0;
+  const int64_t x = equation && pass != Pass::kAdjoint ? planes * pixels * activation_bytes : 0;
+  const int64_t C = equation && pass != Pass::kAdjoint ? pixels * activation_bytes : 0;
   // In the forward pass, each thread's sums over states; for the gradients, sums over channels.
-  const int64_t forward_sums = output && p.states > 1 && pass == Pass::kForward ? kUnit * kUnit * plan.threads * 4 : 0;
-  const int64_t sums = plan.rounds > 1 ? outputs * 4 : forward_sums;
+  const bool sums_over_states = equation && p.states > 1 && pass == Pass::kForward;
+  const int64_t forward_sums = sums_over_states ? kUnit * kUnit * plan.threads * 4 : 0;
+  const int64_t sums = plan.rounds > 1 ? pixels * 4 : forward_sums;
   const int64_t parts = gradients ? (taps_at_once(p) + 1) * plan.threads * 4 : 0;
 
-  plan.grad = padded_to_16(std::max(convolved, planes * outputs * input_bytes));
+  plan.grad = padded_to_16(std::max(convolved, planes * pixels * input_bytes));
   plan.C = plan.grad + padded_to_16(grad);
   plan.sums = plan.C + padded_to_16(C);
   plan.x = plan.parts = plan.sums + padded_to_16(sums);  // parts replace x when it is no longer needed
@@ -259,7 +262,7 @@ inline void spread_over_banks(Params& p, Pass pass) {
 // A power of two, at most 8, and so small that there are enough blocks for the largest GPUs.
 inline int best_rounds(const Params& p) {
   const Plan& plan = p.plan;
-  if (!p.has_output() || p.states > 1) return 1;
+  if (!p.has_output_equation() || p.states > 1) return 1;
   int rounds = 1;
   while (2 * rounds <= std::min(8, plan.sets) && p.batch * plan.tiles() * plan.sets >= 2048 * rounds) rounds *= 2;
   return rounds;
@@ -268,7 +271,7 @@ inline int best_rounds(const Params& p) {
 inline void set_rounds(Params& p, int rounds) {
   p.plan.rounds = rounds;
   lay_out(p.plan, p, Pass::kGradients);
-  // `make_plan` has found room for one round. If it found none, the launch fails. To try again would never end.
+  // `make_plan` has found room for one round. If it found none, the launch fails: to try one round again would not end.
   if (rounds > 1 && p.plan.shared > kMostShared) set_rounds(p, 1);
 }
 
@@ -290,8 +293,8 @@ inline void choose_grad(Params& p) {
   const int bytes = size_of(p.dtype);
   p.plan.alignment = 1;
   choose_access(p.grad, bytes, p.plan.planes, p);
-  if (p.has_output()) choose_access(p.grad_x, bytes, p.plan.planes, p);
-  const bool alike = !p.has_output() || (p.grad_x.run == p.grad.run && p.grad_x.move == p.grad.move);
+  if (p.has_output_equation()) choose_access(p.grad_x, bytes, p.plan.planes, p);
+  const bool alike = !p.has_output_equation() || (p.grad_x.run == p.grad.run && p.grad_x.move == p.grad.move);
   if (alike && p.grad.run == Run::kPlanes && p.grad.move == 16 / bytes) return;  // `load_grad_run`
 
   // A region begins and ends at any column of its plane if there are several tiles side by side.
@@ -299,7 +302,7 @@ inline void choose_grad(Params& p) {
   p.grad.run = p.grad_x.run = Run::kRow;
   p.grad.move = widest_move(p.grad, bytes, {columns});
   for (const Planes* planes : {&p.C, &p.grad_x}) {
-    if (p.has_output()) p.grad.move = std::min(p.grad.move, widest_move(*planes, bytes, {columns}));
+    if (p.has_output_equation()) p.grad.move = std::min(p.grad.move, widest_move(*planes, bytes, {columns}));
   }
 }
 
@@ -330,7 +333,7 @@ inline void make_plan(Params& p, Pass pass) {
   plan.tiled = has_tiles(p);
   if (!plan.tiled) return;
 
-  plan.reach = p.operation == Operation::kConv ? p.kernel_height / 2 : 5;
+  plan.reach = p.operation == Operation::kConv ? p.kernel_height / 2 : kFusionReach;
   plan.frame = pass == Pass::kAdjoint || p.zeros;
   plan.row_units_outermost = pass == Pass::kAdjoint;
   plan.columns = split(p.width, kMaxColumnUnits);
@@ -351,7 +354,7 @@ inline void make_plan(Params& p, Pass pass) {
   plan.by_channel_blocks = Divisor(plan.channel_blocks);
   plan.by_tiles = Divisor(plan.tiles());
   plan.by_tile_columns = Divisor(plan.columns.tiles);
-  plan.by_outputs = Divisor(plan.outputs());
+  plan.by_tile_pixels = Divisor(plan.tile_pixels());
   plan.by_columns = Divisor(plan.columns.tile);
   if (pass != Pass::kAdjoint) {
     const int bytes = size_of(p.dtype);

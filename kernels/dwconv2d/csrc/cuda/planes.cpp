@@ -263,7 +263,7 @@ Tensor state_fusion_output(const Tensor& h, const Tensor& weight3, const Tensor&
   const c10::cuda::CUDAGuard guard(h.device());
   const Result y(x);
   if (sizes.batch == 0) return y.get();
-  Call call(Operation::kOutput, sizes, h, x);
+  Call call(Operation::kOutputEquation, sizes, h, x);
   call.set_weights(weight3, weight3_d3, weight3_d5, alpha);
   call.set_output(C, D, x);
   forward(call, y.planes());
@@ -276,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> state
   const Sizes sizes = check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x);
   check_grad(grad, x);
   const c10::cuda::CUDAGuard guard(h.device());
-  Call call(Operation::kOutput, sizes, h, x);
+  Call call(Operation::kOutputEquation, sizes, h, x);
   call.set_weights(weight3, weight3_d3, weight3_d5, alpha);
   const Tensor grad_h = empty_contiguous(h), grad_C = empty_contiguous(C), grad_D = empty_contiguous(D);
   const Result grad_x(x);

@@ -18,8 +18,8 @@ __device__ __forceinline__ T* at(const Planes& planes, int64_t batch, int64_t ch
 
 // The state fusion's 25 taps: squares of 3 x 3 with dilations 1, 3 and 5 around a common centre.
 struct FusionStencil {
-  static constexpr int kReach = 5, kTaps = 25;
-  static constexpr int kParts = 1, kPartRows = 7, kPartTaps = 25, kRowReach = 5;
+  static constexpr int kReach = kFusionReach, kTaps = kFusionTaps;
+  static constexpr int kParts = 1, kPartRows = 7, kPartTaps = kTaps, kRowReach = kReach;
 
   static constexpr int row(int a) { return a < 3 ? 2 * a - 5 : a == 3 ? 0 : 2 * a - 7; }
   static constexpr int columns(int a) { return a == 3 ? 7 : 3; }

@@ -1,7 +1,7 @@
 // Depthwise convolutions and their gradients, tile by tile, in CUDA C++ that a host compiler also accepts
 // (tests/kernels/cuda_emulation).
 //
-// A thread owns 7 x 7 outputs of one plane and holds their sums in registers. It reads each row of the convolved plane
+// A thread owns 7 x 7 pixels of one plane and holds their sums in registers. It reads each row of the convolved plane
 // once: 7 columns, and those within reach to the left and right. It adds the row to every output row that the row
 // reaches. All loops are unrolled, so that sums, weights and values of the row are in registers.
 //
@@ -55,8 +55,8 @@ struct Thread {
   int index;
   Position position;
   bool mine;        // whether it has a plane; if not, it reads the first one, and its results are not used
-  int row, column;  // of its first output, in the tile
-  int output;       // index of its first output in a dense tile of the set
+  int row, column;  // of its first pixel, in the tile
+  int first_pixel;  // its index in a dense tile of the set
 
   // Opaque, because computing these numbers again is cheaper than keeping them in registers.
   __device__ __forceinline__ Thread(const Plan& plan, const Set& set)
@@ -65,7 +65,7 @@ struct Thread {
     if (!mine) position.plane = 0;
     row = plan.rows.first(position.row_unit);
     column = plan.columns.first(position.column_unit);
-    output = position.plane * plan.outputs() + row * plan.columns.tile + column;
+    first_pixel = position.plane * plan.tile_pixels() + row * plan.columns.tile + column;
   }
 };
 
@@ -180,7 +180,7 @@ __device__ __forceinline__ void move_tile(
     T* const from = global + int64_t(block.row) * p.width + block.column;
     move_box<kStore>(shared, {plan.columns.tile, pitch}, from, {p.width, planes.channel}, box, planes.move);
   } else {
-    const int pixels = plan.outputs();  // the tile is the plane
+    const int pixels = plan.tile_pixels();  // the tile is the plane
     const Box box = planes.run == Run::kPlanes ? Box{1, 1, count * pixels} : Box{count, 1, pixels};
     move_box<kStore>(shared, {0, pitch}, global, {0, planes.channel}, box, planes.move);
   }
@@ -189,14 +189,14 @@ __device__ __forceinline__ void move_tile(
 template <typename T>
 __device__ __forceinline__ void load_tile(
     const Params& p, const Block& block, const Planes& planes, int channel, int count, int state, T* shared) {
-  move_tile<false>(p, block, planes, at<T>(planes, block.batch, channel, state), shared, count, p.plan.outputs());
+  move_tile<false>(p, block, planes, at<T>(planes, block.batch, channel, state), shared, count, p.plan.tile_pixels());
 }
 
 template <typename T>
 __device__ __forceinline__ void store_tile(
     const Params& p, const Block& block, const Planes& planes, const Set& set, int state, T* shared) {
   T* const to = at<T>(planes, block.batch, set.channel, state);
-  move_tile<true>(p, block, planes, to, shared, set.count, p.plan.outputs());
+  move_tile<true>(p, block, planes, to, shared, set.count, p.plan.tile_pixels());
 }
 
 // Fills the memory of the convolved planes with zeros. The frame keeps them.
@@ -232,7 +232,7 @@ __device__ __forceinline__ void load_input(const Params& p, const Block& block, 
 template <typename T, int kReach>
 class Window {
  public:
-  bool top, bottom, left, right;  // whether its outputs end at this border of a replicated plane
+  bool top, bottom, left, right;  // whether its pixels end at this border of a replicated plane
 
   __device__ __forceinline__ Window(const Params& p, const Block& block, const Thread& me) {
     const Plan& plan = p.plan;
@@ -280,8 +280,9 @@ class Window {
   int pitch_;
 };
 
-// A row of a window. With kFold, the plane's first and last column read, at an offset into the plane, the sum of the
-// columns up to the offset, which the adjoint adds to a border.
+// A row of a window. With kFold, left[k] belongs to the thread's first column, and right[k] to its last one. If that
+// column is the plane's border, they are the sum of the border and the next k columns inside, which the adjoint adds to
+// the border. Otherwise, they are the value k columns further inside alone.
 template <int kReach, bool kFold>
 struct Row {
   float values[kUnit + 2 * kReach];
@@ -302,7 +303,7 @@ struct Row {
       }
     }
   }
-  // The value that output column j reads at an offset.
+  // The value that column j of the thread reads at an offset.
   __device__ __forceinline__ float at(int j, int offset) const {
     if (kFold && j == 0 && offset > 0) return left[offset];
     if (kFold && j == kUnit - 1 && offset < 0) return right[-offset];
@@ -319,7 +320,7 @@ __device__ __forceinline__ void for_each_constant(Function function) {
   if constexpr (kFirst < kLast) for_each_constant<kFirst + 1, kLast>(function);
 }
 
-// The rows of its window that a part of the stencil reads for a thread's outputs.
+// The rows of its window that a part of the stencil reads for a thread's pixels.
 template <typename Stencil, typename Function>
 __device__ __forceinline__ void for_each_row(Function function) {
   for_each_constant<-Stencil::kRowReach, kUnit - 1 + Stencil::kRowReach>(function);
@@ -397,7 +398,7 @@ __device__ __forceinline__ void convolve(const Params& p, int channel, const Win
   }
 }
 
-// sums[tap] += sum over the thread's outputs of grad times the value that the tap reads, for the taps of a part.
+// sums[tap] += sum over the thread's pixels of grad times the value that the tap reads, for the taps of a part.
 template <typename Stencil, typename T>
 __device__ __forceinline__ void correlate(const Window<T, Stencil::kReach>& window, int part_row, const Square& grad,
                                           float (&sums)[Stencil::kPartTaps]) {
@@ -416,10 +417,10 @@ __device__ __forceinline__ void correlate(const Window<T, Stencil::kReach>& wind
   });
 }
 
-// Calls function(i, j, k) for the thread's outputs. k is the index of row i and column j in a dense tile, counted from
-// the thread's first output.
+// Calls function(i, j, k) for the thread's pixels. k is the index of row i and column j in a dense tile, counted from
+// the thread's first pixel.
 template <typename Function>
-__device__ __forceinline__ void for_each_output(const Plan& plan, Function function) {
+__device__ __forceinline__ void for_each_pixel(const Plan& plan, Function function) {
   const int pitch = opaque(plan.columns.tile);
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
@@ -430,8 +431,10 @@ __device__ __forceinline__ void for_each_output(const Plan& plan, Function funct
 
 // ----- forward
 
-// The result of the convolution plus a bias, or of the output equation y = sum_n C_n h'_n + D x.
-template <typename Stencil, typename Input, typename Activation, bool kOutput>
+// The result of the convolution plus a bias, or of the output equation y = sum_n C_n h'_n + D x. Here and below, the
+// second number of the launch bounds is the number of blocks on a multiprocessor that a thread's registers leave room
+// for.
+template <typename Stencil, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) {
   const Plan& plan = p.plan;
   const Block block(p);
@@ -447,35 +450,36 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
 #pragma unroll 1
   for (int n = 0; n < p.states; ++n) {
     load_input<Input>(p, block, set, n);
-    if constexpr (kOutput) {
+    if constexpr (kOutputEquation) {
       load_tile(p, block, p.C, 0, 1, n, C_tile);
       if (n == 0) load_tile(p, block, p.x, set.channel, set.count, 0, x_tile);
     }
     wait_for_copies();
     __syncthreads();
     Square sums;
-    for_each_output(plan, [&](int i, int j, int) { sums[i][j] = bias; });
+    for_each_pixel(plan, [&](int i, int j, int) { sums[i][j] = bias; });
     convolve<Stencil, false>(p, channel, Window<Input, Stencil::kReach>(p, block, me), weights, sums);
 
-    Activation* const result = kOutput ? x_tile + me.output : shared_at<Activation>(plan.results) + me.output;
+    Activation* const result = (kOutputEquation ? x_tile : shared_at<Activation>(plan.results)) + me.first_pixel;
     const bool last = n + 1 == p.states;
-    if constexpr (kOutput) {
+    if constexpr (kOutputEquation) {
       const Activation* const C = C_tile + me.row * plan.columns.tile + me.column;
       float* const before = shared_at<float>(plan.sums) + me.index * kUnit * kUnit;  // the thread's sums over states
       const float D = static_cast<const float*>(p.D)[channel];
-      for_each_output(plan, [&](int i, int j, int k) { sums[i][j] *= widen(C[k]); });
+      for_each_pixel(plan, [&](int i, int j, int k) { sums[i][j] *= widen(C[k]); });
       if (n == 0) {
-        for_each_output(plan, [&](int i, int j, int k) { sums[i][j] += D * widen(result[k]); });
+        for_each_pixel(plan, [&](int i, int j, int k) { sums[i][j] += D * widen(result[k]); });
       } else {
-        for_each_output(plan, [&](int i, int j, int) { sums[i][j] += before[i * kUnit + j]; });
+        for_each_pixel(plan, [&](int i, int j, int) { sums[i][j] += before[i * kUnit + j]; });
       }
-      if (!last) for_each_output(plan, [&](int i, int j, int) { before[i * kUnit + j] = sums[i][j]; });
+      if (!last) for_each_pixel(plan, [&](int i, int j, int) { before[i * kUnit + j] = sums[i][j]; });
     }
     __syncthreads();  // all threads have read what the results replace
-    if (kOutput && !last) continue;
-    if (me.mine) for_each_output(plan, [&](int i, int j, int k) { narrow(sums[i][j], result[k]); });
+    if (kOutputEquation && !last) continue;
+    if (me.mine) for_each_pixel(plan, [&](int i, int j, int k) { narrow(sums[i][j], result[k]); });
     __syncthreads();
-    store_tile(p, block, p.result, set, kOutput ? 0 : n, kOutput ? x_tile : shared_at<Activation>(plan.results));
+    store_tile(p, block, p.result, set, kOutputEquation ? 0 : n,
+               kOutputEquation ? x_tile : shared_at<Activation>(plan.results));
     if (!last) __syncthreads();
   }
 }
@@ -484,14 +488,14 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
 
 // Loads the gradient of the convolution's result, with zeros around it: `grad`, or grad C_n for the output equation.
 // For the latter, it also writes x's gradient, D grad.
-template <int kWidth, typename Activation, bool kOutput>
+template <int kWidth, typename Activation, bool kOutputEquation>
 __device__ __forceinline__ void load_grad(const Params& p, const Block& block, const Set& set, int state) {
   using Packed = Pack<Activation, kWidth>;
   const Plan& plan = p.plan;
   const Region region(p, block);
   const int top = max(region.top, 0), left = max(region.left, 0);
   const Box box{set.count, region.bottom - top, (region.right - left) / kWidth};
-  const Activation* const grad = at<Activation>(p.grad, block.batch, set.channel, kOutput ? 0 : state);
+  const Activation* const grad = at<Activation>(p.grad, block.batch, set.channel, kOutputEquation ? 0 : state);
 #pragma unroll 1
   for (Walk walk(box); !walk.done(); walk.next()) {
     const int row = top + walk.row, column = left + walk.column * kWidth;
@@ -500,7 +504,7 @@ __device__ __forceinline__ void load_grad(const Params& p, const Block& block, c
     float values[kWidth];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) values[k] = widen(packed.values[k]);
-    if constexpr (kOutput) {
+    if constexpr (kOutputEquation) {
       const bool inside = block.row <= row && row < block.row + plan.rows.tile && block.column <= column &&
                           column < block.column + plan.columns.tile;
       if (state == 0 && inside) {
@@ -523,26 +527,26 @@ __device__ __forceinline__ void load_grad(const Params& p, const Block& block, c
 }
 
 // The same for whole planes that are one run of memory. It reads 16 bytes at once, wherever rows and planes begin.
-template <typename Activation, bool kOutput>
+template <typename Activation, bool kOutputEquation>
 __device__ __forceinline__ void load_grad_run(const Params& p, const Block& block, const Set& set, int state) {
   constexpr int kWidth = 16 / sizeof(Activation);
   using Packed = Pack<Activation, kWidth>;
   const Plan& plan = p.plan;
-  const int pixels = plan.outputs(), width = plan.columns.tile;
-  const Activation* const grad = at<Activation>(p.grad, block.batch, set.channel, kOutput ? 0 : state);
-  const Activation* const C = kOutput ? at<Activation>(p.C, block.batch, 0, state) : nullptr;
-  Activation* const grad_x = kOutput ? at<Activation>(p.grad_x, block.batch, set.channel, 0) : nullptr;
-  const float* const D = kOutput ? static_cast<const float*>(p.D) + set.channel : nullptr;
+  const int pixels = plan.tile_pixels(), width = plan.columns.tile;
+  const Activation* const grad = at<Activation>(p.grad, block.batch, set.channel, kOutputEquation ? 0 : state);
+  const Activation* const C = kOutputEquation ? at<Activation>(p.C, block.batch, 0, state) : nullptr;
+  Activation* const grad_x = kOutputEquation ? at<Activation>(p.grad_x, block.batch, set.channel, 0) : nullptr;
+  const float* const D = kOutputEquation ? static_cast<const float*>(p.D) + set.channel : nullptr;
 #pragma unroll 2
   for (int i = threadIdx.x * kWidth; i < set.count * pixels; i += blockDim.x * kWidth) {
     const Packed packed = *reinterpret_cast<const Packed*>(grad + i);
-    int plane = plan.by_outputs.divide(i), pixel = i - plane * pixels;
+    int plane = plan.by_tile_pixels.divide(i), pixel = i - plane * pixels;
     int row = plan.by_columns.divide(pixel), column = pixel - row * width;
     Packed scaled;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       float value = widen(packed.values[k]);
-      if constexpr (kOutput) {
+      if constexpr (kOutputEquation) {
         narrow(D[plane] * value, scaled.values[k]);
         value *= widen(C[pixel]);
       }
@@ -558,14 +562,14 @@ __device__ __forceinline__ void load_grad_run(const Params& p, const Block& bloc
         if (plane + 1 < set.count) ++plane;  // otherwise the pack ends here
       }
     }
-    if constexpr (kOutput) {
+    if constexpr (kOutputEquation) {
       if (state == 0) *reinterpret_cast<Packed*>(grad_x + i) = scaled;
     }
   }
 }
 
 // Computes the gradient of the input, and for the output equation that of x.
-template <typename Stencil, typename Input, typename Activation, bool kOutput>
+template <typename Stencil, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) {
   constexpr int kWide = 16 / sizeof(Activation), kWord = 4 / sizeof(Activation);
   const Plan& plan = p.plan;
@@ -577,13 +581,13 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) 
   for (int n = 0; n < p.states; ++n) {
     fill_with_zeros(plan);
     if (p.grad.run == Run::kPlanes) {
-      load_grad_run<Activation, kOutput>(p, block, set, n);
+      load_grad_run<Activation, kOutputEquation>(p, block, set, n);
     } else if (p.grad.move == kWide) {
-      load_grad<kWide, Activation, kOutput>(p, block, set, n);
+      load_grad<kWide, Activation, kOutputEquation>(p, block, set, n);
     } else if (p.grad.move == kWord) {
-      load_grad<kWord, Activation, kOutput>(p, block, set, n);
+      load_grad<kWord, Activation, kOutputEquation>(p, block, set, n);
     } else {
-      load_grad<1, Activation, kOutput>(p, block, set, n);
+      load_grad<1, Activation, kOutputEquation>(p, block, set, n);
     }
     Square sums = {};
     {
@@ -596,7 +600,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) 
     }
     __syncthreads();
     const Thread me(plan, set);
-    if (me.mine) for_each_output(plan, [&](int i, int j, int k) { narrow(sums[i][j], results[me.output + k]); });
+    if (me.mine) for_each_pixel(plan, [&](int i, int j, int k) { narrow(sums[i][j], results[me.first_pixel + k]); });
     __syncthreads();
     store_tile(p, block, p.grad_input, set, n, results);
     if (n + 1 < p.states) __syncthreads();
@@ -634,12 +638,12 @@ __device__ __forceinline__ void sum_planes(const Params& p, const Block& block, 
   float* const to = static_cast<float*>(p.partials_C) + (partial * p.states + state) * p.pixels();
   float* const before = shared_at<float>(plan.sums);
 #pragma unroll 1
-  for (int k = threadIdx.x * kWidth; k < plan.outputs(); k += blockDim.x * kWidth) {
+  for (int k = threadIdx.x * kWidth; k < plan.tile_pixels(); k += blockDim.x * kWidth) {
     Packed sum = {};
     if (!first_round) sum = *reinterpret_cast<const Packed*>(before + k);
 #pragma unroll 1
     for (int plane = 0; plane < planes; ++plane) {
-      const Packed product = *reinterpret_cast<const Packed*>(products + plane * plan.outputs() + k);
+      const Packed product = *reinterpret_cast<const Packed*>(products + plane * plan.tile_pixels() + k);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) sum.values[i] += product.values[i];
     }
@@ -656,29 +660,29 @@ __device__ __forceinline__ void sum_planes(const Params& p, const Block& block, 
 
 __device__ __forceinline__ void sum_planes(const Params& p, const Block& block, const float* products, int planes,
                                            int state, bool first_round, bool last_round) {
-  if (p.plan.tiles() == 1 && p.plan.outputs() % 4 == 0) {
+  if (p.plan.tiles() == 1 && p.plan.tile_pixels() % 4 == 0) {
     sum_planes<4>(p, block, products, planes, state, first_round, last_round);
   } else {
     sum_planes<1>(p, block, products, planes, state, first_round, last_round);
   }
 }
 
-// Reads the gradient of the convolution's result for a thread's outputs, and adds to the gradient of D or the bias.
+// Reads the gradient of the convolution's result for a thread's pixels, and adds to the gradient of D or the bias.
 // Outputs that are in two tiles or units count once.
-template <bool kOutput, typename Activation>
+template <bool kOutputEquation, typename Activation>
 __device__ __forceinline__ void read_grad(const Params& p, const Block& block, const Thread& me, int state,
                                           const Activation* grad_tile, Square& grad, float& D_or_bias) {
   const Plan& plan = p.plan;
-  const Activation* const my_grad = grad_tile + me.output;
-  const Activation* const x = shared_at<Activation>(plan.x) + me.output;
+  const Activation* const my_grad = grad_tile + me.first_pixel;
+  const Activation* const x = shared_at<Activation>(plan.x) + me.first_pixel;
   const Activation* const C = shared_at<Activation>(plan.C) + me.row * plan.columns.tile + me.column;
   const int skip_rows = plan.rows.owned(opaque(block.row_tile), me.position.row_unit) - block.row - me.row;
   const int skip_columns =
       plan.columns.owned(opaque(block.column_tile), me.position.column_unit) - block.column - me.column;
-  for_each_output(plan, [&](int i, int j, int k) {
+  for_each_pixel(plan, [&](int i, int j, int k) {
     grad[i][j] = i >= skip_rows && j >= skip_columns ? widen(my_grad[k]) : 0.0f;
-    if (state == 0) D_or_bias += kOutput ? grad[i][j] * widen(x[k]) : grad[i][j];
-    if constexpr (kOutput) grad[i][j] *= widen(C[k]);
+    if (state == 0) D_or_bias += kOutputEquation ? grad[i][j] * widen(x[k]) : grad[i][j];
+    if constexpr (kOutputEquation) grad[i][j] *= widen(C[k]);
   });
 }
 
@@ -709,7 +713,7 @@ __device__ __forceinline__ void store_partials(const Params& p, const Block& blo
 }
 
 // Computes partial sums of the gradients of the taps, of D or the bias, and of C.
-template <typename Stencil, typename Input, typename Activation, bool kOutput>
+template <typename Stencil, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p) {
   const Plan& plan = p.plan;
   const Block block(p);
@@ -727,8 +731,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p
 #pragma unroll 1
     for (int n = 0; n < p.states; ++n) {
       load_input<Input>(p, block, set, n);
-      if (!kOutput || n == 0) load_tile(p, block, p.grad, set.channel, set.count, n, grad_tile);
-      if constexpr (kOutput) {
+      if (!kOutputEquation || n == 0) load_tile(p, block, p.grad, set.channel, set.count, n, grad_tile);
+      if constexpr (kOutputEquation) {
         if (n == 0) load_tile(p, block, p.x, set.channel, set.count, 0, shared_at<Activation>(plan.x));
         if (p.states > 1 || round == 0) load_tile(p, block, p.C, 0, 1, n, shared_at<Activation>(plan.C));
       }
@@ -736,18 +740,18 @@ __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p
       __syncthreads();
 
       Square grad;
-      read_grad<kOutput>(p, block, me, n, grad_tile, grad, D_or_bias);
+      read_grad<kOutputEquation>(p, block, me, n, grad_tile, grad, D_or_bias);
       const Window<Input, Stencil::kReach> window(p, block, me);
 #pragma unroll 1
       for (int part = 0; part < Stencil::kParts; ++part) {
         correlate<Stencil>(window, Stencil::part_row(part), grad, taps);
-        if (n + 1 < p.states) continue;  // then there is only one part
-        if (kOutput) __syncthreads();    // x has been read, so the parts may replace it
+        if (n + 1 < p.states) continue;  // only the fusion has several states, and it has one part
+        if (kOutputEquation) __syncthreads();  // x has been read, so the parts may replace it
         store_partials<Stencil>(p, block, set, me, part, taps, D_or_bias);
         if (part + 1 < Stencil::kParts) __syncthreads();
       }
 
-      if constexpr (kOutput) {
+      if constexpr (kOutputEquation) {
         float* const products = shared_at<float>(plan.products);
         Weights<Stencil, Activation, false> weights;
         weights.load(p, opaque(channel), 0);
@@ -755,8 +759,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p
         convolve<Stencil, false>(p, channel, window.again(), weights, fused);
         __syncthreads();
         if (me.mine) {
-          for_each_output(plan, [&](int i, int j, int k) {
-            products[me.output + k] = fused[i][j] * widen(grad_tile[me.output + k]);
+          for_each_pixel(plan, [&](int i, int j, int k) {
+            products[me.first_pixel + k] = fused[i][j] * widen(grad_tile[me.first_pixel + k]);
           });
         }
         __syncthreads();

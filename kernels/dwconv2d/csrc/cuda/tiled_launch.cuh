@@ -9,7 +9,7 @@
   cudaError_t dwconv2d::name(const Params& p, cudaStream_t stream) {                                                  \
     return with_instance(p, [&](auto instance) {                                                                      \
       using I = decltype(instance);                                                                                   \
-      return launch(kernel<typename I::Taps, typename I::Input, typename I::Activation, I::kOutput>, p.blocks(),      \
-                    p.plan.threads, p.plan.shared, stream, p);                                                        \
+      return launch(kernel<typename I::Taps, typename I::Input, typename I::Activation, I::kOutputEquation>,          \
+                    p.blocks(), p.plan.threads, p.plan.shared, stream, p);                                            \
     });                                                                                                               \
   }

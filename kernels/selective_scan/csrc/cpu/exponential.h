@@ -15,7 +15,7 @@ struct Exponential {
 };
 
 INLINE Exponential exponential(Floats x) {
-  const Floats low = {}, lowest = low - 87.5f, highest = low + 89.0f;
+  const Floats zero = {}, lowest = zero - 87.5f, highest = zero + 89.0f;
   x = x < lowest ? lowest : x;  // comparisons with NaN are false, so a NaN stays
   x = x > highest ? highest : x;
   // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the lowest bits.
@@ -55,7 +55,7 @@ INLINE Doubles each(Doubles x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = function(x[j]);
   return x;
 }
-INLINE Doubles exponential(Doubles x) { return x; }
+INLINE Doubles exponential(Doubles x) { return x; }  // so that exp(exponential(x)) compiles for both types
 INLINE Doubles exp(Doubles x) { return each<::exp>(x); }
 INLINE Doubles expm1(Doubles x) { return each<::expm1>(x); }
 INLINE Doubles log1p(Doubles x) { return each<::log1p>(x); }

@@ -54,7 +54,7 @@ struct Params {
 constexpr int kMaxThreads = 224;
 constexpr int kManyItems = 14, kFewItems = 7;  // 3136 = 224 * 14, 784 = 56 * 14, 196 = 14 * 14, 49 = 7 * 7
 
-// Whether a kernel is for one state alone. Only a kernel of few items, not flat, takes several.
+// Whether a kernel is for one state alone. Only a kernel of few items, not flat, takes several states.
 constexpr bool one_state_kernel(int items, bool flat) { return items == kManyItems || flat; }
 
 // 14 items leave no registers for a loop over states, and neither do items of double precision.
@@ -98,9 +98,11 @@ inline void set_rounds(Plan& plan, int rounds) {
   plan.by_row_blocks = Divisor(plan.row_blocks);
 }
 
-inline bool starts_at_units(const View& view, int unit, int64_t channels) {
+// Whether every load of a view starts at a multiple of 16 bytes, which are `unit` elements. Loads of one state start
+// `channel_step` channels apart.
+inline bool starts_at_units(const View& view, int unit, int64_t channel_step) {
   return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch % unit == 0 && view.state % unit == 0 &&
-         view.channel * channels % unit == 0;
+         view.channel * channel_step % unit == 0;
 }
 
 // Whether `Plan::flat` holds. The outputs are new allocations, so they need no check. There must be one state.
@@ -120,11 +122,14 @@ inline bool is_flat(const Params& p, const Plan& plan, Dtype dtype) {
 inline void choose_access(View& view, int size, int rows, int tokens, const Plan& plan) {
   const int unit = 16 / size;
   view.along_rows = rows > 1 && view.channel < view.token;
-  const int64_t channels = view.along_rows ? plan.channels_per_group : 1;
+  // Along rows, loads start at multiples of `rows` channels within a group. `whole_units` checks `rows`, so only the
+  // starts of groups remain.
+  const int64_t channel_step = view.along_rows ? plan.channels_per_group : 1;
   const int64_t chunk_step = plan.chunks > 1 ? plan.chunk_tokens() * view.token : 0;
-  const bool starts = starts_at_units(view, unit, channels) && chunk_step % unit == 0;
+  const bool starts = starts_at_units(view, unit, channel_step) && chunk_step % unit == 0;
   const bool wide_along_tokens = view.token == 1 && (rows == 1 || plan.chunk_tokens() % unit == 0) && tokens >= unit;
-  const bool wide_along_rows = view.channel == 1 && view.token % unit == 0 && rows % unit == 0 && channels % unit == 0;
+  const bool whole_units = rows % unit == 0 && channel_step % unit == 0;
+  const bool wide_along_rows = view.channel == 1 && view.token % unit == 0 && whole_units;
   view.wide = starts && (view.along_rows ? wide_along_rows : wide_along_tokens);
 }
 

@@ -85,8 +85,8 @@ Tensor forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tens
   const Tensor h = empty_states(u, {sizes.batch, sizes.channels, sizes.states, sizes.length});
   if (sizes.batch == 0) return h;
 
-  const Tensor tokens_of_B = with_adjacent_tokens(B, sizes);
-  Params p = params_of(sizes, u, delta, A, tokens_of_B, bias, softplus, A_is_log);
+  const Tensor dense_B = with_adjacent_tokens(B, sizes);
+  Params p = params_of(sizes, u, delta, A, dense_B, bias, softplus, A_is_log);
   p.h = h.mutable_data_ptr();
   const Dtype dtype = dtype_of(u);
   make_plan(p, dtype, /*backward=*/false);
@@ -105,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor grad_bias = empty_states(u, {sizes.channels});
   if (sizes.batch == 0) return {at::empty_like(u), at::empty_like(delta), grad_A.zero_(), grad_B, grad_bias.zero_()};
 
-  const Tensor tokens_of_B = with_adjacent_tokens(B, sizes);
-  Params p = params_of(sizes, u, delta, A, tokens_of_B, bias, softplus, A_is_log);
+  const Tensor dense_B = with_adjacent_tokens(B, sizes);
+  Params p = params_of(sizes, u, delta, A, dense_B, bias, softplus, A_is_log);
   p.grad = view_of(grad, 0, 1, 2, 3);
   p.grad_u = grad_u.mutable_data_ptr();
   p.grad_delta = grad_delta.mutable_data_ptr();

@@ -6,7 +6,7 @@
 // and decays that underflow are ordinary zeros.
 //
 // A block's tile has the tokens of a chunk for each of its rows, row after row. So thread k owns the elements from
-// k kItems on, for every shape. With kItems of 7 or 14, these accesses have no bank conflicts.
+// k * kItems on, for every shape. With kItems of 7 or 14, these accesses have no bank conflicts.
 #pragma once
 
 #include <type_traits>
@@ -66,15 +66,15 @@ struct Thread {
   int index, lane, warp;
   int row, position;  // row of the tile, and position among the threads of that row
   int per_row;
-  int left, right;  // threads of the same row and warp on either side
+  int lanes_left, lanes_right;  // numbers of threads of the same row and warp on either side
 
   __device__ __forceinline__ explicit Thread(const Plan& plan) : index(threadIdx.x), per_row(plan.threads_per_row) {
     lane = index % kWarp;
     warp = index / kWarp;
     row = plan.by_threads_per_row.divide(index);
     position = index - row * per_row;
-    left = min(lane, position);
-    right = min(kWarp - 1 - lane, per_row - 1 - position);
+    lanes_left = min(lane, position);
+    lanes_right = min(kWarp - 1 - lane, per_row - 1 - position);
   }
   __device__ __forceinline__ int first_warp() const { return (index - position) / kWarp; }
   __device__ __forceinline__ int last_warp() const { return (index - position + per_row - 1) / kWarp; }
@@ -562,8 +562,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMForward<Input, kItems
     State B[kItems];
     read_items(B_tile + me.position * kItems, B);
     ScannedItems<kItems, State> items;
-    const Step<State> step = scan_warp<true>(items.scan(dt, dt_u, B, rate), me.left);
-    const Step<State> before = steps_before<true>(step, me.left);
+    const Step<State> step = scan_warp<true>(items.scan(dt, dt_u, B, rate), me.lanes_left);
+    const Step<State> before = steps_before<true>(step, me.lanes_left);
     if (me.lane == kWarp - 1) tails[me.warp] = step;
     __syncthreads();
 
@@ -621,8 +621,8 @@ struct Items {
   }
 };
 
-// The derivative of dt with respect to delta is sigmoid(factor delta + offset). Without softplus, this is
-// sigmoid(0 delta + 200) = 1, so that items need no branch.
+// The derivative of dt with respect to delta is sigmoid(factor * delta + offset). Without softplus, this is
+// sigmoid(0 * delta + 200) = 1, so that items need no branch.
 template <typename State>
 struct Slope {
   State factor, offset;
@@ -663,10 +663,10 @@ __device__ __forceinline__ State scan_both(
   read_items(tiles.grad, B_then_grad);
   const Step<State> own_mu{own.exponent, items.leaving_mu(B_then_grad)};
 
-  const Step<State> from_left = scan_warp<true>(own, me.left);
-  const Step<State> from_right = scan_warp<false>(own_mu, me.right);
-  const Step<State> before = steps_before<true>(from_left, me.left);
-  const Step<State> after = steps_before<false>(from_right, me.right);
+  const Step<State> from_left = scan_warp<true>(own, me.lanes_left);
+  const Step<State> from_right = scan_warp<false>(own_mu, me.lanes_right);
+  const Step<State> before = steps_before<true>(from_left, me.lanes_left);
+  const Step<State> after = steps_before<false>(from_right, me.lanes_right);
   if (me.lane == kWarp - 1) left_tails[me.warp] = from_left;
   if (me.lane == 0) right_tails[me.warp] = from_right;
   __syncthreads();
@@ -775,7 +775,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
 #pragma unroll 1
   for (int c = p.plan.chunks - 1; c >= 0; --c) {
     const int start = c * pitch, tokens = min(pitch, p.length - start);
-    const bool first_visit = c == p.plan.chunks - 1;
+    const bool last_chunk = c == p.plan.chunks - 1;
     State* const partials_B = static_cast<State*>(p.partials_B) + int64_t(blockIdx.x) * states * p.length + start;
     State grad_B[kItems] = {};
 
@@ -812,7 +812,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
         const State A = rate_of<State>(p, channel, n);
         State* const boundary = static_cast<State*>(p.boundaries) + (row * states + n) * p.plan.chunks + c;
         const State entering_h = mine && c > 0 ? boundary[0] : State(0);
-        const State entering_mu = mine && !first_visit ? boundary[1] : State(0);
+        // boundary[1] is the mu that the chunk to the right has left.
+        const State entering_mu = mine && !last_chunk ? boundary[1] : State(0);
 
         Items<kItems, State> items;
         State mu = scan_both(me, tiles, dt, A, entering_h, entering_mu, left_tails, right_tails, items);
@@ -825,7 +826,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
           write_items(grad_tile + first_item, grad_B);
           __syncthreads();
           sum_rows(grad_tile, p.plan.rows, tokens, pitch, partials_B + int64_t(n) * p.length);
-          sum_parts(me, parts_A, p.plan, rows.count, !first_visit, partials_A + n, states);
+          sum_parts(me, parts_A, p.plan, rows.count, !last_chunk, partials_A + n, states);
           __syncthreads();
         }
       }
@@ -838,9 +839,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
       store_tile<kFlat>(to_u, p.length, u_tile, rows.count, tokens, pitch, kWarp * kItems);
       store_tile<kFlat>(to_delta, p.length, delta_tile, rows.count, tokens, pitch, kWarp * kItems);
       __syncthreads();
-      if constexpr (kOneState) sum_parts(me, parts_A, p.plan, rows.count, !first_visit, partials_A, 1);
+      if constexpr (kOneState) sum_parts(me, parts_A, p.plan, rows.count, !last_chunk, partials_A, 1);
       State* const partials_bias = static_cast<State*>(p.partials_bias) + first_row;
-      sum_parts(me, parts_bias, p.plan, rows.count, !first_visit, partials_bias, 1);
+      sum_parts(me, parts_bias, p.plan, rows.count, !last_chunk, partials_bias, 1);
     }
 
     if constexpr (kOneState) {
