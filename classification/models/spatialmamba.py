@@ -363,7 +363,7 @@ class Block(nn.Module):
     def _position_and_norm(
         x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm, update: Tensor | None = None, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x + scale update, through the convolution and its residual, and its norm."""
+        """x + scale * update, through the convolution and its residual, and its norm."""
         return depthwise_residual_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, update, scale)
 
 
