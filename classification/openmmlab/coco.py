@@ -103,7 +103,10 @@ def check_labels(dataset: object) -> None:
     classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
     if not (isinstance(labels, dict) and isinstance(path, str) and os.path.isfile(path) and classes):
         return
-    names = _categories(path, None)
+    try:
+        names = _categories(path, None)
+    except UserError:  # a file of another kind: VOC's data sets number names, too, and read a list of images
+        return
     for number, label in labels.items():
         name = names.get(number)
         if name in classes and isinstance(label, int) and label < len(classes) and classes[label] != name:

@@ -13,7 +13,7 @@ from classification.errors import UserError
 OF_DATA = (".json", ".yaml", ".yml")  # suffixes of configs that are no programs
 SCOPES = ("mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg")  # of the toolchains' registries
 PACKAGES = ("classification.", "torch.nn.", "torch.optim.")  # whose classes run no text; inferencers run a config's
-BACKENDS = ("disk", "http", "local", "petrel")  # of mmengine's, those that import nothing that a config names
+BACKENDS = ("disk", "http", "lmdb", "local", "petrel")  # of mmengine's, those that import nothing that a config names
 EVALUATE_TEXT = ("CameraMotionCompensation", "RFSearchHook")  # registered types that run their arguments as Python
 
 

@@ -365,6 +365,9 @@ def test_labels_of_data_sets_of_any_type(tmp_path):
         checks_of_coco.check_labels(dataset(labels))
     checks_of_coco.check_labels(dataset({1: 0, 2: 0}, ("cat",)))  # joined
     checks_of_coco.check_labels(SimpleNamespace())
+    (tmp_path / "names.txt").write_text("0001\n0002\n")  # as of VOC, whose labels are by name
+    voc = SimpleNamespace(cat2label={"cat": 0}, metainfo=dict(classes=("cat",)), ann_file=str(tmp_path / "names.txt"))
+    checks_of_coco.check_labels(voc)
     cats = {7: dict(name="dog"), 9: dict(name="cat")}
     of_metric = SimpleNamespace(_coco_api=SimpleNamespace(cats=cats, get_cat_ids=lambda cat_names: [*cats]))
     for metric, classes in ((of_metric, ("dog", "cat")), (of_metric, ("bird",)), (SimpleNamespace(), ())):
