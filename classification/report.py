@@ -68,7 +68,7 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str,
             again = evaluated["model"]
             otherwise = "".join(f", {change}" for change in evaluated.get("otherwise", ()))
             rows.append((f"top-1 evaluated again, {again['images']} images{otherwise}", f"{again['top1']:.3f} %"))
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{evaluation}: is damaged ({error!r}); evaluate the checkpoint again") from error
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -184,7 +184,7 @@ def report(folder: Path, data_path: str | None) -> None:
         figures = {"learning_curve.png": draw_learning_curve(metrics)}
         if (folder / STEPS).exists():
             figures["training_curves.png"] = draw_training_curves(read_lines(folder / STEPS, "epoch", "step"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: its {EPOCHS} or {STEPS} is damaged ({error!r}); a number is missing") from error
@@ -195,7 +195,7 @@ def report(folder: Path, data_path: str | None) -> None:
         figures["predictions.png"] = draw_predictions(model, dataset, names)
         try:
             print(printable(summary(folder, metrics, checkpoint, data_path, dataset.digest()), lines=True))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error

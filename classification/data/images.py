@@ -20,6 +20,7 @@ IN_FULL_RANGE = ("PNG", "PPM")  # for these, Pillow's mode I holds 16 bits
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags; Pillow inverts WHITE_IS_ZERO only in 8 bits
 SAMPLE_FORMAT, UNSIGNED = 339, 1  # TIFF's tag; Pillow reads -1 in 8 signed bits as 255
 COMPRESSION, COLOR_MAP, PLANAR, SEPARATE = 259, 320, 284, 2  # TIFF's tags
+FILL_ORDER, YCBCR, SUBSAMPLING = 266, 6, 530  # TIFF's tags, and a value of PHOTOMETRIC
 EIGHT_BITS_A_BAND = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
@@ -57,6 +58,9 @@ def misread_samples(image: Image.Image) -> str | None:
         return f"its samples are not unsigned numbers (SampleFormat {kinds}); convert it to 8 or 16 bits"
     if image.mode in ("P", "PA") and 0 < max(_tag(image, COLOR_MAP, 0)) <= 255:
         return "its colour map has 8 bits in place of 16, which Pillow reads as black; convert it to PNG"
+    sampling = _tag(image, SUBSAMPLING, (2, 2))
+    if (_tag(image, PHOTOMETRIC, 1), _tag(image, COMPRESSION, 1)) == ((YCBCR,), (1,)) and sampling != (1, 1):
+        return f"its colours have fewer pixels (YCbCrSubSampling {sampling}) and no compression; convert it to PNG"
     return misread_planes(image)
 
 
@@ -68,15 +72,17 @@ def misread_planes(image: Image.Image) -> str | None:
     if image.format != "TIFF" or _tag(image, PLANAR, 1) != (SEPARATE,) or _tag(image, COMPRESSION, 1) != (1,):
         return None
     bits, inverted = _tag(image, BITS_PER_SAMPLE, 1), _tag(image, PHOTOMETRIC, 1) == (WHITE_IS_ZERO,)
-    if set(bits) == {8} and not inverted:
+    mirrored = _tag(image, FILL_ORDER, 1) == (2,)
+    if set(bits) == {8} and not inverted and not mirrored:
         return None
     what = "in which 0 is white" if inverted else f"of {max(bits)} bits"
+    what += " in reverse order (FillOrder 2)" * mirrored
     return (
         f"its bands are stored one after another (PlanarConfiguration 2), {what}; write them pixel by pixel, or as PNG"
     )
 
 
-def _tag(image: Image.Image, tag: int, default: int) -> tuple[int, ...]:
+def _tag(image: Image.Image, tag: int, default: int | tuple[int, ...]) -> tuple[int, ...]:
     value = image.tag_v2.get(tag, default)
     return value if isinstance(value, tuple) else (value,)
 

@@ -148,6 +148,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             _check_no_pickles(loader.dataset, f"{split}_dataloader.dataset")
         if loader and split != "train":
             _check_whole(loader, split)
+            _check_tested_once(cfg, split, loader.dataset)
         datasets = list(datasets_of(loader.dataset)) if loader else []
         for dataset in datasets:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
@@ -165,6 +166,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             _warn_of_steps(cfg, split, loader.dataset)
     if "train" in splits:
         _check_learns(cfg.model)
+        _check_loads_masks(cfg)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
 
@@ -174,6 +176,19 @@ def _check_whole(loader: ConfigDict, split: str) -> None:
     sampler = loader.get("batch_sampler") or {}
     if loader.get("drop_last") or sampler.get("drop_last"):
         raise UserError(f"{split}_dataloader has drop_last=True, so the last images are not tested; leave it out")
+
+
+def _check_tested_once(cfg: Config, split: str, dataset: ConfigDict) -> None:
+    """Raise a UserError if images are tested several times: metrics of boxes count all predictions of an image."""
+    wrapper = next((one for one in parts_within(dataset) if is_kind(one, *REPEATING)), None)
+    if wrapper and not all(is_kind(metric, "IoUMetric") for metric in metrics_of(cfg, split)):
+        raise UserError(
+            f"{split}_dataloader.dataset has a {kind_of(wrapper)}, so images are tested several times, and their "
+            "predictions count as often; leave it out"
+        )
+
+
+REPEATING = ("RepeatDataset", "ClassBalancedDataset")
 
 
 def _warn_of_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
@@ -199,6 +214,14 @@ def _warn_of_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
 
         if split != "train":
             plain = [step for step in part.pipeline if isinstance(step, dict) and not is_kind(step, "TestTimeAug")]
+            moves = ("CenterCrop", "Pad") if cfg.get("default_scope") == "mmseg" else ("CenterCrop",)
+            for step in steps_of(plain):
+                if is_kind(step, *moves):
+                    print_log(
+                        f"{key} has {kind_of(step)}, but predictions are compared as if they were of the whole image; "
+                        "leave it out, and pad by size_divisor in data_preprocessor.test_cfg if the model needs that",
+                        level=logging.WARNING,
+                    )
             for step in filter(_is_by_chance, steps_of(plain)):
                 print_log(
                     f"{key} has {kind_of(step)}, which changes images by chance, so that the score changes from run to "
@@ -211,13 +234,13 @@ def _is_by_chance(step: ConfigDict) -> bool:
     """Return whether a step changes images by chance."""
     if is_kind(step, "RandomFlip"):
         return step.get("prob") is not None and step.prob != 0
-    return is_kind(step, *BY_CHANCE)
+    return "Random" in kind_of(step) or is_kind(step, *BY_CHANCE)
 
 
-BY_CHANCE = (
-    *("AutoAugment", "CachedMixUp", "CachedMosaic", "CopyPaste", "CutOut", "MixUp", "Mosaic", "PhotoMetricDistortion"),
-    *("RandAugment", "RandomAffine", "RandomCrop", "RandomErasing", "RandomMosaic", "RandomResize", "RandomRotate"),
-    *("RandomChoiceResize", "RandomShift", "YOLOXHSVRandomAug"),
+BY_CHANCE = (  # beside what is called Random
+    *("Albu", "AutoAugment", "CachedMixUp", "CachedMosaic", "CopyPaste", "CutOut", "Expand", "MixUp", "Mosaic"),
+    *("PhotoMetricDistortion", "RandAugment", "RandomAffine", "RandomCrop", "RandomResize", "Rotate", "ShearX"),
+    *("ShearY", "TranslateX", "TranslateY"),
 )
 MOVES_BOXES = ("Resize", "RandomFlip", "RandomResize", "FixScaleResize", "RandomCrop")
 
@@ -259,16 +282,35 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
 
 
 def _check_learns(model: ConfigDict) -> None:
-    """Raise a UserError if the softmax of a segmenter has one class: its loss is 0, and nothing is learnt."""
+    """Raise a UserError if nothing is learnt: from a loss that is only logged, or by a softmax of one class."""
     for part, head in segmentation_heads(model):
-        if (head.get("out_channels") or head.get("num_classes")) != 1:
-            continue
         for place, loss in parts_of(f"{part}.loss_decode", head.get("loss_decode", {"type": "CrossEntropyLoss"})):
+            if "loss" not in str(loss.get("loss_name", "loss")):
+                raise UserError(
+                    f"{place}.loss_name is {loss.loss_name!r}, without 'loss' in it, so mmengine logs it, but does not "
+                    f"train by it; write 'loss_{loss.loss_name}'"
+                )
+            if (head.get("out_channels") or head.get("num_classes")) != 1:
+                continue
             if is_kind(loss, "CrossEntropyLoss") and not loss.get("use_sigmoid"):
                 raise UserError(
                     f"{part} has one class, whose softmax is always 1, so nothing is learnt: set {place}.use_sigmoid, "
                     "or make the background a class"
                 )
+
+
+def _check_loads_masks(cfg: Config) -> None:
+    """Raise a UserError if a detector learns masks, but its pipeline loads none."""
+    roi_head = cfg.model.get("roi_head")
+    if not (isinstance(roi_head, dict) and roi_head.get("mask_head")):
+        return
+    for dataset in datasets_of(cfg.train_dataloader.dataset):
+        steps = [one for one in steps_of(dataset.get("pipeline") or ()) if is_kind(one, "LoadAnnotations")]
+        if steps and not any(step.get("with_mask") for step in steps):
+            raise UserError(
+                "model.roi_head has a mask_head, but LoadAnnotations in train_dataloader.dataset.pipeline loads no "
+                "masks; set its with_mask=True"
+            )
 
 
 def _parent_of_maps(dataset: ConfigDict) -> str:
@@ -318,6 +360,8 @@ def _ignore_settings(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> I
                 yield f"{split}_evaluator{place}.ignore_index", metric.get("ignore_index", 255)
         loader = cfg.get(f"{split}_dataloader")
         for dataset in with_pipelines(loader.dataset) if loader else ():
+            if (ignored := dataset.get("ignore_index")) is not None:  # mmseg takes it, but leaves it to the others
+                yield f"{split}_dataloader.dataset.ignore_index", ignored
             for step in steps_of(dataset.pipeline):
                 key = f"{split}_dataloader.dataset.pipeline.{kind_of(step)}"
                 if kind_of(step) == "CheckLabels":

@@ -32,6 +32,8 @@ class _TwoStage(nn.Module):
         outputs = [self.model.rpn_head(maps), head._bbox_forward(maps, rois)["cls_score"]]
         if head.with_mask:
             outputs.append(head._mask_forward(maps, rois[:MASK_PROPOSALS])["mask_preds"])
+        if hasattr(self.model, "semantic_head"):  # of a panoptic model
+            outputs += self.model.semantic_head(maps).values()
         return outputs
 
 

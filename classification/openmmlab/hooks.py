@@ -280,7 +280,19 @@ def _check_validation(loop: ValLoop | TestLoop) -> None:
     check_labels(loop.dataloader.dataset)
     if isinstance(loop.evaluator, Evaluator):
         for metric in loop.evaluator.metrics:
+            _check_has_classes(metric)
             check_order(metric, (metric.dataset_meta or {}).get("classes") or ())
+
+
+def _check_has_classes(metric: BaseMetric) -> None:
+    """Raise a UserError if mmseg's IoUMetric has no names of classes, which it needs after all images are tested."""
+    kinds = {kind.__name__ for kind in type(metric).__mro__}
+    compares = "IoUMetric" in kinds and not getattr(metric, "format_only", False)
+    if compares and not (metric.dataset_meta or {}).get("classes"):
+        raise UserError(
+            "the data set has no names of classes, which IoUMetric needs: set its metainfo=dict(classes=[...]) "
+            "(CLASSES is the spelling of older versions)"
+        )
 
 
 class CheckSameData(Hook):
@@ -345,6 +357,10 @@ def _forget_other_best(runner, info: dict, path: str, validated: object) -> None
     if any("://" in folder for folder in folders):
         return
     sought = [name for hook in savers for name in getattr(hook, "key_indicators", None) or ()]
+    for name in [name for name in info if str(name).startswith("best_score")]:
+        if name.replace("score", "ckpt", 1) not in info:
+            info.pop(name)
+            _warn(f"{path}: has a {name}, but names no best checkpoint; the best one is sought anew")
     for name in [name for name in info if str(name).startswith("best_ckpt")]:
         best = os.path.basename(str(info.pop(name)))
         own = [file for file in (os.path.join(folder, best) for folder in folders) if os.path.isfile(file)]
@@ -388,6 +404,12 @@ def _check_schedules(schedules: list | dict, states: object, path: str, meta: di
             "--resume"
         )
     for schedule, state in pairs:
+        for name in sorted(_settings(schedule) - {"last_step"}):
+            if state[name] != (ours := getattr(schedule, name)):
+                _warn(
+                    f"{path}: its {type(schedule).__name__} goes on with {name}={state[name]!r:.60}, whatever the "
+                    f"config says ({ours!r:.60})"
+                )
         done, begin, end = meta["epoch" if schedule.by_epoch else "iter"], state["begin"], state["end"]
         if isinstance(schedule, ReduceOnPlateauParamScheduler) or begin > done:
             continue  # it steps when a score is known; or it has not begun
@@ -449,6 +471,8 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
             _warn(f"{path}: its optimizer goes on with {name}={there_is!r}, whatever the config says ({ours!r})")
         for i, parameter in zip(chain(*there), chain(*own), strict=True):
             state = saved["state"].get(i, {})
+            if not state.get("step", 0) >= 0:
+                raise ValueError(f"state[{i}].step is {state['step']!r}")
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     state[name] = in_layout_of(parameter, value, f"state[{i}].{name}")

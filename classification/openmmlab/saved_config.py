@@ -5,6 +5,7 @@ not show may differ from those of training.
 """
 
 import ast
+import inspect
 import logging
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from contextlib import suppress
 from mmengine.config import Config
 
 from classification.models.openmmlab import DO_NOTHING
-from classification.openmmlab.config_parts import kind_of, resizes
+from classification.openmmlab.config_parts import argument_of, kind_of, resizes
 from classification.openmmlab.messages import print_log
 
 LONGEST, DEEPEST = 2**20, 60  # characters and nested brackets; published configs have some 10^5 and 12
@@ -96,7 +97,7 @@ def warn_of_other_config(cfg: Config, meta: object, path: str, resumed: bool = F
     _say_if_unread(meta, path)
     before = saved_config(meta)
     unused = NO_MATTER | (set() if resumed else ONLY_TRAINING)
-    found = _differences(_model(before), _model(cfg), "model")
+    found = _differences(*_with_defaults(_model(before), _model(cfg)), "model")
     found = [one for one in found if not unused & {one[0], *one[0].split(".")}]
     old, new = resizes(before, "test"), resizes(cfg, "test")
     if old is not None and new is not None:
@@ -150,6 +151,28 @@ def _model(cfg: dict | Config) -> dict:
     model = model.get("module", model)  # with --tta
     preprocessor = model.get("data_preprocessor") or cfg.get("data_preprocessor")
     return {**model, "data_preprocessor": preprocessor} if preprocessor else model
+
+
+def _with_defaults(old: dict, new: dict) -> tuple[dict, dict]:
+    """Add to each of two configs of a part what only the other one names, if the part's class has a default for it."""
+    old, new = dict(old), dict(new)
+    if new.get("type") and kind_of(old) == kind_of(new):
+        # The class is the tested config's: to look for a type that a checkpoint names could import a module.
+        defaults = {name: argument_of({"type": new["type"]}, name) for name in old.keys() ^ new.keys()}
+        defaults = {name: one for name, one in defaults.items() if one not in (None, inspect.Parameter.empty)}
+        old, new = {**defaults, **old}, {**defaults, **new}
+    for name in old.keys() & new.keys():
+        both = old[name], new[name]
+        if all(isinstance(one, dict) for one in both):
+            old[name], new[name] = _with_defaults(*both)
+        elif all(map(_are_parts, both)) and len(both[0]) == len(both[1]):
+            pairs = [_with_defaults(*pair) for pair in zip(*both, strict=True)]
+            old[name], new[name] = [one for one, _ in pairs], [one for _, one in pairs]
+    return old, new
+
+
+def _are_parts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, dict) for one in value)
 
 
 def _differences(before: object, now: object, key: str, missing: bool = False) -> list[tuple[str, object, object]]:

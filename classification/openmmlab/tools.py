@@ -1,6 +1,7 @@
 """`train.py`, `test.py` and `get_flops.py` of detection and segmentation: OpenMMLab's command lines for mmengine."""
 
 import argparse
+import copy
 import difflib
 import gc
 import inspect
@@ -177,6 +178,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     if args.config.lower().endswith(yaml_files.OF_DATA):
         try:
             yaml_files.check_types(cfg.to_dict())
+            yaml_files.make_scales_tuples(cfg)
         except UserError as error:
             raise UserError(f"{args.config}: {error}") from error
     if cfg.get("default_scope") != scope:
@@ -457,6 +459,13 @@ def _prepare(cfg: Config, args: argparse.Namespace) -> None:
         _check_gpus(args.launcher)
 
 
+def _as_read(args: argparse.Namespace, cfg: Config) -> Config:
+    """Copy the config for the file in the work dir: later runs start from it, on other machines and other data."""
+    copied = copy.deepcopy(cfg)
+    copied.work_dir, copied.launcher = _work_dir(args, cfg), args.launcher
+    return copied
+
+
 def _work_dir(args: argparse.Namespace, cfg: Config) -> str:
     named = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
     return os.path.expanduser(named)  # a shell does not in --work-dir=~/run
@@ -535,12 +544,26 @@ def _replace_sync_bn(value: object) -> int:
     return found + sum(map(_replace_sync_bn, items))
 
 
-def _build(cfg: Config) -> Runner:
+def _build(cfg: Config, as_read: Config, keep: bool = False) -> Runner:
+    """Build the runner. It writes the config to the work dir `as_read`, without what the tool has set since.
+
+    Args:
+        cfg: the config.
+        as_read: the config with the user's options.
+        keep: keep the file that is there. The file from which the config was read is always kept.
+    """
     kind = RUNNERS.get(cfg.runner_type) if "runner_type" in cfg else Runner
     if not (inspect.isclass(kind) and issubclass(kind, Runner)):
         raise UserError(f"runner_type is {cfg.runner_type}, which is no kind of mmengine's Runner: leave it out")
+
+    def dump_config(runner: Runner) -> None:
+        source = Path(as_read.filename).resolve()
+        path = Path(runner.work_dir, source.name).resolve()
+        if runner.rank == 0 and path != source and not (keep and path.exists()):
+            as_read.dump(path)
+
     try:
-        runner = kind.from_cfg(cfg)
+        runner = type(kind.__name__, (kind,), {"dump_config": dump_config}).from_cfg(cfg)
     except (TypeError, ValueError) as error:
         if MM_SpatialMamba.__name__ not in str(error):
             raise
@@ -561,6 +584,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise UserError(f"{args.config}: has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs")
         cfg.auto_scale_lr.enable = True
+    as_read = _as_read(args, cfg)
     if args.resume or (cfg.get("resume") and not cfg.get("load_from")):
         _find_what_to_resume(args, cfg)
     if not cfg.get("resume"):
@@ -580,7 +604,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     if is_kind(cfg.optim_wrapper, "AmpOptimWrapper") and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     lock = _lock(args, cfg)  # held until training ends
-    runner = _build(cfg)
+    runner = _build(cfg, as_read)
     own = (
         *(NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckLabelsOfCategories, CheckResumed, CheckSameData),
         *(CheckLength, NoteOtherProcesses),
@@ -649,7 +673,14 @@ def _check_no_other_run_is_overwritten(args: argparse.Namespace, cfg: Config) ->
     """Raise a UserError if a run goes on from a checkpoint elsewhere, and its own folder holds checkpoints."""
     folder, resumed = _saving_folder(args, cfg), Path(cfg.load_from).expanduser()
     newest = _newest_checkpoint(cfg, folder) or _best_checkpoint(folder)
-    if newest and resumed.resolve().parent != Path(folder).resolve():
+    elsewhere = resumed.resolve().parent != Path(folder).resolve()
+    if elsewhere and not args.resume:  # as in a config that mmengine saved when a run was resumed
+        print_log(
+            f"{args.config}: has resume=True, so this run goes on with that of {resumed}; for a new run, pass "
+            "--cfg-options resume=False load_from=None",
+            level=logging.WARNING,
+        )
+    if newest and elsewhere:
         raise UserError(
             f"{folder}: holds {newest} of an earlier run, which the one that goes on from {resumed} would overwrite; "
             "name another --work-dir"
@@ -718,12 +749,19 @@ def _check_can_be_written(path: str | None, folder: bool = True) -> None:
 
 
 def _test(args: argparse.Namespace, cfg: Config) -> None:
-    if args.out and cfg.default_scope == "mmdet" and not args.out.endswith((".pkl", ".pickle")):
-        raise UserError(f"{args.out}: predictions are written as a pickle; name a .pkl file")
+    if args.out and cfg.default_scope == "mmdet":
+        if not args.out.endswith((".pkl", ".pickle")):
+            raise UserError(f"{args.out}: predictions are written as a pickle; name a .pkl file")
+        if isinstance(cfg.test_evaluator, dict) and is_kind(cfg.test_evaluator, "MultiDatasetsEvaluator"):
+            raise UserError(
+                f"--out {args.out}: a MultiDatasetsEvaluator passes predictions to one metric for each data set, and "
+                "none to --out; leave it out, or test one data set at a time"
+            )
     _check_can_be_written(args.out, folder=cfg.default_scope == "mmseg")
     for folder in (args.show_dir, _work_dir(args, cfg)):
         _check_can_be_written(folder)
     check_file(args.checkpoint)
+    as_read = _as_read(args, cfg)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show or args.show_dir:
         _draw(args, cfg)
@@ -737,7 +775,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
         insert_bit_checks(cfg)
         insert_size_checks(cfg)
     _prepare(cfg, args)
-    runner = _build(cfg)
+    runner = _build(cfg, as_read, keep=True)
     for hook in (NameAbsentClasses, CheckLabelsOfCategories, CheckSameData):
         runner.register_hook(hook())
     meta = check_checkpoint(

@@ -87,6 +87,8 @@ class CheckLabels:
             )
         reduced = bool(results.get("reduce_zero_label"))  # then LoadAnnotations has subtracted 1
         wrong = _not_of_a_byte(path) if self.of_file else None
+        if self.of_file and wrong is None and not results.get("label_map"):
+            _check_one_bit(path, labels, reduced)
         if wrong is None:
             outside = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
             wrong = np.max(outside) + reduced if outside.size else None
@@ -210,6 +212,20 @@ def _not_of_a_byte(path: str) -> int | None:
         raise UserError(f"{path}: has labels of type {labels.dtype}: write whole numbers of 8 bits")
     smallest, largest = int(labels.min(initial=0)), int(labels.max(initial=0))
     return smallest if smallest < 0 else largest if largest > LARGEST else None
+
+
+def _check_one_bit(path: str, labels: np.ndarray, reduced: bool) -> None:
+    """Raise a UserError if a map of one bit was read as 0 and 255, as cv2 reads it."""
+    try:
+        with Image.open(path, formats=image_formats()) as image:
+            ones = int(np.count_nonzero(image)) if image.mode == "1" else None
+    except Exception:  # LoadAnnotations has read the file by other means
+        return
+    if ones is not None and ones != np.count_nonzero(labels == 1 - reduced):
+        raise UserError(
+            f"{path}: is a map of 1 bit, in which the loader reads another label than 1; set "
+            "imdecode_backend='pillow' of LoadAnnotations, or write 8 bits"
+        )
 
 
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF

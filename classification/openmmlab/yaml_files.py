@@ -4,6 +4,7 @@ import inspect
 import re
 
 import yaml
+from mmengine.config import Config
 from mmengine.fileio import BaseFileHandler, register_handler
 from mmengine.utils import get_object_from_string
 
@@ -32,13 +33,27 @@ def check_types(value: object, key: str = "") -> None:
             check_types(item, f"{key}.{name}" if key else str(name))
     elif key.endswith("backend_args.backend") and value not in BACKENDS:
         raise UserError(f"{key} is {value!r}, which may import a module; of {', '.join(BACKENDS)}, name one")
-    elif isinstance(value, str) and value.endswith(".py"):  # as teacher_config, which mmdet reads as a config
+    elif isinstance(value, str) and value.endswith(".py"):
         raise UserError(f"{key} is {value!r}, a program, which mmengine may run; write such a config in Python")
+    elif key.endswith("teacher_config") and isinstance(value, str):  # a config, which mmdet reads without these checks
+        raise UserError(
+            f"{key} is {value!r}, a config of its own, whose types are not checked; write them here instead (model: "
+            "...), or write this config in Python"
+        )
     elif key.endswith(("type", "constructor")) and isinstance(value, str) and not _is_harmless(value):
         raise UserError(
             f"{key} is {value!r}, which is no registered name and no class of torch.nn or torch.optim, and could run "
             "anything; write such a config in Python, or register the class"
         )
+
+
+def make_scales_tuples(value: object) -> None:
+    """Make each `scale` in a config a tuple, as mmcv wants it: YAML and JSON have only lists."""
+    for one in value.values() if isinstance(value, dict | Config) else value if isinstance(value, list) else ():
+        make_scales_tuples(one)
+    scale = value.get("scale") if isinstance(value, dict) else None
+    if isinstance(scale, list) and all(isinstance(side, int | float) for side in scale):
+        value["scale"] = tuple(scale)
 
 
 def _is_harmless(name: str) -> bool:
@@ -47,10 +62,11 @@ def _is_harmless(name: str) -> bool:
         return False
     if not scopes:
         return True
-    found = _object(name)
+    # Only then look, because this imports the module.
     if scopes in [[scope] for scope in SCOPES]:
+        found = _object(name)
         return found is None or inspect.isclass(found)  # mmdet.ResNet is no path, but known to mmdet's registry
-    return name.startswith(PACKAGES) and inspect.isclass(found)
+    return name.startswith(PACKAGES) and inspect.isclass(_object(name))
 
 
 def _object(name: str) -> object:

@@ -220,6 +220,8 @@ def test_tiffs_that_pillow_misreads_are_refused(tmp_path):
         (grey, {339: 4}, ""),  # Pillow itself refuses it
         (sixteen, {284: 2}, r"one after another \(PlanarConfiguration 2\), of 16 bits"),
         (grey, {284: 2, 262: 0}, r"one after another \(PlanarConfiguration 2\), in which 0 is white"),
+        (grey, {284: 2, 266: 2}, r"one after another \(PlanarConfiguration 2\), of 8 bits in reverse order"),
+        (grey.convert("YCbCr"), {530: (2, 1)}, r"fewer pixels \(YCbCrSubSampling \(2, 1\)\) and no compression"),
     ):
         image.save(path, tiffinfo=tags)
         with pytest.raises(UnreadableImageError, match=r"a\.tif: cannot be read as an image.*" + fault):

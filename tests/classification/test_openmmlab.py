@@ -13,7 +13,7 @@ import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ from PIL import Image
 
 pytest.importorskip("mmengine", reason="make install-openmmlab")
 from mmengine.config import Config, ConfigDict
+from mmengine.evaluator import Evaluator
 from mmengine.fileio import dump, load
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
@@ -48,6 +49,7 @@ from classification.openmmlab import (
     saved_config,
     tools,
     unread_variables,
+    yaml_files,
 )
 from classification.openmmlab.checkpoint import load_from_local
 from classification.openmmlab.transforms import CheckBits, CheckLabels, CheckMap, CheckSize
@@ -610,6 +612,11 @@ CONFIGS = {
         "custom_hooks.0.type is 'mmseg.apis.MMSegInferencer', which is no registered name",
     ),
     "teacher.yaml": ("model: {teacher_config: a/teacher.py}", "model.teacher_config is 'a/teacher.py', a program"),
+    "teacher.json": (
+        '{"model": {"teacher_config": "a.yaml"}}',
+        "model.teacher_config is 'a.yaml', a config of its own",
+    ),
+    "imported.yaml": ("{model: {}, visualizer: {type: on_path.X}}", "visualizer.type is 'on_path.X', which is no"),
     "constructor.json": (
         '{"model": {}, "optim_wrapper": {"constructor": "subprocess.check_output"}}',
         "optim_wrapper.constructor is 'subprocess.check_output', which is no registered name",
@@ -677,6 +684,8 @@ def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
     """As the tools read them: a line, and nothing is run but what a Python config is."""
     text, message = CONFIGS[name]
     (tmp_path / name).write_text(text)
+    (tmp_path / "on_path.py").write_text("open('ran', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     options = ["--cfg-options", "model.x.y=3"] if name == "options.json" else []
     monkeypatch.setattr("sys.argv", ["train.py", name, *options])
@@ -729,6 +738,10 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
     info = {"best_ckpt_mIoU": str(tmp_path / "old" / "best_b.pth"), "best_score_mIoU": 1.0}
     hooks._forget_other_best(run, info, "x.pth", None)
     assert info == {}
+    info = {"best_score": 1e9, "epoch": 1}
+    hooks._forget_other_best(run, info, "x.pth", None)
+    assert info == {"epoch": 1}
+    assert said.pop() == "x.pth: has a best_score, but names no best checkpoint; the best one is sought anew"
     saver.key_indicators = ["coco/bbox_mAP"]
     for best, kept in (("best_aAcc_iter_3.pth", False), ("best_coco_bbox_mAP_epoch_3.pth", True)):
         (tmp_path / "mine" / best).touch()
@@ -842,7 +855,21 @@ def test_results_that_could_not_be_written(tmp_path):
         else:
             tools._check_can_be_written(path, folder)
     with pytest.raises(UserError, match="runner_type is FlexibleRunner, which is no kind of mmengine's Runner"):
-        tools._build(Config(dict(model={}, runner_type="FlexibleRunner")))
+        tools._build(Config(dict(model={}, runner_type="FlexibleRunner")), Config())
+    cfg = Config(dict(default_scope="mmdet", test_evaluator=dict(type="mmdet.MultiDatasetsEvaluator", metrics=[])))
+    with pytest.raises(UserError, match=r"--out a\.pkl: a MultiDatasetsEvaluator passes predictions to one metric"):
+        tools._test(argparse.Namespace(out="a.pkl"), cfg)
+    (tmp_path / "c.json").write_text('{"pipeline": [{"scale": [8, 6]}, {"transforms": [{"scale": [9, 9]}]}]}')
+    config = Config.fromfile(tmp_path / "c.json")
+    yaml_files.make_scales_tuples(config)
+    assert [config.pipeline[0].scale, config.pipeline[1].transforms[0].scale] == [(8, 6), (9, 9)]
+    no_names = argparse.Namespace(
+        dataloader=argparse.Namespace(dataset=[]),
+        evaluator=Evaluator([METRICS.build(dict(type="mmseg.IoUMetric"))]),
+    )
+    no_names.evaluator.dataset_meta = {"CLASSES": ["a"]}
+    with pytest.raises(UserError, match="the data set has no names of classes, which IoUMetric needs"):
+        hooks.CheckLabelsOfCategories().before_test(argparse.Namespace(test_loop=no_names))
     (tmp_path / "names.txt").write_bytes("Käfer".encode("latin-1"))
     names = str(tmp_path / "names.txt")
     with pytest.raises(UserError, match=r"names\.txt: is no text in UTF-8"):
@@ -892,7 +919,7 @@ def test_a_name_makes_no_line_of_its_own():
 def test_a_folder_of_best_checkpoints_alone(tmp_path, monkeypatch):
     """They are of weights only: no run goes on from them, and a new one would overwrite them."""
     (tmp_path / "best_mIoU_iter_6.pth").touch()
-    args, cfg = argparse.Namespace(work_dir=str(tmp_path), config="c.py"), Config(dict())
+    args, cfg = argparse.Namespace(work_dir=str(tmp_path), config="c.py", resume="a.pth"), Config(dict())
     with pytest.raises(
         UserError, match=r"holds best_mIoU_iter_6\.pth of an earlier run, which this one would overwrite"
     ):
@@ -920,6 +947,10 @@ def test_a_folder_of_best_checkpoints_alone(tmp_path, monkeypatch):
     for newest in ("iter_4.pth", "iter_5.pth", "iter_10.pth"):
         (tmp_path / newest).touch()
         tools._check_no_other_run_is_overwritten(args, cfg)
+    args.resume, cfg.load_from = None, str(tmp_path / "other" / "iter_5.pth")
+    with pytest.raises(UserError, match="of an earlier run"):
+        tools._check_no_other_run_is_overwritten(args, cfg)
+    assert "c.py: has resume=True, so this run goes on with that of " in said.pop()
     (said,) = said
     assert "the run goes back to iter_5.pth, and overwrites its later checkpoints up to iter_10.pth" in said
 
@@ -1131,6 +1162,11 @@ def test_what_is_ignored_is_the_same_everywhere():
     cfg.model = dict(module=cfg.model)  # with --tta
     with pytest.raises(UserError, match=r"test_evaluator\.ignore_index is 250"):
         checks.check_data(cfg, ("test",))
+    cfg.test_evaluator.ignore_index = 254
+    for value, said in ((0, True), (254, False)):  # mmseg's data sets take the argument, and do not use it
+        cfg.test_dataloader = dict(dataset=dict(type="BaseSegDataset", ignore_index=value, pipeline=[dict(type="A")]))
+        with pytest.raises(UserError, match=r"test_dataloader\.dataset\.ignore_index is 0") if said else nullcontext():
+            checks.check_data(cfg, ("test",))
     cfg.model = cfg.model.module
     cfg.model.data_preprocessor.seg_pad_val = cfg.model.auxiliary_head[0].ignore_index = 254
     steps = cfg.train_dataloader.dataset.pipeline
@@ -1268,7 +1304,7 @@ def test_labels_mean_the_same_in_all_splits(trained, validated, message, monkeyp
 
 
 def trained_so(**changed) -> Config:
-    head = dict(type="RPNHead", anchor_generator=dict(type="AnchorGenerator", strides=(4, 8)), num_convs=1)
+    head = dict(type="mmdet.RPNHead", anchor_generator=dict(type="AnchorGenerator", strides=(4, 8)), num_convs=1)
     preprocessor = dict(type="mmdet.DetDataPreprocessor", mean=[123.7, 116, 103], bgr_to_rgb=True, pad_mask=True)
     norm = dict(type="SyncBN", requires_grad=True)
     backbone = dict(type="MM_SpatialMamba", drop_path_rate=0.1, pretrained="a.pth")
@@ -1317,6 +1353,11 @@ HEAD, SIZE = "model.rpn_head.anchor_generator", "test_dataloader.dataset.pipelin
         ),
         ({SIZE: [dict(type="LoadImageFromFile")]}, "warn_of_other_config",
          ["scale was [128, 96], is not set; test_dataloader.dataset.pipeline.Resize.keep_ratio was True, is not set"]),
+        (
+            {"model.rpn_head.feat_channels": 128, "model.rpn_head.num_classes": 1},  # the second is the default
+            "warn_of_other_config",
+            ["a.pth: was trained with another config: model.rpn_head.feat_channels was 256, is 128"],
+        ),
         ({"auto_scale_lr": dict(enable=True)}, "warn_of_what_goes_on", ["so auto_scale_lr scales nothing"]),
         ({"train_dataloader.batch_size": 4}, "warn_of_what_goes_on", ["train_dataloader.batch_size was 2, is 4"]),
         ({"param_scheduler": None}, "warn_of_what_goes_on", ["param_scheduler.0.type was 'LinearLR', is not set"]),
@@ -1327,14 +1368,18 @@ def test_what_a_checkpoint_was_trained_with_is_compared(changed, note, said, log
     meta = {"cfg": trained_so().pretty_text}
     assert saved_config.saved_config(meta).keys() == trained_so().keys()
     getattr(saved_config, note)(trained_so(**changed), meta, "a.pth")
-    found = [record.message for record in log.records]
+
+    def warnings() -> list[str]:  # without what mmengine's registries say
+        return [record.message for record in log.records if record.levelno >= logging.WARNING]
+
+    found = warnings()
     assert len(found) == len(said), found
     assert all(expected in one for expected, one in zip(said, found, strict=True)), found
     tta = dict(type="TestTimeAug", transforms=[[dict(type="Resize", scale=(1, 1))]])
     cfg = trained_so(test_dataloader=dict(dataset=dict(pipeline=[tta])))
     cfg.model = dict(module=cfg.model)
     saved_config.warn_of_other_config(cfg, meta, "a.pth")
-    assert len(log.records) == len(said)
+    assert len(warnings()) == len(said)
 
 
 def test_settings_of_training_alone_matter_to_a_run_that_goes_on(log):
@@ -1896,6 +1941,7 @@ RESUMED = {
         NOT_ITS_OWN + r"state\[0\]\.exp_avg is \(3,\), not \(1, 2\)",
     ),
     "NaN": (optimizer_of(exp_avg=torch.full((1, 2), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.exp_avg is not finite"),
+    "a negative step": (optimizer_of(step=torch.tensor(-3.0)), NOT_ITS_OWN + r"state\[0\]\.step is tensor\(-3\.\)"),
     "NaN elsewhere": (optimizer_of(row=torch.full((1,), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.row is"),
     "SGD": (
         dict(optimizer={"state": {}, "param_groups": [{"momentum": 0.9, "params": [0]}]}),
@@ -1946,6 +1992,9 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     said.clear()
     hook.after_load_checkpoint(runner, resumable(param_schedulers=[COSINE.state_dict() | {"last_step": -(10**6)}]))
     assert "c.pth: its CosineAnnealingLR is at step -1000000, not at 1 as after 1 epochs" in said[0]
+    said.clear()
+    hook.after_load_checkpoint(runner, resumable(param_schedulers=[COSINE.state_dict() | {"eta_min": 2.0}]))
+    assert said[0].startswith("c.pth: its CosineAnnealingLR goes on with eta_min=2.0, whatever the config says (0")
     runner.hooks = [EMAHook()]
     averaged = {"steps": torch.tensor(3), "module.weight": torch.ones(1, 2)}
     hook.after_load_checkpoint(runner, resumable(ema_state_dict=averaged))
@@ -2085,6 +2134,23 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn():
         with pytest.raises(UserError, match=f"^{name}_dataloader has drop_last=True, so the last"):
             checks.check_data(cfg, (name,))
     checks.check_data(Config(dict(model={}, train_dataloader=dict(**loader, drop_last=True))), ("train",))
+    repeated = dict(dataset=dict(type="RepeatDataset", times=2, dataset=dict(type="CocoDataset")))
+    cfg = Config(dict(model={}, val_dataloader=repeated, val_evaluator=dict(type="IoUMetric", format_only=True)))
+    checks.check_data(cfg, ("val",))
+    cfg.val_evaluator = dict(type="CocoMetric")
+    with pytest.raises(UserError, match=r"val_dataloader\.dataset has a RepeatDataset, so images are tested several"):
+        checks.check_data(cfg, ("val",))
+    steps = [dict(type="mmdet.LoadAnnotations", with_bbox=True)]
+    cfg = Config(dict(model=dict(roi_head=dict(mask_head=dict(num_classes=80))), train_dataloader=dict(dataset={})))
+    cfg.train_dataloader.dataset = dict(type="CocoDataset", pipeline=steps)
+    with pytest.raises(UserError, match=r"has a mask_head, but LoadAnnotations .* set its with_mask=True"):
+        checks.check_data(cfg, ("train",))
+    cfg.train_dataloader.dataset.pipeline[0].with_mask = True
+    checks.check_data(cfg, ("train",))
+    logged = dict(type="UPerHead", num_classes=3, loss_decode=[dict(type="DiceLoss"), dict(type="A", loss_name="ce")])
+    cfg = Config(dict(model=dict(decode_head=logged), train_dataloader=loader))
+    with pytest.raises(UserError, match=r"loss_decode\[1\]\.loss_name is 'ce', without 'loss' in it, .* 'loss_ce'"):
+        checks.check_data(cfg, ("train",))
     softmax, sigmoid = (dict(type="CrossEntropyLoss", use_sigmoid=way) for way in (False, True))
     for head, place in (
         (dict(num_classes=1), "loss_decode"),
@@ -2129,6 +2195,12 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
     chance.append(dict(type="TestTimeAug", transforms=[[dict(type="RandomFlip", prob=1.0)]]))
     checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=chance))
     assert [one.partition(" has ")[2].partition(",")[0] for one in said] == ["RandomFlip", "PhotoMetricDistortion"]
+    said.clear()
+    cfg.default_scope = "mmseg"
+    moving = [dict(type=name) for name in ("Pad", "mmseg.RandomCutOut", "CenterCrop", "ColorTransform")]
+    checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=moving))
+    found = [one.partition(" has ")[2].partition(",")[0] for one in said]
+    assert found == ["Pad", "CenterCrop", "RandomCutOut"]
     metric = ConfigDict(type="CocoMetric", sort_categories=True)
     with pytest.raises(UserError, match=r"val_evaluator\.sort_categories=True numbers labels by the categories' ids"):
         checks._check_compared(metric, [ConfigDict(type="CocoDataset", ann_file="a.json")], "val")

@@ -135,7 +135,11 @@ def test_updates_of_other_batches_are_on_the_way(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"epoch": null}', '{"epoch": 0, "loss": null}', '{"epoch": 0}', '{"epoch": "0"}', "[" * 9999, "\x1b[31m"]
+    "line",
+    [
+        *('{"epoch": null}', '{"epoch": 0, "loss": null}', '{"epoch": 0}', '{"epoch": "0"}', "[" * 9999, "\x1b[31m"),
+        f'{{"epoch": 2, "loss": 1{"0" * 400}, "seconds": 1}}',
+    ],
 )
 def test_damaged_metrics_are_one_line(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0, "seconds": 1.0}\n' + line + "\n")

@@ -127,6 +127,16 @@ def test_flops_of_another_head_are_not_guessed():
         count_model_flops(cascade, (64, 64))
 
 
+def test_flops_of_a_semantic_head():
+    """Of a panoptic model, beside the boxes' and masks' heads."""
+    config = get_config("mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py")
+    counted = count_model_flops(build(config), (64, 96))
+    parts = [counted.by_module()[f"model.{name}"] for name in ("backbone", "neck", "rpn_head", "roi_head")]
+    semantic = counted.by_module()["model.semantic_head"]
+    assert semantic > 1e6
+    assert sum(parts) + semantic == counted.total()
+
+
 def test_flops_of_detr():
     """It masks what lies outside each image, so that it needs their sizes."""
     counted = count_model_flops(build(get_config("mmdet::detr/detr_r50_8xb2-150e_coco.py")), (64, 96))

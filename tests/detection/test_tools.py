@@ -550,7 +550,7 @@ def test_mixed_precision_without_a_gpu(monkeypatch, scenes, tmp_path):
 def test_an_optimizer_wrapper_without_a_type(monkeypatch, scenes, tmp_path):
     """It is mmengine's OptimWrapper by default; the tool looks at the type before the runner is built."""
 
-    def built(cfg: Config) -> None:
+    def built(cfg: Config, as_read: Config) -> None:
         raise UserError(f"built with {dict(cfg.optim_wrapper.optimizer)}")
 
     monkeypatch.setattr(tools, "_build", built)

@@ -86,15 +86,19 @@ def test_training_testing_and_resuming(scenes, tmp_path, here):
     said = here(tools.train, MICRO, "--work-dir", tmp_path / "run", "--resume", *options(scenes, once))
     assert re.findall(r"Iter\(train\) *\[(\d)/6\]", said) == ["4", "5", "6"]
     assert "had 2 processes, and has 1" in said
+    saved = tmp_path / "run" / MICRO.name
+    text = saved.read_text()  # as the user has written it, for runs on other machines and of other checkpoints
+    assert "SyncBN" in text
+    assert "load_from = None" in text
 
     command = [
         "python",
         folder / "test.py",
-        MICRO,
+        saved,
         tmp_path / "run/iter_6.pth",
         "--tta",
         "--work-dir",
-        tmp_path / "test",
+        tmp_path / "run",
     ]
     arguments = ["--out", tmp_path / "maps", "--show-dir", tmp_path / "drawn"]
     two = "test_dataloader.dataset.indices=2"  # images, of 12 views each
@@ -107,6 +111,7 @@ def test_training_testing_and_resuming(scenes, tmp_path, here):
     maps = list((tmp_path / "maps").glob("*.png"))
     assert len(maps) == 2
     assert max(np.asarray(Image.open(path)).max() for path in maps) <= 10
+    assert saved.read_text() == text
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +373,11 @@ def test_labels_that_are_scaled_as_they_are_read(bits, tmp_path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     results = dict(seg_map_path=str(path), reduce_zero_label=False, seg_fields=[])
     loaded = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations"))(results)
+    if bits == 1:
+        by_cv2 = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations", imdecode_backend="cv2"))(dict(results))
+        assert by_cv2["gt_seg_map"].max() == 255
+        with pytest.raises(UserError, match=r"map\.png: is a map of 1 bit, in which the loader reads another label"):
+            CheckLabels(2)(by_cv2)
     if bits in (2, 4):
         assert loaded["gt_seg_map"].max() == {2: 85, 4: 17}[bits]  # the reason for this
         with pytest.raises(UserError, match=rf"map\.png: is a grey PNG of {bits} bits, whose labels are multiplied by"):
