@@ -1,5 +1,6 @@
 """Errors that the user, not the program, has caused; and how messages print names."""
 
+import argparse
 import io
 import os
 import stat
@@ -26,6 +27,16 @@ def printable(text: str, lines: bool = False) -> str:
     """
     kept = "\n" if lines else ""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error if an option is empty, as `--resume "$CKPT"` is if the variable is not set.
+
+    It would count as not given: training would start anew, or begin where weights were to be evaluated.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not value:
+            parser.error(f"{name.replace('_', '-')} is empty, as from a variable that is not set")
 
 
 def end_with(message: str, rank: str = "RANK") -> NoReturn:

@@ -33,7 +33,7 @@ from classification.compiling import MODES, WITH_CUDA_GRAPHS, compile_in_place
 from classification.config import changed_evaluation_keys, load_config, shared_settings
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
-from classification.errors import UserError, end_with, escape_on_streams, printable
+from classification.errors import UserError, end_with, escape_on_streams, printable, refuse_empty
 from classification.flops import flops_table
 from classification.guards import NonFiniteError
 from classification.run import Preempted, Run, lost_another
@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"{flag} is of the authors' repository: {instead}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    refuse_empty(parser, args)
     return args
 
 

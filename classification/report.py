@@ -31,7 +31,7 @@ from classification.config import LARGEST_SIZE, trained_with
 from classification.data import escaped, names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
-from classification.errors import UserError, escape_on_streams, printable
+from classification.errors import UserError, escape_on_streams, printable, refuse_empty
 from classification.metrics import EPOCHS, STEPS, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the run, OUTPUT/MODEL.NAME/TAG")
     parser.add_argument("--data-path", metavar="DIR", help="image folder with val/, for predictions")
     args = parser.parse_args()
+    refuse_empty(parser, args)
     mpl.use("Agg")
     escape_on_streams()
     try:

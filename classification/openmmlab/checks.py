@@ -154,6 +154,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             _check_dataset(dataset, f"{split}_dataloader.dataset", cfg)
         for metric, its in datasets_of_metrics(cfg, split, datasets):
             _check_loads_maps(metric, its, split)
+            _check_packs_what_is_written(metric, its, split)
             if metric.get("ann_file"):
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
                 if not _is_remote(metric):
@@ -234,7 +235,7 @@ def _is_by_chance(step: ConfigDict) -> bool:
     """Return whether a step changes images by chance."""
     if is_kind(step, "RandomFlip"):
         return step.get("prob") is not None and step.prob != 0
-    return "Random" in kind_of(step) or is_kind(step, *BY_CHANCE)
+    return ("Random" in kind_of(step) and not step.get("test_mode")) or is_kind(step, *BY_CHANCE)
 
 
 BY_CHANCE = (  # beside what is called Random
@@ -259,6 +260,8 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
             reduces = bool(argument_of(dataset, "reduce_zero_label"))  # None for mmdet's data sets
             folder = _parent_of_maps(dataset)
             classes = class_names_of(dataset, key)
+            if twice := next((one for i, one in enumerate(classes) if one in classes[:i]), None):
+                raise UserError(f"{key} has the class {twice!r} twice; leave one out")
             labels = {"reduce_zero_label": reduces, **({"classes": classes} if classes else {})}
             for name, value in labels.items():
                 place, before, its_folder = first.setdefault(name, (key, value, folder))
@@ -423,6 +426,20 @@ def _check_loads_maps(metric: ConfigDict, datasets: list[ConfigDict], split: str
                 f"{split}_evaluator's IoUMetric compares predictions with label maps, but {split}_dataloader.dataset "
                 f"{'has no data_prefix.seg_map_path' if loads else 'has no LoadAnnotations in its pipeline'}; if there "
                 "are no maps, set format_only=True and output_dir in the metric, which then only writes the predictions"
+            )
+
+
+def _check_packs_what_is_written(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
+    """Raise a UserError if IoUMetric is to write maps, but would not know that 1 is to be added to their labels."""
+    if not (is_kind(metric, "IoUMetric") and metric.get("output_dir")):
+        return
+    for dataset in datasets:
+        packs = [one for one in steps_of(dataset.get("pipeline") or ()) if is_kind(one, "PackSegInputs")]
+        lack = any("reduce_zero_label" not in one.get("meta_keys", ["reduce_zero_label"]) for one in packs)
+        if lack and argument_of(dataset, "reduce_zero_label"):
+            raise UserError(
+                f"{split}_dataloader.dataset has reduce_zero_label=True, but the meta_keys of its PackSegInputs lack "
+                "'reduce_zero_label', so the labels of the written maps would be too low by 1; add it"
             )
 
 

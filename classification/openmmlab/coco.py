@@ -299,6 +299,18 @@ def _check_entries(
         )
     if use.compared:
         _warn_of_odd_areas(path, [one for one in annotations if one["category_id"] in wanted])
+        _warn_of_ignored(path, [one for one in annotations if one["category_id"] in wanted])
+
+
+def _warn_of_ignored(path: str, annotations: list[dict]) -> None:
+    """Warn of annotations that are marked "ignore" alone, as converters mark difficult objects."""
+    ignored = [one for one in annotations if one.get("ignore") and not one.get("iscrowd")]
+    if ignored:
+        print_log(
+            f'{path}: {len(ignored)} annotations are marked "ignore", but not "iscrowd": pycocotools counts them as '
+            "objects that are to be found; write iscrowd=1 if they are to be ignored",
+            level=logging.WARNING,
+        )
 
 
 def _check_keys(path: str, what: str, entries: list[dict], keys: Sequence[str]) -> None:

@@ -123,12 +123,21 @@ def _compare_ends(schedules: list, runner) -> None:
         )
         if last > length:
             _warn(text)
+        elif schedule.end < ENDLESS and not 0.9 <= getattr(schedule, "T_max", 1) / _steps(schedule) <= 1.1:
+            _warn(
+                f"param_scheduler's {type(schedule).__name__} has T_max={schedule.T_max}, but {_steps(schedule)} "
+                f"{unit}s from its begin to its end: it is not at its lowest when it ends; make them equal"
+            )
         if end is None or end >= length:
             reaches_end = True
         elif not isinstance(schedule, LinearParamScheduler | ConstantParamScheduler):
             early.append(text)
     if early and not reaches_end:
         _warn(early[-1])
+
+
+def _steps(schedule) -> int:
+    return schedule.end - schedule.begin if hasattr(schedule, "T_max") else 1
 
 
 def _end_of(schedule) -> int | None:

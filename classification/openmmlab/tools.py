@@ -22,7 +22,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
 
 from classification.checkpoint_folder import lock_folder
-from classification.errors import UserError, end_with, is_file
+from classification.errors import UserError, end_with, is_file, refuse_empty
 from classification.models import optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
 
@@ -102,7 +102,7 @@ def train(scope: str) -> None:
     add("--amp", action="store_true", help="automatic mixed precision")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate with the global batch size")
     parser.set_defaults(tool="train")
-    _run(_train, parser.parse_args(), scope)
+    _run(_train, _parsed(parser), scope)
 
 
 def test(scope: str) -> None:
@@ -121,7 +121,7 @@ def test(scope: str) -> None:
     )
     add("--wait-time", type=float, default=2, help="seconds that --show shows an image")
     parser.set_defaults(tool="test")
-    _run(_test, parser.parse_args(), scope)
+    _run(_test, _parsed(parser), scope)
 
 
 def get_flops(scope: str, size: tuple[int, int]) -> None:
@@ -131,7 +131,19 @@ def get_flops(scope: str, size: tuple[int, int]) -> None:
     )
     add_common_arguments(parser)
     parser.add_argument("--shape", type=_pixels, nargs=2, default=size, metavar=("H", "W"), help="of the image")
-    _run(_get_flops, parser.parse_args(), scope)
+    _run(_get_flops, _parsed(parser), scope)
+
+
+def _parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    refuse_empty(parser, args)
+    for key, value in (args.cfg_options or {}).items():
+        if value == "" and key.rpartition(".")[2] in PLACES:
+            parser.error(f"--cfg-options {key}= is empty, as from a variable that is not set; name one or leave it out")
+    return args
+
+
+PLACES = ("checkpoint", "data_root", "load_from", "out_dir", "pretrained", "work_dir")
 
 
 def _pixels(text: str) -> int:
@@ -190,6 +202,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
     warn_of_unread_variables(args.config, settings_of(cfg))
+    _warn_of_misspelt_settings(cfg)
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
@@ -404,6 +417,46 @@ def _misspelt_within(cfg: Config, key: str) -> tuple[str, str, str] | None:
     return None
 
 
+# The names that mmengine, mmdet and mmseg look for in parts that take any name, by the end of the part's key.
+NAMES = {
+    "paramwise_cfg": (
+        *("bias_decay_mult", "bias_lr_mult", "bypass_duplicate", "custom_keys", "dcn_offset_lr_mult", "decay_rate"),
+        *("decay_type", "dwconv_decay_mult", "flat_decay_mult", "layer_decay_rate", "norm_decay_mult", "num_layers"),
+    ),
+    "auto_scale_lr": ("base_batch_size", "enable"),
+    "test_cfg": (
+        *("crop_size", "mask_thr_binary", "max_per_image", "max_per_img", "min_bbox_size", "mode", "nms", "nms_pre"),
+        *("rcnn", "rpn", "score_thr", "stride"),
+    ),
+}
+
+
+def _warn_of_misspelt_settings(cfg: Config) -> None:
+    """Warn of names that are nearly those of settings, where the toolchains take any name and look for some."""
+    wrapper = cfg.get("optim_wrapper") or {}
+    parts = {"optim_wrapper.paramwise_cfg": wrapper.get("paramwise_cfg"), "auto_scale_lr": cfg.get("auto_scale_lr")}
+    parts["model.test_cfg"] = cfg.model.get("test_cfg") if isinstance(cfg.get("model"), dict) else None
+    for key, part in parts.items():
+        names = NAMES[key.rpartition(".")[2]]
+        for name in part if isinstance(part, dict) else ():
+            if name not in names and (close := difflib.get_close_matches(str(name), names, 1, 0.8)):
+                print_log(f"{key} has a {name}, which nothing reads; is {close[0]} meant?", level=logging.WARNING)
+
+
+def _warn_of_unknown_keys(cfg: Config, model: torch.nn.Module) -> None:
+    """Warn of `custom_keys` that are in no parameter's name, but are nearly a part of one."""
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    paramwise = cfg.optim_wrapper.get("paramwise_cfg") or {}
+    for key in paramwise.get("custom_keys") or {}:
+        close = difflib.get_close_matches(key, parts, 1, 0.8)
+        if close and not any(key in name for name, _ in model.named_parameters()):
+            print_log(
+                f"optim_wrapper.paramwise_cfg.custom_keys has {key!r}, which is in no parameter's name; is "
+                f"{close[0]!r} meant?",
+                level=logging.WARNING,
+            )
+
+
 OF_MMENGINE = ("function", "inferencer", "strategy")  # registries that not all toolchains have
 
 
@@ -605,6 +658,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
     lock = _lock(args, cfg)  # held until training ends
     runner = _build(cfg, as_read)
+    _warn_of_unknown_keys(cfg, _unwrapped(runner))
     own = (
         *(NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckLabelsOfCategories, CheckResumed, CheckSameData),
         *(CheckLength, NoteOtherProcesses),

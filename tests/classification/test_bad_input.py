@@ -347,6 +347,7 @@ def test_names_that_the_console_lacks(few_digits, tmp_path):
         (["--eval"], "--eval needs --pretrained CKPT or --resume CKPT"),
         (["--pretrained", "a", "--resume", "b"], "pass one of them"),
         (["--flop"], "unrecognized arguments: --flop"),
+        (["--pretrained", ""], "pretrained is empty, as from a variable that is not set"),
         (["--opts", "AUG.CUTMIX", "1e400"], "AUG.CUTMIX must be at most 1000.0, got inf"),
         (["--opts", "AUG.CUTMIX", "1e-320"], "AUG.CUTMIX must be 0, which is off, or at least 1e-06, got 1e-320"),
         (["--opts", "AUG.MIXUP", "9e-7"], "AUG.MIXUP must be 0, which is off, or at least 1e-06, got 9e-07"),

@@ -243,6 +243,9 @@ def test_what_pycocotools_compares(check):
             check(coco(annotations=both), "val", compared=True)
     with pytest.raises(UserError, match=r"annotations\[0\].segmentation.size is \[40, 64\]"):
         check(coco(annotation(segmentation=compressed(40, 64))), "val", compared=True, pipeline=[])
+    ignored = [annotation(ignore=1, segmentation=triangle()), annotation(ignore=1, iscrowd=1, segmentation=triangle())]
+    said = check(coco(annotation(segmentation=triangle()), *ignored), "val", compared=True)
+    assert ['1 annotations are marked "ignore", but not "iscrowd"' in text for text in said] == [False, True]
     odd = [annotation(area=area, iscrowd=crowd, segmentation=triangle()) for area, crowd in ((1, 0), (500, 0), (1, 1))]
     for areas, found in ((odd, 1), ([*odd[:1], annotation(segmentation=triangle())], 0)):
         said = check(coco(*areas), "val", compared=True, pipeline=[])

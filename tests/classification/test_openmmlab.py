@@ -893,6 +893,12 @@ def test_iou_needs_maps():
                     call()
             else:
                 call()
+    metric = ConfigDict(type="IoUMetric", output_dir="maps")
+    packs = [dict(type="mmseg.PackSegInputs"), dict(type="PackSegInputs", meta_keys=["img_path"])]
+    for pack, reduces, refused in (*itertools.product(packs[:1], (True, False), (False,)), (packs[1], True, True)):
+        dataset = ConfigDict(type="BaseSegDataset", reduce_zero_label=reduces, pipeline=[pack])
+        with pytest.raises(UserError, match="would be too low by 1; add it") if refused else nullcontext():
+            checks._check_packs_what_is_written(metric, [dataset], "test")
 
 
 def test_maps_are_not_written_over_the_data(tmp_path):
@@ -1267,6 +1273,7 @@ def maps(folder: str) -> dict:
         ({}, {}, None),
         ({}, {"metainfo": {"classes": ("b", "a")}}, "in another order: 'a' is class 0 and 1; make"),
         ({}, {"metainfo": {"classes": ("c", "a")}}, "in another order: 'a' is class 0 and 1; make"),
+        ({}, {"metainfo": {"classes": ("c", "d", "c")}}, "val_dataloader.dataset has the class 'c' twice"),
         ({}, {"metainfo": {"classes": ("b",)}}, "in another order: 'b' is class 1 and 0; make"),
         ({}, {"metainfo": {"classes": ("a", "c")}}, None),  # as of trackers: no name is at two places
         ({"model": {"bbox_head": {"type": "GroundingDINOHead"}}}, {"metainfo": {"classes": ("b", "c")}}, None),
@@ -1464,6 +1471,13 @@ def test_schedules_that_do_not_end_with_training_are_named(monkeypatch):
         ([warmup], 36, []),
         ({"a": [warmup, cosine], "b": [steps]}, 12, []),
         ({"a": [warmup, cosine], "b": []}, 36, ["CosineAnnealingLR goes on to epoch 12, but training to 36"]),
+        ([warmup, CosineAnnealingLR(OPTIMIZER, begin=1, end=12, T_max=12)], 12, []),  # of mmdet's YOLOX
+        (
+            [CosineAnnealingLR(OPTIMIZER, end=12, T_max=4)],
+            12,
+            ["CosineAnnealingLR has T_max=4, but 12 epochs from its"],
+        ),
+        ([CosineAnnealingLR(OPTIMIZER, end=12, T_max=48)], 12, ["CosineAnnealingLR has T_max=48, but 12 epochs from"]),
         ([warmup, poly], 12, []),
         ([warmup, poly], 11, ["PolyLR goes on to iteration 48, but training to 44"]),
         ([steps, poly], 36, ["PolyLR goes on to iteration 48, but training to 144"]),
@@ -1602,6 +1616,39 @@ def test_misspelt_options_are_named(monkeypatch):
             tools.merge_options(cfg, {key: 1})
         assert said == ([f"--cfg-options {key}: {place} has no {part}; is {meant} meant?"] if place else []), key
         said.clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--resume", ""], "resume is empty, as from a variable that is not set"),
+        (["--resume=a.pth", "--cfg-options", "data_root="], "--cfg-options data_root= is empty, as from a variable"),
+    ],
+)
+def test_empty_options(options, expected, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "a.py", *options])
+    with pytest.raises(SystemExit):
+        tools.train("mmdet")
+    assert expected in capsys.readouterr().err
+
+
+def test_misspelt_settings_are_named(monkeypatch):
+    """Where the toolchains take any name, and look for some."""
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    right = dict(norm_decay_mult=0, custom_keys={"head": {}, "absolute_pos_embed": {}, "backbone": {}})
+    cfg = Config(dict(model=dict(test_cfg=dict(mode="slide", rcnn={})), optim_wrapper=dict(paramwise_cfg=right)))
+    model = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(1, 1), head=torch.nn.Linear(1, 1)))
+    tools._warn_of_misspelt_settings(cfg)
+    tools._warn_of_unknown_keys(cfg, model)
+    assert said == []
+    cfg.optim_wrapper.paramwise_cfg = dict(norm_decay=0, custom_keys={"backbonne": {}})
+    cfg.merge_from_dict(dict(auto_scale_lr=dict(enabled=True), model=dict(test_cfg=dict(mod="slide"))))
+    tools._warn_of_misspelt_settings(cfg)
+    tools._warn_of_unknown_keys(cfg, model)
+    assert [one.rpartition("; is ")[2] for one in said] == [
+        *("norm_decay_mult meant?", "enable meant?", "mode meant?", "'backbone' meant?")
+    ]
 
 
 def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
