@@ -37,7 +37,7 @@ from classification.openmmlab.config_parts import (
 from classification.openmmlab.label_maps import check_foreground, check_maps
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.pickle_files import PICKLES
-from classification.openmmlab.voc import check_object_names
+from classification.openmmlab.voc import check_objects
 
 # Heads whose num_classes differs from the data set's: mmseg's head of borders, mmseg's head of texts (without the
 # background's text), and mmdet's heads that compare with the texts of any classes.
@@ -543,7 +543,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
         if works_as(dataset, "CocoDataset") and dataset.get("ann_file"):
             check_annotations(annotations, classes, _use_of(annotations, dataset, key, cfg))
         if works_as(dataset, "XMLDataset") and dataset.get("ann_file"):
-            check_object_names(dataset, root, str(argument_of(dataset, "ann_subdir")), classes, key)
+            check_objects(dataset, root, str(argument_of(dataset, "ann_subdir")), classes, key)
         if numbers:
             _check_things_and_stuff(numbers, dataset, classes, key)
         if not is_kind(dataset, "CocoPanopticDataset"):  # boxes are of things only, the first of its classes

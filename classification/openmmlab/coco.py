@@ -509,14 +509,23 @@ def _without_filtered(path: str, images: list[dict], annotations: list[dict], wa
             small += 1
         else:
             left.append(image)
+    report_filtered(path, len(images), empty, small, smallest)
+    return left
+
+
+def report_filtered(path: str, images: int, empty: int, small: int, smallest: float) -> None:
+    """Warn of the images that filter_cfg leaves out, for they are empty or small.
+
+    Raises:
+        UserError: it leaves out all.
+    """
     reasons = [f"{empty} have no annotation of the data set's classes (filter_empty_gt)"] if empty else []
     reasons += [f"{small} are narrower or lower than {smallest} pixels (min_size)"] if small else []
-    text = f"{path}: filter_cfg leaves out {empty + small} of its {len(images)} images: {' and '.join(reasons)}"
-    if not left:
+    text = f"{path}: filter_cfg leaves out {empty + small} of its {images} images: {' and '.join(reasons)}"
+    if empty + small == images:
         raise UserError(f"{text}, so there is nothing to train on; correct the file or filter_cfg")
     if reasons:
         print_log(text, level=logging.WARNING)
-    return left
 
 
 # ----- its images and masks

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
             raise UserError(
                 f"{folder}: {len(broken)} of its images are links that lead nowhere, for example {broken[0]}"
             )
+    _warn_of_odd_names(source, names)
     if not names:
         raise UserError(f"{folder}: no file ends with {suffix!r}; set {key}.img_suffix to what the images end with")
     loads = any(is_kind(step, "LoadAnnotations") for step in steps_of(dataset.get("pipeline") or ()))
@@ -60,6 +62,18 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
     if prefix.get("seg_map_path") and loads and isinstance(suffix, str):
         maps = os.path.join(root, prefix["seg_map_path"])
         _check_all_there(source, names, suffix, maps, _files_in(maps)[0], f"{key}.seg_map_suffix")
+
+
+def _warn_of_odd_names(source: str, names: list[str]) -> None:
+    """Warn of images that are there twice, and of those in hidden folders, as .ipynb_checkpoints, which mmseg reads."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    hidden = [name for name in names if any(part.startswith(".") for part in name.split("/")[:-1])]
+    for found, what in ((twice, "are there more than once, and count as often"), (hidden, "lie in hidden folders")):
+        if found:
+            print_log(
+                f"{source}: {len(found)} of its images {what}, for example {found[0]}; remove them",
+                level=logging.WARNING,
+            )
 
 
 def _files_in(folder: str) -> tuple[set[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Early check of VOC's annotation files, one XML file an image, as mmdet's XMLDataset reads them."""
+"""Early checks of VOC's annotation files, one XML file an image, as mmdet's XMLDataset reads them."""
 
 import logging
 import os
@@ -10,13 +10,16 @@ from mmengine.config import ConfigDict
 from mmengine.fileio import list_from_file
 
 from classification.errors import UserError
+from classification.openmmlab.coco import report_filtered
 from classification.openmmlab.messages import print_log
 
 NAMED = 3  # names in a message
 
 
-def check_object_names(dataset: ConfigDict, root: str, folder: str, classes: Sequence[str], key: str) -> None:
+def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence[str], key: str) -> None:
     """Warn of objects whose name is no class, and of classes without an object. mmdet leaves such objects out.
+
+    Warn of images that filter_cfg leaves out, too.
 
     Args:
         dataset: its `ann_file` names the images, one a line.
@@ -24,19 +27,29 @@ def check_object_names(dataset: ConfigDict, root: str, folder: str, classes: Seq
         folder: the folder of the XML files in the folder `data_prefix.sub_data_root`.
 
     Raises:
-        UserError: an XML file is missing or cannot be read, or the name of no object is a class.
+        UserError: an XML file is missing or cannot be read, or the name of no object is a class, or no image is left.
     """
     images = list_from_file(os.path.join(root, dataset.ann_file))
     folder = os.path.join(root, (dataset.get("data_prefix") or {}).get("sub_data_root", ""), folder)
+    filters = {} if dataset.get("test_mode") else dataset.get("filter_cfg") or {}
     found: Counter[str | None] = Counter()
+    empty, small, smallest = 0, 0, filters.get("min_size", 0)
     for image in images:
         path = os.path.join(folder, f"{image}.xml")
         try:
-            found.update(one.findtext("name") for one in ElementTree.parse(path).iterfind("object"))
-        except (OSError, ElementTree.ParseError) as error:
+            annotation = ElementTree.parse(path)
+            names = [one.findtext("name") for one in annotation.iterfind("object")]
+            sides = [int(annotation.findtext(f"size/{side}", str(smallest))) for side in ("width", "height")]
+        except (OSError, ValueError, ElementTree.ParseError) as error:
             raise UserError(f"{path}: cannot be read ({error}); it is the annotation of an image of {key}") from error
+        found.update(names)
+        if filters.get("filter_empty_gt") and not set(names) & set(classes):
+            empty += 1
+        elif min(sides) < smallest:
+            small += 1
     foreign = {name: count for name, count in found.items() if name not in classes}
     if not foreign:
+        report_filtered(folder, len(images), empty, small, smallest)
         return
     named = ", ".join(f"{name!r} ({count})" for name, count in Counter(foreign).most_common(NAMED))
     number = f"{sum(foreign.values())} of {found.total()}"
@@ -46,3 +59,4 @@ def check_object_names(dataset: ConfigDict, root: str, folder: str, classes: Seq
         raise UserError(f"{text}; set {key}.metainfo.classes to their names")
     without = f"; no object is called {', '.join(map(repr, absent[:NAMED]))}" if absent else ""
     print_log(f"{text}: they are left out, and count as background{without} ({key})", level=logging.WARNING)
+    report_filtered(folder, len(images), empty, small, smallest)

@@ -1475,9 +1475,9 @@ def test_schedules_that_do_not_end_with_training_are_named(monkeypatch):
         (
             [CosineAnnealingLR(OPTIMIZER, end=12, T_max=4)],
             12,
-            ["CosineAnnealingLR has T_max=4, but 12 epochs from its"],
+            ["CosineAnnealingLR has T_max=4, but 12 epochs"],
         ),
-        ([CosineAnnealingLR(OPTIMIZER, end=12, T_max=48)], 12, ["CosineAnnealingLR has T_max=48, but 12 epochs from"]),
+        ([CosineAnnealingLR(OPTIMIZER, end=12, T_max=48)], 12, ["CosineAnnealingLR has T_max=48, but 12 epochs"]),
         ([warmup, poly], 12, []),
         ([warmup, poly], 11, ["PolyLR goes on to iteration 48, but training to 44"]),
         ([steps, poly], 36, ["PolyLR goes on to iteration 48, but training to 144"]),

@@ -187,7 +187,7 @@ def test_a_training_step():
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_mmdets_own_configs_are_not_refused(every, monkeypatch):
     """But for the few that name pickles: Fast R-CNN's proposals, and what Open Images' classes belong to."""
-    for check in ("must_exist", "check_annotations", "check_object_names"):
+    for check in ("must_exist", "check_annotations", "check_objects"):
         monkeypatch.setattr(checks, check, lambda *_: None)
     broken = ("bytetrack", "sort", "strongsort", "ocsort", "deepsort")  # some inherit from files that are not there
     count, messages = refused("mmdet", lambda path: path.parent.name not in broken, every)

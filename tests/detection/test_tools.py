@@ -469,6 +469,14 @@ def test_objects_of_voc_that_are_no_class(tmp_path, capsys):
     assert "1 of 2 objects have a name that is no class, for example 'Dog' (1): they are left out" in said
     assert "background; no object is called 'dog' (train_dataloader.dataset)" in said
     assert "no class" not in check("cat", None)
+    dataset = cfg.train_dataloader.dataset
+    dataset.filter_cfg = dict(filter_empty_gt=True)
+    assert "filter_cfg leaves out 1 of its 2 images: 1 have no annotation" in check("cat", None).replace("\n", " ")
+    dataset.filter_cfg = dict(min_size=32)
+    xml = tmp_path / "Annotations" / "a.xml"
+    xml.write_text("<annotation><size><width>0</width><height>0</height></size></annotation>")
+    check_data(cfg, ("train",))
+    assert "1 of its 2 images: 1 are narrower or lower than 32 pixels" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize("what", ["images", "categories"])

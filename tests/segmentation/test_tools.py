@@ -280,7 +280,7 @@ def test_classes_that_the_data_set_names_itself(tmp_path):
         check_data(cfg, ("train",))
 
 
-def test_files_that_are_missing(tmp_path):
+def test_files_that_are_missing(tmp_path, capsys):
     """Images, label maps, and names in a file that lists them."""
     dataset = dict(type="BaseSegDataset", data_root=str(tmp_path), data_prefix=dict(img_path="i", seg_map_path="m"))
     dataset |= dict(metainfo=dict(classes=["a"]), pipeline=[dict(type="LoadAnnotations")])
@@ -303,7 +303,16 @@ def test_files_that_are_missing(tmp_path):
 
     refused(r"/i: 1 of 2 files are not in .*/m, for example deep/b\.png; add them, or set .*\.seg_map_suffix")
     check(pipeline=[])
+    capsys.readouterr()
     check(b"a\n")
+    assert not capsys.readouterr().out
+    for name in ("i/.ipynb_checkpoints/a.jpg", "m/.ipynb_checkpoints/a.png"):  # which mmengine reads
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    check(b"a\n.ipynb_checkpoints/a\na\n")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "names.txt: 1 of its images are there more than once, and count as often, for example a;" in said
+    assert "1 of its images lie in hidden folders, for example .ipynb_checkpoints/a; remove them" in said
     refused(r"names\.txt: 2 of 3 files are not in .*/i, for example x\.jpg; add .*\.img_suffix", b"a\nx\ny\n")
     refused(r"names\.txt: 1 of 2 files are not in .*/m, for example deep/b\.png", b"a\ndeep/b\n")
     refused(r"names\.txt: line 2 is empty; write the name", b"a\n\n")
