@@ -14,7 +14,7 @@ from typing import TextIO
 
 from classification.checkpoint import flush_folder, partial_path, read_checkpoint, save_checkpoint, write_atomically
 from classification.checkpoint_archive import DamagedCheckpointError
-from classification.errors import UserError
+from classification.errors import UserError, is_dir
 
 logger = logging.getLogger("spatialmamba")
 
@@ -159,6 +159,7 @@ class CheckpointFolder:
         return bool(self.files_at_start)
 
     def _present(self) -> dict[str, tuple[int, int]]:
+        is_dir(self.folder)  # raises an error if its name is too long
         named = [self.folder / name for name in (LATEST, BEST, BEST_EMA)]
         files = [*self.folder.glob("epoch_*.pth"), *named, *self.folder.glob(f"*{DAMAGED}*")]
         found = {}

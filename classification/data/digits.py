@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from classification.errors import UserError, printable
+from classification.errors import UserError, is_dir, printable
 
 SIZE = 32
 VAL_IMAGES = 360
@@ -30,7 +30,8 @@ def write_digits(root: Path) -> bool:
     Raises:
         UserError: `root` exists but is something else, or cannot be made.
     """
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    is_folder = is_dir(root)
+    if root.exists() and (not is_folder or any(root.iterdir())):
         if _count(root / "train") + _count(root / "val") == len(load_digits().target):
             return False
         raise UserError(f"{root}: exists and is not the digits data set; remove it or name another folder")

@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from classification.data.digits import split_digits
-from classification.errors import UserError, printable
+from classification.errors import UserError, is_dir, printable
 
 SIZE = 128
 SCENES = {"train": 480, "val": 96}
@@ -143,7 +143,8 @@ def write_digits_scenes(root: Path, layout: str = "coco") -> bool:
         UserError: `root` exists but is something else, or cannot be made.
     """
     write, is_written = LAYOUTS[layout]
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    is_folder = is_dir(root)
+    if root.exists() and (not is_folder or any(root.iterdir())):
         if all(is_written(root, split) for split in SCENES):
             return False
         raise UserError(

@@ -632,6 +632,8 @@ def _build(cfg: Config, as_read: Config, keep: bool = False) -> Runner:
 
 def _train(args: argparse.Namespace, cfg: Config) -> None:
     if args.amp:
+        if (kind := cfg.optim_wrapper.get("type")) and kind_of(cfg.optim_wrapper) not in WITH_AMP:
+            raise UserError(f"--amp takes an AmpOptimWrapper in place of OptimWrapper, not of {kind}; leave it out")
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
@@ -682,6 +684,9 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     runner.train()
     if lock:
         lock.close()
+
+
+WITH_AMP = ("OptimWrapper", "AmpOptimWrapper")
 
 
 def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:

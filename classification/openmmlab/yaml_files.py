@@ -1,7 +1,9 @@
 """YAML and JSON configs as data. mmengine's own reader of YAML calls the functions that tags name."""
 
+import importlib.util
 import inspect
 import re
+from contextlib import suppress
 
 import yaml
 from mmengine.config import Config
@@ -35,6 +37,8 @@ def check_types(value: object, key: str = "") -> None:
         raise UserError(f"{key} is {value!r}, which may import a module; of {', '.join(BACKENDS)}, name one")
     elif isinstance(value, str) and value.endswith(".py"):
         raise UserError(f"{key} is {value!r}, a program, which mmengine may run; write such a config in Python")
+    elif key.endswith("_scope_") and value not in SCOPES:
+        raise UserError(f"{key} is {value!r}, which mmengine may import; of {', '.join(SCOPES)}, name one")
     elif key.endswith("teacher_config") and isinstance(value, str):  # a config, which mmdet reads without these checks
         raise UserError(
             f"{key} is {value!r}, a config of its own, whose types are not checked; write them here instead (model: "
@@ -61,12 +65,19 @@ def _is_harmless(name: str) -> bool:
     if last in EVALUATE_TEXT or not re.fullmatch(r"[\w./ -]*", name):  # no call, as in torchvision/Resize
         return False
     if not scopes:
-        return True
+        return not _is_module(name)
     # Only then look, because this imports the module.
     if scopes in [[scope] for scope in SCOPES]:
         found = _object(name)
         return found is None or inspect.isclass(found)  # mmdet.ResNet is no path, but known to mmdet's registry
     return name.startswith(PACKAGES) and inspect.isclass(_object(name))
+
+
+def _is_module(name: str) -> bool:
+    """Return whether Python would import a module of that name, as mmengine does if no registry has it."""
+    with suppress(ImportError, ValueError):
+        return importlib.util.find_spec(name) is not None
+    return False
 
 
 def _object(name: str) -> object:

@@ -320,6 +320,8 @@ def test_a_link_that_leads_nowhere_is_no_empty_folder(tmp_path):
     (tmp_path / "run/latest.pth").symlink_to(tmp_path / "disk/latest.pth")
     with pytest.raises(UserError, match=r"latest\.pth: is a link to .*disk/latest\.pth, which is not there; mend or"):
         CheckpointFolder(tmp_path / "run", keep=3).has_run()
+    with pytest.raises(UserError, match=r"aaa: cannot be looked at \(File name too long\)"):
+        CheckpointFolder(tmp_path / ("a" * 300), keep=3).has_run()
 
 
 def test_no_bit_of_the_directory_makes_another_weight(tmp_path):

@@ -617,6 +617,8 @@ CONFIGS = {
         "model.teacher_config is 'a.yaml', a config of its own",
     ),
     "imported.yaml": ("{model: {}, visualizer: {type: on_path.X}}", "visualizer.type is 'on_path.X', which is no"),
+    "module.yaml": ("model: {type: on_path}", "model.type is 'on_path', which is no registered name"),
+    "scope.yaml": ("model: {type: A, _scope_: on_path}", "model._scope_ is 'on_path', which mmengine may import"),
     "constructor.json": (
         '{"model": {}, "optim_wrapper": {"constructor": "subprocess.check_output"}}',
         "optim_wrapper.constructor is 'subprocess.check_output', which is no registered name",
