@@ -7,6 +7,8 @@ Linear layers and 1x1 convolutions use MKL or oneDNN, whichever is faster (`line
 runs depthwise 3x3 convolutions. The C library keeps the memory that PyTorch frees (`classification/memory.py`).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from dwconv2d import dilated_dwconv2d
@@ -17,7 +19,16 @@ from classification.memory import keep_freed_memory
 from classification.models.fusing import GLOBAL_HOOKS, has_hooks
 from classification.models.held import Holding, depthwise, folded, held_dtype, pack, pack_depthwise, product, steps
 from classification.models.linear import MKL_LEADS, dilation, is_product, linear
-from classification.models.spatialmamba import ConvLayer, Mlp, StructureAwareSSM, to_planes, to_tokens
+from classification.models.spatialmamba import (
+    Block,
+    ConvLayer,
+    DropPath,
+    Mlp,
+    StateFusion,
+    StructureAwareSSM,
+    to_planes,
+    to_tokens,
+)
 
 
 class CpuLinear(nn.Linear):
@@ -122,27 +133,12 @@ class HeldLinear(Holding, CpuLinear):
     """`CpuLinear` that holds its weight packed for inference."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.held_dtype(x)
-        return super().forward(x) if dtype is None else self.product(x, dtype)
-
-    def held_dtype(self, x: Tensor) -> torch.dtype | None:
         fits = x.shape[-1:] == self.weight.shape[1:] and _fits(self.bias, self.weight)
-        return held_dtype(x, self.weight, self.bias) if fits else None
-
-    def product(self, x: Tensor, dtype: torch.dtype, then: str = "none") -> Tensor:
-        packed = self.held(dtype, lambda: pack(self.weight, self.bias, dtype, x), self.weight, self.bias)
-        return product(x.to(dtype), *packed, then)
-
-
-class HeldMlp(Mlp):
-    """`Mlp` by packed weights in inference. Its first product applies GELU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        fc1, act, fc2 = self.fc1, self.act, self.fc2
-        known = type(fc1) is HeldLinear and type(act) is nn.GELU and act.approximate == "none"
-        if not known or (dtype := fc1.held_dtype(x)) is None or _is_hooked(fc1, act):
+        dtype = held_dtype(x, self.weight, self.bias) if fits else None
+        if dtype is None:
             return super().forward(x)
-        return fc2(fc1.product(x, dtype, "gelu"))
+        packed = self.held(dtype, lambda: pack(self.weight, self.bias, dtype, x), self.weight, self.bias)
+        return product(x.to(dtype), *packed)
 
 
 class HeldConvLayer(Holding, ConvLayer):
@@ -191,47 +187,173 @@ class HeldDepthwiseConv2d(Holding, CpuDepthwiseConv2d):
     """`CpuDepthwiseConv2d` by oneDNN in bfloat16 inference, for large planes laid out as tokens: it is faster there."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if (dtype := self.held_dtype(x)) is None else self.convolution(x, dtype)
-
-    def held_dtype(self, x: Tensor) -> torch.dtype | None:
-        fits = x.numel() > LARGE and x.dim() == 4 and x.shape[1] == self.in_channels and x.stride(1) == 1
+        fits = x.dim() == 4 and x.shape[1] == self.in_channels and _is_large(x)
         fits = fits and _fits(self.bias, self.weight) and class_by_geometry(self) is CpuDepthwiseConv2d
         dtype = held_dtype(x, self.weight, self.bias) if fits else None
-        return dtype if dtype == torch.bfloat16 else None
-
-    def convolution(self, x: Tensor, dtype: torch.dtype, then: str = "none") -> Tensor:
-        x = x.to(dtype)
+        if dtype != torch.bfloat16:
+            return super().forward(x)
         packed = self.held(dtype, lambda: pack_depthwise(self.weight, self.bias, dtype, x), self.weight, self.bias)
-        return depthwise(x, *packed, then)
+        return depthwise(x.to(dtype), *packed)
 
 
-class HeldStructureAwareSSM(Holding, CpuStructureAwareSSM):
-    """`CpuStructureAwareSSM` with weights held packed for inference; a product applies the gate's SiLU."""
+class BlockWeights(NamedTuple):
+    """What `HeldBlock` computes with: arguments of `F.layer_norm`, `product`, `_depthwise` and the operators."""
 
-    def forward(self, u: Tensor) -> Tensor:
-        layer = self.in_proj
-        known = type(layer) is HeldLinear and layer.bias is None
-        if not known or (dtype := layer.held_dtype(u)) is None or _is_hooked(layer):
-            return super().forward(u)
+    cpe1: tuple
+    ln_1: tuple
+    to_x: Tensor  # the halves of in_proj
+    to_z: Tensor
+    conv2d: tuple
+    x_proj: Tensor
+    dt_proj: Tensor
+    A: Tensor
+    delta_bias: Tensor
+    fusion: tuple[Tensor, ...]  # kernels and alpha
+    Ds: Tensor
+    out_norm: tuple
+    out_proj: tuple
+    cpe2: tuple
+    ln_2: tuple
+    fc1: tuple
+    fc2: tuple
 
-        def halves() -> list[Tensor]:
-            return [pack(half, None, dtype, u)[0] for half in layer.weight.chunk(2)]
 
-        u, (x, z) = u.to(dtype), self.held(("in_proj", dtype), halves, layer.weight)
-        return self.out_proj(self.gate(product(u, x), product(u, z, then="swish")))
+class HeldBlock(Holding, Block):
+    """`Block` in inference as one function of weights held packed. Products apply GELU and the gate's SiLU.
 
-    def gate(self, x: Tensor, z: Tensor) -> Tensor:
-        conv, planes = self.conv2d, to_planes(x)
-        if type(conv) is not HeldDepthwiseConv2d or (dtype := conv.held_dtype(planes)) is None or _is_hooked(conv):
-            return super().gate(x, z)
-        return self.out_norm(to_tokens(self.ssm(conv.convolution(planes, dtype, "swish")))) * z
+    For small images and batches, calling the block's 15 modules takes as long as what they compute.
+    """
 
-    def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.stride(1) != 1 or (dtype := held_dtype(x, weight)) is None:
-            return super().project(x, weight)
-        tokens, name = to_tokens(x).to(dtype), "x_proj" if weight is self.x_proj_weight else "dt_proj"
-        packed = self.held((name, dtype), lambda: pack(weight, None, dtype, tokens), weight)
-        return to_planes(product(tokens, *packed))
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = held_dtype(x)
+        if dtype is None or x.dtype != dtype or x.dim() != 4 or not self._is_plain():
+            return super().forward(x)
+        ssm, sources = self.self_attention, self._sources()
+        name = dtype, self.ln_1.eps, self.ln_2.eps, ssm.out_norm.eps  # another eps gives other results
+        weights = self.kept(name, sources)
+        if weights is None:
+            if not self._fits(x) or held_dtype(x, *sources) is None:
+                return super().forward(x)
+            weights = self.keep(name, lambda: self._packed(x, dtype), sources)
+        with torch._C._DisableAutocast():
+            return _infer(x, weights, [ssm.dt_rank, ssm.d_state, ssm.d_state])
+
+    def _layers(self) -> tuple[nn.Module, ...]:
+        own = self._modules  # reading a module's attributes takes longer
+        ssm, mlp = own["self_attention"], own["mlp"]
+        of_ssm = (ssm._modules.get(name) for name in ("in_proj", "conv2d", "state_fusion", "out_norm", "out_proj"))
+        of_mlp = (mlp._modules.get(name) for name in ("fc1", "act", "fc2"))
+        return own["cpe1"], own["ln_1"], ssm, *of_ssm, own["drop_path"], own["cpe2"], own["ln_2"], mlp, *of_mlp
+
+    def _is_plain(self) -> bool:
+        """Whether calling the block's layers does what `_infer` does, and no more."""
+        layers = self._layers()
+        if tuple(map(type, layers)) != _OF_BLOCK or _is_hooked(*layers):
+            return False
+        cpe1, _, _, in_proj, conv2d, _, _, _, drop_path, cpe2, _, _, _, act, _ = layers
+        by_geometry = all(class_by_geometry(one) is CpuDepthwiseConv2d for one in (cpe1, conv2d, cpe2))
+        drops = drop_path.training and drop_path.drop_prob
+        return by_geometry and not drops and in_proj.bias is None and act.approximate == "none"
+
+    def _sources(self) -> list[Tensor]:
+        parts = (one for layer in self._layers() for one in layer._parameters.values())
+        return [one for one in parts if one is not None]
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether x and the layers have the shapes that the block was made for. If not, a layer says what is wrong."""
+        ssm, mlp = self.self_attention, self.mlp
+        dim, inner, hidden, rank = x.shape[3], ssm.Ds.numel(), mlp.fc1.out_features, ssm.dt_rank
+        shapes = (
+            (ssm.in_proj.weight, (2 * inner, dim)),
+            (ssm.x_proj_weight, (rank + 2 * ssm.d_state, inner)),
+            (ssm.dt_projs_weight, (inner, rank)),
+            (ssm.out_proj.weight, (dim, inner)),
+            (mlp.fc1.weight, (hidden, dim)),
+            (mlp.fc2.weight, (dim, hidden)),
+            (self.cpe1.weight, (dim, 1, 3, 3)),
+            (ssm.conv2d.weight, (inner, 1, 3, 3)),
+            (self.cpe2.weight, (dim, 1, 3, 3)),
+        )
+        with_bias = (self.cpe1, ssm.conv2d, ssm.out_proj, self.cpe2, mlp.fc1, mlp.fc2)
+        return all(t is not None and t.shape == shape for t, shape in shapes) and all(
+            _fits(one.bias, one.weight) for one in with_bias
+        )
+
+    def _packed(self, x: Tensor, dtype: torch.dtype) -> BlockWeights:
+        ssm, fusion = self.self_attention, self.self_attention.state_fusion
+        planes = to_planes(x)
+        inner = planes[:, :1].expand(-1, ssm.Ds.numel(), -1, -1)
+
+        def linear_of(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            return pack(weight, bias, dtype, x)
+
+        def conv_of(conv: nn.Conv2d, planes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            packed, bias = pack_depthwise(conv.weight, conv.bias, dtype, planes)
+            return conv.weight.detach().to(dtype), packed, bias
+
+        def norm_of(norm: nn.LayerNorm) -> tuple:
+            return norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+        def states_of(*parameters: Tensor) -> list[Tensor]:
+            return [one.detach().float() for one in parameters]  # states are float32
+
+        to_x, to_z = ssm.in_proj.weight.chunk(2)
+        *fused, Ds, A_logs, delta_bias = states_of(
+            *(fusion.kernel_3, fusion.kernel_3_1, fusion.kernel_3_2, fusion.alpha),
+            *(ssm.Ds, ssm.A_logs, ssm.dt_projs_bias),
+        )
+        return BlockWeights(
+            cpe1=conv_of(self.cpe1, planes),
+            ln_1=norm_of(self.ln_1),
+            to_x=linear_of(to_x)[0],
+            to_z=linear_of(to_z)[0],
+            conv2d=conv_of(ssm.conv2d, inner),
+            x_proj=linear_of(ssm.x_proj_weight)[0],
+            dt_proj=linear_of(ssm.dt_projs_weight)[0],
+            A=-torch.exp(A_logs),
+            delta_bias=delta_bias,
+            fusion=tuple(fused),
+            Ds=Ds,
+            out_norm=norm_of(ssm.out_norm),
+            out_proj=linear_of(ssm.out_proj.weight, ssm.out_proj.bias),
+            cpe2=conv_of(self.cpe2, planes),
+            ln_2=norm_of(self.ln_2),
+            fc1=linear_of(self.mlp.fc1.weight, self.mlp.fc1.bias),
+            fc2=linear_of(self.mlp.fc2.weight, self.mlp.fc2.bias),
+        )
+
+
+def _infer(x: Tensor, w: BlockWeights, sizes: list[int]) -> Tensor:
+    """`Block.forward` of tokens x (B, H, W, C), without gradients; `sizes` are those of r, B and C."""
+    x = x + _depthwise(x, *w.cpe1)
+    normed = torch.layer_norm(x, *w.ln_1)
+    z = product(normed, w.to_z, then="swish")
+    u = _depthwise(product(normed, w.to_x), *w.conv2d, then="swish")
+    r, B, C = product(u, w.x_proj).split(sizes, dim=-1)
+    scanned = [t.flatten(1, 2).mT for t in (u, product(r, w.dt_proj), B)]  # u and Delta (B, D, L), B (B, N, L)
+    h = SCAN(scanned[0], scanned[1], w.A, scanned[2], w.delta_bias, delta_softplus=True)
+    y = FUSION(h.unflatten(3, u.shape[1:3]), *w.fusion, to_planes(C), w.Ds, to_planes(u))
+    x = x + product(torch.layer_norm(to_tokens(y), *w.out_norm) * z, *w.out_proj)
+    x = x + _depthwise(x, *w.cpe2)
+    return x + product(product(torch.layer_norm(x, *w.ln_2), *w.fc1, then="gelu"), *w.fc2)
+
+
+SCAN = torch.ops.selective_scan.selective_scan_state.default  # arguments are checked there, too
+FUSION = torch.ops.dwconv2d.state_fusion_output.default
+CONVOLUTION = torch.ops.dwconv2d.dilated_dwconv2d.default
+
+
+def _depthwise(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
+    """The depthwise 3x3 convolution of tokens, by oneDNN if they are many, and then "none" or "swish"."""
+    planes = to_planes(x)
+    if _is_large(planes) and x.dtype == torch.bfloat16:
+        return to_tokens(depthwise(planes, packed, bias, then))
+    y = to_tokens(CONVOLUTION(planes, weight, bias, 1, "zeros"))
+    return F.silu(y) if then == "swish" else y
+
+
+def _is_large(planes: Tensor) -> bool:
+    return planes.numel() > LARGE and planes.stride(1) == 1
 
 
 def _fits(bias: Tensor | None, weight: Tensor) -> bool:
@@ -244,6 +366,11 @@ def _is_hooked(*modules: nn.Module) -> bool:
     return any(GLOBAL_HOOKS) or any(map(has_hooks, modules))
 
 
+_OF_BLOCK = (  # as `HeldBlock._layers` returns them
+    *(HeldDepthwiseConv2d, nn.LayerNorm, CpuStructureAwareSSM),
+    *(HeldLinear, HeldDepthwiseConv2d, StateFusion, nn.LayerNorm, HeldLinear),
+    *(DropPath, HeldDepthwiseConv2d, nn.LayerNorm, Mlp, HeldLinear, nn.GELU, HeldLinear),
+)
 _CONVOLUTIONS = (nn.Conv2d, CpuPointwiseConv2d, CpuStridedConv2d, CpuDepthwiseConv2d)
 _PLAIN = {
     CpuLinear: nn.Linear,
@@ -253,16 +380,14 @@ _PLAIN = {
     CpuDepthwiseConv2d: nn.Conv2d,
     HeldDepthwiseConv2d: nn.Conv2d,
     CpuStructureAwareSSM: StructureAwareSSM,
-    HeldStructureAwareSSM: StructureAwareSSM,
     HeldConvLayer: ConvLayer,
-    HeldMlp: Mlp,
+    HeldBlock: Block,
 }
 _HELD = {
     CpuLinear: HeldLinear,
     CpuDepthwiseConv2d: HeldDepthwiseConv2d,
-    CpuStructureAwareSSM: HeldStructureAwareSSM,
     ConvLayer: HeldConvLayer,
-    Mlp: HeldMlp,
+    Block: HeldBlock,
 }
 
 

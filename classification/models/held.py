@@ -6,7 +6,8 @@ apply ReLU too, but would turn NaN into 0.
 """
 
 from collections.abc import Callable
-from ctypes import string_at
+from ctypes import c_char
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -109,19 +110,21 @@ class Holding(nn.Module):
     def held(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
         """Return what `make` returned for these sources, or call it if one has changed since."""
         sources = [one for one in sources if one is not None]
-        if any(one.is_inference() for one in sources):  # batch norm's buffers, whose changes are not counted
-            return make()
-        key = [
-            steps.made,
-            *((one.data_ptr(), one._version, one.dtype, one.shape, one.stride(), *_sample(one)) for one in sources),
-        ]
-        kept = self.__dict__.setdefault("_held", Kept())
-        entry = kept.get(name)
-        if entry is None or entry[0] != key:
-            with torch.autocast("cpu", enabled=False):
-                # The sources' memory is kept too, so that no other tensor gets its address.
-                entry = kept[name] = (key, make(), [one.detach() for one in sources])
-        return entry[1]
+        kept = self.kept(name, sources)
+        return self.keep(name, make, sources) if kept is None else kept
+
+    def kept(self, name: object, sources: list[Tensor]) -> tuple | None:
+        """Return what was made of these sources; None if nothing was, or if one has changed since."""
+        entry = self.__dict__.get("_held", {}).get(name)
+        return entry[2] if entry and entry[0] == steps.made and entry[1].shows(sources) else None
+
+    def keep(self, name: object, make: Callable[[], tuple], sources: list[Tensor]) -> tuple:
+        """Return what `make` makes of the sources, and keep it, unless PyTorch does not count a source's changes."""
+        with torch.autocast("cpu", enabled=False):
+            made = make()
+        if not any(one.is_inference() for one in sources):  # batch norm's buffers, for example
+            self.__dict__.setdefault("_held", Kept())[name] = (steps.made, Snapshot(sources), made)
+        return made
 
     def train(self, mode: bool = True) -> "Holding":
         self.__dict__.pop("_held", None)
@@ -131,12 +134,37 @@ class Holding(nn.Module):
 SAMPLED = 64  # bytes
 
 
-def _sample(t: Tensor) -> list[bytes]:
-    """Return the bytes of the first, middle and last numbers of a tensor."""
+class Snapshot:
+    """What tensors were, to see later whether they are the same. It takes few calls, for each inference compares it."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self.tensors = tensors
+        self.versions = [one._version for one in tensors]
+        self.addresses = [one.data_ptr() for one in tensors]
+        # These keep the memory, too, so that no other tensor gets its address.
+        self.aliases = [one.detach() for one in tensors]
+        self.samples = [sample for one in tensors for sample in _samples(one)]
+        self.sampled = b"".join(self.samples)
+
+    def shows(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the same tensors, in the same memory, with the same versions and samples."""
+        return (
+            len(tensors) == len(self.tensors)
+            and all(map(is_, tensors, self.tensors))
+            and [one._version for one in tensors] == self.versions
+            and [one.data_ptr() for one in tensors] == self.addresses  # before samples are read: it may be freed
+            and all(map(Tensor.is_set_to, tensors, self.aliases))
+            and b"".join(self.samples) == self.sampled
+        )
+
+
+def _samples(t: Tensor) -> list[memoryview]:
+    """Return views of the memory of the first, middle and last numbers of a tensor."""
     dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
     size = (t.numel() if dense else 1) * t.element_size()
     length, start = min(SAMPLED, size), t.data_ptr()
-    return [string_at(start + offset, length) for offset in (0, (size - length) // 2, size - length)]
+    offsets = {0, (size - length) // 2, size - length}
+    return [memoryview((c_char * length).from_address(start + offset)) for offset in offsets]
 
 
 def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> tuple[Tensor, Tensor | None]:

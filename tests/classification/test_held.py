@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from classification.models import cpu, held, optimise_for_cpu, spatialmamba_micro, undo_optimise_for_cpu
-from classification.models.spatialmamba import ConvLayer, Mlp, StructureAwareSSM
+from classification.models.spatialmamba import Block, ConvLayer, Mlp, StructureAwareSSM
 
 pytestmark = pytest.mark.skipif(
     torch.bfloat16 not in held.SUPPORTED, reason="oneDNN packs no weights in bfloat16 on this processor"
@@ -75,6 +75,58 @@ def test_layers(kind, channels_last):
         assert error(y, exact) < (0.01 if expected == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.parametrize("dtype", held.SUPPORTED)
+@pytest.mark.parametrize(("dim", "d_state", "shape"), [(24, 1, (2, 5, 7)), (24, 2, (1, 1, 6)), (64, 1, (1, 35, 36))])
+def test_blocks(dim, d_state, shape, dtype):
+    """Where a block is one function, and where it is called layer by layer: hooks, modes, settings, changes."""
+    torch.manual_seed(0)
+    block, x = randomised(Block(dim, d_state, drop_path=0.9)).eval(), torch.randn(*shape, dim).to(dtype)
+    fast = holding(block)
+    half = dtype == torch.bfloat16
+
+    def check(one_function: bool = True) -> Tensor:
+        fast.__dict__.pop("_held", None)
+        y = infer(fast, x, half)
+        assert ("_held" in fast.__dict__) == one_function
+        assert torch.equal(y, infer(fast, x, half))
+        exact = undo_optimise_for_cpu(copy.deepcopy(fast)).double()(x.double()).detach()
+        assert y.dtype == dtype
+        assert error(y, exact) < (0.02 if half else 1e-6)
+        return y
+
+    y = check()
+    hooks = [layer.register_forward_hook(lambda *_: None) for layer in (fast.mlp.act, fast.self_attention)]
+    assert error(check(one_function=False), y.double()) < (0.02 if half else 1e-6)
+    for hook in hooks:
+        hook.remove()
+    x = x.transpose(1, 2).contiguous().transpose(1, 2)  # as of a view of planes
+    check()
+    fast.ln_1.eps, fast.self_attention.out_norm.eps = 1.0, 3.0
+    assert not torch.equal(check(), y)
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            before = infer(fast, x, half)
+            parameter.mul_(-1.5).add_(0.25)
+            assert not torch.equal(infer(fast, x, half), before)
+    check()
+    fast.mlp.act.approximate = "tanh"
+    check(one_function=False)
+    fast.mlp.act.approximate = "none"
+    fast.drop_path.train()
+    fast.__dict__.pop("_held", None)
+    infer(fast, x, half)
+    assert "_held" not in fast.__dict__
+    fast.drop_path.eval()
+    fast.cpe2.padding_mode = "circular"
+    check(one_function=False)
+    fast.cpe2.padding_mode = "zeros"
+    with pytest.raises(RuntimeError, match=r"normalized_shape|groups|channels"):
+        infer(fast, x[..., 1:], half)
+    fast.self_attention.Ds = nn.Parameter(torch.ones(3))
+    with pytest.raises((RuntimeError, ValueError), match="D"):
+        infer(fast, x, half)
+
+
 @pytest.mark.parametrize("size", [(33, 47), (96, 64)])
 def test_model(size):
     torch.manual_seed(0)
@@ -83,7 +135,8 @@ def test_model(size):
     exact = copy.deepcopy(model).double()(x.double()).detach()
     plain, fast = infer(optimise_for_cpu(copy.deepcopy(model)), x), holding(model)
     assert error(infer(fast, x), exact) < max(1.5 * error(plain, exact), 0.01)
-    assert len(used(fast)) > 30
+    assert {name for name, module in model.named_modules() if type(module) is Block} <= {*used(fast)}
+    assert len(used(fast)) > 15
     again = infer(fast, x)
     assert torch.equal(again, infer(fast, x))
     assert fast.state_dict().keys() == model.state_dict().keys()
