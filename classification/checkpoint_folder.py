@@ -14,7 +14,7 @@ from typing import TextIO
 
 from classification.checkpoint import flush_folder, partial_path, read_checkpoint, save_checkpoint, write_atomically
 from classification.checkpoint_archive import DamagedCheckpointError
-from classification.errors import UserError, is_dir
+from classification.errors import UserError, is_dir, is_file
 
 logger = logging.getLogger("spatialmamba")
 
@@ -83,8 +83,9 @@ class CheckpointFolder:
         return sorted(places, key=lambda path: (listed.get(path.name, -1), places[path]))
 
     def _read_order(self) -> list[str]:
+        path = self.folder / ORDER_FILE
         try:
-            return (self.folder / ORDER_FILE).read_text().splitlines()
+            return path.read_text().splitlines() if is_file(path) else []  # a pipe would be waited for
         except (OSError, UnicodeDecodeError):
             return []
 

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from classification.errors import UserError
-from classification.openmmlab import checks
+from classification.openmmlab import checks, tools
 
 
 def refused(package: str, accept: Callable[[Path], bool], every: int) -> tuple[int, dict[str, str]]:
@@ -26,6 +26,7 @@ def refused(package: str, accept: Callable[[Path], bool], every: int) -> tuple[i
         count += 1
         try:
             checks.check_channels(cfg.model)
+            tools._check_training(cfg)
             checks.check_data(cfg, ("train", "val", "test"))
         except UserError as error:
             messages[str(path.relative_to(folder))] = str(error)

@@ -547,7 +547,8 @@ class SpatialMamba(nn.Module):
         for i, stage in enumerate(self.layers):
             is_last = stop_early and i == max(wanted)
             # Call the stage, not its parts, for hooks and wrappers of it.
-            out, x = (stage(x, is_last=True), None) if is_last else stage(x, with_map=True)
+            # By position: mmengine's activation_checkpointing passes no keywords on.
+            out, x = (stage(x, False, True), None) if is_last else stage(x, True)
             if i in wanted:
                 out = self.norm(out) if norm and i + 1 == len(self.layers) else out
                 maps.append(to_planes(out) if output_fmt == "NCHW" else out)

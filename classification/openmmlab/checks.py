@@ -142,6 +142,7 @@ def check_operators(model: nn.Module) -> None:
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Raise a UserError if a dataset of `splits` ("train", "val", "test") lacks a file, a folder or a class."""
+    _check_no_pickles(cfg.get("custom_hooks") or [], "custom_hooks")  # which may have a pipeline
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         if loader:
@@ -177,6 +178,11 @@ def _check_whole(loader: ConfigDict, split: str) -> None:
     sampler = loader.get("batch_sampler") or {}
     if loader.get("drop_last") or sampler.get("drop_last"):
         raise UserError(f"{split}_dataloader has drop_last=True, so the last images are not tested; leave it out")
+    if sampler and kind_of(sampler) != "BatchSampler" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{split}_dataloader.batch_sampler is a {kind_of(sampler)}: if it changes the order of images, several "
+            "processes count an image twice, and lose another; leave it out"
+        )
 
 
 def _check_tested_once(cfg: Config, split: str, dataset: ConfigDict) -> None:
@@ -215,9 +221,10 @@ def _warn_of_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
 
         if split != "train":
             plain = [step for step in part.pipeline if isinstance(step, dict) and not is_kind(step, "TestTimeAug")]
+            compared = any(is_kind(step, "LoadAnnotations") for step in steps)  # not for classification
             moves = ("CenterCrop", "Pad") if cfg.get("default_scope") == "mmseg" else ("CenterCrop",)
             for step in steps_of(plain):
-                if is_kind(step, *moves):
+                if compared and is_kind(step, *moves):
                     print_log(
                         f"{key} has {kind_of(step)}, but predictions are compared as if they were of the whole image; "
                         "leave it out, and pad by size_divisor in data_preprocessor.test_cfg if the model needs that",
@@ -309,7 +316,7 @@ def _check_loads_masks(cfg: Config) -> None:
         return
     for dataset in datasets_of(cfg.train_dataloader.dataset):
         steps = [one for one in steps_of(dataset.get("pipeline") or ()) if is_kind(one, "LoadAnnotations")]
-        if steps and not any(step.get("with_mask") for step in steps):
+        if steps and not any(argument_of(step, "with_mask") for step in steps):
             raise UserError(
                 "model.roi_head has a mask_head, but LoadAnnotations in train_dataloader.dataset.pipeline loads no "
                 "masks; set its with_mask=True"
@@ -540,6 +547,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     model = cfg.model.get("module", cfg.model)  # with --tta
     numbers = _panoptic_class_counts(model)
     if classes := class_names_of(dataset, key):
+        _check_renumbered(dataset, classes, key)
         if works_as(dataset, "CocoDataset") and dataset.get("ann_file"):
             check_annotations(annotations, classes, _use_of(annotations, dataset, key, cfg))
         if works_as(dataset, "XMLDataset") and dataset.get("ann_file"):
@@ -556,13 +564,33 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
                 )
 
 
+def _check_renumbered(dataset: ConfigDict, classes: list[str], key: str) -> None:
+    """Say how mmseg reads the label maps of some of a known data set's classes: by that data set's numbers.
+
+    Raises:
+        UserError: a class is none of that data set's.
+    """
+    known = list(getattr(type_of(dataset), "METAINFO", {}).get("classes") or ())
+    if classes == known or not known or not hasattr(type_of(dataset), "get_label_map"):
+        return
+    advice = "if the maps have numbers of their own, take BaseSegDataset, with img_suffix and seg_map_suffix"
+    if foreign := [one for one in classes if one not in known]:
+        raise UserError(f"{key}: {kind_of(dataset)} has no class {foreign[0]!r}; {advice}")
+    first = int(bool(argument_of(dataset, "reduce_zero_label")))
+    numbers = ", ".join(f"{known.index(one) + first} {one}" for one in classes[:NAMED])
+    print_log(f"{key}: labels in the maps are taken for {kind_of(dataset)}'s ({numbers}...); {advice}")
+
+
+NAMED = 5  # classes in a message
+
+
 def _use_of(path: str, dataset: ConfigDict, key: str, cfg: Config) -> Use:
     """Return what a config does with the annotation file of a CocoDataset."""
     metrics = metrics_of(cfg, key.partition("_")[0])
     read = [one for one in metrics if works_as(one, "CocoMetric") and one.get("ann_file") and not _is_remote(one)]
     read = [one for one in read if os.path.realpath(one.ann_file) == os.path.realpath(path)]
     steps = [step for step in steps_of(dataset.get("pipeline") or ()) if is_kind(step, "LoadAnnotations")]
-    masks = [step for step in steps if step.get("with_mask")]
+    masks = [step for step in steps if argument_of(step, "with_mask")]
     images = None if dataset.get("indices") else (dataset.get("data_prefix") or {}).get("img")
     return Use(
         key,

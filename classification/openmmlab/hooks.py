@@ -224,6 +224,7 @@ class CheckResumed(Hook):
         _check_schedules(schedules, states, path, meta)
         of_schedules = chain(*schedules.values()) if isinstance(schedules, dict) else schedules
         names = {"lr", *(schedule.param_name for schedule in of_schedules)}
+        names |= {"betas"} if "momentum" in names else set()  # which a schedule of Adam's momentum changes
         scheduled = names | {f"initial_{name}" for name in names}
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path, scheduled)
         _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
@@ -465,7 +466,7 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
             sizes = [f"{len(sides)} groups of {sum(map(len, sides))} parameters" for sides in (there, own)]
             raise ValueError(f"it has {sizes[0]}, the config's {sizes[1]}")
         for name in OF_ALGORITHM:
-            if (name in groups[0]) != (name in wrapper.optimizer.defaults):
+            if (name in groups[0]) != (name in wrapper.optimizer.param_groups[0]):
                 raise ValueError(f"one of them has {name}, the other has not")
         adam = [one.get("decoupled_weight_decay", False) for one in (groups[0], wrapper.optimizer.defaults)]
         if adam[0] != adam[1] and "decoupled_weight_decay" in groups[0]:

@@ -6,6 +6,7 @@ from mmengine.config import Config, ConfigDict
 
 from classification.openmmlab.config_parts import (
     class_names_of,
+    datasets_of,
     is_kind,
     kind_of,
     parts_of,
@@ -59,10 +60,19 @@ def insert_size_checks(cfg: Config) -> None:
 
 
 def _all_datasets(cfg: Config) -> Iterator[tuple[str, ConfigDict]]:
-    """Yield the data sets and wrappers with a pipeline of all splits, each with the key of its split's."""
+    """Yield the data sets and wrappers with a pipeline of all splits, each with the key of its split's.
+
+    A training set comes once more for each hook that gives it another pipeline, as mmdet's PipelineSwitchHook.
+    """
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         yield from ((f"{split}_dataloader.dataset", one) for one in (with_pipelines(loader.dataset) if loader else ()))
+    trained = next(datasets_of(cfg.train_dataloader.dataset), None) if cfg.get("train_dataloader") else None
+    for hook in cfg.get("custom_hooks") or () if trained else ():
+        if isinstance(hook, dict) and hook.get("switch_pipeline"):
+            switched = ConfigDict(trained, pipeline=hook.switch_pipeline)
+            yield "train_dataloader.dataset", switched
+            hook.switch_pipeline = switched.pipeline
 
 
 def _turns(dataset: ConfigDict) -> bool:

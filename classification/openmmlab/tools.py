@@ -190,7 +190,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     if args.config.lower().endswith(yaml_files.OF_DATA):
         try:
             yaml_files.check_types(cfg.to_dict())
-            yaml_files.make_scales_tuples(cfg)
+            yaml_files.make_sizes_tuples(cfg)
         except UserError as error:
             raise UserError(f"{args.config}: {error}") from error
     if cfg.get("default_scope") != scope:
@@ -246,7 +246,7 @@ def _check_unit(cfg: Config) -> None:
     if not isinstance(loop, dict):
         return
     by_epoch = is_kind(loop, "EpochBasedTrainLoop") if loop.get("type") else loop.get("by_epoch", True)
-    samplers = [cfg.train_dataloader.get(key) or {} for key in ("sampler", "batch_sampler")]
+    samplers = [(cfg.get("train_dataloader") or {}).get(key) or {} for key in ("sampler", "batch_sampler")]
     endless = [kind_of(one) for one in samplers if is_kind(one, *ENDLESS_SAMPLERS)]
     if by_epoch and endless:
         raise UserError(
@@ -282,7 +282,7 @@ def _check_training(cfg: Config) -> None:
     _check_unit(cfg)
     for name in ("train", "val", "test"):
         size = (cfg.get(f"{name}_dataloader") or {}).get("batch_size")
-        if size is not None and not _is_count(size):
+        if size is not None and not (isinstance(size, int) and _is_count(size)):
             raise UserError(f"{name}_dataloader.batch_size is {size!r}, but must be a whole number above 0")
     optimizer = (cfg.get("optim_wrapper") or {}).get("optimizer") or {}
     rate = optimizer.get("lr")
@@ -302,7 +302,8 @@ def _check_training(cfg: Config) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())  # 9e4, max_iters / 5
+    return whole and not isinstance(value, bool) and value > 0
 
 
 def merge_options(cfg: Config, options: dict) -> None:

@@ -18,8 +18,9 @@ from classification.openmmlab.messages import print_log
 
 # What mmengine and the tools read of a config besides the Runner's arguments.
 MORE_SETTINGS = (
-    *("auto_scale_lr", "compile", "custom_imports", "data_root", "default_scope", "find_unused_parameters"),
-    *("model_wrapper_cfg", "runner_type", "sync_bn", "tta_model", "tta_pipeline"),
+    *("activation_checkpointing", "auto_scale_lr", "compile", "custom_imports", "data_root", "default_scope"),
+    *("efficient_conv_bn_eval", "find_unused_parameters", "model_wrapper_cfg", "runner_type", "sync_bn", "tta_model"),
+    "tta_pipeline",
 )
 
 

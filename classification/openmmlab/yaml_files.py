@@ -17,6 +17,7 @@ OF_DATA = (".json", ".yaml", ".yml")  # suffixes of configs that are no programs
 SCOPES = ("mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg")  # of the toolchains' registries
 PACKAGES = ("classification.", "torch.nn.", "torch.optim.")  # whose classes run no text; inferencers run a config's
 BACKENDS = ("disk", "http", "lmdb", "local", "petrel")  # of mmengine's, those that import nothing that a config names
+COMPILE = {"backend", "disable", "dynamic", "fullgraph", "mode"}  # arguments of torch.compile
 EVALUATE_TEXT = ("CameraMotionCompensation", "RFSearchHook")  # registered types that run their arguments as Python
 
 
@@ -30,9 +31,13 @@ def check_types(value: object, key: str = "") -> None:
         UserError: a name is neither a registered one nor a class of PyTorch or of this repository; or it is of a type
             that evaluates text.
     """
+    if key == "compile" and isinstance(value, dict) and (others := value.keys() - COMPILE):
+        raise UserError(f"compile.{min(others)} may name a program, which PyTorch runs; write such a config in Python")
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_types(item, f"{key}.{name}" if key else str(name))
+    elif key.endswith("decode_backend") and value == "pickle":
+        raise UserError(f"{key} is 'pickle', which can run code; write the data for 'numpy' or 'nifti'")
     elif key.endswith("backend_args.backend") and value not in BACKENDS:
         raise UserError(f"{key} is {value!r}, which may import a module; of {', '.join(BACKENDS)}, name one")
     elif isinstance(value, str) and value.endswith(".py"):
@@ -51,13 +56,17 @@ def check_types(value: object, key: str = "") -> None:
         )
 
 
-def make_scales_tuples(value: object) -> None:
-    """Make each `scale` in a config a tuple, as mmcv wants it: YAML and JSON have only lists."""
+TUPLES = ("crop_size", "cutout_shape", "degree", "img_scale", "scale", "size")
+
+
+def make_sizes_tuples(value: object) -> None:
+    """Make tuples of sizes in a config, as mmcv and mmseg want them: YAML and JSON have only lists."""
     for one in value.values() if isinstance(value, dict | Config) else value if isinstance(value, list) else ():
-        make_scales_tuples(one)
-    scale = value.get("scale") if isinstance(value, dict) else None
-    if isinstance(scale, list) and all(isinstance(side, int | float) for side in scale):
-        value["scale"] = tuple(scale)
+        make_sizes_tuples(one)
+    for name in TUPLES if isinstance(value, dict) else ():
+        numbers = value.get(name)
+        if isinstance(numbers, list) and all(isinstance(one, int | float) for one in numbers):
+            value[name] = tuple(numbers)
 
 
 def _is_harmless(name: str) -> bool:

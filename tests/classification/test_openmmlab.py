@@ -1,6 +1,7 @@
 """`MM_SpatialMamba`: the backbone as mmengine builds it, what it loads, and what mmengine reads safely."""
 
 import argparse
+import inspect
 import itertools
 import json
 import logging
@@ -32,9 +33,17 @@ from mmengine.evaluator import Evaluator
 from mmengine.fileio import dump, load
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.optim import CosineAnnealingLR, LinearLR, MultiStepLR, OneCycleLR, OptimWrapper, PolyLR
+from mmengine.optim import (
+    CosineAnnealingLR,
+    CosineAnnealingMomentum,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    OptimWrapper,
+    PolyLR,
+)
 from mmengine.registry import HOOKS, METRICS, MODELS, TRANSFORMS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, load_checkpoint
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
 
 from classification.checkpoint import read_checkpoint
 from classification.errors import UserError
@@ -617,6 +626,14 @@ CONFIGS = {
         "model.teacher_config is 'a.yaml', a config of its own",
     ),
     "imported.yaml": ("{model: {}, visualizer: {type: on_path.X}}", "visualizer.type is 'on_path.X', which is no"),
+    "compiler.yaml": (
+        "{model: {}, compile: {options: {cpp.cxx: [evil]}}}",
+        "compile.options may name a program, which",
+    ),
+    "unpickled.yaml": (
+        "{model: {}, custom_hooks: [{switch_pipeline: [{decode_backend: pickle}]}]}",
+        "custom_hooks.0.switch_pipeline.0.decode_backend is 'pickle', which can run code",
+    ),
     "module.yaml": ("model: {type: on_path}", "model.type is 'on_path', which is no registered name"),
     "scope.yaml": ("model: {type: A, _scope_: on_path}", "model._scope_ is 'on_path', which mmengine may import"),
     "constructor.json": (
@@ -861,10 +878,10 @@ def test_results_that_could_not_be_written(tmp_path):
     cfg = Config(dict(default_scope="mmdet", test_evaluator=dict(type="mmdet.MultiDatasetsEvaluator", metrics=[])))
     with pytest.raises(UserError, match=r"--out a\.pkl: a MultiDatasetsEvaluator passes predictions to one metric"):
         tools._test(argparse.Namespace(out="a.pkl"), cfg)
-    (tmp_path / "c.json").write_text('{"pipeline": [{"scale": [8, 6]}, {"transforms": [{"scale": [9, 9]}]}]}')
+    (tmp_path / "c.json").write_text('{"pipeline": [{"scale": [8, 6]}, {"transforms": [{"crop_size": [9, 9]}]}]}')
     config = Config.fromfile(tmp_path / "c.json")
-    yaml_files.make_scales_tuples(config)
-    assert [config.pipeline[0].scale, config.pipeline[1].transforms[0].scale] == [(8, 6), (9, 9)]
+    yaml_files.make_sizes_tuples(config)
+    assert [config.pipeline[0].scale, config.pipeline[1].transforms[0].crop_size] == [(8, 6), (9, 9)]
     no_names = argparse.Namespace(
         dataloader=argparse.Namespace(dataset=[]),
         evaluator=Evaluator([METRICS.build(dict(type="mmseg.IoUMetric"))]),
@@ -1251,6 +1268,10 @@ def test_subclasses_are_checked_as_what_they_inherit_from():
         else:  # what it loads is checked in any case, the file only if it holds the same
             assert [one.type for one in steps] == ["CheckMap"] * works + [kind, "CheckLabels"]
             assert steps[-1].get("of_file", True) == works
+    hook = dict(type="PipelineSwitchHook", switch_pipeline=[dict(type="LoadAnnotations")])
+    cfg.custom_hooks = [hook]
+    pipelines.insert_label_checks(cfg)
+    assert [one.type for one in cfg.custom_hooks[0].switch_pipeline] == ["CheckMap", "LoadAnnotations", "CheckLabels"]
     for metric, step, message in (
         (Mine, MyLoad, "val_evaluator.ignore_index is 7"),
         (Mine, OfColours, "val_evaluator.ignore_index is 7"),
@@ -1520,6 +1541,9 @@ def test_variables_that_come_too_late_are_named(tmp_path, monkeypatch):
         unread_variables.warn_of_unread_variables(str(path), unread_variables.settings_of(Config(cfg)))
         return [one.partition(": sets ")[2].partition(", which nothing reads")[0] for one in said]
 
+    of_runner = re.findall(r"self\.cfg\.get\(\s*'(\w+)'", inspect.getsource(Runner))
+    assert "compile" in of_runner
+    assert {*of_runner} <= unread_variables.settings_of(Config())
     lines = [
         "max_iters = 5",
         "root = 'a'",
@@ -2053,6 +2077,20 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     hook.after_load_checkpoint(runner, resumable(param_schedulers=None))
 
 
+def test_a_schedule_of_momentum_goes_on(monkeypatch):
+    """mmengine's write `momentum` into Adam's groups, and change `betas`."""
+    said = []
+    monkeypatch.setattr(hooks, "_warn", said.append)
+    optimizer = torch.optim.AdamW(LAYER.parameters())
+    schedule = CosineAnnealingMomentum(optimizer, T_max=5)
+    runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[schedule], hooks=[], model=LAYER)
+    runner.optim_wrapper = OptimWrapper(optimizer)
+    saved = resumable(param_schedulers=[schedule.state_dict() | {"last_step": 1}])
+    saved["optimizer"]["param_groups"][0] |= {"betas": (0.5, 0.999), "momentum": 0.5, "lr": 1e-3}
+    hooks.CheckResumed().after_load_checkpoint(runner, saved)
+    assert said == []
+
+
 def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):
     said = []
     monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
@@ -2176,13 +2214,19 @@ def test_a_damaged_map_is_named(tmp_path):
         CheckMap()(results)
 
 
-def test_images_that_would_not_be_tested_and_models_that_would_not_learn():
+def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeypatch):
     loader = dict(dataset=dict(type="BaseSegDataset"))
     for name, dropping in itertools.product(("val", "test"), ({}, {"batch_sampler": dict(type="A", drop_last=True)})):
         cfg = Config({"model": {}, f"{name}_dataloader": dict(**loader, **(dropping or {"drop_last": True}))})
         with pytest.raises(UserError, match=f"^{name}_dataloader has drop_last=True, so the last"):
             checks.check_data(cfg, (name,))
     checks.check_data(Config(dict(model={}, train_dataloader=dict(**loader, drop_last=True))), ("train",))
+    for processes, sampler in itertools.product(("1", "2"), ("BatchSampler", "mmdet.AspectRatioBatchSampler")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        cfg = Config(dict(model={}, val_dataloader=dict(**loader, batch_sampler=dict(type=sampler))))
+        refused = processes == "2" and sampler != "BatchSampler"
+        with pytest.raises(UserError, match="count an image twice") if refused else nullcontext():
+            checks.check_data(cfg, ("val",))
     repeated = dict(dataset=dict(type="RepeatDataset", times=2, dataset=dict(type="CocoDataset")))
     cfg = Config(dict(model={}, val_dataloader=repeated, val_evaluator=dict(type="IoUMetric", format_only=True)))
     checks.check_data(cfg, ("val",))
@@ -2196,6 +2240,11 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn():
         checks.check_data(cfg, ("train",))
     cfg.train_dataloader.dataset.pipeline[0].with_mask = True
     checks.check_data(cfg, ("train",))
+    cfg.train_dataloader.dataset.pipeline[0] = dict(type="mmdet.LoadPanopticAnnotations")  # with masks by default
+    checks.check_data(cfg, ("train",))
+    tools._check_training(Config(dict(train_cfg=dict(max_iters=9e4, val_interval=9e4 / 5))))  # as mmdet's of V3Det
+    with pytest.raises(UserError, match=r"train_cfg\.val_interval is 1\.5, but must be a whole number"):
+        tools._check_training(Config(dict(train_cfg=dict(val_interval=1.5))))
     logged = dict(type="UPerHead", num_classes=3, loss_decode=[dict(type="DiceLoss"), dict(type="A", loss_name="ce")])
     cfg = Config(dict(model=dict(decode_head=logged), train_dataloader=loader))
     with pytest.raises(UserError, match=r"loss_decode\[1\]\.loss_name is 'ce', without 'loss' in it, .* 'loss_ce'"):
@@ -2247,7 +2296,9 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
     said.clear()
     cfg.default_scope = "mmseg"
     moving = [dict(type=name) for name in ("Pad", "mmseg.RandomCutOut", "CenterCrop", "ColorTransform")]
-    checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=moving))
+    checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=[moving[0]]))  # no map to compare with
+    assert said == []
+    checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=[*moving, dict(type="LoadAnnotations")]))
     found = [one.partition(" has ")[2].partition(",")[0] for one in said]
     assert found == ["Pad", "CenterCrop", "RandomCutOut"]
     metric = ConfigDict(type="CocoMetric", sort_categories=True)

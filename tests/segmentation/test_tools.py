@@ -333,6 +333,18 @@ def test_files_that_are_missing(tmp_path, capsys):
     refused(r"/i/deep/to_m/to_i: is a link to a folder that it lies in; remove it")
 
 
+def test_labels_of_some_classes_of_a_known_data_set(tmp_path, capsys):
+    """mmseg takes them for that data set's own numbers."""
+    init_default_scope("mmseg")
+    dataset = dict(type="ADE20KDataset", metainfo=dict(classes=["tree", "wall"]))
+    check_data(Config(dict(model={}, train_dataloader=dict(dataset=dataset))), ("train",))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "labels in the maps are taken for ADE20KDataset's (5 tree, 1 wall...); if the maps have numbers" in said
+    dataset["metainfo"] = dict(classes=["tree", "zebra"])
+    with pytest.raises(UserError, match=r"ADE20KDataset has no class 'zebra'; .* take BaseSegDataset"):
+        check_data(Config(dict(model={}, train_dataloader=dict(dataset=dataset))), ("train",))
+
+
 def test_class_255_of_more(capsys):
     """It is ignored by default, so a model never learns it."""
     for number, ignored, said in ((256, 255, True), (255, 255, False), (300, 1000, False)):
