@@ -300,13 +300,16 @@ def _check_learns(model: ConfigDict) -> None:
                     f"{place}.loss_name is {loss.loss_name!r}, without 'loss' in it, so mmengine logs it, but does not "
                     f"train by it; write 'loss_{loss.loss_name}'"
                 )
-            if (head.get("out_channels") or head.get("num_classes")) != 1:
-                continue
-            if is_kind(loss, "CrossEntropyLoss") and not loss.get("use_sigmoid"):
+            if head.get("out_channels") == 1 and is_kind(loss, "CrossEntropyLoss") and not loss.get("use_sigmoid"):
                 raise UserError(
-                    f"{part} has one class, whose softmax is always 1, so nothing is learnt: set {place}.use_sigmoid, "
-                    "or make the background a class"
+                    f"{part} has one channel, whose softmax is always 1, so nothing is learnt: set {place}.use_sigmoid"
                 )
+        if head.get("num_classes") == 1 and not is_kind(head, *OTHER_CLASSES) and "Depth" not in kind_of(head):
+            raise UserError(
+                f"{part} has one class, so each label is 0 or ignored, and any prediction counts as right: make the "
+                "background a class, and set num_classes=2 (and out_channels=1, with a loss that has use_sigmoid=True, "
+                "for one channel)"
+            )
 
 
 def _check_loads_masks(cfg: Config) -> None:

@@ -2250,20 +2250,22 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeyp
     with pytest.raises(UserError, match=r"loss_decode\[1\]\.loss_name is 'ce', without 'loss' in it, .* 'loss_ce'"):
         checks.check_data(cfg, ("train",))
     softmax, sigmoid = (dict(type="CrossEntropyLoss", use_sigmoid=way) for way in (False, True))
-    for head, place in (
-        (dict(num_classes=1), "loss_decode"),
-        (dict(num_classes=1, loss_decode=softmax), "loss_decode"),
-        (dict(num_classes=2, out_channels=1, loss_decode=[sigmoid, softmax]), r"loss_decode\[1\]"),
-        (dict(num_classes=1, loss_decode=sigmoid), None),
-        (dict(num_classes=1, loss_decode=dict(type="DiceLoss")), None),
+    one_class = r"decode_head has one class, so each label is 0 or ignored, .* make the background a class"
+    one_channel = r"decode_head has one channel, .* set model\.decode_head\.loss_decode\[1\]\.use_sigmoid"
+    for head, message in (
+        (dict(num_classes=1), one_class),
+        (dict(num_classes=1, loss_decode=softmax), one_class),
+        (dict(num_classes=1, loss_decode=sigmoid), one_class),  # its target is 0 everywhere
+        (dict(num_classes=2, out_channels=1, loss_decode=[sigmoid, softmax]), one_channel),
+        (dict(num_classes=2, out_channels=1, loss_decode=sigmoid), None),
+        (dict(num_classes=2, loss_decode=dict(type="DiceLoss")), None),
         (dict(num_classes=2), None),
     ):
         cfg = Config(dict(model=dict(decode_head=dict(type="UPerHead", **head)), train_dataloader=loader))
-        if place is None:
+        with pytest.raises(UserError, match=message) if message else nullcontext():
             checks.check_data(cfg, ("train",))
-        else:
-            with pytest.raises(UserError, match=rf"decode_head has one class.*set model\.decode_head\.{place}\.use"):
-                checks.check_data(cfg, ("train",))
+    cfg.model.decode_head = dict(type="STDCHead", num_classes=1)  # of borders
+    checks.check_data(cfg, ("train",))
 
 
 def test_maps_that_only_tifffile_reads(tmp_path, monkeypatch):
