@@ -8,35 +8,100 @@
 namespace simd {
 namespace {
 
-// exp(x) - 1 is 2^k p + 2^k - 1 for x = k ln 2 + r and p = exp(r) - 1. `half_scale` is 2^k / 2, so that k = 128 is
-// representable.
-struct Exponential {
-  Floats p, half_scale;
+// Several vectors that are computed side by side. A single one would wait for the result of each instruction before the
+// next, because exp and log1p are long chains.
+template <class V, int K>
+struct Several {
+  V v[K];
 };
 
-INLINE Exponential exponential(Floats x) {
-  const Floats zero = {}, lowest = zero - 87.5f, highest = zero + 89.0f;
-  x = x < lowest ? lowest : x;  // comparisons with NaN are false, so a NaN stays
-  x = x > highest ? highest : x;
+// As many vectors as have registers; double precision calls functions of the C library.
+template <class S>
+constexpr int kSeveral = sizeof(S) == 8 ? 1 : VECTOR_BYTES == 64 ? 4 : 2;
+template <class S>
+using Group = Several<Vec<S>, kSeveral<S>>;
+
+template <class S>
+INLINE Group<S> load_group(const S* p) {
+  Group<S> group;
+  for (int i = 0; i < kSeveral<S>; ++i) group.v[i] = load(p + i * kLanes<S>);
+  return group;
+}
+template <class S>
+INLINE void store_group(S* p, const Group<S>& group) {
+  for (int i = 0; i < kSeveral<S>; ++i) store(p + i * kLanes<S>, group.v[i]);
+}
+
+// Calls `f` for each vector.
+template <class V, int K, class F>
+INLINE Several<V, K> map(Several<V, K> a, F f) {
+  for (int i = 0; i < K; ++i) a.v[i] = f(a.v[i]);
+  return a;
+}
+template <class V, int K, class F>
+INLINE Several<V, K> map(Several<V, K> a, const Several<V, K>& b, F f) {
+  for (int i = 0; i < K; ++i) a.v[i] = f(a.v[i], b.v[i]);
+  return a;
+}
+
+#define FOR_EACH(op)                                                                       \
+  template <class V, int K>                                                                \
+  INLINE Several<V, K> operator op(Several<V, K> a, const Several<V, K>& b) {              \
+    return map(a, b, [](V x, V y) { return x op y; });                                     \
+  }                                                                                        \
+  template <class V, int K, class B>                                                       \
+  INLINE Several<V, K> operator op(Several<V, K> a, B b) {                                 \
+    return map(a, [b](V x) { return x op b; });                                            \
+  }                                                                                        \
+  template <class V, int K>                                                                \
+  INLINE Several<V, K> operator op(float a, Several<V, K> b) {                             \
+    return map(b, [a](V y) { return a op y; });                                            \
+  }
+FOR_EACH(+)
+FOR_EACH(-)
+FOR_EACH(*)
+#undef FOR_EACH
+
+// exp(x) - 1 is 2^k p + 2^k - 1 for x = k ln 2 + r and p = exp(r) - 1. `half_scale` is 2^k / 2, so that k = 128 is
+// representable.
+template <int K>
+struct Exponential {
+  Several<Floats, K> p, half_scale;
+};
+
+template <int K>
+INLINE Exponential<K> exponential(Several<Floats, K> x) {
+  x = map(x, [](Floats x) {
+    const Floats lowest = Floats{} - 87.5f, highest = Floats{} + 89.0f;
+    x = x < lowest ? lowest : x;  // comparisons with NaN are false, so a NaN stays
+    return x > highest ? highest : x;
+  });
   // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the lowest bits.
   const float magic = 0x1.8p23f;
-  const Floats shifted = x * 0x1.715476p0f + magic;
-  const Floats k = shifted - magic;
-  const Floats r = (x - k * 0x1.62e4p-1f) - k * 0x1.7f7d1cp-20f;  // ln 2 in two parts; the first product is exact
-  Floats q = r * 0x1.6d1270p-10f + 0x1.120cd4p-7f;  // (exp(r) - 1 - r) / r^2, to 2e-8 of exp(r) - 1
+  const auto shifted = x * 0x1.715476p0f + magic;
+  const auto k = shifted - magic;
+  const auto r = (x - k * 0x1.62e4p-1f) - k * 0x1.7f7d1cp-20f;  // ln 2 in two parts; the first product is exact
+  auto q = r * 0x1.6d1270p-10f + 0x1.120cd4p-7f;  // (exp(r) - 1 - r) / r^2, to 2e-8 of exp(r) - 1
   q = q * r + 0x1.555518p-5f;
   q = q * r + 0x1.5554dcp-3f;
   q = q * r + 0.5f;
-  return {r * r * q + r, (Floats)(((Ints)shifted << 23) + (126 << 23))};
+  return {r * r * q + r, map(shifted, [](Floats s) { return (Floats)(((Ints)s << 23) + (126 << 23)); })};
 }
 
-INLINE Floats exp(Exponential e) { return 2.0f * (e.half_scale * e.p + e.half_scale); }
-INLINE Floats expm1(Exponential e) { return 2.0f * (e.half_scale * e.p + (e.half_scale - 0.5f)); }
-INLINE Floats exp(Floats x) { return exp(exponential(x)); }
+template <int K>
+INLINE Several<Floats, K> exp(const Exponential<K>& e) {
+  return 2.0f * (e.half_scale * e.p + e.half_scale);
+}
+template <int K>
+INLINE Several<Floats, K> expm1(const Exponential<K>& e) {
+  return 2.0f * (e.half_scale * e.p + (e.half_scale - 0.5f));
+}
+INLINE Floats exp(Floats x) { return exp(exponential(Several<Floats, 1>{{x}})).v[0]; }
 
 // log(1 + y) for y in [0, 1], with a relative error of 3e-8.
-INLINE Floats log1p(Floats y) {
-  Floats q = y * -0x1.24b298p-8f + 0x1.9d455ap-6f;
+template <int K>
+INLINE Several<Floats, K> log1p(const Several<Floats, K>& y) {
+  auto q = y * -0x1.24b298p-8f + 0x1.9d455ap-6f;
   q = q * y + -0x1.11708cp-4f;
   q = q * y + 0x1.d992bcp-4f;
   q = q * y + -0x1.448ee2p-3f;
@@ -55,10 +120,23 @@ INLINE Doubles each(Doubles x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = function(x[j]);
   return x;
 }
-INLINE Doubles exponential(Doubles x) { return x; }  // so that exp(exponential(x)) compiles for both types
 INLINE Doubles exp(Doubles x) { return each<::exp>(x); }
-INLINE Doubles expm1(Doubles x) { return each<::expm1>(x); }
-INLINE Doubles log1p(Doubles x) { return each<::log1p>(x); }
+template <int K>
+INLINE Several<Doubles, K> exponential(const Several<Doubles, K>& x) {
+  return x;  // so that exp(exponential(x)) compiles for both types
+}
+template <int K>
+INLINE Several<Doubles, K> exp(const Several<Doubles, K>& x) {
+  return map(x, each<::exp>);
+}
+template <int K>
+INLINE Several<Doubles, K> expm1(const Several<Doubles, K>& x) {
+  return map(x, each<::expm1>);
+}
+template <int K>
+INLINE Several<Doubles, K> log1p(const Several<Doubles, K>& x) {
+  return map(x, each<::log1p>);
+}
 INLINE Doubles abs(Doubles x) { return each<::fabs>(x); }
 
 }  // namespace

@@ -18,11 +18,18 @@ using namespace simd;
 template <class S>
 struct Decay {
   Vec<S> factor, factor_m1;
+};
 
-  static INLINE Decay of(Vec<S> x) {
+// Those of several tokens.
+template <class S>
+struct Decays {
+  Group<S> factor, factor_m1;
+
+  static INLINE Decays of(const Group<S>& x) {
     const auto e = exponential(x);
     return {exp(e), expm1(e)};
   }
+  INLINE Decay<S> operator[](int i) const { return {factor.v[i], factor_m1.v[i]}; }
 };
 
 // A state that may decay so slowly that it lasts for thousands of tokens. In h + (factor_m1 h + b), the sum in brackets
@@ -43,11 +50,10 @@ struct Running {
 };
 
 template <class S>
-INLINE Vec<S> softplus(Vec<S> s, Vec<S>& sigmoid) {
-  const Vec<S> zero = {};
-  const Vec<S> y = exp(-abs(s));
-  sigmoid = (s > zero ? zero + 1 : y) / (1 + y);
-  return (s < zero ? zero : s) + log1p(y);
+INLINE Group<S> softplus(const Group<S>& s, Group<S>& sigmoid) {
+  const Group<S> y = exp(exponential(map(s, [](Vec<S> s) { return -abs(s); })));
+  sigmoid = map(s, y, [](Vec<S> s, Vec<S> y) { return (s > Vec<S>{} ? Vec<S>{} + 1 : y) / (1 + y); });
+  return map(s, [](Vec<S> s) { return s < Vec<S>{} ? Vec<S>{} : s; }) + log1p(y);
 }
 
 // A and the bias, with a lane for each channel.
@@ -122,12 +128,12 @@ struct Task {
     load_activation(u, p.u, p.u_strides, chunk);
     load_activation(dt, p.delta, p.delta_strides, chunk);
     const Vec<S> shift = load(bias);
-    for (int t = 0; t < tokens(chunk); ++t) {
-      Vec<S> step = load(dt + t * W) + shift, slope = Vec<S>{} + 1;
+    for (int t = 0; t < tokens(chunk); t += kSeveral<S>) {
+      Group<S> step = load_group(dt + t * W) + shift, slope = map(step, [](Vec<S>) { return Vec<S>{} + 1; });
       if (p.softplus) step = softplus<S>(step, slope);
-      store(dt + t * W, step);
-      store(dt_u + t * W, step * load(u + t * W));
-      if (sigmoid) store(sigmoid + t * W, slope);
+      store_group(dt + t * W, step);
+      store_group(dt_u + t * W, step * load_group(u + t * W));
+      if (sigmoid) store_group(sigmoid + t * W, slope);
     }
   }
 };
@@ -164,9 +170,12 @@ void forward(const Problem& p, int64_t index, void* memory) {
       const Vec<S> A = load(task.A + n * W);
       Running<S> h = m.carries[n];
       task.load_B(m.B, n, chunk);
-      for (int t = 0; t < tokens; ++t) {
-        h.step(Decay<S>::of(load(m.dt + t * W) * A), load(m.dt_u + t * W) * m.B[t]);
-        store(m.h + t * W, h.value);
+      for (int first = 0; first < tokens; first += kSeveral<S>) {
+        const auto decays = Decays<S>::of(load_group(m.dt + first * W) * A);
+        for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t) {
+          h.step(decays[i], load(m.dt_u + t * W) * m.B[t]);
+          store(m.h + t * W, h.value);
+        }
       }
       m.carries[n] = h;
       S* out = (S*)p.h + ((task.batch * p.channels + task.channel) * p.states + n) * p.length + chunk * kChunk;
@@ -225,8 +234,10 @@ INLINE void scan_carries(const Task<T>& task, const BackwardMemory<S>& m) {
       const Vec<S> A = load(task.A + n * W);
       Running<S> h{load(carries + n * W), {}};
       task.load_B(m.B, n, chunk);
-      for (int t = 0; t < kChunk; ++t)
-        h.step(Decay<S>::of(load(m.dt + t * W) * A), load(m.dt_u + t * W) * m.B[t]);
+      for (int first = 0; first < kChunk; first += kSeveral<S>) {
+        const auto decays = Decays<S>::of(load_group(m.dt + first * W) * A);
+        for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t) h.step(decays[i], load(m.dt_u + t * W) * m.B[t]);
+      }
       store(carries + (states + n) * W, h.value);
     }
   }
@@ -249,10 +260,13 @@ INLINE void scan_back(const Task<T>& task, const BackwardMemory<S>& m, int64_t n
   task.load_grad(m.grad, n, chunk);
 
   Running<S> h{load(m.carries + (chunk * p.states + n) * W), {}};
-  for (int t = 0; t < tokens; ++t) {
-    m.decays[t] = Decay<S>::of(load(m.dt + t * W) * A);
-    store(m.carried + t * W, m.decays[t].factor * h.value);  // h_t - dt B u would lose digits
-    h.step(m.decays[t], load(m.dt_u + t * W) * m.B[t]);
+  for (int first = 0; first < tokens; first += kSeveral<S>) {
+    const auto decays = Decays<S>::of(load_group(m.dt + first * W) * A);
+    for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t) {
+      m.decays[t] = decays[i];
+      store(m.carried + t * W, decays[i].factor * h.value);  // h_t - dt B u would lose digits
+      h.step(decays[i], load(m.dt_u + t * W) * m.B[t]);
+    }
   }
 
   Later<S> later = m.laters[n];
