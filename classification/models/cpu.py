@@ -324,18 +324,31 @@ class HeldBlock(Holding, Block):
 
 
 def _infer(x: Tensor, w: BlockWeights, sizes: list[int]) -> Tensor:
-    """`Block.forward` of tokens x (B, H, W, C), without gradients; `sizes` are those of r, B and C."""
-    x = x + _depthwise(x, *w.cpe1)
-    normed = torch.layer_norm(x, *w.ln_1)
-    z = product(normed, w.to_z, then="swish")
-    u = _depthwise(product(normed, w.to_x), *w.conv2d, then="swish")
-    r, B, C = product(u, w.x_proj).split(sizes, dim=-1)
-    scanned = [t.flatten(1, 2).mT for t in (u, product(r, w.dt_proj), B)]  # u and Delta (B, D, L), B (B, N, L)
-    h = SCAN(scanned[0], scanned[1], w.A, scanned[2], w.delta_bias, delta_softplus=True)
-    y = FUSION(h.unflatten(3, u.shape[1:3]), *w.fusion, to_planes(C), w.Ds, to_planes(u))
-    x = x + product(torch.layer_norm(to_tokens(y), *w.out_norm) * z, *w.out_proj)
-    x = x + _depthwise(x, *w.cpe2)
-    return x + product(product(torch.layer_norm(x, *w.ln_2), *w.fc1, then="gelu"), *w.fc2)
+    """`Block.forward` of tokens x (B, H, W, C), without gradients; `sizes` are those of r, B and C.
+
+    Large tensors have no names, so that each is freed as soon as it has been read.
+    """
+    x = _depthwise(x, *w.cpe1).add_(x)
+    x = _gated(torch.layer_norm(x, *w.ln_1), w, sizes).add_(x)
+    x = _depthwise(x, *w.cpe2).add_(x)
+    return product(product(torch.layer_norm(x, *w.ln_2), *w.fc1, then="gelu"), *w.fc2).add_(x)
+
+
+def _gated(x: Tensor, w: BlockWeights, sizes: list[int]) -> Tensor:
+    y = _observed(_depthwise(product(x, w.to_x), *w.conv2d, then="swish"), w, sizes)
+    y = torch.layer_norm(to_tokens(y), *w.out_norm)
+    return product(y.mul_(product(x, w.to_z, then="swish")), *w.out_proj)
+
+
+def _observed(x: Tensor, w: BlockWeights, sizes: list[int]) -> Tensor:
+    """`StructureAwareSSM.ssm` of tokens (B, H, W, D) -> planes (B, D, H, W)."""
+    r, B, C = product(x, w.x_proj).split(sizes, dim=-1)
+    h = SCAN(_sequence(x), _sequence(product(r, w.dt_proj)), w.A, _sequence(B), w.delta_bias, delta_softplus=True)
+    return FUSION(h.unflatten(3, x.shape[1:3]), *w.fusion, to_planes(C), w.Ds, to_planes(x))
+
+
+def _sequence(tokens: Tensor) -> Tensor:
+    return tokens.flatten(1, 2).mT
 
 
 SCAN = torch.ops.selective_scan.selective_scan_state.default  # arguments are checked there, too
