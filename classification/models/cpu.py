@@ -221,12 +221,14 @@ class BlockWeights(NamedTuple):
 class HeldBlock(Holding, Block):
     """`Block` in inference as one function of weights held packed. Products apply GELU and the gate's SiLU.
 
-    For small images and batches, calling the block's 15 modules takes as long as what they compute.
+    For small images and batches, calling the block's 15 modules takes as long as what they compute. If one of them has
+    a hook, or is of another class, all are called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = held_dtype(x)
-        if dtype is None or x.dtype != dtype or x.dim() != 4 or not self._is_plain():
+        fits = x.dtype == dtype and x.dim() == 4 and x.shape[3:] == self.ln_1.normalized_shape
+        if not (fits and self._is_plain()):
             return super().forward(x)
         ssm, sources = self.self_attention, self._sources()
         name = dtype, self.ln_1.eps, self.ln_2.eps, ssm.out_norm.eps  # another eps gives other results

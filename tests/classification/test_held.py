@@ -120,6 +120,7 @@ def test_blocks(dim, d_state, shape, dtype):
     fast.cpe2.padding_mode = "circular"
     check(one_function=False)
     fast.cpe2.padding_mode = "zeros"
+    check()
     with pytest.raises(RuntimeError, match=r"normalized_shape|groups|channels"):
         infer(fast, x[..., 1:], half)
     fast.self_attention.Ds = nn.Parameter(torch.ones(3))
