@@ -173,11 +173,16 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     _check_ignored(cfg, splits)
 
 
+ENDLESS_SAMPLERS = ("InfiniteSampler", "InfiniteGroupBatchSampler")  # of mmengine, mmdet
+
+
 def _check_whole(loader: ConfigDict, split: str) -> None:
     """Raise a UserError if images are left out: CocoMetric counts their objects as missed, others do not know them."""
     sampler = loader.get("batch_sampler") or {}
     if loader.get("drop_last") or sampler.get("drop_last"):
         raise UserError(f"{split}_dataloader has drop_last=True, so the last images are not tested; leave it out")
+    if is_kind(loader.get("sampler") or {}, *ENDLESS_SAMPLERS):
+        raise UserError(f"{split}_dataloader has an {kind_of(loader.sampler)}, which has no end; take a DefaultSampler")
     if sampler and kind_of(sampler) != "BatchSampler" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"{split}_dataloader.batch_sampler is a {kind_of(sampler)}: if it changes the order of images, several "

@@ -230,6 +230,11 @@ class CheckResumed(Hook):
         _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
 
     def before_train(self, runner) -> None:
+        if runner._resume and runner.iter >= runner.max_iters:
+            _warn(
+                f"{runner._load_from}: has trained for {runner.iter} of {runner.max_iters} iterations, so nothing is "
+                "left to train; set a larger max_epochs or max_iters of train_cfg"
+            )
         if get_world_size() == 1:
             return
         first, *others = all_gather_object((runner.iter, self.weights))

@@ -67,7 +67,7 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
 def _warn_of_odd_names(source: str, names: list[str]) -> None:
     """Warn of images that are there twice, and of those in hidden folders, as .ipynb_checkpoints, which mmseg reads."""
     twice = [name for name, count in Counter(names).items() if count > 1]
-    hidden = [name for name in names if any(part.startswith(".") for part in name.split("/")[:-1])]
+    hidden = [name for name in names if any(p.startswith(".") and p != ".." for p in name.split("/")[:-1])]
     for found, what in ((twice, "are there more than once, and count as often"), (hidden, "lie in hidden folders")):
         if found:
             print_log(

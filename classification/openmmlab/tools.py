@@ -29,6 +29,7 @@ from classification.models.openmmlab import MM_SpatialMamba
 # Imported for what they register: readers of pickles and YAML, and the checks that pipelines call.
 from classification.openmmlab import pickle_files, transforms, yaml_files  # noqa: F401
 from classification.openmmlab.checks import (
+    ENDLESS_SAMPLERS,
     check_channels,
     check_checkpoint,
     check_data,
@@ -202,6 +203,10 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
     warn_of_unread_variables(args.config, settings_of(cfg))
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        if isinstance(loader, dict) and loader.get("num_workers") == 0:  # customary while one looks for an error
+            loader.persistent_workers = False  # PyTorch refuses True, which configs inherit
     _warn_of_misspelt_settings(cfg)
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
@@ -231,9 +236,6 @@ def _reading(path: str) -> Iterator[None]:
             f"{path}: a part of it is not what configs have there ({type(error).__name__}: {error!s:.200}); compare it "
             "with the configs in configs/spatialmamba"
         ) from error
-
-
-ENDLESS_SAMPLERS = ("InfiniteSampler", "InfiniteGroupBatchSampler")  # of mmengine, mmdet
 
 
 def _check_unit(cfg: Config) -> None:

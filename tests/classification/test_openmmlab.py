@@ -823,6 +823,14 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
             hooks.CheckSameData().before_test(run)
 
     resumed = [hooks.CheckResumed() for _ in range(3)]
+    run._resume, run._load_from, run.max_iters = True, "x.pth", 3
+    said.clear()
+    monkeypatch.setattr(hooks, "all_gather_object", lambda facts: [facts])
+    resumed[0].before_train(run)
+    assert said == [
+        "x.pth: has trained for 3 of 3 iterations, so nothing is left to train; set a larger max_epochs or max_iters "
+        "of train_cfg"
+    ]
     run._resume = False
     for check, weight in zip(resumed, (1.0, 1.0, 2.0), strict=True):
         check.after_load_checkpoint(run, {"state_dict": {"a": torch.full((2,), weight), "b": 1}})
@@ -2227,6 +2235,10 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeyp
         refused = processes == "2" and sampler != "BatchSampler"
         with pytest.raises(UserError, match="count an image twice") if refused else nullcontext():
             checks.check_data(cfg, ("val",))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    endless = dict(**loader, sampler=dict(type="InfiniteSampler"))
+    with pytest.raises(UserError, match="val_dataloader has an InfiniteSampler, which has no end"):
+        checks.check_data(Config(dict(model={}, val_dataloader=endless)), ("val",))
     repeated = dict(dataset=dict(type="RepeatDataset", times=2, dataset=dict(type="CocoDataset")))
     cfg = Config(dict(model={}, val_dataloader=repeated, val_evaluator=dict(type="IoUMetric", format_only=True)))
     checks.check_data(cfg, ("val",))
