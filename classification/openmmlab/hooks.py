@@ -486,14 +486,14 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
             _warn(f"{path}: its optimizer goes on with {name}={there_is!r}, whatever the config says ({ours!r})")
         for i, parameter in zip(chain(*there), chain(*own), strict=True):
             state = saved["state"].get(i, {})
-            if not state.get("step", 0) >= 0:
+            if not torch.as_tensor(state.get("step", 0)).ge(0).all():
                 raise ValueError(f"state[{i}].step is {state['step']!r}")
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     state[name] = in_layout_of(parameter, value, f"state[{i}].{name}")
                 elif isinstance(value, torch.Tensor) and (name in OF_EACH_WEIGHT or not value.isfinite().all()):
                     in_layout_of(parameter, value, f"state[{i}].{name}")  # raises an error that says what is wrong
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: its optimizer does not fit the config's optim_wrapper ({error!s:.300}); set the one that it was "
             "trained with, or start from its weights by load_from, without --resume"

@@ -39,13 +39,13 @@ def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence
         try:
             annotation = ElementTree.parse(path)
             names = [one.findtext("name") for one in annotation.iterfind("object")]
-            sides = [int(annotation.findtext(f"size/{side}", str(smallest))) for side in ("width", "height")]
-        except (OSError, ValueError, ElementTree.ParseError) as error:
+            sides = [int(side.text) for side in annotation.iterfind("size/*") if side.tag in ("width", "height")]
+        except (OSError, TypeError, ValueError, ElementTree.ParseError) as error:
             raise UserError(f"{path}: cannot be read ({error}); it is the annotation of an image of {key}") from error
         found.update(names)
         if filters.get("filter_empty_gt") and not set(names) & set(classes):
             empty += 1
-        elif min(sides) < smallest:
+        elif sides and min(sides) < smallest:
             small += 1
     foreign = {name: count for name, count in found.items() if name not in classes}
     if not foreign:

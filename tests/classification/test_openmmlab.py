@@ -2023,6 +2023,7 @@ RESUMED = {
     ),
     "NaN": (optimizer_of(exp_avg=torch.full((1, 2), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.exp_avg is not finite"),
     "a negative step": (optimizer_of(step=torch.tensor(-3.0)), NOT_ITS_OWN + r"state\[0\]\.step is tensor\(-3\.\)"),
+    "a complex step": (optimizer_of(step=torch.tensor(1j)), NOT_ITS_OWN),
     "NaN elsewhere": (optimizer_of(row=torch.full((1,), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.row is"),
     "SGD": (
         dict(optimizer={"state": {}, "param_groups": [{"momentum": 0.9, "params": [0]}]}),
