@@ -684,7 +684,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         for module in _unwrapped(runner).modules():
             if isinstance(module, MM_SpatialMamba):
                 module.loaded_later = True
-    runner.train()
+    with _with_advice():
+        runner.train()
     if lock:
         lock.close()
 
@@ -849,7 +850,27 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
         check_written_names(runner.test_dataloader.dataset, suffix=not folders, folders=folders)
     if args.out and cfg.default_scope == "mmdet":
         runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
-    runner.test()
+    with _with_advice():
+        runner.test()
+
+
+# What to do about errors of the libraries that do not say it, by a part of their message.
+ADVICE = {
+    "Expected more than 1 value per channel when training": "set train_dataloader.batch_size to 2 or more",
+    "The image size in a batch should be the same": "set batch_size=1 of the data loader, or resize to one size",
+    "but when load annotation the `reduce_zero_label`": "make that of LoadAnnotations, too, equal to it",
+}
+
+
+@contextmanager
+def _with_advice() -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        advice = next((advice for part, advice in ADVICE.items() if part in str(error)), None)
+        if advice is None:
+            raise
+        raise UserError(f"{str(error).strip().splitlines()[-1]}; {advice}") from error
 
 
 def _draw(args: argparse.Namespace, cfg: Config) -> None:

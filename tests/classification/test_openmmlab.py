@@ -1652,6 +1652,23 @@ def test_misspelt_options_are_named(monkeypatch):
         said.clear()
 
 
+def test_advice_beside_the_libraries_errors(tmp_path):
+    images = [torch.zeros(3, 4, 5), torch.zeros(3, 5, 4)]
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(path := tmp_path / "map.png")
+    results = dict(seg_map_path=str(path), reduce_zero_label=False, seg_fields=[])
+    load = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations", reduce_zero_label=True))
+    preprocess = MODELS.build(dict(type="mmseg.SegDataPreProcessor", test_cfg=dict(size_divisor=32)))
+    for call, advice in (
+        (lambda: torch.nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1)), "batch_size to 2 or more"),
+        (lambda: preprocess(dict(inputs=images, data_samples=None)), "set batch_size=1 of the data loader"),
+        (lambda: load(results), "make that of LoadAnnotations, too, equal to it"),
+    ):
+        with pytest.raises(UserError, match=advice), tools._with_advice():
+            call()
+    with pytest.raises(ValueError, match="another"), tools._with_advice():
+        raise ValueError("another")
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
