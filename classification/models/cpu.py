@@ -227,10 +227,11 @@ class HeldBlock(Holding, Block):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = held_dtype(x)
-        fits = x.dtype == dtype and x.dim() == 4 and x.shape[3:] == self.ln_1.normalized_shape
-        if not (fits and self._is_plain()):
+        fits = x.dtype == dtype and x.dim() == 4 and x.shape[3:] == getattr(self.ln_1, "normalized_shape", None)
+        sources = self._sources() if fits else None
+        if sources is None:
             return super().forward(x)
-        ssm, sources = self.self_attention, self._sources()
+        ssm = self.self_attention
         name = dtype, self.ln_1.eps, self.ln_2.eps, ssm.out_norm.eps  # another eps gives other results
         weights = self.kept(name, sources)
         if weights is None:
@@ -240,26 +241,26 @@ class HeldBlock(Holding, Block):
         with torch._C._DisableAutocast():
             return _infer(x, weights, [ssm.dt_rank, ssm.d_state, ssm.d_state])
 
-    def _layers(self) -> tuple[nn.Module, ...]:
+    def _sources(self) -> list[Tensor] | None:
+        """Return the block's parameters; None if calling its layers does not do what `_infer` does, or does more."""
         own = self._modules  # reading a module's attributes takes longer
         ssm, mlp = own["self_attention"], own["mlp"]
+        if type(ssm) is not CpuStructureAwareSSM or type(mlp) is not Mlp:
+            return None
         of_ssm = (ssm._modules.get(name) for name in ("in_proj", "conv2d", "state_fusion", "out_norm", "out_proj"))
         of_mlp = (mlp._modules.get(name) for name in ("fc1", "act", "fc2"))
-        return own["cpe1"], own["ln_1"], ssm, *of_ssm, own["drop_path"], own["cpe2"], own["ln_2"], mlp, *of_mlp
-
-    def _is_plain(self) -> bool:
-        """Whether calling the block's layers does what `_infer` does, and no more."""
-        layers = self._layers()
+        layers = own["cpe1"], own["ln_1"], ssm, *of_ssm, own["drop_path"], own["cpe2"], own["ln_2"], mlp, *of_mlp
         if tuple(map(type, layers)) != _OF_BLOCK or _is_hooked(*layers):
-            return False
+            return None
         cpe1, _, _, in_proj, conv2d, _, _, _, drop_path, cpe2, _, _, _, act, _ = layers
         by_geometry = all(class_by_geometry(one) is CpuDepthwiseConv2d for one in (cpe1, conv2d, cpe2))
         drops = drop_path.training and drop_path.drop_prob
-        return by_geometry and not drops and in_proj.bias is None and act.approximate == "none"
-
-    def _sources(self) -> list[Tensor]:
-        parts = (one for layer in self._layers() for one in layer._parameters.values())
-        return [one for one in parts if one is not None]
+        if not by_geometry or drops or in_proj.bias is not None or act.approximate != "none":
+            return None
+        parameters = [one for layer in layers for one in layer._parameters.items()]
+        if tuple(name for name, _ in parameters) != _PARAMETERS:  # one is a buffer now, or a plain tensor
+            return None
+        return [one for _, one in parameters if one is not None]
 
     def _fits(self, x: Tensor) -> bool:
         """Whether x and the layers have the shapes that the block was made for. If not, a layer says what is wrong."""
@@ -381,10 +382,16 @@ def _is_hooked(*modules: nn.Module) -> bool:
     return any(GLOBAL_HOOKS) or any(map(has_hooks, modules))
 
 
-_OF_BLOCK = (  # as `HeldBlock._layers` returns them
+_OF_BLOCK = (  # layers of a block in the order of `HeldBlock._sources`
     *(HeldDepthwiseConv2d, nn.LayerNorm, CpuStructureAwareSSM),
     *(HeldLinear, HeldDepthwiseConv2d, StateFusion, nn.LayerNorm, HeldLinear),
     *(DropPath, HeldDepthwiseConv2d, nn.LayerNorm, Mlp, HeldLinear, nn.GELU, HeldLinear),
+)
+_LAYER, _OF_SSM = ("weight", "bias"), ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
+_OF_FUSION = ("kernel_3", "kernel_3_1", "kernel_3_2", "alpha")
+_PARAMETERS = (  # in the same order
+    *(*_LAYER, *_LAYER, *_OF_SSM, *_LAYER, *_LAYER, *_OF_FUSION, *_LAYER, *_LAYER),
+    *(*_LAYER, *_LAYER, *_LAYER, *_LAYER),
 )
 _CONVOLUTIONS = (nn.Conv2d, CpuPointwiseConv2d, CpuStridedConv2d, CpuDepthwiseConv2d)
 _PLAIN = {

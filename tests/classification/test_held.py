@@ -121,6 +121,19 @@ def test_blocks(dim, d_state, shape, dtype):
     check(one_function=False)
     fast.cpe2.padding_mode = "zeros"
     check()
+    weight = fast.mlp.fc1.weight.detach().clone()
+    del fast.mlp.fc1.weight
+    fast.mlp.fc1.register_buffer("weight", weight)  # as tools do that freeze it: its changes are seen
+    y = check(one_function=False)
+    fast.mlp.fc1.weight.mul_(-2)
+    assert not torch.equal(infer(fast, x, half), y)
+    del fast.mlp.fc1.weight
+    fast.mlp.fc1.weight = nn.Parameter(weight)
+    check(one_function=False)  # for the order of its parameters is another
+    mlp = fast.mlp
+    fast.mlp = torch.jit.script(nn.Sequential(nn.Identity()))
+    infer(fast, x, half)
+    fast.mlp = mlp
     with pytest.raises(RuntimeError, match=r"normalized_shape|groups|channels"):
         infer(fast, x[..., 1:], half)
     fast.self_attention.Ds = nn.Parameter(torch.ones(3))
