@@ -247,6 +247,8 @@ class HeldBlock(Holding, Block):
         ssm, mlp = own["self_attention"], own["mlp"]
         if type(ssm) is not CpuStructureAwareSSM or type(mlp) is not Mlp:
             return None
+        if not _METHODS.isdisjoint(self.__dict__) or not _METHODS.isdisjoint(ssm.__dict__):  # to record states
+            return None
         of_ssm = (ssm._modules.get(name) for name in ("in_proj", "conv2d", "state_fusion", "out_norm", "out_proj"))
         of_mlp = (mlp._modules.get(name) for name in ("fc1", "act", "fc2"))
         layers = own["cpe1"], own["ln_1"], ssm, *of_ssm, own["drop_path"], own["cpe2"], own["ln_2"], mlp, *of_mlp
@@ -393,6 +395,7 @@ _PARAMETERS = (  # in the same order
     *(*_LAYER, *_LAYER, *_OF_SSM, *_LAYER, *_LAYER, *_OF_FUSION, *_LAYER, *_LAYER),
     *(*_LAYER, *_LAYER, *_LAYER, *_LAYER),
 )
+_METHODS = {*vars(Block), *vars(StructureAwareSSM), *vars(CpuStructureAwareSSM)} - {"__module__", "__doc__"}
 _CONVOLUTIONS = (nn.Conv2d, CpuPointwiseConv2d, CpuStridedConv2d, CpuDepthwiseConv2d)
 _PLAIN = {
     CpuLinear: nn.Linear,

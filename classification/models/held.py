@@ -104,7 +104,7 @@ class Holding(nn.Module):
 
     A change by an in-place operation, by an optimizer or by `load_state_dict` is seen. PyTorch does not count changes
     through `.data`, NumPy, or another tensor or process that shares the memory: they are seen if they reach the first,
-    middle or last 64 bytes of a tensor, and all of them once `train()` or `eval()` is called.
+    middle or last 64 bytes of a tensor, and all of them once `train()` or `eval()` of this module is called.
     """
 
     def held(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
@@ -120,10 +120,13 @@ class Holding(nn.Module):
 
     def keep(self, name: object, make: Callable[[], tuple], sources: list[Tensor]) -> tuple:
         """Return what `make` makes of the sources, and keep it, unless PyTorch does not count a source's changes."""
+        counted = not any(one.is_inference() for one in sources)  # not of batch norm's buffers, for example
+        # Look first: what another thread changes meanwhile is then seen in the next call.
+        before = (steps.made, Snapshot(sources)) if counted else ()
         with torch.autocast("cpu", enabled=False):
             made = make()
-        if not any(one.is_inference() for one in sources):  # batch norm's buffers, for example
-            self.__dict__.setdefault("_held", Kept())[name] = (steps.made, Snapshot(sources), made)
+        if before:
+            self.__dict__.setdefault("_held", Kept())[name] = (*before, made)
         return made
 
     def train(self, mode: bool = True) -> "Holding":

@@ -121,6 +121,28 @@ def test_blocks(dim, d_state, shape, dtype):
     check(one_function=False)
     fast.cpe2.padding_mode = "zeros"
     check()
+    seen, ssm = [], fast.self_attention
+    ssm.transition = lambda *inputs: seen.append(inputs) or type(ssm).transition(ssm, *inputs)
+    check(one_function=False)
+    assert seen
+    del ssm.transition
+    check()
+    made = fast.keep
+
+    def slowly(name: object, make, sources: list) -> tuple:
+        def change() -> object:  # by another thread
+            weights = make()
+            fast.mlp.fc2.weight.data.mul_(3)
+            return weights
+
+        return made(name, change, sources)
+
+    fast.__dict__.pop("_held")
+    fast.keep = slowly
+    infer(fast, x, half)
+    del fast.keep
+    y = infer(fast, x, half)
+    assert torch.equal(check(), y)
     weight = fast.mlp.fc1.weight.detach().clone()
     del fast.mlp.fc1.weight
     fast.mlp.fc1.register_buffer("weight", weight)  # as tools do that freeze it: its changes are seen
