@@ -142,7 +142,7 @@ class Snapshot:
 
     def __init__(self, tensors: list[Tensor]):
         self.tensors = tensors
-        self.versions = [one._version for one in tensors]
+        self.versions = [(one._version, one.dtype) for one in tensors]
         self.addresses = [one.data_ptr() for one in tensors]
         # These keep the memory, too, so that no other tensor gets its address.
         self.aliases = [one.detach() for one in tensors]
@@ -150,11 +150,11 @@ class Snapshot:
         self.sampled = b"".join(self.samples)
 
     def shows(self, tensors: list[Tensor]) -> bool:
-        """Whether these are the same tensors, in the same memory, with the same versions and samples."""
+        """Whether these are the same tensors, in the same memory, with the same versions, dtypes and samples."""
         return (
             len(tensors) == len(self.tensors)
             and all(map(is_, tensors, self.tensors))
-            and [one._version for one in tensors] == self.versions
+            and [(one._version, one.dtype) for one in tensors] == self.versions
             and [one.data_ptr() for one in tensors] == self.addresses  # before samples are read: it may be freed
             and all(map(Tensor.is_set_to, tensors, self.aliases))
             and b"".join(self.samples) == self.sampled

@@ -250,7 +250,7 @@ def _is_by_chance(step: ConfigDict) -> bool:
     return ("Random" in kind_of(step) and not step.get("test_mode")) or is_kind(step, *BY_CHANCE)
 
 
-BY_CHANCE = (  # beside what is called Random
+BY_CHANCE = (  # beside what is called Random; with subclasses of any name
     *("Albu", "AutoAugment", "CachedMixUp", "CachedMosaic", "CopyPaste", "CutOut", "Expand", "MixUp", "Mosaic"),
     *("PhotoMetricDistortion", "RandAugment", "RandomAffine", "RandomCrop", "RandomResize", "Rotate", "ShearX"),
     *("ShearY", "TranslateX", "TranslateY"),
@@ -297,7 +297,7 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
 
 
 def _check_learns(model: ConfigDict) -> None:
-    """Raise a UserError if nothing is learnt: from a loss that is only logged, or by a softmax of one class."""
+    """Raise a UserError if nothing is learnt: by a loss that is only logged, a softmax of one channel, or one class."""
     for part, head in segmentation_heads(model):
         for place, loss in parts_of(f"{part}.loss_decode", head.get("loss_decode", {"type": "CrossEntropyLoss"})):
             if "loss" not in str(loss.get("loss_name", "loss")):

@@ -32,7 +32,9 @@ def check_types(value: object, key: str = "") -> None:
             that evaluates text.
     """
     if key == "compile" and isinstance(value, dict) and (others := value.keys() - COMPILE):
-        raise UserError(f"compile.{min(others)} may name a program, which PyTorch runs; write such a config in Python")
+        raise UserError(
+            f"compile.{min(map(str, others))} may name a program, which PyTorch runs; write such a config in Python"
+        )
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_types(item, f"{key}.{name}" if key else str(name))

@@ -143,6 +143,11 @@ def test_blocks(dim, d_state, shape, dtype):
     del fast.keep
     y = infer(fast, x, half)
     assert torch.equal(check(), y)
+    bias = fast.mlp.fc2.bias.requires_grad_(False).data
+    fast.mlp.fc2.bias.data = bias.view(torch.int32)  # the same memory, shape and version
+    with pytest.raises(RuntimeError):
+        infer(fast, x, half)
+    fast.mlp.fc2.bias.data = bias
     weight = fast.mlp.fc1.weight.detach().clone()
     del fast.mlp.fc1.weight
     fast.mlp.fc1.register_buffer("weight", weight)  # as tools do that freeze it: its changes are seen
