@@ -89,7 +89,7 @@ sanitize() { # TOOL
         not float16 and not 64521 and not 3136 and (sizes or small_planes or (conv_kernels and replicate))" || return
     CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$1" --error-exitcode 9 \
         --kernel-regex kns=_kernel \
-        $python -m pytest -q -x -p no:cacheprovider tests/kernels/test_token_ops.py -k "triton and (5x7 or odd) and float32"
+        $python -m pytest -q -x -p no:cacheprovider tests/kernels/test_token_ops.py -k "triton and (5x7 or odd) and (float32 or (mlp and float16))"
 }
 step_memcheck() { sanitize memcheck; }
 step_racecheck() { sanitize racecheck; }

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import triton
-from dwconv2d import token_triton
+from dwconv2d import mlp_triton, token_triton
 from dwconv2d import triton_kernels as planes_triton
 from selective_scan import gate_triton
 from selective_scan import triton_kernels as scan_triton
@@ -99,6 +99,8 @@ def recording(arch: int) -> Iterator[list[tuple[str, object]]]:
         mock.patch.object(torch.cuda, "device_of", return_value=contextlib.nullcontext()),
         mock.patch.object(token_triton, "launch", _launch),
         mock.patch.object(gate_triton, "launch", _launch),
+        mock.patch.object(mlp_triton, "launch", _launch),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(arch, 10)),
     ):
         yield compiled
 
@@ -124,6 +126,7 @@ def calls(dim: int, side: int, dtype: torch.dtype, layout: str) -> dict[str, Cal
     fusion = (states, *(parameter(inner, 1, 3, 3) for _ in range(3)), parameter(3), C, parameter(inner), planes)
     scan = (planes.flatten(2), planes.flatten(2), parameter(inner, STATES), C.flatten(2), parameter(inner), True)
     scale = empty(BATCH)
+    mlp_biases = parameter(4 * dim), parameter(dim)
     found = {
         "selective_scan_state": lambda: scan_triton.selective_scan_state(*scan),
         "selective_scan_state_backward": lambda: scan_triton.selective_scan_state_backward(states.flatten(3), *scan),
@@ -143,6 +146,9 @@ def calls(dim: int, side: int, dtype: torch.dtype, layout: str) -> dict[str, Cal
             "depthwise_residual_norm first": lambda: token_triton.depthwise_residual_norm(tokens, *conv, *norm, EPS),
             "depthwise_residual_norm_backward": lambda: token_triton.depthwise_residual_norm_backward(
                 tokens, tokens, tokens, *norm_args
+            ),
+            "mlp": lambda: mlp_triton.mlp(
+                tokens, empty(4 * dim, dim), *mlp_biases[:1], empty(dim, 4 * dim), mlp_biases[1]
             ),
             "norm_gate": lambda: gate_triton.norm_gate(planes, z, *inner_norm, EPS),
             "norm_gate_backward": lambda: gate_triton.norm_gate_backward(x, planes, z, *inner_norm, EPS),

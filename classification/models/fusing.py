@@ -29,6 +29,18 @@ def fusible(x: Tensor, *modules: nn.Module) -> bool:
     return has_fused_kernels(x) and not any(GLOBAL_HOOKS) and all(map(_is_plain, modules))
 
 
+def fusible_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> bool:
+    """Whether `dwconv2d.mlp` may stand for these modules, and has a kernel that moves less memory than they do."""
+    if not fusible(x, fc1, fc2) or type(act) is not nn.GELU or act.approximate != "none" or has_hooks(act):
+        return False
+    is_narrow = max(fc1.in_features, fc2.out_features) <= MLP_CHANNELS
+    return is_narrow and (autocast_dtype(x) or x.dtype) in MLP_DTYPES
+
+
+MLP_CHANNELS = 128  # with more, PyTorch's matrix products should be faster: modelled, not measured
+MLP_DTYPES = (torch.float16, torch.bfloat16)
+
+
 def _is_plain(module: nn.Module) -> bool:
     # Read the module's dictionary: its attributes take the host longer, and this runs in each call of the model.
     if type(module) not in FUSIBLE or has_hooks(module):
@@ -40,7 +52,7 @@ def _is_plain(module: nn.Module) -> bool:
     return weight is not None and bias is not None and bias.dim() == 1
 
 
-FUSIBLE = (nn.Conv2d, nn.LayerNorm)
+FUSIBLE = (nn.Conv2d, nn.LayerNorm, nn.Linear)
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 # What the operators compute. Tools change it in a model that is ready, for circular padding or a smaller output stride.
 KEEPS_SIZE = (((3, 3), (1, 1), (1, 1), (1, 1), "zeros"), ((1, 1), (1, 1), (0, 0), (1, 1), "zeros"))

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from dwconv2d import depthwise_residual_norm, depthwise_silu, state_fusion_output
+from dwconv2d import depthwise_residual_norm, depthwise_silu, mlp, state_fusion_output
 from selective_scan import norm_gate, selective_scan_state
 from timm import layers
 from timm.layers import SelectAdaptivePool2d, trunc_normal_
@@ -24,6 +24,7 @@ from classification.models.fusing import (
     apply,
     cast,
     fusible,
+    fusible_mlp,
     has_fused_kernels,
     has_hooks,
     linear_relu,
@@ -294,7 +295,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        fc1, act, fc2 = self.fc1, self.act, self.fc2
+        if fusible_mlp(x, fc1, act, fc2):
+            return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return fc2(act(fc1(x)))
 
 
 class Block(nn.Module):

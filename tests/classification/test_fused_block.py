@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import dwconv2d
 import pytest
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ def fused(monkeypatch):
         for module in (spatialmamba, fusing):
             monkeypatch.setattr(module, "has_fused_kernels", lambda x: wanted)
 
+    monkeypatch.setattr(fusing, "MLP_DTYPES", (torch.bfloat16, torch.float32, torch.float64))
     return choose
 
 
@@ -153,13 +155,14 @@ MODULES = [
     "blocks.1",
     *("blocks.1." + n for n in ("cpe1", "ln_1", "cpe2", "ln_2", "drop_path")),
     *("blocks.1.self_attention." + n for n in ("conv2d", "out_norm")),
+    *("blocks.1.mlp" + n for n in ("", ".fc1", ".act", ".fc2")),
     *("downsample.conv.0." + n for n in ("conv", "norm", "act")),
 ]
 WAYS = ["identity", "adapter", "forward", "hook", "pre-hook", "backward hook", "hook of all modules"]
 
 
-CASES = list(itertools.product(MODULES, WAYS))
-CASES.remove(("downsample.conv.0.conv", "identity"))  # it changes the number of channels
+CHANGES_CHANNELS = ("downsample.conv.0.conv", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2")
+CASES = [c for c in itertools.product(MODULES, WAYS) if c not in [(n, "identity") for n in CHANGES_CHANNELS]]
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
@@ -235,12 +238,20 @@ def without_parameters(block, name):
         block.ln_1 = nn.LayerNorm(6, elementwise_affine=False)
     elif name == "no bias in the norm":
         block.self_attention.out_norm = nn.LayerNorm(12, bias=False)
+    elif name == "no bias in the MLP":
+        block.mlp.fc2.bias = None
+    elif name == "GELU by tanh":
+        block.mlp.act = nn.GELU(approximate="tanh")
     else:
         block.ln_2 = nn.LayerNorm((4, 6))
 
 
 @pytest.mark.parametrize(
-    "name", ["no bias in the convolution", "no affine norm", "no bias in the norm", "norm over a row"]
+    "name",
+    [
+        *("no bias in the convolution", "no affine norm", "no bias in the norm", "norm over a row"),
+        *("no bias in the MLP", "GELU by tanh"),
+    ],
 )
 def test_modules_that_operators_do_not_have(fused, name):
     block = randomise(Block(6)).eval()
@@ -249,7 +260,31 @@ def test_modules_that_operators_do_not_have(fused, name):
     for wanted in (False, True):
         fused(wanted)
         found.append(block(x))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "fuses"), [(64, True), (128, True), (192, False)])
+def test_narrow_layers_of_16_bits_are_one_operator(monkeypatch, channels, fuses):
+    """Under autocast or in a model of 16 bits, with and without gradients; the results are those of the layers."""
+    calls = []
+    monkeypatch.setattr(spatialmamba, "mlp", lambda *args: calls.append(1) or dwconv2d.mlp(*args))
+    layers = randomise(spatialmamba.Mlp(channels, 100))
+    x = torch.randn(2, 3, 5, channels)
+    for model, images, autocast in ((layers, x, True), (copy.deepcopy(layers).bfloat16(), x.bfloat16(), False)):
+        found = []
+        for wanted in (False, True):
+            for module in (spatialmamba, fusing):
+                monkeypatch.setattr(module, "has_fused_kernels", lambda x, wanted=wanted: wanted)
+            assert not calls
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found.append(results(model, images))
+        assert bool(calls) is fuses
+        calls.clear()
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-2 * b.abs().max().item())
+    results(layers, x)  # in float32
+    assert not calls
 
 
 def test_stochastic_depth_has_a_mode_of_its_own(fused):

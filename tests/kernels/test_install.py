@@ -55,6 +55,7 @@ tokens = leaf(1, 2, 3, 2), leaf(*kernel), leaf(2)
 assert torch.autograd.gradcheck(dwconv2d.depthwise_silu, tokens)
 norm = *tokens, leaf(2), leaf(2), 1e-2, leaf(1, 2, 3, 2), torch.rand(1, dtype=torch.float64)
 assert torch.autograd.gradcheck(dwconv2d.depthwise_residual_norm, norm)
+assert torch.autograd.gradcheck(dwconv2d.mlp, (leaf(3, 2), leaf(5, 2), leaf(5), leaf(2, 5), leaf(2)))
 for name, state in dwconv2d.backends(h).items():
     print(f"{name}: {state}")
 """

@@ -1,11 +1,11 @@
-"""The operators between tokens and planes: values and gradients against float64, on every backend."""
+"""The operators on tokens: values and gradients against float64, on every backend."""
 
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dwconv2d import depthwise_residual_norm, depthwise_silu
+from dwconv2d import depthwise_residual_norm, depthwise_silu, mlp
 from kernel_backends import GPU, running_on
 from selective_scan import norm_gate
 
@@ -194,6 +194,78 @@ def test_norm(backend, check, size, dtype, update):
     compare_norm(check, inputs, scale)
 
 
+def layers(inputs):
+    """PyTorch's own layers."""
+    hidden = F.gelu(F.linear(inputs["x"], inputs["fc1_weight"], inputs["fc1_bias"].to(inputs["x"].dtype)))
+    return F.linear(hidden, inputs["fc2_weight"], inputs["fc2_bias"].to(hidden.dtype))
+
+
+def exact_mlp(dtype, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    """With hidden values rounded to `dtype`, as both the operator and separate layers round them."""
+    hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias))
+    return F.linear(hidden + (hidden.to(dtype).double() - hidden).detach(), fc2_weight, fc2_bias)
+
+
+def mlp_inputs(x, hidden, results, bias_dtype=None):
+    def random(*shape, dtype=x.dtype):
+        return torch.randn(*shape, dtype=dtype) / shape[-1] ** 0.5
+
+    wide = bias_dtype or torch.promote_types(x.dtype, torch.float32)
+    fc1 = dict(fc1_weight=random(hidden, x.shape[-1]), fc1_bias=random(hidden, dtype=wide))
+    return dict(x=x, **fc1, fc2_weight=random(results, hidden), fc2_bias=random(results, dtype=wide))
+
+
+def compare_mlp(check, inputs):
+    """The value with float64; in 16 bits, the gradients with those of PyTorch's layers, which round as often."""
+    actual, wide = leaves(inputs), leaves(inputs, torch.float64)
+    value, expected = mlp(**actual), exact_mlp(inputs["x"].dtype, **wide)
+    assert value.is_contiguous()
+    check(value, expected)
+    grad = 1 + torch.randn_like(value)
+    found = differentiate(value, actual, grad)
+    if value.dtype in (torch.float32, torch.float64):
+        for name, a, b in zip(inputs, found, differentiate(expected, wide, grad.double()), strict=True):
+            check(a, b, f"gradient of {name}")
+        return
+    separate = leaves(inputs)
+    for name, a, b in zip(inputs, found, differentiate(layers(separate), separate, grad), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-2 * b.abs().max().item(), msg=lambda s, name=name: name + s)
+
+
+# Rows, channels, hidden channels, results: of one program and of several, and such that fill no block.
+MLPS = {"1 row": (1, 3, 5, 2), "odd": (37, 24, 100, 17), "rows": (257, 64, 72, 128)}
+
+
+@each_dtype
+@pytest.mark.parametrize("size", MLPS.values(), ids=MLPS)
+def test_mlp(backend, check, size, dtype):
+    if backend == "triton" and not GPU and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    rows, channels, hidden, results = size
+    compare_mlp(check, mlp_inputs(torch.randn(rows, channels, dtype=dtype), hidden, results))
+
+
+@pytest.mark.skipif(GPU, reason="runs in Triton's interpreter")
+def test_mlp_by_the_kernel(monkeypatch, check):
+    """It runs for 16 bits and up to 128 channels, also for rows that lie apart. Otherwise, PyTorch's layers run."""
+    from dwconv2d import mlp_triton
+
+    launched = []
+    launch = mlp_triton.launch
+    monkeypatch.setattr(mlp_triton, "launch", lambda *args, **kwargs: launched.append(1) or launch(*args, **kwargs))
+    for channels, dtype, expected in ((128, torch.float16, 1), (129, torch.float16, 0), (8, torch.float32, 0)):
+        x = torch.randn(3, 5, 2 * channels, dtype=dtype)[..., channels:]
+        inputs = mlp_inputs(x, 32, 16)
+        found = mlp_triton.mlp(**inputs)
+        assert len(launched) == expected
+        if expected:
+            check(found, exact_mlp(dtype, **{n: t.double() for n, t in inputs.items()}))
+        else:
+            assert torch.equal(found, layers(inputs))
+        launched.clear()
+
+
 def test_programs_of_several_tiles(check, monkeypatch):
     """A program takes several tiles where there are thousands of positions; here the last one's lie beyond them."""
     from dwconv2d import token_triton
@@ -232,6 +304,8 @@ def example(name, dtype=torch.float32, channels=6):
         y = torch.randn(2, channels, 5, 4, dtype=dtype)
         gate = dict(y=y, z=z, weight=norm["norm_weight"], bias=norm["norm_bias"], eps=EPS)
         return torch.ops.selective_scan.norm_gate.default, gate
+    if name == "mlp":
+        return torch.ops.dwconv2d.mlp.default, mlp_inputs(x, 10, 3)
     arguments = dict(x=x, **convolution, **norm, eps=EPS)
     if name != "norm":
         arguments["update"] = torch.randn(2, 5, 4, channels, dtype=dtype)
@@ -240,7 +314,10 @@ def example(name, dtype=torch.float32, channels=6):
     return torch.ops.dwconv2d.depthwise_residual_norm.default, arguments
 
 
-each_operator = pytest.mark.parametrize("name", ["silu", "gate", "norm", "norm, update", "norm, scaled"])
+OPERATORS = ["silu", "gate", "mlp", "norm", "norm, update", "norm, scaled"]
+PUBLIC = dict.fromkeys(OPERATORS, depthwise_residual_norm)
+PUBLIC |= dict(silu=depthwise_silu, gate=norm_gate, mlp=mlp)
+each_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -253,7 +330,7 @@ def test_opcheck(backend, name, dtype):
 
 
 @pytest.mark.parametrize("channels", [1, 6])
-@each_operator
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "mlp"])
 def test_opcheck_backward(backend, name, channels):
     """Strides and offsets of what it returns are those that its fake kernel promises, and no result shares memory."""
     _, arguments = example(name, channels=channels)
@@ -278,6 +355,9 @@ def test_gradcheck(name):
     leaves = [arguments[n].clone().requires_grad_() for n in names]
     call = lambda *tensors: operator(**{**arguments, **dict(zip(names, tensors, strict=True))})  # noqa: E731
     assert torch.autograd.gradcheck(call, leaves)
+    if name == "mlp":  # its gradient is made of PyTorch's operators
+        assert torch.autograd.gradgradcheck(call, leaves)
+        return
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.gradgradcheck(call, leaves)
 
@@ -285,7 +365,6 @@ def test_gradcheck(name):
 @each_operator
 def test_gradient_by_torch_func(name):
     operator, arguments = example(name)
-    public = {"silu": depthwise_silu, "gate": norm_gate}.get(name, depthwise_residual_norm)
     names = [n for n, t in arguments.items() if torch.is_tensor(t) and n != "scale"]
     leaves = [arguments[n].clone().requires_grad_() for n in names]
 
@@ -293,21 +372,20 @@ def test_gradient_by_torch_func(name):
         found = call(**{**arguments, **dict(zip(names, tensors, strict=True))})
         return sum(t.square().sum() for t in ((found,) if torch.is_tensor(found) else found))
 
-    found = torch.func.grad(lambda tensors: loss(public, tensors))([arguments[n] for n in names])
+    found = torch.func.grad(lambda tensors: loss(PUBLIC[name], tensors))([arguments[n] for n in names])
     for a, b in zip(found, torch.autograd.grad(loss(operator, leaves), leaves), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @each_operator
 def test_autocast(backend, name):
-    """Activations are cast, parameters are not; a caller's own cast to 16 bits gives the same."""
+    """Activations and weights of products are cast; other parameters are not. A caller's own cast gives the same."""
     device = "cuda" if torch.get_default_device().type == "cuda" else "cpu"
     operator, arguments = example(name)
-    public = {"silu": depthwise_silu, "gate": norm_gate}.get(name, depthwise_residual_norm)
-    activations = {"x", "y", "z", "update"}
+    cast = {"x", "y", "z", "update", "fc1_weight", "fc2_weight"}
     with torch.autocast(device, torch.bfloat16):
-        found = public(**arguments)
-    expected = operator(**{n: t.bfloat16() if n in activations else t for n, t in arguments.items()})
+        found = PUBLIC[name](**arguments)
+    expected = operator(**{n: t.bfloat16() if n in cast else t for n, t in arguments.items()})
     for a, b in zip(*((r,) if torch.is_tensor(r) else r for r in (found, expected)), strict=True):
         assert a.dtype == torch.bfloat16
         assert torch.equal(a, b)
@@ -327,6 +405,12 @@ BAD = {
     "gate z": ("gate", "z", lambda t: t.permute(0, 3, 1, 2), r"^z must be \(2, 5, 4, 6\)"),
     "gate z dtype": ("gate", "z", lambda t: t.half(), "^z must be torch.float32 as y is"),
     "gate y": ("gate", "y", lambda t: t[:, :0], r"^y must be \(batch, channels, height, width\)"),
+    "mlp x": ("mlp", "x", lambda t: t[0, 0, 0], r"^x must be \(..., channels\)"),
+    "mlp fc1_weight": ("mlp", "fc1_weight", lambda t: t[:, 1:], r"^fc1_weight must be \(10, 6\)"),
+    "mlp fc1_bias": ("mlp", "fc1_bias", lambda t: t[0], r"^fc1_bias must be \(10,\)"),
+    "mlp fc2_weight": ("mlp", "fc2_weight", lambda t: t.t(), r"^fc2_weight must be \(10, 10\)"),
+    "mlp dtype": ("mlp", "fc2_weight", lambda t: t.half(), "^fc2_weight must be torch.float32 as x is"),
+    "mlp fc2_bias": ("mlp", "fc2_bias", lambda t: t.to("meta"), "^fc2_bias is on meta but x is on cpu"),
     "gate bias": ("gate", "bias", lambda t: t.to("meta"), "^bias is on meta but y is on cpu"),
 }
 
@@ -336,9 +420,8 @@ def test_bad_input(case):
     name, argument, spoil, message = BAD[case]
     _, arguments = example(name)
     arguments[argument] = spoil(arguments[argument])
-    public = {"silu": depthwise_silu, "gate": norm_gate}.get(name, depthwise_residual_norm)
     with pytest.raises((ValueError, TypeError), match=message):
-        public(**arguments)
+        PUBLIC[name](**arguments)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
@@ -371,7 +454,7 @@ def random_case(seed):
         return rng.choice(of)
 
     torch.manual_seed(seed)
-    name = pick("silu", "gate", "norm", "norm, update", "norm, scaled")
+    name = pick(*OPERATORS)
     # What a norm of very few channels hands back all but cancels: rounding errors would be all there is to compare.
     channels = pick(1, 3, 8, 17, 40) if name == "silu" else pick(12, 17, 32, 40)
     return name, (pick(1, 2, 3), pick(1, 2, 5, 8, 13), pick(1, 3, 4, 9, 16), channels), pick(*DTYPES), pick
@@ -389,6 +472,11 @@ def test_random_cases(request, backend, check, layouts, part):
             compare(
                 check, depthwise_silu, exact_silu, dict(x=layout(1 + torch.randn(size, dtype=dtype)), **convolution)
             )
+        elif name == "mlp":
+            hidden, results, bias_dtype = pick(1, 7, 64, 130), pick(1, 5, 48), pick(None, dtype)
+            if backend == "triton" and not GPU and dtype == torch.bfloat16:  # which its interpreter multiplies wrongly
+                continue
+            compare_mlp(check, mlp_inputs(layout(torch.randn(size, dtype=dtype)), hidden, results, bias_dtype))
         elif name == "gate":
             y = layout(1 + torch.randn(size[0], size[3], *size[1:3], dtype=dtype))
             inputs = dict(y=y, z=half_of_a_projection(*size, dtype))

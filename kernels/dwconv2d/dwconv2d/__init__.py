@@ -1,8 +1,9 @@
-"""State fusion of Spatial-Mamba and the depthwise convolutions around it, as PyTorch operators."""
+"""State fusion of Spatial-Mamba, the depthwise convolutions around it and the MLP, as PyTorch operators."""
 
 from dwconv2d import flops
 from dwconv2d.decompositions import decompositions
 from dwconv2d.loading import backends
+from dwconv2d.mlp_ops import mlp
 from dwconv2d.ops import DilatedDWConv2d, dilated_dwconv2d, state_fusion, state_fusion_output
 from dwconv2d.token_ops import depthwise_residual_norm, depthwise_silu
 
@@ -14,6 +15,7 @@ __all__ = [
     "depthwise_silu",
     "dilated_dwconv2d",
     "flops",
+    "mlp",
     "state_fusion",
     "state_fusion_output",
 ]

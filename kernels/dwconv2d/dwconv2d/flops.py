@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from dwconv2d import ops, token_ops  # noqa: F401, they define the operators
+from dwconv2d import mlp_ops, ops, token_ops  # noqa: F401, they define the operators
 from dwconv2d.reference import DILATIONS
 
 FUSION_TAPS = 9 * len(DILATIONS)  # a 3x3 convolution for each dilation
@@ -22,6 +22,11 @@ def conv_multiply_adds(x_shape, weight_shape, *args, **kwargs) -> int:
 def fusion_multiply_adds(h_shape, *args, **kwargs) -> int:
     """Multiply-adds of a state fusion: `FUSION_TAPS` for each state."""
     return FUSION_TAPS * prod(h_shape)
+
+
+def mlp_multiply_adds(x_shape, fc1_weight_shape, fc1_bias_shape, fc2_weight_shape, *args, **kwargs) -> int:
+    """Multiply-adds of two linear layers: one for each weight and row."""
+    return prod(x_shape[:-1]) * (prod(fc1_weight_shape) + prod(fc2_weight_shape))
 
 
 def _register(operator: torch._ops.OpOverloadPacket, multiply_adds, times: int = 1, skipped: int = 0) -> None:
@@ -43,3 +48,4 @@ _register(_ops.depthwise_silu, conv_multiply_adds)
 _register(_ops.depthwise_silu_backward, conv_multiply_adds, times=3, skipped=1)  # and the recomputed convolution
 _register(_ops.depthwise_residual_norm, conv_multiply_adds)
 _register(_ops.depthwise_residual_norm_backward, conv_multiply_adds, times=2, skipped=3)
+_register(_ops.mlp, mlp_multiply_adds)

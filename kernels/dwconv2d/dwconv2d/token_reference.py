@@ -13,7 +13,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_silu_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise a ValueError or TypeError that names the first argument of `depthwise_silu` that does not fit."""
     _check_convolution(x, weight)
-    _check(x, "bias", bias, tuple(x.shape[-1:]))
+    check_parameter(x, "bias", bias, tuple(x.shape[-1:]))
 
 
 def _check_convolution(x: Tensor, weight: Tensor) -> None:
@@ -23,7 +23,7 @@ def _check_convolution(x: Tensor, weight: Tensor) -> None:
         )
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    _check(x, "weight", weight, (x.shape[-1], 1, 3, 3))
+    check_parameter(x, "weight", weight, (x.shape[-1], 1, 3, 3))
 
 
 def check_silu_backward_inputs(
@@ -47,8 +47,8 @@ def check_residual_norm_inputs(
 ) -> None:
     """Raise a ValueError or TypeError that names the first argument that does not fit."""
     check_silu_inputs(x, weight, bias)
-    _check(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
-    _check(x, "norm_bias", norm_bias, tuple(x.shape[-1:]))
+    check_parameter(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
+    check_parameter(x, "norm_bias", norm_bias, tuple(x.shape[-1:]))
     _check_update(x, update, scale)
 
 
@@ -64,7 +64,7 @@ def check_residual_norm_backward_inputs(
 ) -> None:
     """Raise a ValueError or TypeError that names the first argument of the backward operator that does not fit."""
     _check_convolution(x, weight)
-    _check(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
+    check_parameter(x, "norm_weight", norm_weight, tuple(x.shape[-1:]))
     _check_update(x, update, scale)
     for name, tensor in (("grad_r", grad_r), ("grad_n", grad_n), ("r", r)):
         check_grad(name, tensor, tuple(x.shape), x)
@@ -72,23 +72,23 @@ def check_residual_norm_backward_inputs(
 
 def _check_update(x: Tensor, update: Tensor | None, scale: Tensor | None) -> None:
     if update is not None:
-        _check(x, "update", update, tuple(x.shape))
+        check_parameter(x, "update", update, tuple(x.shape))
         if update.dtype != x.dtype:
             raise TypeError(f"update must be {x.dtype} as x is, got {update.dtype}")
     if scale is not None:
         if update is None:
             raise ValueError("scale is given without an update, which it scales")
-        _check(x, "scale", scale, tuple(x.shape[:1]))
+        check_parameter(x, "scale", scale, tuple(x.shape[:1]))
 
 
 def check_grad(name: str, grad: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise a ValueError or TypeError if a gradient does not have the shape, dtype and device of its result."""
-    _check(like, name, grad, shape)
+    check_parameter(like, name, grad, shape)
     if grad.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype} as x is, got {grad.dtype}")
 
 
-def _check(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check_parameter(x: Tensor, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Parameters may have another floating dtype than x, because autocast leaves them in float32."""
     if tensor.shape != shape:
         raise ValueError(
