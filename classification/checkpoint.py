@@ -320,6 +320,8 @@ def _fault(value: object) -> str:
         return "is a tensor without values (on the meta device)"
     if value.is_complex() or value.dtype == torch.bool:
         return f"is of dtype {_dtype_name(value.dtype)}, not of floating point"
+    if _dtype_name(value.dtype).startswith("float4"):
+        return f"is of dtype {_dtype_name(value.dtype)}, which PyTorch cannot convert"
     return ""
 
 

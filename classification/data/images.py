@@ -50,7 +50,12 @@ def _in_eight_bits(path: str) -> Image.Image:
 
 
 def misread_samples(image: Image.Image) -> str | None:
-    """Say why Pillow misreads the samples of a TIFF; None if it reads them rightly, or the image is no TIFF."""
+    """Say why Pillow misreads the samples of a TIFF or JPEG 2000; None if it reads them rightly, or for other formats.
+
+    The image must not be loaded yet.
+    """
+    if image.format == "JPEG2000" and (bits := _jpeg2000_bits(image)) < 8:
+        return f"its samples have {bits} bits, and Pillow reads white as grey; convert it to PNG"
     if image.format != "TIFF":
         return None
     kinds = _tag(image, SAMPLE_FORMAT, UNSIGNED)
@@ -80,6 +85,17 @@ def misread_planes(image: Image.Image) -> str | None:
     return (
         f"its bands are stored one after another (PlanarConfiguration 2), {what}; write them pixel by pixel, or as PNG"
     )
+
+
+def _jpeg2000_bits(image: Image.Image) -> int:
+    """Return the fewest bits of a band. The header of the codestream names them (ISO/IEC 15444-1, A.5.1)."""
+    place = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(place)
+    at = content.find(b"\xff\x4f\xff\x51") + 2  # the markers of its start and of the sizes
+    bands = int.from_bytes(content[at + 38 : at + 40], "big")
+    return min(((depth & 127) + 1 for depth in content[at + 40 : at + 40 + 3 * bands : 3]), default=8)
 
 
 def _tag(image: Image.Image, tag: int, default: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from classification.memory import keep_freed_memory
 from classification.models.fusing import GLOBAL_HOOKS, has_hooks
-from classification.models.held import Holding, depthwise, folded, held_dtype, pack, pack_depthwise, product, steps
+from classification.models.held import Holding, depthwise, folded, held_dtype, pack, pack_depthwise, product
 from classification.models.linear import MKL_LEADS, dilation, is_product, linear
 from classification.models.spatialmamba import (
     Block,
@@ -432,8 +432,6 @@ def optimise_for_cpu(model: nn.Module, hold_weights: bool = False) -> nn.Module:
             until `model.eval()` or `model.train()` is called.
     """
     keep_freed_memory()
-    if hold_weights:
-        steps.count()
     for module in model.modules():
         swapped = _class_for(module)
         if hold_weights:

@@ -121,6 +121,7 @@ class Holding(nn.Module):
     def keep(self, name: object, make: Callable[[], tuple], sources: list[Tensor]) -> tuple:
         """Return what `make` makes of the sources, and keep it, unless PyTorch does not count a source's changes."""
         counted = not any(one.is_inference() for one in sources)  # not of batch norm's buffers, for example
+        steps.count()  # here, because a model may come from a file or another process
         # Look first: what another thread changes meanwhile is then seen in the next call.
         before = (steps.made, Snapshot(sources)) if counted else ()
         with torch.autocast("cpu", enabled=False):

@@ -18,7 +18,13 @@ from classification.data import UnreadableImages, build_eval_loader, build_mixup
 from classification.data import images as images_module
 from classification.data.build import eval_transform
 from classification.data.digits import write_digits
-from classification.data.images import ImageFolder, UnreadableImageError, class_names, misread_samples, read_image
+from classification.data.images import (
+    ImageFolder,
+    UnreadableImageError,
+    class_names,
+    misread_samples,
+    read_image,
+)
 from classification.errors import UserError
 
 
@@ -200,6 +206,23 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
         picture = Image.fromarray(expected).convert(mode)
         picture.save(tmp_path / "m.tif")
         assert np.array_equal(np.asarray(read_image(str(tmp_path / "m.tif"))), np.asarray(picture.convert("RGB"))), mode
+
+
+def test_jpeg_2000_of_few_bits_is_refused(tmp_path):
+    """Pillow shifts samples of 4 bits to the left: 15 becomes 240."""
+    if "JPEG2000" not in images_module.image_formats():
+        pytest.skip("this Pillow reads no JPEG 2000")
+    for suffix in ("j2k", "jp2"):
+        path = tmp_path / f"a.{suffix}"
+        Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(path, irreversible=False)
+        content = bytearray(path.read_bytes())
+        assert np.asarray(read_image(str(path))).max() == 200
+        second = content.index(b"\xff\x4f\xff\x51") + 2 + 40 + 3
+        assert content[second] == 7
+        content[second] = 3
+        path.write_bytes(content)
+        with pytest.raises(UnreadableImageError, match=r"cannot be read as an image \(its samples have 4 bits"):
+            read_image(str(path))
 
 
 def test_tiffs_that_pillow_misreads_are_refused(tmp_path):

@@ -184,7 +184,7 @@ def test_model(size):
     assert error(infer(fast, x, autocast=False), exact) < 1e-5
 
 
-def test_changes_are_seen():
+def test_changes_are_seen(monkeypatch):
     torch.manual_seed(0)
     layer = ConvLayer(24, 40, 1)
     model = nn.Sequential(nn.Conv2d(3, 24, 3), layer, nn.Flatten(2), nn.Linear(35, 8)).eval()
@@ -243,6 +243,13 @@ def test_changes_are_seen():
     check()
     file = io.BytesIO()
     torch.save(fast, file)
+    monkeypatch.setattr(held, "steps", held.Steps())  # as in a process that has not called `optimise_for_cpu`
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    infer(loaded, x)
+    loaded[3].weight.grad = torch.zeros_like(loaded[3].weight)
+    loaded[3].weight.grad[1, 1] = 1
+    torch.optim.SGD([loaded[3].weight], 9, fused=True).step()
+    assert torch.equal(infer(loaded, x), infer(holding(loaded), x))
     parametrised = nn.utils.parametrizations.spectral_norm(copy.deepcopy(linear))
     infer(parametrised, x.new_ones(2, 35))
     copy.deepcopy(parametrised)
