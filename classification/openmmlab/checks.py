@@ -45,7 +45,7 @@ OTHER_CLASSES = ("STDCHead", "SideAdapterCLIPHead", "ATSSVLFusionHead", "Groundi
 
 
 def check_channels(model: ConfigDict) -> None:
-    """Raise a UserError if the neck or a head expects other numbers of channels than the backbone gives."""
+    """Raise a UserError if the neck or a head expects other channels or strides than those of the backbone's maps."""
     backbone = model.get("backbone")
     if backbone and not backbone.get("type"):
         raise UserError("model.backbone has no type; set MM_SpatialMamba or another backbone")
@@ -57,7 +57,9 @@ def check_channels(model: ConfigDict) -> None:
     stages = sorted(i % len(dims) for i in backbone.get("out_indices", (0, 1, 2, 3)) if -len(dims) <= i < len(dims))
     given = [dims[i] for i in stages]
     if neck := model.get("neck"):
-        _compare_channels("neck", neck[0] if isinstance(neck, list) else neck, given)
+        neck = neck[0] if isinstance(neck, list) else neck
+        _compare_channels("neck", neck, given)
+        _check_strides(model, neck, [4 * 2**i for i in stages])
     else:
         for part in ("decode_head", "auxiliary_head"):
             heads = model.get(part) or []
@@ -77,6 +79,34 @@ def _compare_channels(part: str, config: dict, given: list[int]) -> None:
             f"model.{part}.in_channels is {wanted}, but the backbone's maps have {given} channels; "
             f"set model.{part}.in_channels to that, or model.backbone.dims"
         )
+
+
+KEEP_STRIDES = ("FPN", "PAFPN", "NASFPN", "FPN_CARAFE", "ChannelMapper", "YOLOXPAFPN", "CSPNeXtPAFPN")
+
+
+def _check_strides(model: ConfigDict, neck: ConfigDict, given: list[int]) -> None:
+    """Raise a UserError if boxes or regions are placed on the neck's maps by other strides than the maps have."""
+    start = neck.get("start_level", 0)
+    if not is_kind(neck, *KEEP_STRIDES) or not 0 <= start < len(given):
+        return
+    roi_head = model.get("roi_head")
+    holders = {"": model, "roi_head.": roi_head if isinstance(roi_head, dict) else {}}
+    places = ("rpn_head", "bbox_head", "bbox_roi_extractor", "mask_roi_extractor")
+    for place, part in ((f"{p}{name}", one.get(name)) for p, one in holders.items() for name in places):
+        for key, one in parts_of(place, part):
+            generators = {f"{key}.{name}": one.get(name) or {} for name in ("anchor_generator", "prior_generator")}
+            found = {f"{name}.strides": value.get("strides") for name, value in {key: one, **generators}.items()}
+            found[f"{key}.featmap_strides"] = one.get("featmap_strides")
+            for name, strides in found.items():
+                several = isinstance(strides, list | tuple) and len(strides) > 1
+                first = strides[0] if several else None
+                first = first[0] if isinstance(first, list | tuple) and first else first
+                if isinstance(first, int) and first != given[start]:
+                    raise UserError(
+                        f"model.{name} begins with {first}, but the neck's first map has a stride of {given[start]} "
+                        "pixels (backbone.out_indices, neck.start_level): boxes would be in other places; set it to "
+                        f"{[given[start] * 2**i for i in range(len(strides))]}"
+                    )
 
 
 def pretrained_of(model: ConfigDict) -> str | None:
@@ -204,8 +234,13 @@ REPEATING = ("RepeatDataset", "ClassBalancedDataset")
 
 
 def _warn_of_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
-    """Warn of images that are normalised twice, of boxes that are scaled before they are compared, and of chance."""
+    """Warn of images that are normalised twice, of labels that are scaled before they are compared, and of chance.
+
+    Raises:
+        UserError: images for training are moved before their labels are loaded.
+    """
     given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
+    is_segmentation = cfg.get("default_scope") == "mmseg"
     of_loaded_boxes = any(is_kind(metric, "VOCMetric", "OpenImagesMetric") for metric in metrics_of(cfg, split))
     for part in with_pipelines(dataset):
         steps = list(steps_of(part.pipeline))
@@ -217,17 +252,32 @@ def _warn_of_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
             )
         loads = next((i for i, step in enumerate(steps) if is_kind(step, "LoadAnnotations")), len(steps))
         moving = [step for step in steps[loads:] if is_kind(step, *MOVES_BOXES)]
-        if moving and of_loaded_boxes:
+        of_maps = is_segmentation and split != "train"
+        if moving and (of_loaded_boxes or of_maps):
             print_log(
-                f"{key} has {kind_of(moving[0])} after LoadAnnotations, which then scales the true boxes, but not the "
-                "predicted ones that they are compared with; put LoadAnnotations after it",
+                f"{key} has {kind_of(moving[0])} after LoadAnnotations, which then scales the true "
+                f"{'maps' if of_maps else 'boxes'}, but not the predicted ones that they are compared with; put "
+                "LoadAnnotations after it",
+                level=logging.WARNING,
+            )
+        early = [step for step in steps[:loads] if is_kind(step, *MOVES_BOXES)] if loads < len(steps) else []
+        if early and split == "train":
+            raise UserError(
+                f"{key} has {kind_of(early[0])} before LoadAnnotations, so boxes, masks or maps are not moved with the "
+                "image; put LoadAnnotations before it"
+            )
+        crop, padded = _last_crop(steps), given.get("size")
+        if is_segmentation and split == "train" and crop and padded and any(map(int.__lt__, crop, padded)):
+            print_log(
+                f"{key} crops images to {crop}, but data_preprocessor.size is {tuple(padded)}: all are padded to that, "
+                "and the loss is a mean over the padding too; make them equal",
                 level=logging.WARNING,
             )
 
         if split != "train":
             plain = [step for step in part.pipeline if isinstance(step, dict) and not is_kind(step, "TestTimeAug")]
             compared = any(is_kind(step, "LoadAnnotations") for step in steps)  # not for classification
-            moves = ("CenterCrop", "Pad") if cfg.get("default_scope") == "mmseg" else ("CenterCrop",)
+            moves = ("CenterCrop", "Pad") if is_segmentation else ("CenterCrop",)
             for step in steps_of(plain):
                 if compared and is_kind(step, *moves):
                     print_log(
@@ -255,7 +305,21 @@ BY_CHANCE = (  # beside what is called Random; with subclasses of any name
     *("PhotoMetricDistortion", "RandAugment", "RandomAffine", "RandomCrop", "RandomResize", "Rotate", "ShearX"),
     *("ShearY", "TranslateX", "TranslateY"),
 )
-MOVES_BOXES = ("Resize", "RandomFlip", "RandomResize", "FixScaleResize", "RandomCrop")
+MOVES_BOXES = (
+    *("Resize", "RandomFlip", "RandomResize", "RandomChoiceResize", "FixScaleResize", "ResizeShortestEdge"),
+    *("RandomCrop", "RandomRotate"),
+)
+
+
+def _last_crop(steps: list[ConfigDict]) -> tuple[int, ...] | None:
+    """Return the size of a RandomCrop, unless a later step may change it."""
+    for step in reversed(steps):
+        if is_kind(step, "RandomCrop"):
+            size = step.get("crop_size")
+            return (size, size) if isinstance(size, int) else tuple(size or ()) or None
+        if any(word in kind_of(step) for word in ("Resize", "Pad", "Crop", "Mosaic")):
+            return None
+    return None
 
 
 def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
@@ -309,6 +373,10 @@ def _check_learns(model: ConfigDict) -> None:
                 raise UserError(
                     f"{part} has one channel, whose softmax is always 1, so nothing is learnt: set {place}.use_sigmoid"
                 )
+            weights = loss.get("class_weight")
+            number = None if is_kind(head, *OTHER_CLASSES) else head.get("num_classes")
+            if isinstance(weights, list | tuple) and number not in (None, len(weights)):
+                raise UserError(f"{place}.class_weight has {len(weights)} numbers, but {part} has {number} classes")
         if head.get("num_classes") == 1 and not is_kind(head, *OTHER_CLASSES) and "Depth" not in kind_of(head):
             raise UserError(
                 f"{part} has one class, so each label is 0 or ignored, and any prediction counts as right: make the "
@@ -725,7 +793,10 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
     names = next((known[key] for key in ("classes", "CLASSES") if key in known), None)
     if not isinstance(names, list | tuple) and classes:
         print_log(f"{path}: holds no names of classes; they are taken in the order of the data set's", logger="current")
-    if not isinstance(names, list | tuple) or not classes or list(names) == list(classes):
+    if not isinstance(names, list | tuple) or not classes:
+        return
+    names = list(map(str, names))  # a stranger's may be arrays
+    if names == list(classes):
         return
     at = next(
         (i for i, (a, b) in enumerate(zip(names, classes, strict=False)) if a != b), min(len(names), len(classes))
@@ -734,7 +805,7 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
     raise UserError(
         f"{path}: its classes are not the data set's: class {at} is {there} in it and {here} in the data set "
         f"({len(names)} and {len(classes)} classes); set metainfo.classes to its own, or train for these"
-        f"{normalisation_hint(map(str, names), map(str, classes))}"
+        f"{normalisation_hint(names, map(str, classes))}"
     )
 
 

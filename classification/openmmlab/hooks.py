@@ -420,7 +420,13 @@ def _check_schedules(schedules: list | dict, states: object, path: str, meta: di
         )
     for schedule, state in pairs:
         for name in sorted(_settings(schedule) - {"last_step"}):
-            if state[name] != (ours := getattr(schedule, name)):
+            ours = getattr(schedule, name)
+            if isinstance(state[name], np.ndarray | torch.Tensor):
+                raise UserError(
+                    f"{path}: its {type(schedule).__name__} has an array as {name}; start from its weights by "
+                    "load_from, without --resume"
+                )
+            if state[name] != ours:
                 _warn(
                     f"{path}: its {type(schedule).__name__} goes on with {name}={state[name]!r:.60}, whatever the "
                     f"config says ({ours!r:.60})"

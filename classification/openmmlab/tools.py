@@ -858,6 +858,8 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
 ADVICE = {
     "Expected more than 1 value per channel when training": "set train_dataloader.batch_size to 2 or more",
     "The image size in a batch should be the same": "set batch_size=1 of the data loader, or resize to one size",
+    "index 255 is out of bounds": "a loss with class_weight cannot weigh ignored pixels (255): of label maps, and of "
+    "the padding of images that are smaller than data_preprocessor.size; leave class_weight out",
     "but when load annotation the `reduce_zero_label`": "make that of LoadAnnotations, too, equal to it",
 }
 
@@ -866,7 +868,7 @@ ADVICE = {
 def _with_advice() -> Iterator[None]:
     try:
         yield
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, IndexError, ValueError) as error:
         advice = next((advice for part, advice in ADVICE.items() if part in str(error)), None)
         if advice is None:
             raise

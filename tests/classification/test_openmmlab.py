@@ -1662,6 +1662,7 @@ def test_advice_beside_the_libraries_errors(tmp_path):
         (lambda: torch.nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1)), "batch_size to 2 or more"),
         (lambda: preprocess(dict(inputs=images, data_samples=None)), "set batch_size=1 of the data loader"),
         (lambda: load(results), "make that of LoadAnnotations, too, equal to it"),
+        (lambda: torch.ones(11)[torch.tensor(255)], "of images that are smaller than data_preprocessor.size"),
     ):
         with pytest.raises(UserError, match=advice), tools._with_advice():
             call()
@@ -1716,6 +1717,10 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
         ):
             with pytest.raises(UserError, match=re.escape(message)):
                 checks.check_checkpoint(model, path, classes=other)
+    arrays = {"dataset_meta": {"classes": [np.ones(2), np.ones(2), np.ones(2)]}}
+    path = save({"meta": arrays, "state_dict": model.state_dict()}, tmp_path / "m.pth")
+    with pytest.raises(UserError, match=r"class 0 is '\[1\. 1\.\]' in it and 'cat' in the data set"):
+        checks.check_checkpoint(model, path, classes=["cat", "dog", "owl"])
     nameless = save({"meta": {"dataset_meta": None}, "state_dict": model.state_dict()}, tmp_path / "n.pth")
     checks.check_checkpoint(model, nameless)
     assert "holds no names" not in log.text
@@ -2094,6 +2099,8 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     said.clear()
     hook.after_load_checkpoint(runner, resumable(param_schedulers=[COSINE.state_dict() | {"eta_min": 2.0}]))
     assert said[0].startswith("c.pth: its CosineAnnealingLR goes on with eta_min=2.0, whatever the config says (0")
+    with pytest.raises(UserError, match=r"^c\.pth: its CosineAnnealingLR has an array as T_max"):
+        hook.after_load_checkpoint(runner, resumable(param_schedulers=[COSINE.state_dict() | {"T_max": np.ones(2)}]))
     runner.hooks = [EMAHook()]
     averaged = {"steps": torch.tensor(3), "module.weight": torch.ones(1, 2)}
     hook.after_load_checkpoint(runner, resumable(ema_state_dict=averaged))
@@ -2290,6 +2297,8 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeyp
         (dict(num_classes=2, out_channels=1, loss_decode=sigmoid), None),
         (dict(num_classes=2, loss_decode=dict(type="DiceLoss")), None),
         (dict(num_classes=2), None),
+        (dict(num_classes=2, loss_decode=dict(softmax, class_weight=[1, 1, 1])), "class_weight has 3 numbers"),
+        (dict(num_classes=2, loss_decode=dict(softmax, class_weight=[1, 1])), None),
     ):
         cfg = Config(dict(model=dict(decode_head=dict(type="UPerHead", **head)), train_dataloader=loader))
         with pytest.raises(UserError, match=message) if message else nullcontext():
@@ -2308,15 +2317,36 @@ def test_maps_that_only_tifffile_reads(tmp_path, monkeypatch):
 
 
 def test_steps_that_spoil_what_is_compared(monkeypatch):
-    """Images normalised twice, boxes scaled after they are loaded."""
+    """Images normalised twice, labels scaled after they are loaded, or images before, crops smaller than batches."""
     said = []
     monkeypatch.setattr(checks, "print_log", lambda message, level: said.append(message))
     steps = [dict(type=name) for name in ("LoadAnnotations", "Resize", "Normalize")]
     cfg = Config(dict(model=dict(data_preprocessor=dict(mean=[1])), val_evaluator=dict(type="VOCMetric")))
-    for order, found in ((steps, 2), (steps[1::-1], 0)):
+    for scope, order, found in ((None, steps, 2), (None, steps[1::-1], 0), ("mmseg", steps, 2), ("mmdet", steps, 2)):
+        cfg.default_scope = scope
         checks._warn_of_steps(cfg, "val", ConfigDict(type="A", pipeline=order))
         assert len(said) == found
         said.clear()
+    cfg.val_evaluator = dict(type="IoUMetric")
+    for scope, found in (("mmseg", ["scales the true maps"]), ("mmdet", [])):
+        cfg.default_scope = scope
+        checks._warn_of_steps(cfg, "val", ConfigDict(type="A", pipeline=steps[:2]))
+        assert [one.partition("which then ")[2].partition(",")[0] for one in said] == found
+        said.clear()
+        checks._warn_of_steps(cfg, "val", ConfigDict(type="A", pipeline=steps[1::-1]))
+        checks._warn_of_steps(cfg, "train", ConfigDict(type="A", pipeline=steps[:2]))
+        assert said == []
+        with pytest.raises(UserError, match="has Resize before LoadAnnotations, so boxes, masks or maps are not moved"):
+            checks._warn_of_steps(cfg, "train", ConfigDict(type="A", pipeline=steps[1::-1]))
+    cfg.model.data_preprocessor = dict(size=(64, 96))
+    for size, then, found in (((64, 64), [], 1), ((64, 96), [], 0), (96, [], 0), (64, [dict(type="Pad")], 0)):
+        cfg.default_scope = "mmseg"
+        crop = ConfigDict(type="A", pipeline=[steps[0], dict(type="RandomCrop", crop_size=size), *then])
+        checks._warn_of_steps(cfg, "train", crop)
+        assert ["but data_preprocessor.size is (64, 96)" in one for one in said] == [True] * found
+        said.clear()
+    cfg.default_scope = None
+    cfg.model.data_preprocessor, cfg.val_evaluator = dict(mean=[1]), dict(type="VOCMetric")
     mixing = ConfigDict(type="MultiImageMixDataset", dataset=dict(type="A", pipeline=steps[1:2]), pipeline=steps[2:])
     checks._warn_of_steps(cfg, "train", mixing)
     assert ["images are normalised twice" in one for one in said] == [True]

@@ -311,6 +311,33 @@ def checked(scenes: Path, **changes) -> None:
     check_data(cfg, ("train", "val", "test"))
 
 
+def test_strides_follow_the_maps():
+    """Of anchors and regions: mmdet compares their number alone."""
+    model = copy.deepcopy(read_once(MICRO)).model
+    model.backbone.out_indices, model.neck.in_channels = (1, 2, 3), [32, 64, 128]
+    strides, regions = [8, 16, 32, 64], [8, 16, 32]
+    for part, name, right in (
+        (model.rpn_head.anchor_generator, "rpn_head.anchor_generator.strides", strides),
+        (model.roi_head.bbox_roi_extractor, "roi_head.bbox_roi_extractor.featmap_strides", regions),
+        (model.roi_head.mask_roi_extractor, "roi_head.mask_roi_extractor.featmap_strides", regions),
+    ):
+        with pytest.raises(
+            UserError, match=rf"model\.{name} begins with 4, but the neck's first map has a stride of 8"
+        ):
+            check_channels(model)
+        part[name.rpartition(".")[2]] = right
+    check_channels(model)
+    model.backbone.out_indices, model.neck.in_channels, model.neck.start_level = (0, 1, 2, 3), [16, 32, 64, 128], 1
+    check_channels(model)
+    single = dict(type="FCOSHead", strides=[4, 8, 16, 32, 64])
+    with pytest.raises(
+        UserError, match=r"model\.bbox_head\.strides begins with 4, .* set it to \[8, 16, 32, 64, 128\]"
+    ):
+        check_channels(Config(dict(backbone=model.backbone, neck=[model.neck], bbox_head=single)))
+    single["strides"] = [16]  # of one map of the neck
+    check_channels(Config(dict(backbone=model.backbone, neck=[model.neck], bbox_head=single)))
+
+
 def test_valid_configs_pass(scenes, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join("0123456789"))
