@@ -181,8 +181,9 @@ class CheckpointFolder:
 
     def remove_partial(self) -> None:
         """Remove the files that a killed process left half-written."""
-        for path in self.folder.glob(".*.partial"):
-            path.unlink(missing_ok=True)
+        names = (*self.folder.glob(".*.pth.partial"), partial_path(self.folder / ORDER_FILE))
+        for path in (path for path in names if path.is_file()):
+            path.unlink()
 
     def read_last(self, check: Callable[[dict, Path], object]) -> tuple[dict, Path]:
         """Return the newest undamaged checkpoint that passes `check`, and its path.

@@ -38,7 +38,7 @@ from classification.checkpoint import (
     state_dicts,
     variant_of,
 )
-from classification.config import trained_with
+from classification.config import LARGEST_SIZE, trained_with
 from classification.errors import UserError, check_utf8, escape_on_streams, printable
 from classification.models import VARIANTS, SpatialMamba, undo_optimise_for_cpu
 
@@ -177,6 +177,8 @@ def export_checkpoint(
         raise UserError(f"{ONNX} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     model, names, config = read_model(source, weights)
     if size is None:
+        if config.DATA.IMG_SIZE > LARGEST_SIZE:
+            raise UserError(f"{source}: is for images of {config.DATA.IMG_SIZE} pixels; pass --size")
         size = max(config.DATA.IMG_SIZE, EXAMPLE) if "size" in dynamic else config.DATA.IMG_SIZE
     program = export(model, size, dynamic)
     shapes = [(1, model.in_chans, size, size)]

@@ -460,7 +460,7 @@ def _class_for(module: nn.Module) -> type[nn.Module] | None:
 
 def class_by_geometry(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
     """Return the class above that computes such a convolution. Tools change the geometry of a layer at any time."""
-    if conv.padding_mode != "zeros":
+    if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:  # an own one may pad otherwise
         return None
     if conv.stride != (1, 1):
         strided = (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (2, 2), (1, 1))

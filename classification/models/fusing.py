@@ -61,7 +61,7 @@ KEEPS_SIZE = (((3, 3), (1, 1), (1, 1), (1, 1), "zeros"), ((1, 1), (1, 1), (0, 0)
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's `forward`, apart from hooks of all modules."""
     own = module.__dict__
-    return "forward" in own or any(map(own.get, HOOKS))
+    return "forward" in own or "_conv_forward" in own or any(map(own.get, HOOKS))
 
 
 # Entries of a module's dictionary that hold hooks, or that `Module.compile` sets.

@@ -41,7 +41,16 @@ from classification.openmmlab.checks import (
     reduces_zero_label,
     warn_of_other_normalisation,
 )
-from classification.openmmlab.config_parts import argument_of, class_names_of, datasets_of, is_kind, kind_of, metrics_of
+from classification.openmmlab.config_parts import (
+    argument_of,
+    class_names_of,
+    datasets_of,
+    is_kind,
+    kind_of,
+    metrics_of,
+    predicting_head,
+    steps_of,
+)
 from classification.openmmlab.flops import complexity_table
 from classification.openmmlab.hooks import (
     AverageBatchNorm,
@@ -915,6 +924,18 @@ def _augment(args: argparse.Namespace, cfg: Config) -> None:
     for key in ("tta_model", "tta_pipeline"):
         if not cfg.get(key):
             raise UserError(f"{args.config}: has no {key}, which --tta needs; add one, or leave --tta out")
+    if predicting_head(cfg.model).get("out_channels") == 1 and cfg.get("default_scope") == "mmseg":
+        raise UserError(
+            f"{args.config}: --tta is not for a decode_head of one channel: mmseg would take the sigmoid twice, and "
+            "call all pixels foreground; test without it, or train with out_channels=2"
+        )
+    steps = list(steps_of(cfg.tta_pipeline))
+    packs = [step.meta_keys for step in steps if is_kind(step, "PackSegInputs") and step.get("meta_keys")]
+    if any(is_kind(step, "RandomFlip") for step in steps) and not all("flip" in keys for keys in packs):
+        raise UserError(
+            f"{args.config}: tta_pipeline flips images, but the meta_keys of its PackSegInputs lack 'flip' and "
+            "'flip_direction', so that predictions would stay mirrored; add them"
+        )
     for dataset in datasets_of(cfg.test_dataloader.dataset):
         dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

@@ -96,6 +96,10 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
         export_checkpoint(path, tmp_path / "model.pt2", size=0)
     with pytest.raises(UserError, match="holds no model_ema, only model"):
         export_checkpoint(path, tmp_path / "model.pt2", weights="model_ema")
+    large = {"model": spatialmamba_micro(num_classes=10).state_dict(), "config": "DATA: {IMG_SIZE: 8192}"}
+    save_checkpoint(large, tmp_path / "large.pth")  # a stranger's may ask for all memory
+    with pytest.raises(UserError, match=r"large\.pth: is for images of 8192 pixels; pass --size"):
+        export_checkpoint(tmp_path / "large.pth", tmp_path / "model.pt2")
     save_checkpoint({"model": small_model().state_dict()}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="is of none of the sizes spatialmamba_micro"):
         export_checkpoint(tmp_path / "other.pth", tmp_path / "model.pt2")

@@ -377,12 +377,13 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(few_digits, tmp_pa
         content[len(content) // 2] ^= 16
         (run / name).write_bytes(content)
     (run / ".epoch_3.pth.partial").write_bytes(b"half")
+    (run / ".mine.partial").mkdir()
     printed = run_main(*arguments, "3")
     assert f"{run / 'latest.pth'}: is damaged" in printed
     assert "set aside as epoch_2.pth.damaged" in printed
     assert f"resuming from {run / 'epoch_1.pth'}, epoch 1, step 0" in printed
     assert read_checkpoint(run / "latest.pth")["epoch"] == 2
-    assert not list(run.glob(".*.partial"))
+    assert [path.name for path in run.glob(".*.partial")] == [".mine.partial"]
 
     for path in run.glob("*.pth"):
         path.write_bytes(path.read_bytes()[:5000])

@@ -2378,6 +2378,17 @@ def test_augmentation_in_wrapped_data_sets():
     dataset = dict(type="ConcatDataset", datasets=[inner, dict(type="RepeatDataset", dataset=dict(inner))])
     cfg = Config(dict(model={}, tta_model=dict(type="A"), tta_pipeline=[dict(type="B")], test_dataloader={}))
     cfg.test_dataloader.dataset = dataset
+    one = Config(dict(cfg.to_dict(), default_scope="mmseg", model=dict(decode_head=dict(out_channels=1))))
+    flips = [dict(type="RandomFlip"), dict(type="mmseg.PackSegInputs", meta_keys=("img_path",))]
+    flipped = Config(dict(cfg.to_dict(), tta_pipeline=[dict(type="TestTimeAug", transforms=[flips[:1], flips[1:]])]))
+    for wrong, message in (
+        (one, "not for a decode_head of one channel"),
+        (flipped, "lack 'flip' and 'flip_direction'"),
+    ):
+        with pytest.raises(UserError, match=rf"^c\.py: .*{message}"):
+            tools._augment(argparse.Namespace(config="c.py"), wrong)
+    flips[1]["meta_keys"] = ("flip", "flip_direction")
+    tools._augment(argparse.Namespace(config="c.py"), Config(dict(cfg.to_dict(), tta_pipeline=flips)))
     tools._augment(argparse.Namespace(config="c.py"), cfg)
     assert "pipeline" not in cfg.test_dataloader.dataset
     assert [one.pipeline[0].type for one in config_parts.datasets_of(cfg.test_dataloader.dataset)] == ["B", "B"]
