@@ -142,7 +142,7 @@ class Run:
         log.txt gets every reported step; a terminal shows the steps in its progress bar instead.
         """
         logger.setLevel(logging.DEBUG if self.is_main else logging.WARNING)
-        console = logging.StreamHandler(sys.stdout)
+        console = _Console(sys.stdout)
         console.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
         handlers = [console]
         if self.is_main and to_file:
@@ -173,15 +173,20 @@ class _Printable(logging.Formatter):
         return printable(super().format(record), lines=getattr(record, "lines", False))
 
 
-class _LogFile(logging.FileHandler):
-    """A log file that, if it can no longer be written, says so once on the console; the run goes on."""
+class _Console(logging.StreamHandler):
+    """If it can no longer be written to, for example after `| head`, it says so once on stderr; the run goes on."""
 
     failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:
             self.failed = True
-            print(printable(f"{self.baseFilename}: cannot be written to ({sys.exc_info()[1]})"), file=sys.stderr)
+            place = getattr(self, "baseFilename", "the standard output")  # a log file has a name
+            print(printable(f"{place}: cannot be written to ({sys.exc_info()[1]})"), file=sys.stderr)
+
+
+class _LogFile(_Console, logging.FileHandler):
+    """A log file that does the same."""
 
 
 WHOLE_NUMBERS = (

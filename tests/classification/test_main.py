@@ -1,5 +1,6 @@
 """main.py as its users run it, on real images."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -324,6 +325,23 @@ def test_a_second_ctrl_c_ends_at_once(few_digits, tmp_path, run_main, monkeypatc
         run_main(*arguments, "DATA.NUM_WORKERS", "0")
     assert stop.value.code == 128 + signal.SIGINT
     assert [f.name for f in run.glob("epoch_*.pth")] == ["epoch_0_step_1.pth"]
+
+
+def test_a_console_or_log_that_breaks_is_one_line(few_digits, tmp_path, run_main, monkeypatch):
+    """As after `main.py | head`, and with a full disk. The run goes on."""
+
+    def broken(*_):
+        raise BrokenPipeError("Broken pipe")
+
+    monkeypatch.setattr("classification.run._Console.flush", broken, raising=False)  # of both
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    run_main("--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS", "1")
+    log = tmp_path / name_of(".") / "log.txt"
+    assert [line for line in said.getvalue().splitlines() if "Broken pipe" in line] == [
+        f"{place}: cannot be written to (Broken pipe)" for place in ("the standard output", log)
+    ]
+    assert (log.parent / "latest.pth").exists()
 
 
 @pytest.mark.parametrize("place", ["metrics.SummaryWriter", "metrics.MetricsLog._write"])
