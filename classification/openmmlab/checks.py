@@ -194,6 +194,11 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 _check_all_are_tested(metric, its, split)
             if is_kind(metric, "CocoMetric"):
                 _check_image_ids(metric, its, split)
+                roi_head = cfg.model.get("roi_head")
+                if isinstance(roi_head, dict) and not roi_head.get("mask_head") and _compares_masks(metric):
+                    raise UserError(
+                        f"{split}_evaluator compares masks, but model.roi_head has no mask_head; set its metric='bbox'"
+                    )
         if loader:
             _warn_of_steps(cfg, split, loader.dataset)
     if "train" in splits:
@@ -373,6 +378,12 @@ def _check_learns(model: ConfigDict) -> None:
                 raise UserError(
                     f"{part} has one channel, whose softmax is always 1, so nothing is learnt: set {place}.use_sigmoid"
                 )
+            binary = is_kind(loss, "LovaszLoss") and loss.get("loss_type") == "binary"
+            if head.get("out_channels") == 1 and is_kind(loss, *OF_SEVERAL_CHANNELS) and not binary:
+                raise UserError(
+                    f"{place} is a {kind_of(loss)}, which is not for the one channel of {part}: mmseg compares it with "
+                    "label 0, or with nothing; leave it out, or set out_channels=2"
+                )
             weights = loss.get("class_weight")
             number = None if is_kind(head, *OTHER_CLASSES) else head.get("num_classes")
             if isinstance(weights, list | tuple) and number not in (None, len(weights)):
@@ -380,9 +391,20 @@ def _check_learns(model: ConfigDict) -> None:
         if head.get("num_classes") == 1 and not is_kind(head, *OTHER_CLASSES) and "Depth" not in kind_of(head):
             raise UserError(
                 f"{part} has one class, so each label is 0 or ignored, and any prediction counts as right: make the "
-                "background a class, and set num_classes=2 (and out_channels=1, with a loss that has use_sigmoid=True, "
-                "for one channel)"
+                "background a class, and set num_classes=2 (and, for one channel, out_channels=1 with a "
+                "CrossEntropyLoss that has use_sigmoid=True)"
             )
+
+
+# Losses of mmseg that need a channel for each class; LovaszLoss with loss_type="binary" does not.
+OF_SEVERAL_CHANNELS = (
+    "DiceLoss",
+    "FocalLoss",
+    "HuasdorffDisstanceLoss",
+    "LovaszLoss",
+    "OhemCrossEntropy",
+    "TverskyLoss",
+)
 
 
 def _check_loads_masks(cfg: Config) -> None:
@@ -568,7 +590,8 @@ def _check_all_are_tested(metric: ConfigDict, datasets: list[ConfigDict], split:
             raise UserError(
                 f"{split}_dataloader.dataset.indices has only some images tested, but {split}_evaluator.ann_file "
                 "counts the objects of all: leave indices out; or set ann_file to None, and put 'instances' into the "
-                "meta_keys of the pipeline's PackDetInputs, so that only what is loaded is compared"
+                "meta_keys of the pipeline's PackDetInputs, so that only what is loaded is compared (mAP by size then "
+                "takes the area of the box for that of the object)"
             )
 
 
@@ -613,6 +636,9 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     for name, folder in (dataset.get("data_prefix") or {}).items():
         if isinstance(folder, str):
             must_exist(os.path.join(root, folder), "folder", f"{key}.data_prefix.{name}", is_dir)
+    images, maps = ((dataset.get("data_prefix") or {}).get(name) for name in ("img_path", "seg_map_path"))
+    if images and images == maps and argument_of(dataset, "img_suffix") == argument_of(dataset, "seg_map_suffix"):
+        raise UserError(f"{key}.data_prefix has the label maps of {images} as images, too; set img_path to the images")
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
         must_exist(annotations, "annotation file", f"{key}.ann_file")

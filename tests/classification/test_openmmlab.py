@@ -2295,6 +2295,12 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeyp
         (dict(num_classes=1, loss_decode=sigmoid), one_class),  # its target is 0 everywhere
         (dict(num_classes=2, out_channels=1, loss_decode=[sigmoid, softmax]), one_channel),
         (dict(num_classes=2, out_channels=1, loss_decode=sigmoid), None),
+        (
+            dict(num_classes=2, out_channels=1, loss_decode=[sigmoid, dict(type="DiceLoss")]),
+            r"\[1\] is a DiceLoss, which",
+        ),
+        (dict(num_classes=2, out_channels=1, loss_decode=dict(type="LovaszLoss")), "is a LovaszLoss, which is not for"),
+        (dict(num_classes=2, out_channels=1, loss_decode=dict(type="LovaszLoss", loss_type="binary")), None),
         (dict(num_classes=2, loss_decode=dict(type="DiceLoss")), None),
         (dict(num_classes=2), None),
         (dict(num_classes=2, loss_decode=dict(softmax, class_weight=[1, 1, 1])), "class_weight has 3 numbers"),

@@ -338,6 +338,13 @@ def test_strides_follow_the_maps():
     check_channels(Config(dict(backbone=model.backbone, neck=[model.neck], bbox_head=single)))
 
 
+def test_masks_are_compared_where_there_are_some(scenes):
+    boxes = {f"{split}_evaluator.metric": "bbox" for split in ("val", "test")}
+    with pytest.raises(UserError, match=r"val_evaluator compares masks, but model\.roi_head has no mask_head"):
+        checked(scenes, **{"model.roi_head.mask_head": None})
+    checked(scenes, **boxes, **{"model.roi_head.mask_head": None})
+
+
 def test_valid_configs_pass(scenes, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join("0123456789"))

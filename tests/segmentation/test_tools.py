@@ -226,6 +226,12 @@ def test_wrong_data_root(monkeypatch):
     assert "/nowhere/images/training: no such folder (train_dataloader.dataset.data_prefix.img_path)" in said
 
 
+def test_maps_as_images(monkeypatch, scenes):
+    same = "train_dataloader.dataset.data_prefix.img_path=annotations/training"
+    said = message(monkeypatch, tools.train, MICRO, *options(scenes, same))
+    assert "data_prefix has the label maps of annotations/training as images, too; set img_path to the images" in said
+
+
 def test_a_loss_that_is_nan_ends_training(monkeypatch, scenes, tmp_path):
     arguments = ["--work-dir", tmp_path, *options(scenes, "optim_wrapper.optimizer.lr=1e38")]
     said = message(monkeypatch, tools.train, MICRO, *arguments)
