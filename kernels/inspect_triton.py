@@ -55,7 +55,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0

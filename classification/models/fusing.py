@@ -1,12 +1,15 @@
 """When one operator may stand for several modules, as on a GPU, and two functions that save launches and memory."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from dwconv2d.loading import TRITON_INSTALLED, autocast_dtype
 from selective_scan import selective_scan_state
 from selective_scan.loading import call as call_operator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
 USE_FUSED = os.environ.get("SPATIALMAMBA_FUSED", "1") != "0"
@@ -20,39 +23,54 @@ def has_fused_kernels(x: Tensor) -> bool:
     return not isinstance(x, torch.fx.Proxy) and x.is_cuda and TRITON_INSTALLED and USE_FUSED
 
 
-def fusible(x: Tensor, *modules: nn.Module) -> bool:
+def fusible(
+    x: Tensor,
+    convolutions: Sequence[nn.Module] = (),
+    norms: Sequence[nn.Module] = (),
+    linears: Sequence[nn.Module] = (),
+) -> bool:
     """Whether one operator may stand for these modules: it has kernels, and calling the modules does no more.
 
     A module is called as it is if it has a hook, lacks a parameter, or is of another type or has another `forward`, as
-    adapters, quantisation and tools for interpretation make it.
+    adapters and tools for interpretation make it, or if its parameters are of another type, as quantisation makes them.
     """
-    return has_fused_kernels(x) and not any(GLOBAL_HOOKS) and all(map(_is_plain, modules))
+    if not has_fused_kernels(x) or any(GLOBAL_HOOKS):
+        return False
+    of_each_kind = ((nn.Conv2d, convolutions), (nn.LayerNorm, norms), (nn.Linear, linears))
+    return all(_is_plain(module, kind) for kind, modules in of_each_kind for module in modules)
 
 
 def fusible_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, fc2: nn.Module) -> bool:
     """Whether `dwconv2d.mlp` may stand for these modules, and has a kernel that moves less memory than they do."""
-    if not fusible(x, fc1, fc2) or type(act) is not nn.GELU or act.approximate != "none" or has_hooks(act):
+    if not fusible(x, linears=(fc1, fc2)) or type(act) is not nn.GELU or act.approximate != "none" or has_hooks(act):
         return False
     is_narrow = max(fc1.in_features, fc2.out_features) <= MLP_CHANNELS
-    return is_narrow and (autocast_dtype(x) or x.dtype) in MLP_DTYPES
+    return is_narrow and (autocast_dtype(x) or x.dtype) in MLP_DTYPES and _has_matrix_units(x.device.index)
 
 
 MLP_CHANNELS = 128  # with more, PyTorch's matrix products should be faster: modelled, not measured
 MLP_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def _is_plain(module: nn.Module) -> bool:
+@torch.compiler.assume_constant_result
+def _has_matrix_units(device: int | None) -> bool:
+    """Whether Triton multiplies 16 bits well on a GPU: from sm_80 on. Without a GPU, tensors are fake: assume so."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     # Read the module's dictionary: its attributes take the host longer, and this runs in each call of the model.
-    if type(module) not in FUSIBLE or has_hooks(module):
+    if type(module) is not kind or has_hooks(module):
         return False
     own = module.__dict__
     if type(module) is nn.Conv2d and tuple(map(own.get, GEOMETRY)) not in KEEPS_SIZE:
         return False
     weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
-    return weight is not None and bias is not None and bias.dim() == 1
+    return type(weight) in PLAIN_TENSORS and type(bias) in PLAIN_TENSORS and bias.dim() == 1
 
 
-FUSIBLE = (nn.Conv2d, nn.LayerNorm, nn.Linear)
+# Those of PyTorch's own tracing among them. Other subclasses, as quantisation makes them, do not know our operators.
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 # What the operators compute. Tools change it in a model that is ready, for circular padding or a smaller output stride.
 KEEPS_SIZE = (((3, 3), (1, 1), (1, 1), (1, 1), "zeros"), ((1, 1), (1, 1), (0, 0), (1, 1), "zeros"))

@@ -83,7 +83,7 @@ class ConvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         # An adapter in its place may have no kernel size: it is not fusible.
-        if fusible(x, conv) and conv.kernel_size == (1, 1) and to_tokens(x).is_contiguous():
+        if fusible(x, convolutions=(conv,)) and conv.kernel_size == (1, 1) and to_tokens(x).is_contiguous():
             # On a GPU this is one product of tokens: cuDNN adds the bias in a pass of its own.
             tokens, weight = to_tokens(x), conv.weight.flatten(1)
             if self._has_relu_alone():
@@ -198,7 +198,7 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        if fusible(x, self.conv2d, self.out_norm):
+        if fusible(x, convolutions=(self.conv2d,), norms=(self.out_norm,)):
             uses = depthwise_silu(x, self.conv2d.weight, self.conv2d.bias, uses=3)  # (B, D, H, W), contiguous
             gated = norm_gate(self.fused_ssm(*uses), z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps)
         else:
@@ -335,7 +335,7 @@ class Block(nn.Module):
 
     def fusible(self, x: Tensor) -> bool:
         is_plain = type(self.drop_path) is DropPath and not has_hooks(self.drop_path)
-        return is_plain and fusible(x, self.cpe1, self.ln_1, self.cpe2, self.ln_2)
+        return is_plain and fusible(x, convolutions=(self.cpe1, self.cpe2), norms=(self.ln_1, self.ln_2))
 
     def without_last_addition(
         self, x: Tensor, update: Tensor | None = None, scale: Tensor | None = None

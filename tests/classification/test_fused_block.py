@@ -231,6 +231,20 @@ def test_gives_way_to_a_compiled_block(fused):
     assert calls
 
 
+class Quantised(torch.Tensor):
+    """As torchao makes weights: of twice what they hold for layers, and unknown to other operators."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", str(function))
+        if name in ("linear", "conv2d"):
+            args = [2 * a.as_subclass(torch.Tensor) if isinstance(a, Quantised) else a for a in args]
+        elif name in ("mlp", "depthwise_residual_norm"):
+            raise NotImplementedError(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs or {})
+
+
 def without_parameters(block, name):
     if name == "no bias in the convolution":
         block.cpe1.bias = None
@@ -242,6 +256,13 @@ def without_parameters(block, name):
         block.mlp.fc2.bias = None
     elif name == "GELU by tanh":
         block.mlp.act = nn.GELU(approximate="tanh")
+    elif name == "no norms":  # another kind of module that has weight and bias, too
+        block.ln_1, block.self_attention.out_norm = nn.Linear(6, 6), nn.Linear(12, 12)
+    elif name == "other layers in the MLP":
+        block.mlp.fc1, block.mlp.fc2 = nn.LayerNorm(6), nn.LayerNorm(6)
+    elif name == "quantised":
+        for layer in (block.cpe1, block.mlp.fc1, block.mlp.fc2):
+            layer._parameters["weight"] = layer.weight.detach().as_subclass(Quantised)
     else:
         block.ln_2 = nn.LayerNorm((4, 6))
 
@@ -250,7 +271,7 @@ def without_parameters(block, name):
     "name",
     [
         *("no bias in the convolution", "no affine norm", "no bias in the norm", "norm over a row"),
-        *("no bias in the MLP", "GELU by tanh"),
+        *("no bias in the MLP", "GELU by tanh", "no norms", "other layers in the MLP", "quantised"),
     ],
 )
 def test_modules_that_operators_do_not_have(fused, name):
@@ -285,6 +306,10 @@ def test_narrow_layers_of_16_bits_are_one_operator(monkeypatch, channels, fuses)
             torch.testing.assert_close(a, b, rtol=0, atol=1e-2 * b.abs().max().item())
     results(layers, x)  # in float32
     assert not calls
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in ((7, 5), (8, 0)):  # before sm_80, PyTorch's layers are as good
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert fusing._has_matrix_units(None) is (capability == (8, 0))
 
 
 def test_stochastic_depth_has_a_mode_of_its_own(fused):

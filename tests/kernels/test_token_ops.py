@@ -1,5 +1,6 @@
 """The operators on tokens: values and gradients against float64, on every backend."""
 
+import math
 import random
 
 import pytest
@@ -254,6 +255,10 @@ def test_mlp_by_the_kernel(monkeypatch, check):
     launched = []
     launch = mlp_triton.launch
     monkeypatch.setattr(mlp_triton, "launch", lambda *args, **kwargs: launched.append(1) or launch(*args, **kwargs))
+    inputs = mlp_inputs(torch.full((3, 8), math.inf, dtype=torch.float16), 40, 16)
+    inputs = {name: t if name == "x" else 0.1 + t.abs() for name, t in inputs.items()}
+    assert (mlp_triton.mlp(**inputs) == math.inf).all()  # not NaN
+    launched.clear()
     for channels, dtype, expected in ((128, torch.float16, 1), (129, torch.float16, 0), (8, torch.float32, 0)):
         x = torch.randn(3, 5, 2 * channels, dtype=dtype)[..., channels:]
         inputs = mlp_inputs(x, 32, 16)

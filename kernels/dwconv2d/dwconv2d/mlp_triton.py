@@ -51,6 +51,8 @@ def _mlp_kernel(
         fc1_bias = tl.load(fc1_bias_ptr + h, mask=h_valid, other=0).to(tl.float32)
         hidden = tl.dot(x, fc1) + fc1_bias[None, :]
         hidden = 0.5 * hidden * (1 + tl.erf(hidden * 0.7071067811865476))
+        if HIDDEN % BLOCK_H:  # an infinity times the zeros beyond the end is NaN
+            hidden = tl.where(h_valid[None, :], hidden, 0.0)
         fc2_ptrs = fc2_weight_ptr + o[None, :] * HIDDEN + h[:, None]
         fc2 = tl.load(fc2_ptrs, mask=h_valid[:, None] & (o < RESULTS)[None, :], other=0)
         y = tl.dot(hidden.to(x.dtype), fc2, y)
