@@ -50,7 +50,7 @@ def build(name: str, args: argparse.Namespace) -> nn.Module:
         model = timm.create_model(name, **({"img_size": args.size} if name.startswith("swin") else {}))
     model = model.to(args.device, dtype(args) if args.cast else torch.float32, memory_format=memory_format(args))
     if args.device == "cpu" and name in VARIANTS and not args.plain and not unoptimised:
-        optimise_for_cpu(model, hold_weights=not args.train)
+        optimise_for_cpu(model, prepack_weights=not args.train)
     return torch.compile(model, mode=args.compile) if args.compile else model
 
 

@@ -78,7 +78,7 @@ class Run:
     def place(self, model: nn.Module) -> nn.Module:
         """Move `model` to this process's device; on a CPU, also use the modules optimised for CPUs."""
         model = model.to(self.device)
-        return optimise_for_cpu(model, hold_weights=True) if self.device.type == "cpu" else model
+        return optimise_for_cpu(model, prepack_weights=True) if self.device.type == "cpu" else model
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)

@@ -16,7 +16,7 @@ check() { # PYTHON TORCH FOLDER
         cp -r kernels classification tests pyproject.toml README.md "$3" && rm -f "$3"/kernels/*/*/_C_torch*.so && cd "$3" &&
         FORCE_ONLY_CPU=1 $python -m pip install -q -e kernels/selective_scan -e kernels/dwconv2d -e . &&
         OMP_NUM_THREADS=1 $python -m pytest -q -p no:cacheprovider --random-cases=20 tests/kernels/test_selective_scan.py \
-            tests/kernels/test_dwconv2d.py tests/classification/test_spatialmamba.py tests/classification/test_held.py \
+            tests/kernels/test_dwconv2d.py tests/classification/test_spatialmamba.py tests/classification/test_prepacked.py \
             -k "not triton"
 }
 

@@ -1,7 +1,7 @@
 """Modules that compute the same by kernels that are faster on a CPU. One call swaps them in, another one out.
 
     model = optimise_for_cpu(spatialmamba_tiny())
-    model = optimise_for_cpu(spatialmamba_tiny().eval(), hold_weights=True)  # for inference
+    model = optimise_for_cpu(spatialmamba_tiny().eval(), prepack_weights=True)  # for inference
 
 Linear layers and 1x1 convolutions use MKL or oneDNN, whichever is faster (`linear.py`). This repository's kernel
 runs depthwise 3x3 convolutions. The C library keeps the memory that PyTorch frees (`classification/memory.py`).
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from classification.memory import keep_freed_memory
-from classification.models.fusing import GLOBAL_HOOKS, has_hooks
-from classification.models.held import Holding, depthwise, folded, held_dtype, pack, pack_depthwise, product
+from classification.models.fused_operators import GLOBAL_HOOKS, has_hooks
 from classification.models.linear import MKL_LEADS, dilation, is_product, linear
+from classification.models.prepacked import Prepacked, depthwise, folded, pack, pack_depthwise, prepacked_dtype, product
 from classification.models.spatialmamba import (
     Block,
     ConvLayer,
@@ -126,37 +126,37 @@ STRIP = 512  # columns of a result
 LARGE = 150_000  # numbers; in smaller planes this repository's depthwise convolution is as fast in bfloat16
 
 
-# ----- inference by weights that are held packed, see `held.py`
+# ----- inference with prepacked weights, see `prepacked.py`
 
 
-class HeldLinear(Holding, CpuLinear):
+class PrepackedLinear(Prepacked, CpuLinear):
     """`CpuLinear` that holds its weight packed for inference."""
 
     def forward(self, x: Tensor) -> Tensor:
         fits = x.shape[-1:] == self.weight.shape[1:] and _fits(self.bias, self.weight)
-        dtype = held_dtype(x, self.weight, self.bias) if fits else None
+        dtype = prepacked_dtype(x, self.weight, self.bias) if fits else None
         if dtype is None:
             return super().forward(x)
-        packed = self.held(dtype, lambda: pack(self.weight, self.bias, dtype, x), self.weight, self.bias)
+        packed = self.prepacked(dtype, lambda: pack(self.weight, self.bias, dtype, x), self.weight, self.bias)
         return product(x.to(dtype), *packed)
 
 
-class HeldConvLayer(Holding, ConvLayer):
+class PrepackedConvLayer(Prepacked, ConvLayer):
     """`ConvLayer` as one convolution and ReLU in inference: batch norm is folded into the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         fits = type(conv) in _CONVOLUTIONS and x.dim() == 4 and x.shape[1] == conv.in_channels and self._is_one()
-        if not fits or (dtype := held_dtype(x, *(sources := self._sources())[:4])) is None:
+        if not fits or (dtype := prepacked_dtype(x, *(sources := self._sources())[:4])) is None:
             return super().forward(x)
         # Another eps gives other weights.
         packs = class_by_geometry(conv) is CpuPointwiseConv2d and to_tokens(x).is_contiguous()
         name = dtype, getattr(self.norm, "eps", None), packs
         if packs:
             tokens = to_tokens(x).to(dtype)
-            y = to_planes(product(tokens, *self.held(name, lambda: self._packed(dtype, tokens), *sources)))
+            y = to_planes(product(tokens, *self.prepacked(name, lambda: self._packed(dtype, tokens), *sources)))
         else:
-            weight, bias = self.held(name, lambda: self._folded(dtype), *sources)
+            weight, bias = self.prepacked(name, lambda: self._folded(dtype), *sources)
             y = F.conv2d(x.to(dtype), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y.relu_() if type(self.act) is nn.ReLU else y
 
@@ -183,21 +183,21 @@ class HeldConvLayer(Holding, ConvLayer):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class HeldDepthwiseConv2d(Holding, CpuDepthwiseConv2d):
+class PrepackedDepthwiseConv2d(Prepacked, CpuDepthwiseConv2d):
     """`CpuDepthwiseConv2d` by oneDNN in bfloat16 inference, for large planes laid out as tokens: it is faster there."""
 
     def forward(self, x: Tensor) -> Tensor:
         fits = x.dim() == 4 and x.shape[1] == self.in_channels and _is_large(x)
         fits = fits and _fits(self.bias, self.weight) and class_by_geometry(self) is CpuDepthwiseConv2d
-        dtype = held_dtype(x, self.weight, self.bias) if fits else None
+        dtype = prepacked_dtype(x, self.weight, self.bias) if fits else None
         if dtype != torch.bfloat16:
             return super().forward(x)
-        packed = self.held(dtype, lambda: pack_depthwise(self.weight, self.bias, dtype, x), self.weight, self.bias)
+        packed = self.prepacked(dtype, lambda: pack_depthwise(self.weight, self.bias, dtype, x), self.weight, self.bias)
         return depthwise(x.to(dtype), *packed)
 
 
 class BlockWeights(NamedTuple):
-    """What `HeldBlock` computes with: arguments of `F.layer_norm`, `product`, `_depthwise` and the operators."""
+    """What `PrepackedBlock` computes with: arguments of `F.layer_norm`, `product`, `_depthwise` and the operators."""
 
     cpe1: tuple
     ln_1: tuple
@@ -218,15 +218,15 @@ class BlockWeights(NamedTuple):
     fc2: tuple
 
 
-class HeldBlock(Holding, Block):
-    """`Block` in inference as one function of weights held packed. Products apply GELU and the gate's SiLU.
+class PrepackedBlock(Prepacked, Block):
+    """`Block` in inference as one function of prepacked weights. Products apply GELU and the gate's SiLU.
 
     For small images and batches, calling the block's 15 modules takes as long as what they compute. If one of them has
     a hook, or is of another class, all are called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = held_dtype(x)
+        dtype = prepacked_dtype(x)
         fits = x.dtype == dtype and x.dim() == 4 and x.shape[3:] == getattr(self.ln_1, "normalized_shape", None)
         sources = self._sources() if fits else None
         if sources is None:
@@ -235,7 +235,7 @@ class HeldBlock(Holding, Block):
         name = dtype, self.ln_1.eps, self.ln_2.eps, ssm.out_norm.eps  # another eps gives other results
         weights = self.kept(name, sources)
         if weights is None:
-            if not self._fits(x) or held_dtype(x, *sources) is None:
+            if not self._fits(x) or prepacked_dtype(x, *sources) is None:
                 return super().forward(x)
             weights = self.keep(name, lambda: self._packed(x, dtype), sources)
         with torch._C._DisableAutocast():
@@ -384,10 +384,10 @@ def _is_hooked(*modules: nn.Module) -> bool:
     return any(GLOBAL_HOOKS) or any(map(has_hooks, modules))
 
 
-_OF_BLOCK = (  # layers of a block in the order of `HeldBlock._sources`
-    *(HeldDepthwiseConv2d, nn.LayerNorm, CpuStructureAwareSSM),
-    *(HeldLinear, HeldDepthwiseConv2d, StateFusion, nn.LayerNorm, HeldLinear),
-    *(DropPath, HeldDepthwiseConv2d, nn.LayerNorm, Mlp, HeldLinear, nn.GELU, HeldLinear),
+_OF_BLOCK = (  # layers of a block in the order of `PrepackedBlock._sources`
+    *(PrepackedDepthwiseConv2d, nn.LayerNorm, CpuStructureAwareSSM),
+    *(PrepackedLinear, PrepackedDepthwiseConv2d, StateFusion, nn.LayerNorm, PrepackedLinear),
+    *(DropPath, PrepackedDepthwiseConv2d, nn.LayerNorm, Mlp, PrepackedLinear, nn.GELU, PrepackedLinear),
 )
 _LAYER, _OF_SSM = ("weight", "bias"), ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
 _OF_FUSION = ("kernel_3", "kernel_3_1", "kernel_3_2", "alpha")
@@ -399,24 +399,24 @@ _METHODS = {*vars(Block), *vars(StructureAwareSSM), *vars(CpuStructureAwareSSM)}
 _CONVOLUTIONS = (nn.Conv2d, CpuPointwiseConv2d, CpuStridedConv2d, CpuDepthwiseConv2d)
 _PLAIN = {
     CpuLinear: nn.Linear,
-    HeldLinear: nn.Linear,
+    PrepackedLinear: nn.Linear,
     CpuPointwiseConv2d: nn.Conv2d,
     CpuStridedConv2d: nn.Conv2d,
     CpuDepthwiseConv2d: nn.Conv2d,
-    HeldDepthwiseConv2d: nn.Conv2d,
+    PrepackedDepthwiseConv2d: nn.Conv2d,
     CpuStructureAwareSSM: StructureAwareSSM,
-    HeldConvLayer: ConvLayer,
-    HeldBlock: Block,
+    PrepackedConvLayer: ConvLayer,
+    PrepackedBlock: Block,
 }
-_HELD = {
-    CpuLinear: HeldLinear,
-    CpuDepthwiseConv2d: HeldDepthwiseConv2d,
-    ConvLayer: HeldConvLayer,
-    Block: HeldBlock,
+_PREPACKED = {
+    CpuLinear: PrepackedLinear,
+    CpuDepthwiseConv2d: PrepackedDepthwiseConv2d,
+    ConvLayer: PrepackedConvLayer,
+    Block: PrepackedBlock,
 }
 
 
-def optimise_for_cpu(model: nn.Module, hold_weights: bool = False) -> nn.Module:
+def optimise_for_cpu(model: nn.Module, prepack_weights: bool = False) -> nn.Module:
     """Change the classes of `model`'s modules in place to the classes above. Return `model`.
 
     Parameters, names, hooks and modes stay the same. Results differ by rounding alone. The modules work in training and
@@ -426,16 +426,16 @@ def optimise_for_cpu(model: nn.Module, hold_weights: bool = False) -> nn.Module:
 
     Args:
         model: the model.
-        hold_weights: for inference, hold a copy of the weights that is cast and packed once: in bfloat16 under autocast
-            or for a model in bfloat16, and in float32 where oneDNN leads. If a weight changes, its copy is made anew.
-            But a change through `.data`, NumPy, or another tensor or process that shares the memory may not be seen
-            until `model.eval()` or `model.train()` is called.
+        prepack_weights: for inference, keep a copy of the weights that is cast and packed once: in bfloat16 under
+            autocast or for a model in bfloat16, and in float32 where oneDNN leads. If a weight changes, its copy is
+            made anew. But a change through `.data`, NumPy, or another tensor or process that shares the memory may not
+            be seen until `model.eval()` or `model.train()` is called.
     """
     keep_freed_memory()
     for module in model.modules():
         swapped = _class_for(module)
-        if hold_weights:
-            swapped = _HELD.get(swapped or type(module), swapped)
+        if prepack_weights:
+            swapped = _PREPACKED.get(swapped or type(module), swapped)
         if swapped is not None:
             module.__class__ = swapped
     return model
@@ -445,7 +445,7 @@ def undo_optimise_for_cpu(model: nn.Module) -> nn.Module:
     """Restore in place the classes that `optimise_for_cpu` changed. Return `model`."""
     for module in model.modules():
         if type(module) in _PLAIN:
-            module.__dict__.pop("_held", None)
+            module.__dict__.pop("_prepacked", None)
             module.__class__ = _PLAIN[type(module)]
     return model
 

@@ -2,7 +2,7 @@
 
 Read from top to bottom: the block's parts, the block, the stages, the classifier and its dense-task form, the sizes.
 Tokens travel channels-last, (B, H, W, C); the scan and the fusion work on planes, (B, D, H, W). On a GPU, operators
-join several modules: `fusing.py` says when.
+join several modules: `fused_operators.py` says when.
 Parameter names are those of the published checkpoints, which load strictly; weight decay rules match on them.
 """
 
@@ -19,7 +19,7 @@ from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from classification.models.fusing import (
+from classification.models.fused_operators import (
     ProjectedScan,
     apply,
     cast,

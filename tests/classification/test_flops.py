@@ -5,7 +5,7 @@ import torch
 
 from classification import models
 from classification.flops import count_flops, flops_table
-from classification.models import fusing, spatialmamba
+from classification.models import fused_operators, spatialmamba
 
 PUBLISHED = {"tiny": 4.468e9, "small": 7.117e9, "base": 15.801e9}
 
@@ -30,7 +30,7 @@ def test_count_on_a_gpu(monkeypatch):
     """There operators join modules, but give way to those that the counter watches: the count is the same."""
     model = models.spatialmamba_micro().eval()
     expected = count_flops(model, (64, 96)).total()
-    for module in (spatialmamba, fusing):
+    for module in (spatialmamba, fused_operators):
         monkeypatch.setattr(module, "has_fused_kernels", lambda x: True)
     assert count_flops(model, (64, 96)).total() == expected
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from classification.models import fusing, optimise_for_cpu, spatialmamba
+from classification.models import fused_operators, optimise_for_cpu, spatialmamba
 from classification.models.spatialmamba import Block, Downsample, SpatialMamba, Stage, StructureAwareSSM
 
 
@@ -17,10 +17,10 @@ def fused(monkeypatch):
     """Calls `choose(True)` to have blocks take the operators on a CPU too, where plain PyTorch runs them."""
 
     def choose(wanted):
-        for module in (spatialmamba, fusing):
+        for module in (spatialmamba, fused_operators):
             monkeypatch.setattr(module, "has_fused_kernels", lambda x: wanted)
 
-    monkeypatch.setattr(fusing, "MLP_DTYPES", (torch.bfloat16, torch.float32, torch.float64))
+    monkeypatch.setattr(fused_operators, "MLP_DTYPES", (torch.bfloat16, torch.float32, torch.float64))
     return choose
 
 
@@ -294,7 +294,7 @@ def test_narrow_layers_of_16_bits_are_one_operator(monkeypatch, channels, fuses)
     for model, images, autocast in ((layers, x, True), (copy.deepcopy(layers).bfloat16(), x.bfloat16(), False)):
         found = []
         for wanted in (False, True):
-            for module in (spatialmamba, fusing):
+            for module in (spatialmamba, fused_operators):
                 monkeypatch.setattr(module, "has_fused_kernels", lambda x, wanted=wanted: wanted)
             assert not calls
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -309,7 +309,7 @@ def test_narrow_layers_of_16_bits_are_one_operator(monkeypatch, channels, fuses)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability in ((7, 5), (8, 0)):  # before sm_80, PyTorch's layers are as good
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        assert fusing._has_matrix_units(None) is (capability == (8, 0))
+        assert fused_operators._has_matrix_units(None) is (capability == (8, 0))
 
 
 def test_stochastic_depth_has_a_mode_of_its_own(fused):
@@ -325,14 +325,14 @@ def test_stochastic_depth_has_a_mode_of_its_own(fused):
     assert not torch.equal(found[0], block.eval()(x))
 
 
-@pytest.mark.parametrize("how", ["fused", "cpu", "held"])
+@pytest.mark.parametrize("how", ["fused", "cpu", "prepacked"])
 @pytest.mark.parametrize("change", ["circular", "dilated", "own"])
 def test_geometry_of_a_ready_model(fused, change, how):
     """Tools pad it circularly, for panoramas, or trade the last strides for dilation, for segmentation."""
     model = randomise(SpatialMamba(dims=[8, 16], depths=[1, 1], num_classes=3)).eval()
     changed = copy.deepcopy(model)
     if how != "fused":
-        optimise_for_cpu(changed, hold_weights=how == "held")
+        optimise_for_cpu(changed, prepack_weights=how == "prepacked")
     for one in (model, changed):
         for conv in (module for module in one.modules() if isinstance(module, nn.Conv2d)):
             if change == "circular":

@@ -10,17 +10,17 @@ from randomised import randomised
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from classification.models import cpu, held, optimise_for_cpu, spatialmamba_micro, undo_optimise_for_cpu
+from classification.models import cpu, optimise_for_cpu, prepacked, spatialmamba_micro, undo_optimise_for_cpu
 from classification.models.spatialmamba import Block, ConvLayer, Mlp, StructureAwareSSM
 
 pytestmark = pytest.mark.skipif(
-    torch.bfloat16 not in held.SUPPORTED, reason="oneDNN packs no weights in bfloat16 on this processor"
+    torch.bfloat16 not in prepacked.SUPPORTED, reason="oneDNN packs no weights in bfloat16 on this processor"
 )
 AUTOCAST = dict(device_type="cpu", dtype=torch.bfloat16)
 
 
 def holding(model: nn.Module) -> nn.Module:
-    return optimise_for_cpu(copy.deepcopy(model).eval(), hold_weights=True)
+    return optimise_for_cpu(copy.deepcopy(model).eval(), prepack_weights=True)
 
 
 def infer(model: nn.Module, x: Tensor, autocast: bool = True) -> Tensor:
@@ -29,7 +29,7 @@ def infer(model: nn.Module, x: Tensor, autocast: bool = True) -> Tensor:
 
 
 def used(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if module.__dict__.get("_held")]
+    return [name for name, module in model.named_modules() if module.__dict__.get("_prepacked")]
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -68,14 +68,14 @@ def test_layers(kind, channels_last):
         y = infer(fast, x.to(dtype), autocast)
         expected = torch.bfloat16 if autocast else dtype
         assert bool(used(fast)) == (
-            expected in held.SUPPORTED and (kind, expected) != ("large depthwise", torch.float32)
+            expected in prepacked.SUPPORTED and (kind, expected) != ("large depthwise", torch.float32)
         )
         assert y.dtype == expected
         assert y.shape == exact.shape
         assert error(y, exact) < (0.01 if expected == torch.bfloat16 else 1e-6)
 
 
-@pytest.mark.parametrize("dtype", held.SUPPORTED)
+@pytest.mark.parametrize("dtype", prepacked.SUPPORTED)
 @pytest.mark.parametrize(("dim", "d_state", "shape"), [(24, 1, (2, 5, 7)), (24, 2, (1, 1, 6)), (64, 1, (1, 35, 36))])
 def test_blocks(dim, d_state, shape, dtype):
     """Where a block is one function, and where it is called layer by layer: hooks, modes, settings, changes."""
@@ -85,9 +85,9 @@ def test_blocks(dim, d_state, shape, dtype):
     half = dtype == torch.bfloat16
 
     def check(one_function: bool = True) -> Tensor:
-        fast.__dict__.pop("_held", None)
+        fast.__dict__.pop("_prepacked", None)
         y = infer(fast, x, half)
-        assert ("_held" in fast.__dict__) == one_function
+        assert ("_prepacked" in fast.__dict__) == one_function
         assert torch.equal(y, infer(fast, x, half))
         exact = undo_optimise_for_cpu(copy.deepcopy(fast)).double()(x.double()).detach()
         assert y.dtype == dtype
@@ -113,9 +113,9 @@ def test_blocks(dim, d_state, shape, dtype):
     check(one_function=False)
     fast.mlp.act.approximate = "none"
     fast.drop_path.train()
-    fast.__dict__.pop("_held", None)
+    fast.__dict__.pop("_prepacked", None)
     infer(fast, x, half)
-    assert "_held" not in fast.__dict__
+    assert "_prepacked" not in fast.__dict__
     fast.drop_path.eval()
     fast.cpe2.padding_mode = "circular"
     check(one_function=False)
@@ -137,7 +137,7 @@ def test_blocks(dim, d_state, shape, dtype):
 
         return made(name, change, sources)
 
-    fast.__dict__.pop("_held")
+    fast.__dict__.pop("_prepacked")
     fast.keep = slowly
     infer(fast, x, half)
     del fast.keep
@@ -243,7 +243,7 @@ def test_changes_are_seen(monkeypatch):
     check()
     file = io.BytesIO()
     torch.save(fast, file)
-    monkeypatch.setattr(held, "steps", held.Steps())  # as in a process that has not called `optimise_for_cpu`
+    monkeypatch.setattr(prepacked, "steps", prepacked.Steps())  # as in a process that has not called `optimise_for_cpu`
     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     infer(loaded, x)
     loaded[3].weight.grad = torch.zeros_like(loaded[3].weight)

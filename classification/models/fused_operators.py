@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
-USE_FUSED = os.environ.get("SPATIALMAMBA_FUSED", "1") != "0"
+USE_FUSED = os.environ.get("SPATIALMAMBA_FUSED_OPERATORS", "1") != "0"
 
 
 def has_fused_kernels(x: Tensor) -> bool:
     """Whether the operators that join several modules have kernels where x is: on a GPU, in Triton.
 
-    The environment variable SPATIALMAMBA_FUSED=0 has a GPU call the modules too. `torch.fx` traces the modules.
+    With SPATIALMAMBA_FUSED_OPERATORS=0 in the environment, a GPU calls the modules too. `torch.fx` traces the modules.
     """
     return not isinstance(x, torch.fx.Proxy) and x.is_cuda and TRITON_INSTALLED and USE_FUSED
 

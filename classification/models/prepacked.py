@@ -33,7 +33,7 @@ def _supported() -> tuple[torch.dtype, ...]:
 SUPPORTED = _supported()
 
 
-def held_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype | None:
+def prepacked_dtype(x: Tensor, *weights: Tensor | None) -> torch.dtype | None:
     """Return the dtype in which packed weights compute for x; None if they may not be used.
 
     They are used for inference on a CPU in bfloat16, by autocast or by a model in bfloat16, and in float32 where oneDNN
@@ -99,7 +99,7 @@ class Kept(dict):
         return Kept, ()
 
 
-class Holding(nn.Module):
+class Prepacked(nn.Module):
     """Holds packed weights until one of the tensors that they are made of changes.
 
     A change by an in-place operation, by an optimizer or by `load_state_dict` is seen. PyTorch does not count changes
@@ -107,7 +107,7 @@ class Holding(nn.Module):
     middle or last 64 bytes of a tensor, and all of them once `train()` or `eval()` of this module is called.
     """
 
-    def held(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
+    def prepacked(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:
         """Return what `make` returned for these sources, or call it if one has changed since."""
         sources = [one for one in sources if one is not None]
         kept = self.kept(name, sources)
@@ -115,7 +115,7 @@ class Holding(nn.Module):
 
     def kept(self, name: object, sources: list[Tensor]) -> tuple | None:
         """Return what was made of these sources; None if nothing was, or if one has changed since."""
-        entry = self.__dict__.get("_held", {}).get(name)
+        entry = self.__dict__.get("_prepacked", {}).get(name)
         return entry[2] if entry and entry[0] == steps.made and entry[1].shows(sources) else None
 
     def keep(self, name: object, make: Callable[[], tuple], sources: list[Tensor]) -> tuple:
@@ -127,11 +127,11 @@ class Holding(nn.Module):
         with torch.autocast("cpu", enabled=False):
             made = make()
         if before:
-            self.__dict__.setdefault("_held", Kept())[name] = (*before, made)
+            self.__dict__.setdefault("_prepacked", Kept())[name] = (*before, made)
         return made
 
-    def train(self, mode: bool = True) -> "Holding":
-        self.__dict__.pop("_held", None)
+    def train(self, mode: bool = True) -> "Prepacked":
+        self.__dict__.pop("_prepacked", None)
         return super().train(mode)
 
 
