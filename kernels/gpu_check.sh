@@ -6,17 +6,19 @@
 #
 # FOLDER/gpu_check.tar.gz holds the logs and the benchmarks' JSON. It is written anew after each step, so that a run
 # that is cut short leaves what it has. These are the steps. They run in this order, or in that of the arguments:
-#   build       compiles the kernels for this card, unless kernels for CUDA are already there
-#   cuda        tests of the CUDA kernels: values and gradients
-#   gpu         tests of the CUDA kernels: streams, graphs, large tensors
-#   tokens      tests of the operators between tokens and planes, in Triton, and of the block that uses them
-#   benchmark   the scan, the fusion and the 3x3 convolution in both layouts
-#   model       the whole model beside its peers: inference and training, eager and compiled
-#   profile     where the time of the whole model goes
-#   triton      tests of the Triton kernels
-#   memcheck    compute-sanitizer: accesses to memory
-#   racecheck   compute-sanitizer: races in shared memory
-#   train       digits, and the tiny model at 224 pixels, without AMP, in float16 and bfloat16, and compiled
+#   build          compiles the kernels for this card, unless kernels for CUDA are already there
+#   cuda           tests of the CUDA kernels: values and gradients of the scan, the fusion and the convolution
+#   cuda_runtime   tests of the CUDA kernels: streams, graphs, large tensors
+#   triton_block   tests of the Triton kernels that a model uses, norm_gate, depthwise_* and mlp, and of the block
+#   benchmark      the scan, the fusion and the 3x3 convolution in both layouts
+#   model          the whole model beside its peers: inference and training, eager and compiled
+#   profile        where the time of the whole model goes
+#   triton_planes  tests of the Triton kernels in place of missing CUDA kernels: scan, fusion, convolution
+#   memcheck       compute-sanitizer: accesses to memory
+#   racecheck      compute-sanitizer: races in shared memory
+#   train          digits, and the tiny model at 224 pixels, without AMP, in float16 and bfloat16, and compiled
+#
+# tests/kernels/test_*_cuda.py emulate CUDA on the host and need no GPU, so no step runs them.
 #
 # The script needs PyTorch with CUDA, timm, pytest and pytest-xdist. `build` also needs setuptools, a C++ compiler and
 # nvcc, and `train` needs all of requirements.txt. PYTHON names another interpreter than python3.
@@ -24,7 +26,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?"usage: bash kernels/gpu_check.sh FOLDER [STEP...]"}
 shift
-[ $# -gt 0 ] || set -- build cuda gpu tokens benchmark model profile triton memcheck racecheck train
+[ $# -gt 0 ] || set -- build cuda cuda_runtime triton_block benchmark model profile triton_planes memcheck racecheck train
 python=${PYTHON:-python3}
 tests=(tests/kernels/test_selective_scan.py tests/kernels/test_dwconv2d.py)
 gpu_tests=(tests/kernels/test_selective_scan_gpu.py tests/kernels/test_dwconv2d_gpu.py)
@@ -35,7 +37,7 @@ verdicts=()
 step() {
     local log=$out/$1.log start=$SECONDS verdict=ok
     step_"$1" >"$log" 2>&1 || { verdict=FAILED; failed=1; }
-    verdicts+=("$(printf '%-10s %-6s %4d s   %s' "$1" $verdict $((SECONDS - start)) "$(grep -v '^ *$' "$log" | tail -1 | cut -c1-110)")")
+    verdicts+=("$(printf '%-14s %-6s %4d s   %s' "$1" $verdict $((SECONDS - start)) "$(grep -v '^ *$' "$log" | tail -1 | cut -c1-110)")")
     tar -czf "$folder/gpu_check.tar.gz" -C "$out" .
 }
 
@@ -68,15 +70,15 @@ step_cuda() {
     run_tests 240 -n "$(nproc)" "${tests[@]}" -k "cuda and not triton"
 }
 
-step_gpu() { # one after the other: some fill the card
+step_cuda_runtime() { # one after the other: some fill the card
     run_tests 120 "${gpu_tests[@]}"
 }
 
-step_tokens() {
+step_triton_block() {
     run_tests 120 -n "$(nproc)" tests/kernels/test_token_ops.py tests/classification/test_fused_block.py --random-cases 100
 }
 
-step_triton() {
+step_triton_planes() {
     run_tests 300 -n "$(nproc)" "${tests[@]}" --random-cases 40 -k triton
 }
 
@@ -161,7 +163,7 @@ for name in "$@"; do step "$name"; done
 for name in benchmark model profile; do
     [ ! -f "$out/$name.log" ] || grep -a '^+\|^|\|times as fast\|images per second\|^copy\|NOT TIMED\|Error' "$out/$name.log" | cut -c1-160
 done
-for name in cuda gpu tokens triton memcheck racecheck; do
+for name in cuda cuda_runtime triton_block triton_planes memcheck racecheck; do
     [ ! -f "$out/$name.log" ] || grep -a '^FAILED\|^ERROR\|^E  ' "$out/$name.log" | cut -c1-160 | head -20
 done
 [ ! -f "$out/train.log" ] || grep -a '^spatialmamba_.*: [0-9]' "$out/train.log"

@@ -637,6 +637,15 @@ def test_bad_models_and_packages(explain, pictures, tmp_path, monkeypatch, capsy
             with pytest.raises(SystemExit, match=r"no class activation: pytorch-grad-cam is missing .*; pip install"):
                 explain("spatialmamba_micro", *rest, "--figures", "cam")
     assert not (tmp_path / "out/cam.png").exists()
+    module, field = sys.modules["classification.explain.command"], effective_receptive_field
+
+    def breaks(model, *arguments):  # as timm's Hiera does
+        return field(model, *arguments) if isinstance(model, SpatialMamba) else [].view(1)
+
+    monkeypatch.setattr(module, "effective_receptive_field", breaks)
+    message = r"--beside convnext_atto at initialisation: cannot take images of 64x64 \('list' object has no attribute"
+    with pytest.raises(SystemExit, match=message):
+        explain("spatialmamba_micro", *rest, *ERF, "--size", "64", "--beside", "convnext_atto")
 
 
 def test_pinned_once():

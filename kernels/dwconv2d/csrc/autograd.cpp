@@ -1,5 +1,6 @@
-// The gradients of the operators that training on a GPU calls. Without compiled kernels, dwconv2d/ops.py and
-// token_ops.py define them. The gradients of `dilated_dwconv2d` and `state_fusion` are always those of ops.py.
+// Autograd functions in C++: they save what the backward pass needs and call the backward operators. They replace those
+// in dwconv2d/ops.py and token_ops.py, because Python would let a GPU wait. `dilated_dwconv2d`, `state_fusion` and
+// `mlp` keep theirs in Python.
 #include "autograd.h"
 
 namespace dwconv2d {
@@ -38,7 +39,7 @@ class StateFusionOutput : public Function<StateFusionOutput> {
   }
 };
 
-// Only the gradients of the two operators on tokens are compiled. Triton or plain PyTorch runs the operators.
+// Of the next two operators, C++ has only the autograd function. Triton or plain PyTorch computes the rest.
 class DepthwiseSilu : public Function<DepthwiseSilu> {
   using Forward = Tensor(const Tensor&, const Tensor&, const Tensor&);
   using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,

@@ -1,8 +1,8 @@
-// Helpers to register an operator's gradient in C++.
+// Helpers to register an operator's autograd function in C++.
 //
 // selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 //
-// The gradients are in C++ because a GPU would have to wait for the Python code of torch.library.register_autograd.
+// They are in C++ because a GPU would have to wait for the Python code of torch.library.register_autograd.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -17,7 +17,8 @@ from dwconv2d.reference import DILATIONS, check_conv_inputs, check_output_inputs
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
     """Decompositions for `torch.export.ExportedProgram.run_decompositions`.
 
-    The table has the forward operators on planes. The operators on tokens are for a GPU and have none.
+    The table has the forward operators on planes. The operators on tokens and `mlp` have no decomposition: a model that
+    is exported calls PyTorch's layers in their place.
     """
     return {
         torch.ops.dwconv2d.dilated_dwconv2d.default: _dilated_dwconv2d,

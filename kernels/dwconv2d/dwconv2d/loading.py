@@ -60,7 +60,7 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
 
     The result maps each name to "available", with detail in brackets, or to the reason why it is not available. With a
     tensor, "selected" is the name of what runs for tensors on its device, and "selected for NAME" is the same for each
-    operator that has no compiled kernels.
+    operator that has no compiled kernels. Triton's `mlp` calls PyTorch's layers where it has no kernel.
     """
     gpu = torch.cuda.is_available()
     found = {
@@ -142,7 +142,7 @@ class Implementations(NamedTuple):
 
     plain: Callable  # in plain PyTorch
     triton_module: str  # module of this package with Triton's function of the same name
-    # For the CPU and, where it is compiled for CUDA, the GPU. The operator's gradient in C++ is another matter.
+    # For the CPU and, where it is compiled for CUDA, the GPU. Its autograd function may be in C++ all the same.
     has_compiled_kernels: bool
 
     def in_triton(self) -> Callable:
@@ -179,7 +179,7 @@ def register(plain: Callable, triton_module: str = "triton_kernels", has_compile
     """Register `plain`, plain PyTorch, as the operator of its name on every device without a compiled kernel.
 
     On a GPU, Triton's kernel of that name takes precedence. `has_compiled_kernels` says whether the package's C++ has
-    kernels of the operator. Its gradient in C++ (csrc/autograd.cpp) is another matter.
+    kernels of the operator. This says nothing of its autograd function (csrc/autograd.cpp).
     """
     implementations = OPERATORS[plain.__name__] = Implementations(plain, triton_module, has_compiled_kernels)
     operator = f"{PACKAGE}::{plain.__name__}"

@@ -1,6 +1,7 @@
-"""The operator `dwconv2d::mlp`: two linear layers with GELU between them, as one kernel on a GPU.
+"""The operator `dwconv2d::mlp`: two linear layers with GELU between them.
 
-On a GPU, Triton's kernel runs it where `mlp_triton.fits` says so; elsewhere, plain PyTorch does.
+One Triton kernel runs it if `mlp_triton.has_kernel` is true. For other tensors on a GPU, `mlp_triton.mlp` calls
+PyTorch's layers; on other devices, `mlp_reference.mlp` runs.
 """
 
 import torch
@@ -49,10 +50,11 @@ loading.register_autograd("mlp", _backward, _setup_context)
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
     """Linear layer, GELU, linear layer: y = fc2_weight gelu(fc1_weight x + fc1_bias) + fc2_bias.
 
-    GELU is the exact one, by the error function. A GPU keeps the hidden values, which are most often four times as many
-    as x has, out of its memory. They are rounded to x's dtype between GELU and the second layer, as separate layers
-    round them; sums are float32 (float64 for float64). The backward pass computes the hidden values again, so only the
-    inputs are saved.
+    GELU is the exact one, by the error function. On a GPU from sm_80 on, in float16 or bfloat16 and with at most 128
+    channels in x and in y, one kernel computes y and keeps the hidden values out of the GPU's memory. Otherwise, a GPU
+    runs PyTorch's layers, which store them. Hidden values are rounded to x's dtype between GELU and the second layer,
+    as separate layers round them; sums are float32 (float64 for float64). The backward pass computes the hidden values
+    again, so only the inputs are saved.
 
     Args:
         x: (..., C), float16, bfloat16, float32 or float64. A GPU copies it if its rows are not evenly spaced in memory.
@@ -68,6 +70,6 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
         NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
     loading.check_tensors(x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    if (half := loading.autocast_dtype(x)) is not None:
-        x, fc1_weight, fc2_weight = (loading.cast(t, half) for t in (x, fc1_weight, fc2_weight))
+    if (cast_to := loading.autocast_dtype(x)) is not None:
+        x, fc1_weight, fc2_weight = (loading.cast(t, cast_to) for t in (x, fc1_weight, fc2_weight))
     return loading.call("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)

@@ -1,4 +1,4 @@
-"""The two linear layers in plain PyTorch: the specification, and what runs on devices without a kernel of their own."""
+"""The two linear layers in plain PyTorch: the specification, and what runs on devices other than a GPU."""
 
 import torch.nn.functional as F
 from torch import Tensor

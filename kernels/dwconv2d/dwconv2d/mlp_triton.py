@@ -1,4 +1,4 @@
-"""The two linear layers and GELU in Triton, for GPUs with matrix units for 16 bits.
+"""The two linear layers and GELU in Triton, for float16 and bfloat16 on the tensor cores of GPUs from sm_80 on.
 
 A program owns some rows of x. It walks along the hidden channels in blocks: it computes a block, applies GELU, and adds
 its product with the second weight to the result. Hidden values never leave the processor. The weights are read again by
@@ -60,7 +60,7 @@ def _mlp_kernel(
     tl.store(y_ptr + r * RESULTS + o[None, :], y, mask=(r < rows) & (o < RESULTS)[None, :])
 
 
-def fits(x: Tensor, fc2_weight: Tensor) -> bool:
+def has_kernel(x: Tensor, fc2_weight: Tensor) -> bool:
     """Whether the kernel runs for x (..., C) and fc2_weight (C_out, H): in 16 bits, for few channels, from sm_80 on."""
     if max(x.shape[-1], fc2_weight.shape[0]) > MAX_CHANNELS:
         return False
@@ -72,7 +72,7 @@ def fits(x: Tensor, fc2_weight: Tensor) -> bool:
 def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
     """`dwconv2d.mlp` without its gradient."""
     reference.check_inputs(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if not fits(x, fc2_weight):
+    if not has_kernel(x, fc2_weight):
         hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias.to(x.dtype)))
         return F.linear(hidden, fc2_weight, fc2_bias.to(x.dtype))
     rows = x.reshape(-1, x.shape[-1])

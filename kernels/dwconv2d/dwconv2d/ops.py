@@ -1,4 +1,6 @@
-"""The operators of `dwconv2d`: schemas, kernels, fake kernels, autograd.
+"""The operators on planes, `dilated_dwconv2d`, `state_fusion` and `state_fusion_output`: schemas, kernels, autograd.
+
+token_ops.py and mlp_ops.py have the other operators.
 
 PyTorch's dispatcher chooses among the kernels registered here: compiled ones, Triton's, plain PyTorch's.
 """
@@ -141,9 +143,9 @@ def dilated_dwconv2d(
     if isinstance(dilation, bool) or not isinstance(dilation, (int, torch.SymInt)):
         raise TypeError(f"dilation must be an integer, got {dilation!r}")
     loading.check_tensors(x=x, weight=weight, **({} if bias is None else {"bias": bias}))
-    if (half := loading.autocast_dtype(x)) is not None:
-        x, weight = loading.cast(x, half), loading.cast(weight, half)
-        bias = None if bias is None else loading.cast(bias, half)
+    if (cast_to := loading.autocast_dtype(x)) is not None:
+        x, weight = loading.cast(x, cast_to), loading.cast(weight, cast_to)
+        bias = None if bias is None else loading.cast(bias, cast_to)
     return loading.call("dilated_dwconv2d", x, weight, bias, dilation, padding_mode)
 
 
@@ -204,9 +206,9 @@ def state_fusion_output(
     """
     states = dict(h=h, weight3=weight3, weight3_d3=weight3_d3, weight3_d5=weight3_d5, alpha=alpha, D=D)
     loading.check_tensors(**states, C=C, x=x)
-    if (half := loading.autocast_dtype(x)) is not None:
+    if (cast_to := loading.autocast_dtype(x)) is not None:
         states = {name: loading.cast(t, torch.float32) for name, t in states.items()}
-        C, x = loading.cast(C, half), loading.cast(x, half)
+        C, x = loading.cast(C, cast_to), loading.cast(x, cast_to)
     *weights, D = states.values()
     return loading.call("state_fusion_output", *weights, C, D, x)
 

@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: the specification, and the kernels for devices without their own.
+"""The operators on planes in plain PyTorch: the specification, and the kernels for devices without their own.
 
 In shapes, B is the batch, D the channels and N the states. As an argument, D is the skip weight.
 """

@@ -115,8 +115,8 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor, uses: int = 1) -> Te
     Outside the image x is 0. The backward pass recomputes c, so only the inputs are saved.
 
     Args:
-        x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, with any strides: half of a projection's
-            output is read without a copy.
+        x: tokens, (B, H, W, D), float16, bfloat16, float32 or float64, with any strides: a view such
+            as `projection.chunk(2, -1)[0]` is read without a copy.
         weight, bias: (D, 1, 3, 3) and (D,), of any floating dtype, float64 if and only if x is.
         uses: how often y is used, at most 3. Give each use its own result: the backward kernel then adds their
             gradients. Otherwise, PyTorch would add each two gradients in a pass over memory.
@@ -133,8 +133,8 @@ def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor, uses: int = 1) -> Te
     loading.check_tensors(x=x, weight=weight, bias=bias)
     if uses not in (1, 2, 3):
         raise ValueError(f"uses must be 1, 2 or 3, got {uses}")
-    if (half := loading.autocast_dtype(x)) is not None:
-        x = loading.cast(x, half)
+    if (cast_to := loading.autocast_dtype(x)) is not None:
+        x = loading.cast(x, cast_to)
     if uses > 1 and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return _SeveralUses.apply(x, weight, bias, uses)
     y = loading.call("depthwise_silu", x, weight, bias)
@@ -175,9 +175,9 @@ def depthwise_residual_norm(
     optional = {name: t for name, t in (("update", update), ("scale", scale)) if t is not None}
     parameters = dict(weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     loading.check_tensors(x=x, **parameters, **optional)
-    if (half := loading.autocast_dtype(x)) is not None:
-        x = loading.cast(x, half)
-        update = None if update is None else loading.cast(update, half)
+    if (cast_to := loading.autocast_dtype(x)) is not None:
+        x = loading.cast(x, cast_to)
+        update = None if update is None else loading.cast(update, cast_to)
     if scale is not None:
         scale = scale.detach()
     return loading.call("depthwise_residual_norm", x, *parameters.values(), eps, update, scale)

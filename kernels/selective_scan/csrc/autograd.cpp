@@ -1,4 +1,5 @@
-// The gradients of the operators. Without compiled kernels, selective_scan/ops.py and gate_ops.py define them.
+// Autograd functions in C++: they save what the backward pass needs and call the backward operators. They replace those
+// in selective_scan/ops.py and gate_ops.py, because Python would let a GPU wait.
 #include "autograd.h"
 
 namespace selective_scan {
@@ -38,7 +39,7 @@ class Scan : public Function<Scan> {
   }
 };
 
-// Only the gradient of the gated norm is compiled. Triton or plain PyTorch runs the operator.
+// Of this operator, C++ has only the autograd function. Triton or plain PyTorch computes the result and the gradients.
 class NormGate : public Function<NormGate> {
   using Forward = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
   using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,

@@ -10,14 +10,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from selective_scan import gate_ops, ops  # noqa: F401, they define the operators
 
-# Multiply-adds for each state. The official counters of Mamba and of Spatial-Mamba use this number.
-STATE = 7
-STATE_BACKWARD = 2 * STATE + 4  # the states again, their adjoint, and the products of the four gradients
+# The official counters of Mamba and of Spatial-Mamba use this number.
+MULTIPLY_ADDS_PER_STATE = 7
+MULTIPLY_ADDS_PER_STATE_BACKWARD = (
+    2 * MULTIPLY_ADDS_PER_STATE + 4
+)  # the states again, their adjoint, and the products of the four gradients
 
 
 def scan_multiply_adds(u_shape, delta_shape, A_shape, *args) -> int:
-    """`STATE` for each of the B D N L states."""
-    return STATE * prod(u_shape) * A_shape[1]
+    """`MULTIPLY_ADDS_PER_STATE` for each of the B D N L states."""
+    return MULTIPLY_ADDS_PER_STATE * prod(u_shape) * A_shape[1]
 
 
 @register_flop_formula(torch.ops.selective_scan.selective_scan_state)
@@ -27,4 +29,4 @@ def _forward(*shapes, out_shape=None, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.selective_scan.selective_scan_state_backward)
 def _backward(grad_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * STATE_BACKWARD * prod(grad_shape)
+    return 2 * MULTIPLY_ADDS_PER_STATE_BACKWARD * prod(grad_shape)

@@ -53,7 +53,7 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
 
     Args:
         y: planes, (B, D, H, W), float16, bfloat16, float32 or float64.
-        z: tokens, (B, H, W, D), y's dtype; half of a projection's output is read without a copy.
+        z: tokens, (B, H, W, D), y's dtype; a view such as `projection.chunk(2, -1)[1]` is read without a copy.
         weight, bias: the norm's parameters, (D,), of any floating dtype, float64 if and only if y is.
         eps: added to the variance.
 
@@ -67,6 +67,6 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
         NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
     loading.check_tensors(y=y, z=z, weight=weight, bias=bias)
-    if (half := loading.autocast_dtype(y)) is not None:
-        y, z = loading.cast(y, half), loading.cast(z, half)
+    if (cast_to := loading.autocast_dtype(y)) is not None:
+        y, z = loading.cast(y, cast_to), loading.cast(z, cast_to)
     return loading.call("norm_gate", y, z, weight, bias, eps)

@@ -92,8 +92,8 @@ def selective_scan_state(
         NotImplementedError: an input has a tangent of forward-mode differentiation.
     """
     loading.check_tensors(u=u, delta=delta, A=A, B=B, **({} if delta_bias is None else {"delta_bias": delta_bias}))
-    if (half := loading.autocast_dtype(u)) is not None:
-        u, delta, B = (loading.cast(t, half) for t in (u, delta, B))
+    if (cast_to := loading.autocast_dtype(u)) is not None:
+        u, delta, B = (loading.cast(t, cast_to) for t in (u, delta, B))
         A = loading.cast(A, torch.float32)
         delta_bias = None if delta_bias is None else loading.cast(delta_bias, torch.float32)
     return loading.call("selective_scan_state", u, delta, A, B, delta_bias, delta_softplus, A_is_log)
