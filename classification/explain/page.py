@@ -238,7 +238,8 @@ def serve(viewer: Viewer, title: str, port: int = PORT) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # dropped images are kept here until the page ends
         server = _server(build(viewer, title))
         print(f"the page is at http://{HOST}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is then deleted, too
+        for ended in (signal.SIGTERM, signal.SIGHUP):  # so that the folder is then deleted, too
+            signal.signal(ended, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
 
@@ -268,6 +269,7 @@ def _server(page: "Blocks") -> object:
 
     # Without this, another site could point its own host name here and read what the page shows.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    page.has_launched = True  # or Gradio serves any file that a request names, as if it had been uploaded
     app = gr.mount_gradio_app(
         app,
         page,

@@ -428,8 +428,8 @@ def optimise_for_cpu(model: nn.Module, prepack_weights: bool = False) -> nn.Modu
         model: the model.
         prepack_weights: for inference, keep a copy of the weights that is cast and packed once: in bfloat16 under
             autocast or for a model in bfloat16, and in float32 where oneDNN leads. If a weight changes, its copy is
-            made anew. But a change through `.data`, NumPy, or another tensor or process that shares the memory may not
-            be seen until `model.eval()` or `model.train()` is called.
+            made anew. But a change through `.data`, NumPy, `torch.distributed`, or another tensor or process that
+            shares the memory may not be seen until `model.eval()` or `model.train()` is called.
     """
     keep_freed_memory()
     for module in model.modules():

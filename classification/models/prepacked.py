@@ -103,8 +103,9 @@ class Prepacked(nn.Module):
     """Holds packed weights until one of the tensors that they are made of changes.
 
     A change by an in-place operation, by an optimizer or by `load_state_dict` is seen. PyTorch does not count changes
-    through `.data`, NumPy, or another tensor or process that shares the memory: they are seen if they reach the first,
-    middle or last 64 bytes of a tensor, and all of them once `train()` or `eval()` of this module is called.
+    through `.data`, NumPy, `torch.distributed`, or another tensor or process that shares the memory. These are seen if
+    they reach the first, middle or last 64 bytes of a tensor, and all once `train()` or `eval()` of this module is
+    called.
     """
 
     def prepacked(self, name: object, make: Callable[[], tuple], *sources: Tensor | None) -> tuple:

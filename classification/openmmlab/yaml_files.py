@@ -25,11 +25,12 @@ def check_types(value: object, key: str = "") -> None:
     """Check the names of types. mmengine imports dotted ones and calls what they name, for example `subprocess.Popen`.
 
     They are in `type` and other keys that end so, for example EMAHook's `ema_type`, and in `constructor`. mmcv
-    evaluates the type of an NMS as Python. A `backend` of `backend_args` may import a module, too.
+    evaluates the type of an NMS as Python. A `backend` of `backend_args` may import a module, too. mmengine writes the
+    config as a Python file, for which it does not escape keys.
 
     Raises:
         UserError: a name is neither a registered one nor a class of PyTorch or of this repository; or it is of a type
-            that evaluates text.
+            that evaluates text; or a key or `save_dir` would make a program.
     """
     if key == "compile" and isinstance(value, dict) and (others := value.keys() - COMPILE):
         raise UserError(
@@ -37,6 +38,11 @@ def check_types(value: object, key: str = "") -> None:
         )
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(name, str) and (not name.isprintable() or set(name) & {"'", '"', "\\"}):
+                raise UserError(
+                    f"{key or 'the config'} has the key {name!r}, whose quotes or escapes mmengine would write into a "
+                    "Python config as they are; leave them out"
+                )
             check_types(item, f"{key}.{name}" if key else str(name))
     elif key.endswith("decode_backend") and value == "pickle":
         raise UserError(f"{key} is 'pickle', which can run code; write the data for 'numpy' or 'nifti'")
@@ -44,6 +50,10 @@ def check_types(value: object, key: str = "") -> None:
         raise UserError(f"{key} is {value!r}, which may import a module; of {', '.join(BACKENDS)}, name one")
     elif isinstance(value, str) and value.endswith(".py"):
         raise UserError(f"{key} is {value!r}, a program, which mmengine may run; write such a config in Python")
+    elif key.endswith("save_dir") and isinstance(value, str):  # of visualisers, which write the config as config.py
+        raise UserError(
+            f"{key} is {value!r}, where mmengine would write over config.py; leave it out, or use --work-dir"
+        )
     elif key.endswith("_scope_") and value not in SCOPES:
         raise UserError(f"{key} is {value!r}, which mmengine may import; of {', '.join(SCOPES)}, name one")
     elif key.endswith("teacher_config") and isinstance(value, str):  # a config, which mmdet reads without these checks

@@ -604,6 +604,14 @@ CONFIGS = {
         '{"default_scope": "mmdet", "model": {"a": [{"type": "subprocess.Popen", "args": ["touch", "ran"]}]}}',
         "model.a.0.type is 'subprocess.Popen', which is no registered name",
     ),
+    "key.json": (
+        json.dumps({"model": {"test_cfg": {"x': __import__('os').system('touch ran'), 'y": 0}}}),
+        "whose quotes or escapes mmengine would write into a Python config as they are; leave them out",
+    ),
+    "folder.yaml": (
+        "{model: {}, visualizer: {vis_backends: [{type: LocalVisBackend, save_dir: classification}]}}",
+        "visualizer.vis_backends.0.save_dir is 'classification', where mmengine would write over config.py",
+    ),
     "average.yaml": (
         "{model: {}, custom_hooks: [{type: EMAHook, ema_type: torch.hub.load}]}",
         "custom_hooks.0.ema_type is 'torch.hub.load', which is no registered name",
