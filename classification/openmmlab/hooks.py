@@ -221,12 +221,16 @@ class CheckResumed(Hook):
             )
         if "ema_state_dict" in checkpoint:
             _check_averaged(runner.model, checkpoint["ema_state_dict"], path)
+            _check_average_count(runner.hooks, checkpoint["ema_state_dict"], path, meta)
         _check_schedules(schedules, states, path, meta)
         of_schedules = chain(*schedules.values()) if isinstance(schedules, dict) else schedules
         names = {"lr", *(schedule.param_name for schedule in of_schedules)}
         names |= {"betas"} if "momentum" in names else set()  # which a schedule of Adam's momentum changes
         scheduled = names | {f"initial_{name}" for name in names}
+        if not schedules:
+            scheduled = set()
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path, scheduled)
+        _check_rates(checkpoint["optimizer"], states, path)
         _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
 
     def before_train(self, runner) -> None:
@@ -260,6 +264,23 @@ def _check_averaged(model: nn.Module, state: object, path: str) -> None:
             raise UserError(f"{path}: its ema_state_dict holds {key!r} as {value.dtype}, not {own[key].dtype}")
     if found := differences(own, state):
         raise UserError(f"{path}: its ema_state_dict is of another model: {found}")
+
+
+def _check_average_count(hooks: Sequence[Hook], state: dict, path: str, meta: dict) -> None:
+    """Raise a UserError if an average does not say how many steps it is of: mmengine would begin it anew."""
+    steps = state.get("steps")
+    begun = any(
+        isinstance(hook, EMAHook)
+        and meta["iter"] > hook.begin_iter
+        and (hook.begin_epoch == 0 or meta["epoch"] > hook.begin_epoch)
+        for hook in hooks
+    )
+    counts = isinstance(steps, torch.Tensor) and steps.numel() == 1 and not steps.is_floating_point()
+    if not counts or steps < 0 or (begun and steps == 0):
+        raise UserError(
+            f"{path}: its ema_state_dict has steps={steps!r:.60}, no count of the steps that it averages, so the "
+            "average would begin anew; start from its weights by load_from, without --resume"
+        )
 
 
 def _digest(state: dict) -> str:
@@ -432,9 +453,9 @@ def _check_schedules(schedules: list | dict, states: object, path: str, meta: di
                     f"config says ({ours!r:.60})"
                 )
         done, begin, end = meta["epoch" if schedule.by_epoch else "iter"], state["begin"], state["end"]
-        if isinstance(schedule, ReduceOnPlateauParamScheduler) or begin > done:
-            continue  # it steps when a score is known; or it has not begun
-        expected = min(done - begin, end - begin - 1)
+        if isinstance(schedule, ReduceOnPlateauParamScheduler):
+            continue  # it steps when a score is known
+        expected = max(min(done - begin, end - begin - 1), -1)  # -1 before it begins
         if state["last_step"] != expected:
             _warn(
                 f"{path}: its {type(schedule).__name__} is at step {state['last_step']}, not at {expected} as after "
@@ -490,6 +511,7 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
                     other.setdefault(name, (group[name], ours[name]))
         for name, (there_is, ours) in sorted(other.items()):
             _warn(f"{path}: its optimizer goes on with {name}={there_is!r}, whatever the config says ({ours!r})")
+        _check_has_moments(saved["state"], groups, list(zip(chain(*there), chain(*own), strict=True)), path)
         for i, parameter in zip(chain(*there), chain(*own), strict=True):
             state = saved["state"].get(i, {})
             if not torch.as_tensor(state.get("step", 0)).ge(0).all():
@@ -504,6 +526,49 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
             f"{path}: its optimizer does not fit the config's optim_wrapper ({error!s:.300}); set the one that it was "
             "trained with, or start from its weights by load_from, without --resume"
         ) from error
+
+
+def _check_has_moments(states: dict, groups: list[dict], parameters: list[tuple], path: str) -> None:
+    """Warn of parameters without moments, which begin anew; those that nothing trains have none.
+
+    Raises:
+        ValueError: there are no moments at all, or some of no parameter.
+    """
+    if others := states.keys() - {i for i, _ in parameters}:
+        raise ValueError(f"its state has the keys {sorted(map(repr, others))[:3]}, which are no parameters")
+    keeps = any("betas" in group or group.get("momentum") or "alpha" in group for group in groups)
+    trained = [i for i, parameter in parameters if parameter.requires_grad]
+    if keeps and trained and not states:
+        raise ValueError("its state is empty, so that all moments would begin anew")
+    lacking = [i for i in trained if not states.get(i)]
+    if keeps and lacking:
+        _warn(
+            f"{path}: its optimizer has no moments of {len(lacking)} of {len(trained)} parameters (the first is number "
+            f"{lacking[0]}), which begin anew unless nothing trains them"
+        )
+
+
+def _check_rates(saved: dict, schedules: list, path: str) -> None:
+    """Check the rate of each group: mmengine's schedules multiply it, so that a wrong one stays wrong to the end.
+
+    Raises:
+        UserError: a rate is negative.
+    """
+    for i, group in enumerate(saved["param_groups"]):
+        rate = group.get("lr", 0)
+        if not isinstance(rate, int | float | torch.Tensor) or rate < 0:
+            raise UserError(
+                f"{path}: its optimizer has the rate {rate!r} in group {i}; start from its weights by load_from, "
+                "without --resume"
+            )
+        values = [one.get("_last_value") for one in schedules if one.get("param_name") == "lr"]
+        values = [float(one[i]) for one in values if isinstance(one, list) and len(one) == len(saved["param_groups"])]
+        if values and not any(math.isclose(rate, one, rel_tol=1e-6) for one in values):
+            _warn(
+                f"{path}: its optimizer has the rate {float(rate)!r} in group {i}, where its schedules left "
+                f"{values[-1]!r}: rates go on from it"
+            )
+            return
 
 
 def _check_settings(group: dict, ours: dict) -> None:

@@ -403,9 +403,31 @@ def _warn_of_misspelt_keys(cfg: Config, options: dict) -> None:
         close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
         if close:
             print_log(f"--cfg-options {key}: the config has no {name}; is {close[0]} meant?", level=logging.WARNING)
+        elif name not in known and name != "data_root":
+            meant = f"; {NEWER_NAMES[name]} is its newer name" if name in NEWER_NAMES else " but code of your own"
+            print_log(
+                f"--cfg-options {key}: the config has no {name}, and nothing reads it{meant}", level=logging.WARNING
+            )
         elif misspelt := _misspelt_within(cfg, key):
             place, part, meant = misspelt
             print_log(f"--cfg-options {key}: {place} has no {part}; is {meant} meant?", level=logging.WARNING)
+
+
+# What mmdet 2 and mmseg 0 called otherwise.
+NEWER_NAMES = {
+    "checkpoint_config": "default_hooks.checkpoint",
+    "data": "train_dataloader",
+    "deterministic": "randomness.deterministic",
+    "evaluation": "train_cfg.val_interval",
+    "log_config": "default_hooks.logger",
+    "lr_config": "param_scheduler",
+    "optimizer": "optim_wrapper.optimizer",
+    "optimizer_config": "optim_wrapper",
+    "runner": "train_cfg",
+    "seed": "randomness.seed",
+    "total_epochs": "train_cfg.max_epochs",
+    "total_iters": "train_cfg.max_iters",
+}
 
 
 def _misspelt_within(cfg: Config, key: str) -> tuple[str, str, str] | None:

@@ -1611,9 +1611,14 @@ def test_data_root_of_a_config_that_names_classes(tmp_path):
 def test_misspelt_options_are_named(monkeypatch):
     said = []
     monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
-    right = {"data_root": "b", "mine": 1, "load_from": "a.pth", "val_cfg.x": 1, "tta_pipeline": [], "model.bakbone": 1}
+    right = {"data_root": "b", "load_from": "a.pth", "val_cfg.x": 1, "tta_pipeline": [], "model.bakbone": 1}
     tools.merge_options(Config(dict(model={}, data_root="a/", test_pipeline=[])), right)
     assert said == []
+    tools.merge_options(Config(dict(model={})), {"mine": 1, "seed": 42, "data.samples_per_gpu": 1})
+    assert [one.partition("nothing reads it")[2] for one in said] == [
+        *(" but code of your own", "; randomness.seed is its newer name", "; train_dataloader is its newer name")
+    ]
+    said.clear()
     named = dict(classes=("cat", "dog"))  # one is called as the folder
     cfg = Config(dict(model={}, data_root="cat/", metainfo=named, a=dict(classes="cat/names.txt"), b=["cat", "cat/d"]))
     tools.merge_options(cfg, {"data_root": "e"})
@@ -1999,10 +2004,16 @@ COSINE = CosineAnnealingLR(OPTIMIZER, T_max=5)
 def resumable(**changed) -> dict:
     """A checkpoint of training of a layer of two weights, with a schedule."""
     state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(1, 2), "exp_avg_sq": torch.ones(2, 1).t()}}
-    optimizer = {"state": state, "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99), "params": [0]}]}
+    optimizer = {"state": state, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.99), "params": [0]}]}
     parts = dict(meta={"epoch": 1, "iter": 3}, message_hub=MessageHub("a").state_dict(), optimizer=optimizer)
     parts["param_schedulers"] = [COSINE.state_dict() | {"last_step": 1}]  # after an epoch
     return {k: v for k, v in {**parts, **changed}.items() if v is not None}
+
+
+def with_rate(rate: float) -> dict:
+    found = resumable()
+    found["optimizer"]["param_groups"][0]["lr"] = rate
+    return found
 
 
 def optimizer_of(groups: int = 1, **state) -> dict:
@@ -2076,6 +2087,14 @@ RESUMED = {
         NOT_ITS_OWN + r"its betas are \(1, 1\), not in \[0, 1\)",
     ),
     "no groups": (dict(optimizer={"state": {}}), NOT_ITS_OWN + "'param_groups'"),
+    "no moments": (
+        dict(optimizer={"state": {}, "param_groups": [{"betas": (0.9, 0.99), "params": [0]}]}),
+        NOT_ITS_OWN + "its state is empty, so that all moments would begin anew",
+    ),
+    "moments of texts": (
+        dict(optimizer={"state": {"0": {}}, "param_groups": [{"betas": (0.9, 0.99), "params": [0]}]}),
+        NOT_ITS_OWN + "its state has the keys .*'0'.*, which are no parameters",
+    ),
 }
 
 
@@ -2098,7 +2117,7 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     hook.after_load_checkpoint(runner, whole)
     assert whole["optimizer"]["state"][0]["exp_avg_sq"].stride() == LAYER.weight.stride()
     said.clear()
-    whole["optimizer"]["param_groups"][0] |= {"eps": 1e10, "betas": [0.9, 0.999], "lr": 2.0, "weight_decay": 0.01}
+    whole["optimizer"]["param_groups"][0] |= {"eps": 1e10, "betas": [0.9, 0.999], "weight_decay": 0.01}
     hook.after_load_checkpoint(runner, whole)
     assert said == ["c.pth: its optimizer goes on with eps=10000000000.0, whatever the config says (1e-08)"]
     said.clear()
@@ -2109,9 +2128,32 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     assert said[0].startswith("c.pth: its CosineAnnealingLR goes on with eta_min=2.0, whatever the config says (0")
     with pytest.raises(UserError, match=r"^c\.pth: its CosineAnnealingLR has an array as T_max"):
         hook.after_load_checkpoint(runner, resumable(param_schedulers=[COSINE.state_dict() | {"T_max": np.ones(2)}]))
+    said.clear()
+    with pytest.raises(UserError, match=r"^c\.pth: its optimizer has the rate -0\.1 in group 0"):
+        hook.after_load_checkpoint(runner, with_rate(-0.1))
+    hook.after_load_checkpoint(runner, with_rate(3e-3))
+    assert said[-1] == (
+        "c.pth: its optimizer has the rate 0.003 in group 0, where its schedules left 0.001: rates go on from it"
+    )
+    said.clear()
+    later = COSINE.state_dict() | {"begin": 3, "end": 9, "last_step": 4}
+    monkeypatch.setattr(COSINE, "begin", 3)
+    monkeypatch.setattr(COSINE, "end", 9)
+    hook.after_load_checkpoint(runner, resumable(param_schedulers=[later]))
+    assert "c.pth: its CosineAnnealingLR is at step 4, not at -1 as after 1 epochs" in said[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(hooks, "_warn", said.append)
+    said.clear()
     runner.hooks = [EMAHook()]
     averaged = {"steps": torch.tensor(3), "module.weight": torch.ones(1, 2)}
     hook.after_load_checkpoint(runner, resumable(ema_state_dict=averaged))
+    for steps in (None, torch.tensor(0), torch.tensor(-20000), torch.tensor(3.0), 3):
+        wrong = {"module.weight": torch.ones(1, 2), **({} if steps is None else {"steps": steps})}
+        with pytest.raises(UserError, match="no count of the steps that it averages"):
+            hook.after_load_checkpoint(runner, resumable(ema_state_dict=wrong))
+    later = dict(meta={"epoch": 1, "iter": 3}, ema_state_dict=averaged | {"steps": torch.tensor(0)})
+    runner.hooks = [EMAHook(begin_iter=5)]
+    hook.after_load_checkpoint(runner, resumable(**later))
     runner.param_schedulers = None
     with pytest.raises(UserError, match="has 1 rate schedules, which are not the 0 of"):
         hook.after_load_checkpoint(runner, resumable())
