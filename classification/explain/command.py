@@ -208,7 +208,8 @@ def _matrix(run: Run) -> Drawn:
     which = f"channels {', '.join(map(str, channels))}" if channels else "all channels"
     title = f"What position {query[0]}, {query[1]} takes from the others: {run.size}, {run.weights}"
     title += f"\nstage {stage}, block {block}, {which}"
-    return draw_mixing(run.pictures, arrays["scan"], arrays["fused"], query, title, run.names), arrays
+    stride = 2 ** (stage + 2)
+    return draw_mixing(run.pictures, arrays["scan"], arrays["fused"], query, stride, title, run.names), arrays
 
 
 def _cam(run: Run) -> Drawn:

@@ -197,6 +197,7 @@ def draw_mixing(
     without: Sequence[np.ndarray],
     fused: Sequence[np.ndarray],
     query: tuple[int, int],
+    stride: int,
     title: str = "",
     names: Sequence[str] = (),
 ) -> Figure:
@@ -210,6 +211,7 @@ def draw_mixing(
         without: for each image, rows of the matrix without fusion, (K, H, W). The mean of their magnitudes is drawn.
         fused: the same with fusion.
         query: (row, column) of the position.
+        stride: stride of the map, in pixels.
         title: title of the figure.
         names: names of the images.
     """
@@ -218,8 +220,8 @@ def draw_mixing(
     panels.name_columns(["image", "scan alone", "with fusion"])
     for row, picture, *rows in zip(panels.axes, pictures, without, fused, strict=True):
         row[0].imshow(picture)
-        height, width = rows[0].shape[-2:]
-        _outline(row[0], query, picture.shape[0] / height, picture.shape[1] / width)
+        width = rows[0].shape[-1]
+        _outline(row[0], query, stride, stride)
         for ax, values in zip(row[1:], rows, strict=True):
             magnitudes = np.abs(values).mean(0)
             others = np.delete(magnitudes.ravel(), query[0] * width + query[1])

@@ -186,6 +186,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         for metric, its in datasets_of_metrics(cfg, split, datasets):
             _check_loads_maps(metric, its, split)
             _check_packs_what_is_written(metric, its, split)
+            _check_removes_nothing(metric, split)
             if metric.get("ann_file"):
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
                 if not _is_remote(metric):
@@ -361,7 +362,7 @@ def _check_same_labels(cfg: Config, splits: Sequence[str]) -> None:
                     one, old, new = moved
                     raise UserError(
                         f"{place} and {key} have their classes in another order: {one!r} is class {old} and {new}; "
-                        "make them equal, and where annotation files disagree, their categories"
+                        "make them equal, and with them the labels in maps, or the categories of annotation files"
                     )
 
 
@@ -532,6 +533,17 @@ def _check_loads_maps(metric: ConfigDict, datasets: list[ConfigDict], split: str
                 f"{'has no data_prefix.seg_map_path' if loads else 'has no LoadAnnotations in its pipeline'}; if there "
                 "are no maps, set format_only=True and output_dir in the metric, which then only writes the predictions"
             )
+
+
+def _check_removes_nothing(metric: ConfigDict, split: str) -> None:
+    """Raise a UserError if mmseg's CityscapesMetric would remove a folder that it has not made."""
+    folder = metric.get("output_dir")
+    removes = is_kind(metric, "CityscapesMetric") and folder and not metric.get("keep_results")
+    if removes and is_dir(folder) and any(Path(folder).iterdir()):
+        raise UserError(
+            f"{split}_evaluator.output_dir: CityscapesMetric would remove the folder {folder}, which is not empty; "
+            "name a new one, or set keep_results=True"
+        )
 
 
 def _check_packs_what_is_written(metric: ConfigDict, datasets: list[ConfigDict], split: str) -> None:
@@ -827,10 +839,13 @@ def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
     at = next(
         (i for i, (a, b) in enumerate(zip(names, classes, strict=False)) if a != b), min(len(names), len(classes))
     )
+    advice = "set metainfo.classes to its own"
+    if sorted(names) == sorted(map(str, classes)):
+        advice += ", and number the data alike (the labels in maps, or the categories' order in the annotation file)"
     here, there = (repr(found[at]) if at < len(found) else "missing" for found in (classes, names))
     raise UserError(
         f"{path}: its classes are not the data set's: class {at} is {there} in it and {here} in the data set "
-        f"({len(names)} and {len(classes)} classes); set metainfo.classes to its own, or train for these"
+        f"({len(names)} and {len(classes)} classes); {advice}, or train for these"
         f"{normalisation_hint(names, map(str, classes))}"
     )
 

@@ -562,7 +562,7 @@ def _check_rates(saved: dict, schedules: list, path: str) -> None:
                 "without --resume"
             )
         values = [one.get("_last_value") for one in schedules if one.get("param_name") == "lr"]
-        values = [float(one[i]) for one in values if isinstance(one, list) and len(one) == len(saved["param_groups"])]
+        values = [float(one[i]) for one in values if isinstance(one, list) and len(one) >= len(saved["param_groups"])]
         if values and not any(math.isclose(rate, one, rel_tol=1e-6) for one in values):
             _warn(
                 f"{path}: its optimizer has the rate {float(rate)!r} in group {i}, where its schedules left "

@@ -911,6 +911,13 @@ def _draw(args: argparse.Namespace, cfg: Config) -> None:
     for key, part in {"default_hooks.visualization": cfg.get("default_hooks", {}), "visualizer": cfg}.items():
         if not part.get(key.rpartition(".")[2]):
             raise UserError(f"{args.config}: has no {key}, which draws; add it, or leave --show out")
+    steps = [step for one in datasets_of(cfg.test_dataloader.dataset) for step in steps_of(one.get("pipeline") or ())]
+    if any(str(step.get("color_type")).endswith(("ignore_orientation", "unchanged")) for step in steps):
+        print_log(
+            "the images are loaded without their EXIF orientation, but drawn with it: on turned photographs, drawings "
+            "are not in their places",
+            level=logging.WARNING,
+        )
     cfg.default_hooks.visualization.update(draw=True, show=args.show, wait_time=args.wait_time)
     if cfg.default_scope == "mmdet":
         cfg.default_hooks.visualization.test_out_dir = args.show_dir

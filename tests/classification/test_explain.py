@@ -314,6 +314,14 @@ def test_receptive_field_of_a_known_kernel(output_fmt):
         effective_receptive_field(model, images, (9, 0))
 
 
+def test_drawn_matrices_have_the_positions_pixels_outlined():
+    """Also where the image's side is no multiple of the stride."""
+    rows = [np.ones((2, 3, 3))]
+    figure = explaining.draw_mixing([np.zeros((33, 33, 3), np.uint8)], rows, rows, (2, 1), 16)
+    (box,) = figure.axes[0].patches
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (15.5, 31.5, 16, 16)
+
+
 def test_drawn_receptive_fields_have_the_positions_pixels_outlined():
     scores = np.ones((96, 64))
     figure = explaining.draw_receptive_fields({"one": scores, "other": scores}, (2, 1), 32)

@@ -1725,7 +1725,11 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
         checks.check_checkpoint(model, path, classes=["cat", "dog", "owl"])
         checks.check_checkpoint(model, path)
         for other, message in (
-            (["cat", "owl", "dog"], "class 1 is 'dog' in it and 'owl' in the data set (3 and 3 classes)"),
+            (
+                ["cat", "owl", "dog"],
+                "class 1 is 'dog' in it and 'owl' in the data set (3 and 3 classes); set metainfo.classes to its own, and "
+                "number the data alike",
+            ),
             (["cat", "dog"], "class 2 is 'owl' in it and missing in the data set (3 and 2 classes)"),
         ):
             with pytest.raises(UserError, match=re.escape(message)):
@@ -2129,9 +2133,10 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     with pytest.raises(UserError, match=r"^c\.pth: its CosineAnnealingLR has an array as T_max"):
         hook.after_load_checkpoint(runner, resumable(param_schedulers=[COSINE.state_dict() | {"T_max": np.ones(2)}]))
     said.clear()
+    of_wrapper = COSINE.state_dict() | {"last_step": 1, "_last_value": [1e-3, 1e-3]}  # which has a group of its own
     with pytest.raises(UserError, match=r"^c\.pth: its optimizer has the rate -0\.1 in group 0"):
         hook.after_load_checkpoint(runner, with_rate(-0.1))
-    hook.after_load_checkpoint(runner, with_rate(3e-3))
+    hook.after_load_checkpoint(runner, with_rate(3e-3) | dict(param_schedulers=[of_wrapper]))
     assert said[-1] == (
         "c.pth: its optimizer has the rate 0.003 in group 0, where its schedules left 0.001: rates go on from it"
     )
@@ -2427,6 +2432,21 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
     with pytest.raises(UserError, match="maps are written in 8 bits, which hold 256 labels, not 300"):
         tools.write_maps(cfg, "out")
     assert tools._work_dir(argparse.Namespace(work_dir="~/run"), cfg) == str(Path("~/run").expanduser())
+
+
+def test_drawings_of_turned_photographs(monkeypatch):
+    """Drawing hooks read the image again, and turn it."""
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
+    for colour, expected in (("color", 0), ("color_ignore_orientation", 1), ("unchanged", 1)):
+        cfg = Config(
+            dict(default_hooks=dict(visualization=dict(type="A")), visualizer=dict(type="B"), default_scope="mmdet")
+        )
+        pipeline = [dict(type="LoadImageFromFile", color_type=colour)]
+        cfg.test_dataloader = dict(dataset=dict(type="CocoDataset", pipeline=pipeline))
+        tools._draw(argparse.Namespace(show=False, wait_time=2, show_dir="drawn"), cfg)
+        assert ["on turned photographs, drawings are not in" in one for one in said] == [True] * expected
+        said.clear()
 
 
 def test_augmentation_in_wrapped_data_sets():

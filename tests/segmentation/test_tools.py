@@ -226,6 +226,22 @@ def test_wrong_data_root(monkeypatch):
     assert "/nowhere/images/training: no such folder (train_dataloader.dataset.data_prefix.img_path)" in said
 
 
+def test_a_metric_removes_no_folder_of_others(scenes, tmp_path):
+    cfg = Config.fromfile(MICRO)
+    tools.merge_options(cfg, {"data_root": str(scenes)})
+    cfg.val_evaluator = dict(type="CityscapesMetric", output_dir=str(tmp_path / "maps"))
+    check_data(cfg, ("val",))
+    (tmp_path / "maps").mkdir()
+    check_data(cfg, ("val",))
+    (tmp_path / "maps/mine").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"val_evaluator.output_dir: CityscapesMetric would remove the folder /.*maps, "
+    ):
+        check_data(cfg, ("val",))
+    cfg.val_evaluator.keep_results = True
+    check_data(cfg, ("val",))
+
+
 def test_maps_as_images(monkeypatch, scenes):
     same = "train_dataloader.dataset.data_prefix.img_path=annotations/training"
     said = message(monkeypatch, tools.train, MICRO, *options(scenes, same))
