@@ -64,8 +64,13 @@ def misread_samples(image: Image.Image) -> str | None:
     if image.mode in ("P", "PA") and 0 < max(_tag(image, COLOR_MAP, 0)) <= 255:
         return "its colour map has 8 bits in place of 16, which Pillow reads as black; convert it to PNG"
     sampling = _tag(image, SUBSAMPLING, (2, 2))
-    if (_tag(image, PHOTOMETRIC, 1), _tag(image, COMPRESSION, 1)) == ((YCBCR,), (1,)) and sampling != (1, 1):
-        return f"its colours have fewer pixels (YCbCrSubSampling {sampling}) and no compression; convert it to PNG"
+    if (_tag(image, PHOTOMETRIC, 1), _tag(image, COMPRESSION, 1)) == ((YCBCR,), (1,)):
+        if sampling != (1, 1):
+            return f"its colours have fewer pixels (YCbCrSubSampling {sampling}) and no compression; convert it to PNG"
+        if image.mode != "YCbCr":  # Pillow 12 takes it for pixels of four bytes
+            return (
+                f"its colours are YCbCr without compression, which this Pillow reads as {image.mode}; convert it to PNG"
+            )
     return misread_planes(image)
 
 

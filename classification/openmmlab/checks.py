@@ -386,9 +386,9 @@ def _check_learns(model: ConfigDict) -> None:
                     "label 0, or with nothing; leave it out, or set out_channels=2"
                 )
             weights = loss.get("class_weight")
-            number = None if is_kind(head, *OTHER_CLASSES) else head.get("num_classes")
+            number = None if is_kind(head, *OTHER_CLASSES) else head.get("out_channels") or head.get("num_classes")
             if isinstance(weights, list | tuple) and number not in (None, len(weights)):
-                raise UserError(f"{place}.class_weight has {len(weights)} numbers, but {part} has {number} classes")
+                raise UserError(f"{place}.class_weight has {len(weights)} numbers, but {part} has {number} channels")
         if head.get("num_classes") == 1 and not is_kind(head, *OTHER_CLASSES) and "Depth" not in kind_of(head):
             raise UserError(
                 f"{part} has one class, so each label is 0 or ignored, and any prediction counts as right: make the "

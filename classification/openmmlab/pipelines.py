@@ -35,9 +35,9 @@ def insert_label_checks(cfg: Config) -> None:
 
 
 def pass_class_weights(cfg: Config) -> None:
-    """Set `class_weight` of each CheckLabels in the training pipeline if a loss has class weights."""
+    """Set `class_weight` of each CheckLabels in the training pipeline if a loss by softmax has class weights."""
     losses = [loss for _, head in segmentation_heads(cfg.model) for _, loss in parts_of("", head.get("loss_decode"))]
-    weighted = any(loss.get("class_weight") for loss in losses)
+    weighted = any(loss.get("class_weight") and not loss.get("use_sigmoid") for loss in losses)
     for dataset in with_pipelines(cfg.train_dataloader.dataset) if weighted else ():
         for step in steps_of(dataset.pipeline):
             if kind_of(step) == "CheckLabels":

@@ -1727,8 +1727,8 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
         for other, message in (
             (
                 ["cat", "owl", "dog"],
-                "class 1 is 'dog' in it and 'owl' in the data set (3 and 3 classes); set metainfo.classes to its own, and "
-                "number the data alike",
+                "class 1 is 'dog' in it and 'owl' in the data set (3 and 3 classes); set metainfo.classes to its own, "
+                "and number the data alike",
             ),
             (["cat", "dog"], "class 2 is 'owl' in it and missing in the data set (3 and 2 classes)"),
         ):
@@ -2360,6 +2360,8 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeyp
         (dict(num_classes=2), None),
         (dict(num_classes=2, loss_decode=dict(softmax, class_weight=[1, 1, 1])), "class_weight has 3 numbers"),
         (dict(num_classes=2, loss_decode=dict(softmax, class_weight=[1, 1])), None),
+        (dict(num_classes=2, out_channels=1, loss_decode=dict(sigmoid, class_weight=[3.0])), None),
+        (dict(num_classes=2, out_channels=1, loss_decode=dict(sigmoid, class_weight=[1, 3])), "but .* has 1 channels"),
     ):
         cfg = Config(dict(model=dict(decode_head=dict(type="UPerHead", **head)), train_dataloader=loader))
         with pytest.raises(UserError, match=message) if message else nullcontext():
