@@ -197,7 +197,7 @@ def build(viewer: Viewer, title: str) -> "Blocks":
                 )
                 # Pass on the dropped file: `read_image` reads it, or says why it cannot. (For a subclass of a
                 # component, Gradio would write a file beside this one.)
-                image.preprocess = lambda payload: None if payload is None else payload.path
+                image.preprocess = _dropped_path
                 problem = gr.HTML(elem_id="problem")
                 prediction = gr.Label(
                     label="Prediction", num_top_classes=MOST_LIKELY, visible=viewer.model.num_classes > 0
@@ -220,6 +220,16 @@ def build(viewer: Viewer, title: str) -> "Blocks":
         for stage, (block, drawing) in enumerate(zip(blocks, drawings, strict=True)):
             block.change(said(look_at(stage), 1), [image, colour, block], [problem, drawing], api_visibility="private")
     return page
+
+
+def _dropped_path(payload: object) -> str | None:
+    """Return the path of a dropped image. A request could name any other file, which Gradio does not look at."""
+    if payload is None:
+        return None
+    folder = os.path.realpath(os.environ["GRADIO_TEMP_DIR"])
+    if not os.path.realpath(payload.path).startswith(folder + os.sep):
+        raise ValueError("the image was not uploaded by a user")
+    return payload.path
 
 
 def serve(viewer: Viewer, title: str, port: int = PORT) -> None:

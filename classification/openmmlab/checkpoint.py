@@ -201,4 +201,8 @@ def weights_of(content: dict, path: str | Path) -> StateDict:
         keys = ", ".join(map(str, list(content)[:8]))
         raise UserError(f"{path}: holds no weights under 'state_dict' and is no state dict; its keys are {keys}")
     check_weights(state, path, counts="")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    found = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(found) < len(state):
+        twice = next(key for key in state if f"module.{key}" in state)
+        raise UserError(f"{path}: its weights hold {twice!r} and 'module.{twice}', which are one parameter; remove one")
+    return found

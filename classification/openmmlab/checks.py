@@ -201,7 +201,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                         f"{split}_evaluator compares masks, but model.roi_head has no mask_head; set its metric='bbox'"
                     )
         if loader:
-            _warn_of_steps(cfg, split, loader.dataset)
+            _check_steps(cfg, split, loader.dataset)
     if "train" in splits:
         _check_learns(cfg.model)
         _check_loads_masks(cfg)
@@ -239,64 +239,82 @@ def _check_tested_once(cfg: Config, split: str, dataset: ConfigDict) -> None:
 REPEATING = ("RepeatDataset", "ClassBalancedDataset")
 
 
-def _warn_of_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
-    """Warn of images that are normalised twice, of labels that are scaled before they are compared, and of chance.
+def _check_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
+    """Warn of images that are normalised twice, and of steps that spoil what is learnt or compared.
 
     Raises:
         UserError: images for training are moved before their labels are loaded.
     """
     given = cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor") or {}
-    is_segmentation = cfg.get("default_scope") == "mmseg"
-    of_loaded_boxes = any(is_kind(metric, "VOCMetric", "OpenImagesMetric") for metric in metrics_of(cfg, split))
     for part in with_pipelines(dataset):
-        steps = list(steps_of(part.pipeline))
-        key = f"{split}_dataloader.dataset.pipeline"
+        steps, key = list(steps_of(part.pipeline)), f"{split}_dataloader.dataset.pipeline"
         if given.get("mean") and any(is_kind(step, "Normalize") for step in steps):
-            print_log(
-                f"{key} has a Normalize, and data_preprocessor a mean: images are normalised twice; leave one out",
-                level=logging.WARNING,
-            )
-        loads = next((i for i, step in enumerate(steps) if is_kind(step, "LoadAnnotations")), len(steps))
-        moving = [step for step in steps[loads:] if is_kind(step, *MOVES_BOXES)]
-        of_maps = is_segmentation and split != "train"
-        if moving and (of_loaded_boxes or of_maps):
-            print_log(
-                f"{key} has {kind_of(moving[0])} after LoadAnnotations, which then scales the true "
-                f"{'maps' if of_maps else 'boxes'}, but not the predicted ones that they are compared with; put "
-                "LoadAnnotations after it",
-                level=logging.WARNING,
-            )
-        early = [step for step in steps[:loads] if is_kind(step, *MOVES_BOXES)] if loads < len(steps) else []
-        if early and split == "train":
-            raise UserError(
-                f"{key} has {kind_of(early[0])} before LoadAnnotations, so boxes, masks or maps are not moved with the "
-                "image; put LoadAnnotations before it"
-            )
-        crop, padded = _last_crop(steps), given.get("size")
-        if is_segmentation and split == "train" and crop and padded and any(map(int.__lt__, crop, padded)):
-            print_log(
-                f"{key} crops images to {crop}, but data_preprocessor.size is {tuple(padded)}: all are padded to that, "
-                "and the loss is a mean over the padding too; make them equal",
-                level=logging.WARNING,
-            )
+            _warn(f"{key} has a Normalize, and data_preprocessor a mean: images are normalised twice; leave one out")
+        _check_order(cfg, split, steps, key)
+        if split == "train":
+            _warn_of_padding(cfg, steps, given.get("size"), key)
+        else:
+            _warn_of_changed_images(cfg, part.pipeline, key)
 
-        if split != "train":
-            plain = [step for step in part.pipeline if isinstance(step, dict) and not is_kind(step, "TestTimeAug")]
-            compared = any(is_kind(step, "LoadAnnotations") for step in steps)  # not for classification
-            moves = ("CenterCrop", "Pad") if is_segmentation else ("CenterCrop",)
-            for step in steps_of(plain):
-                if compared and is_kind(step, *moves):
-                    print_log(
-                        f"{key} has {kind_of(step)}, but predictions are compared as if they were of the whole image; "
-                        "leave it out, and pad by size_divisor in data_preprocessor.test_cfg if the model needs that",
-                        level=logging.WARNING,
-                    )
-            for step in filter(_is_by_chance, steps_of(plain)):
-                print_log(
-                    f"{key} has {kind_of(step)}, which changes images by chance, so that the score changes from run to "
-                    "run, and mmdet does not flip boxes back; leave it out",
-                    level=logging.WARNING,
-                )
+
+def _check_order(cfg: Config, split: str, steps: list[ConfigDict], key: str) -> None:
+    """Warn of labels that are scaled before they are compared.
+
+    Raises:
+        UserError: images for training are moved before their labels are loaded.
+    """
+    loads = next((i for i, step in enumerate(steps) if is_kind(step, "LoadAnnotations")), None)
+    if loads is None:
+        return
+    early = [step for step in steps[:loads] if is_kind(step, *MOVES_BOXES, *MOVES_IN_TRAINING)]
+    late = [step for step in steps[loads:] if is_kind(step, *MOVES_BOXES)]
+    if early and split == "train":
+        raise UserError(
+            f"{key} has {kind_of(early[0])} before LoadAnnotations, so boxes, masks or maps are not moved with the "
+            "image; put LoadAnnotations before it"
+        )
+    of_maps = cfg.get("default_scope") == "mmseg" and split != "train"
+    of_loaded_boxes = any(is_kind(metric, "VOCMetric", "OpenImagesMetric") for metric in metrics_of(cfg, split))
+    if late and (of_loaded_boxes or of_maps):
+        _warn(
+            f"{key} has {kind_of(late[0])} after LoadAnnotations, which then scales the true "
+            f"{'maps' if of_maps else 'boxes'}, but not the predicted ones that they are compared with; put "
+            "LoadAnnotations after it"
+        )
+
+
+def _warn_of_padding(cfg: Config, steps: list[ConfigDict], size: Sequence[int] | None, key: str) -> None:
+    """Warn if mmseg pads all crops for training, to data_preprocessor's `size`."""
+    crop = _last_crop(steps)
+    if cfg.get("default_scope") == "mmseg" and crop and size and any(map(int.__lt__, crop, size)):
+        _warn(
+            f"{key} crops images to {crop}, but data_preprocessor.size is {tuple(size)}: all are padded to that, and "
+            "the loss is a mean over the padding too; make them equal"
+        )
+
+
+def _warn_of_changed_images(cfg: Config, pipeline: Sequence, key: str) -> None:
+    """Warn of steps for validation or a test that crop or pad images, or change them by chance."""
+    plain = [step for step in pipeline if isinstance(step, dict) and not is_kind(step, "TestTimeAug")]
+    compared = any(is_kind(step, "LoadAnnotations") for step in steps_of(pipeline))  # not for classification
+    is_segmentation = cfg.get("default_scope") == "mmseg"
+    moves = ("CenterCrop", "Pad") if is_segmentation else ("CenterCrop",)
+    for step in steps_of(plain):
+        if compared and is_kind(step, *moves):
+            _warn(
+                f"{key} has {kind_of(step)}, but predictions are compared as if they were of the whole image; leave it "
+                "out, and if the model needs padding, set "
+                f"data_preprocessor.{'test_cfg.size_divisor' if is_segmentation else 'pad_size_divisor'}"
+            )
+    for step in filter(_is_by_chance, steps_of(plain)):
+        _warn(
+            f"{key} has {kind_of(step)}, which changes images by chance, so that the score changes from run to run, "
+            "and mmdet does not flip boxes back; leave it out"
+        )
+
+
+def _warn(message: str) -> None:
+    print_log(message, level=logging.WARNING)
 
 
 def _is_by_chance(step: ConfigDict) -> bool:
@@ -314,6 +332,12 @@ BY_CHANCE = (  # beside what is called Random; with subclasses of any name
 MOVES_BOXES = (
     *("Resize", "RandomFlip", "RandomResize", "RandomChoiceResize", "FixScaleResize", "ResizeShortestEdge"),
     *("RandomCrop", "RandomRotate"),
+)
+
+
+MOVES_IN_TRAINING = (
+    *("BioMedical3DRandomCrop", "CenterCrop", "Expand", "MinIoURandomCrop", "RandomAffine", "RandomCenterCropPad"),
+    *("RandomRotFlip", "RandomShift", "ResizeToMultiple", "Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"),
 )
 
 

@@ -83,7 +83,11 @@ def check_annotations(path: str, classes: list[str], use: Use) -> None:
     images, annotations = (_entries(path, content, key) for key in ("images", "annotations"))
     for what, there in {"images": images, "annotations": annotations if annotated else True}.items():
         if not there:
-            advice = "; to write predictions alone, set format_only=True in the metric" if use.scored else ""
+            advice = (
+                "; to write predictions alone, set format_only=True and outfile_prefix in the metric"
+                if use.scored
+                else ""
+            )
             purpose = "train on" if use.trains else "test"
             raise UserError(f"{path}: has no {what}, so there is nothing to {purpose}{advice}")
     _check_entries(path, classes, images, annotations, content["categories"], use)

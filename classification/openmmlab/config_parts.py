@@ -132,7 +132,8 @@ def resizes(cfg: Config | dict, split: str) -> dict[str, object] | None:
     loader = cfg.get(f"{split}_dataloader") or {}
     dataset = next(datasets_of(loader.get("dataset") or {}), {})
     steps = [step for step in steps_of(dataset.get("pipeline") or ()) if isinstance(step, dict)]
-    if not steps or any(is_kind(step, "TestTimeAug") for step in steps):
+    # By name alone: a saved config may name a type that is in a module with effects on import.
+    if not steps or any(kind_of(step) == "TestTimeAug" for step in steps):
         return None
     return {
         f"{kind_of(step)}.{key}": step.get(key)

@@ -521,6 +521,9 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
                     state[name] = in_layout_of(parameter, value, f"state[{i}].{name}")
                 elif isinstance(value, torch.Tensor) and (name in OF_EACH_WEIGHT or not value.isfinite().all()):
                     in_layout_of(parameter, value, f"state[{i}].{name}")  # raises an error that says what is wrong
+            moments = ("exp_avg", "exp_avg_sq") if isinstance(wrapper.optimizer, torch.optim.Adam) and state else ()
+            if lacking := [name for name in moments if not isinstance(state.get(name), torch.Tensor)]:
+                raise ValueError(f"state[{i}] has no {lacking[0]}")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: its optimizer does not fit the config's optim_wrapper ({error!s:.300}); set the one that it was "

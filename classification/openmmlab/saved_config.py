@@ -5,10 +5,11 @@ not show may differ from those of training.
 """
 
 import ast
+import functools
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from mmengine.config import Config
@@ -84,14 +85,35 @@ def _value(node: ast.expr) -> object:
 def _say_if_unread(meta: object, path: str) -> None:
     """Say that a checkpoint's config cannot be compared, because it is no plain data."""
     if isinstance(meta, dict) and isinstance(meta.get("cfg"), str) and meta["cfg"] and not saved_config(meta):
-        print_log(
-            f"{path}: the config in it is not read, because it is no plain data; whether it was trained with another "
-            "config is not known",
-            logger="current",
-            level=logging.WARNING,
-        )
+        _say_that_it_is_not_read(path)
 
 
+def _say_that_it_is_not_read(path: str) -> None:
+    print_log(
+        f"{path}: the config in it is not read, because it is no plain data; whether it was trained with another "
+        "config is not known",
+        logger="current",
+        level=logging.WARNING,
+    )
+
+
+Compare = Callable[..., None]
+
+
+def _or_say_that_it_is_not_read(compare: Compare) -> Compare:
+    """Make a comparison end in a warning if the saved config has parts of other kinds than configs have."""
+
+    @functools.wraps(compare)
+    def run(cfg: Config, meta: object, path: str, **options: bool) -> None:
+        try:
+            compare(cfg, meta, path, **options)
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+            _say_that_it_is_not_read(path)
+
+    return run
+
+
+@_or_say_that_it_is_not_read
 def warn_of_other_config(cfg: Config, meta: object, path: str, resumed: bool = False) -> None:
     """Warn of model settings and image sizes that differ from those that the checkpoint was trained with."""
     _say_if_unread(meta, path)
@@ -108,6 +130,7 @@ def warn_of_other_config(cfg: Config, meta: object, path: str, resumed: bool = F
     _say(f"{path}: was trained with another config", found)
 
 
+@_or_say_that_it_is_not_read
 def warn_of_other_start(cfg: Config, meta: object, path: str) -> None:
     """Warn if training starts from weights for differently normalised images. Other settings may well differ."""
     _say_if_unread(meta, path)
@@ -117,6 +140,7 @@ def warn_of_other_start(cfg: Config, meta: object, path: str) -> None:
     _say(f"{path}: was trained on images that were normalised otherwise", found)
 
 
+@_or_say_that_it_is_not_read
 def warn_of_what_goes_on(cfg: Config, meta: object, path: str) -> None:
     """Warn of settings without effect: mmengine resumes with the checkpoint's rates and schedules, not the config's."""
     before, found = saved_config(meta), []

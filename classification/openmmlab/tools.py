@@ -708,7 +708,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         reduces = reduces_zero_label(cfg, "train") if resumed else None
         meta = check_checkpoint(_unwrapped(runner), path, not resumed, classes, reduces)
         if resumed:
-            warn_of_other_config(cfg, meta, path, resumed)
+            warn_of_other_config(cfg, meta, path, resumed=resumed)
             warn_of_what_goes_on(cfg, meta, path)
         else:
             warn_of_other_start(cfg, meta, path)

@@ -16,6 +16,12 @@ from classification.openmmlab.messages import print_log
 NAMED = 3  # names in a message
 
 
+def _is_box(box: ElementTree.Element, size: dict[str, int]) -> bool:
+    """Return whether a box in whole pixels, as mmdet reads it, has an area and begins within its image."""
+    left, top, right, bottom = (int(float(box.findtext(name))) for name in ("xmin", "ymin", "xmax", "ymax"))
+    return left < right and top < bottom and left <= size.get("width", left) and top <= size.get("height", top)
+
+
 def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence[str], key: str) -> None:
     """Warn of objects whose name is no class, and of classes without an object. mmdet leaves such objects out.
 
@@ -27,19 +33,24 @@ def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence
         folder: the folder of the XML files in the folder `data_prefix.sub_data_root`.
 
     Raises:
-        UserError: an XML file is missing or cannot be read, or the name of no object is a class, or no image is left.
+        UserError: an XML file is missing or cannot be read, or the name of no object is a class, or most images have
+            boxes that are empty or outside, or no image is left.
     """
     images = list_from_file(os.path.join(root, dataset.ann_file))
     folder = os.path.join(root, (dataset.get("data_prefix") or {}).get("sub_data_root", ""), folder)
     filters = {} if dataset.get("test_mode") else dataset.get("filter_cfg") or {}
     found: Counter[str | None] = Counter()
     empty, small, smallest = 0, 0, filters.get("min_size", 0)
+    odd: list[str] = []  # images with a box that is none
     for image in images:
         path = os.path.join(folder, f"{image}.xml")
         try:
             annotation = ElementTree.parse(path)
             names = [one.findtext("name") for one in annotation.iterfind("object")]
-            sides = [int(side.text) for side in annotation.iterfind("size/*") if side.tag in ("width", "height")]
+            size = {side.tag: int(side.text) for side in annotation.iterfind("size/*")}
+            sides = [size[name] for name in ("width", "height") if name in size]
+            if any(not _is_box(one, size) for one in annotation.iterfind("object/bndbox")):
+                odd.append(path)
         except (OSError, TypeError, ValueError, ElementTree.ParseError) as error:
             raise UserError(f"{path}: cannot be read ({error}); it is the annotation of an image of {key}") from error
         found.update(names)
@@ -47,6 +58,11 @@ def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence
             empty += 1
         elif sides and min(sides) < smallest:
             small += 1
+    if odd:
+        text = f"{odd[0]}: has a box that is empty or outside its image, as {len(odd)} of {len(images)} images"
+        if 2 * len(odd) > len(images):
+            raise UserError(f"{text}; boxes must be xmin, ymin, xmax and ymax in pixels of <size> ({key})")
+        print_log(f"{text} ({key})", level=logging.WARNING)
     foreign = {name: count for name, count in found.items() if name not in classes}
     if not foreign:
         report_filtered(folder, len(images), empty, small, smallest)

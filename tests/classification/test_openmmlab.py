@@ -60,7 +60,7 @@ from classification.openmmlab import (
     unread_variables,
     yaml_files,
 )
-from classification.openmmlab.checkpoint import load_from_local
+from classification.openmmlab.checkpoint import load_from_local, weights_of
 from classification.openmmlab.transforms import CheckBits, CheckLabels, CheckMap, CheckSize
 
 LAYOUT = json.loads((Path(__file__).parents[1] / "data/checkpoint_layout.json").read_text())
@@ -2091,6 +2091,11 @@ RESUMED = {
         NOT_ITS_OWN + r"its betas are \(1, 1\), not in \[0, 1\)",
     ),
     "no groups": (dict(optimizer={"state": {}}), NOT_ITS_OWN + "'param_groups'"),
+    "half the moments": (optimizer_of(exp_avg=torch.ones(1, 2)), NOT_ITS_OWN + r"state\[0\] has no exp_avg_sq"),
+    "a number as moments": (
+        optimizer_of(exp_avg=0.5, exp_avg_sq=torch.ones(1, 2)),
+        NOT_ITS_OWN + r"state\[0\] has no exp_avg\)",
+    ),
     "no moments": (
         dict(optimizer={"state": {}, "param_groups": [{"betas": (0.9, 0.99), "params": [0]}]}),
         NOT_ITS_OWN + "its state is empty, so that all moments would begin anew",
@@ -2387,43 +2392,45 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
     cfg = Config(dict(model=dict(data_preprocessor=dict(mean=[1])), val_evaluator=dict(type="VOCMetric")))
     for scope, order, found in ((None, steps, 2), (None, steps[1::-1], 0), ("mmseg", steps, 2), ("mmdet", steps, 2)):
         cfg.default_scope = scope
-        checks._warn_of_steps(cfg, "val", ConfigDict(type="A", pipeline=order))
+        checks._check_steps(cfg, "val", ConfigDict(type="A", pipeline=order))
         assert len(said) == found
         said.clear()
     cfg.val_evaluator = dict(type="IoUMetric")
     for scope, found in (("mmseg", ["scales the true maps"]), ("mmdet", [])):
         cfg.default_scope = scope
-        checks._warn_of_steps(cfg, "val", ConfigDict(type="A", pipeline=steps[:2]))
+        checks._check_steps(cfg, "val", ConfigDict(type="A", pipeline=steps[:2]))
         assert [one.partition("which then ")[2].partition(",")[0] for one in said] == found
         said.clear()
-        checks._warn_of_steps(cfg, "val", ConfigDict(type="A", pipeline=steps[1::-1]))
-        checks._warn_of_steps(cfg, "train", ConfigDict(type="A", pipeline=steps[:2]))
+        checks._check_steps(cfg, "val", ConfigDict(type="A", pipeline=steps[1::-1]))
+        checks._check_steps(cfg, "train", ConfigDict(type="A", pipeline=steps[:2]))
         assert said == []
-        with pytest.raises(UserError, match="has Resize before LoadAnnotations, so boxes, masks or maps are not moved"):
-            checks._warn_of_steps(cfg, "train", ConfigDict(type="A", pipeline=steps[1::-1]))
+        for name in ("Resize", "Rotate", "RandomAffine"):
+            early = ConfigDict(type="A", pipeline=[dict(type=name), steps[0]])
+            with pytest.raises(UserError, match=f"has {name} before LoadAnnotations, so boxes, masks or maps are not"):
+                checks._check_steps(cfg, "train", early)
     cfg.model.data_preprocessor = dict(size=(64, 96))
     for size, then, found in (((64, 64), [], 1), ((64, 96), [], 0), (96, [], 0), (64, [dict(type="Pad")], 0)):
         cfg.default_scope = "mmseg"
         crop = ConfigDict(type="A", pipeline=[steps[0], dict(type="RandomCrop", crop_size=size), *then])
-        checks._warn_of_steps(cfg, "train", crop)
+        checks._check_steps(cfg, "train", crop)
         assert ["but data_preprocessor.size is (64, 96)" in one for one in said] == [True] * found
         said.clear()
     cfg.default_scope = None
     cfg.model.data_preprocessor, cfg.val_evaluator = dict(mean=[1]), dict(type="VOCMetric")
     mixing = ConfigDict(type="MultiImageMixDataset", dataset=dict(type="A", pipeline=steps[1:2]), pipeline=steps[2:])
-    checks._warn_of_steps(cfg, "train", mixing)
+    checks._check_steps(cfg, "train", mixing)
     assert ["images are normalised twice" in one for one in said] == [True]
     said.clear()
     chance = [dict(type="RandomFlip", prob=0.5), dict(type="PhotoMetricDistortion"), dict(type="RandomFlip", prob=0.0)]
     chance.append(dict(type="TestTimeAug", transforms=[[dict(type="RandomFlip", prob=1.0)]]))
-    checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=chance))
+    checks._check_steps(cfg, "test", ConfigDict(type="A", pipeline=chance))
     assert [one.partition(" has ")[2].partition(",")[0] for one in said] == ["RandomFlip", "PhotoMetricDistortion"]
     said.clear()
     cfg.default_scope = "mmseg"
     moving = [dict(type=name) for name in ("Pad", "mmseg.RandomCutOut", "CenterCrop", "ColorTransform")]
-    checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=[moving[0]]))  # no map to compare with
+    checks._check_steps(cfg, "test", ConfigDict(type="A", pipeline=[moving[0]]))  # no map to compare with
     assert said == []
-    checks._warn_of_steps(cfg, "test", ConfigDict(type="A", pipeline=[*moving, dict(type="LoadAnnotations")]))
+    checks._check_steps(cfg, "test", ConfigDict(type="A", pipeline=[*moving, dict(type="LoadAnnotations")]))
     found = [one.partition(" has ")[2].partition(",")[0] for one in said]
     assert found == ["Pad", "CenterCrop", "RandomCutOut"]
     metric = ConfigDict(type="CocoMetric", sort_categories=True)
@@ -2470,6 +2477,36 @@ def test_augmentation_in_wrapped_data_sets():
     tools._augment(argparse.Namespace(config="c.py"), cfg)
     assert "pipeline" not in cfg.test_dataloader.dataset
     assert [one.pipeline[0].type for one in config_parts.datasets_of(cfg.test_dataloader.dataset)] == ["B", "B"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["model=[1]", "model=dict(module=3)", "train_dataloader=5", "test_dataloader=dict(dataset=5)", "optim_wrapper=5",
+     "test_dataloader=dict(dataset=dict(pipeline=[[[5]]]))", "param_scheduler=5", "train_cfg=5"],
+)  # fmt: skip
+def test_a_saved_config_of_odd_kinds_is_not_read(text, log):
+    """Or what there is of it is compared; no error."""
+    cfg = trained_so(optim_wrapper=dict(optimizer=dict(type="A")), train_dataloader=dict(batch_size=2))
+    for compare in ("warn_of_other_config", "warn_of_other_start", "warn_of_what_goes_on"):
+        getattr(saved_config, compare)(cfg, {"cfg": text}, "a.pth")
+    assert text != "model=[1]" or "a.pth: the config in it is not read, because it is no plain data" in log.text
+
+
+def test_a_saved_config_imports_nothing(tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "test_dataloader=dict(dataset=dict(pipeline=[dict(type='stranger.X', scale=(1, 1))]))"
+    for compare in ("warn_of_other_config", "warn_of_other_start", "warn_of_what_goes_on"):
+        getattr(saved_config, compare)(trained_so(), {"cfg": text}, "a.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_two_values_or_of_no_batch_norm_are_refused(tmp_path):
+    state = {"0.weight": torch.ones(2), "module.0.weight": torch.zeros(2)}
+    with pytest.raises(UserError, match=r"hold '0\.weight' and 'module\.0\.weight', which are one parameter"):
+        weights_of({"state_dict": state}, "a.pth")
+    with pytest.raises(UserError, match=r"hold 'norm\.running_var', a variance below 0"):
+        weights_of({"state_dict": {"norm.running_var": torch.tensor([1.0, -1.0])}}, "a.pth")
 
 
 def test_mmengine_loads_through_it(tmp_path):

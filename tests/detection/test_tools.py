@@ -512,6 +512,21 @@ def test_objects_of_voc_that_are_no_class(tmp_path, capsys):
     check_data(cfg, ("train",))
     assert "1 of its 2 images: 1 are narrower or lower than 32 pixels" in capsys.readouterr().out.replace("\n", " ")
 
+    def boxed(*boxes) -> str:
+        for image, box in zip("ab", boxes, strict=True):
+            sides = "".join(f"<{n}>{v}</{n}>" for n, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+            text = f"<object><name>cat</name><bndbox>{sides}</bndbox></object>"
+            size = "<size><height>40</height><width>60</width></size>"
+            (tmp_path / "Annotations" / f"{image}.xml").write_text(f"<annotation>{size}{text}</annotation>")
+        check_data(cfg, ("train",))
+        return capsys.readouterr().out.replace("\n", " ")
+
+    assert "outside its image" not in boxed((1, 1, 60, 40), (50, 30, 59.5, 40))
+    assert "a box that is empty or outside its image, as 1 of 2 images" in boxed((1, 1, 60, 40), (50, 30, 9, 9))
+    for wrong in ((0.1, 0.2, 0.3, 0.4), (70, 1, 90, 9)):  # fractions of the image; of a larger one
+        with pytest.raises(UserError, match=r"a\.xml: has a box .* as 2 of 2 images; boxes must be xmin, ymin, xmax"):
+            boxed(wrong, wrong)
+
 
 @pytest.mark.parametrize("what", ["images", "categories"])
 def test_ids_that_two_share(scenes, tmp_path, what):
