@@ -106,6 +106,18 @@ def test_linear_and_relu(fused):
             torch.testing.assert_close(a, b, rtol=0, atol=(1e-6 if dtype is None else 1e-2) * b.abs().max().item())
 
 
+def test_relu_of_a_product_keeps_nan(fused):
+    """Otherwise the guard that skips updates after NaN would not see it. On a GPU, cuBLAS applies the ReLU."""
+    fused(True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = Downsample(16).conv[0].to(device).bfloat16()
+    x = torch.randn(2, 16, 4, 5, dtype=torch.bfloat16, device=device).to(memory_format=torch.channels_last)
+    x[1, 3, 2, 1] = torch.nan
+    y = layer(x)
+    assert y[1, :, 2, 1].isnan().all()
+    assert y.isnan().sum() == y.shape[1]
+
+
 def test_function_transforms_and_tracing(fused, tmp_path):
     """torch.func.vmap and grad, and a TorchScript file."""
     fused(True)
