@@ -230,7 +230,8 @@ class CheckResumed(Hook):
         if not schedules:
             scheduled = set()
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path, scheduled)
-        _check_rates(checkpoint["optimizer"], states, path)
+        if isinstance(runner.optim_wrapper, OptimWrapper):
+            _check_rates(checkpoint["optimizer"], states, path)
         _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
 
     def before_train(self, runner) -> None:

@@ -1,6 +1,7 @@
 """Early checks of VOC's annotation files, one XML file an image, as mmdet's XMLDataset reads them."""
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ NAMED = 3  # names in a message
 def _is_box(box: ElementTree.Element, size: dict[str, int]) -> bool:
     """Return whether a box in whole pixels, as mmdet reads it, has an area and begins within its image."""
     left, top, right, bottom = (int(float(box.findtext(name))) for name in ("xmin", "ymin", "xmax", "ymax"))
-    return left < right and top < bottom and left <= size.get("width", left) and top <= size.get("height", top)
+    width, height = size.get("width") or math.inf, size.get("height") or math.inf  # some tools write 0
+    return left < right and top < bottom and left <= width and top <= height
 
 
 def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence[str], key: str) -> None:
@@ -47,8 +49,8 @@ def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence
         try:
             annotation = ElementTree.parse(path)
             names = [one.findtext("name") for one in annotation.iterfind("object")]
-            size = {side.tag: int(side.text) for side in annotation.iterfind("size/*")}
-            sides = [size[name] for name in ("width", "height") if name in size]
+            size = {one.tag: int(one.text) for one in annotation.iterfind("size/*") if one.tag in ("width", "height")}
+            sides = list(size.values())
             if any(not _is_box(one, size) for one in annotation.iterfind("object/bndbox")):
                 odd.append(path)
         except (OSError, TypeError, ValueError, ElementTree.ParseError) as error:

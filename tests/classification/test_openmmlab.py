@@ -40,6 +40,7 @@ from mmengine.optim import (
     MultiStepLR,
     OneCycleLR,
     OptimWrapper,
+    OptimWrapperDict,
     PolyLR,
 )
 from mmengine.registry import HOOKS, METRICS, MODELS, TRANSFORMS
@@ -2168,6 +2169,8 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     with pytest.raises(UserError, match="has 1 rate schedules, which are not the 0 of"):
         hook.after_load_checkpoint(runner, resumable())
     hook.after_load_checkpoint(runner, resumable(param_schedulers=None))
+    runner.optim_wrapper = OptimWrapperDict(one=OptimWrapper(OPTIMIZER))  # whose states are not looked into
+    hook.after_load_checkpoint(runner, resumable(param_schedulers=None, optimizer={"one": {}}))
 
 
 def test_a_schedule_of_momentum_goes_on(monkeypatch):

@@ -516,7 +516,7 @@ def test_objects_of_voc_that_are_no_class(tmp_path, capsys):
         for image, box in zip("ab", boxes, strict=True):
             sides = "".join(f"<{n}>{v}</{n}>" for n, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
             text = f"<object><name>cat</name><bndbox>{sides}</bndbox></object>"
-            size = "<size><height>40</height><width>60</width></size>"
+            size = "<size><height>40</height><width>60</width><depth>Unspecified</depth></size>"
             (tmp_path / "Annotations" / f"{image}.xml").write_text(f"<annotation>{size}{text}</annotation>")
         check_data(cfg, ("train",))
         return capsys.readouterr().out.replace("\n", " ")
