@@ -230,7 +230,7 @@ class CheckResumed(Hook):
         if not schedules:
             scheduled = set()
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path, scheduled)
-        if isinstance(runner.optim_wrapper, OptimWrapper):
+        if not isinstance(runner.optim_wrapper, OptimWrapperDict):
             _check_rates(checkpoint["optimizer"], states, path)
         _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
 
@@ -488,7 +488,7 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
 
     It warns of settings that differ from the config's, but for those that a schedule changes (`scheduled`).
     """
-    if not isinstance(wrapper, OptimWrapper):
+    if isinstance(wrapper, OptimWrapperDict):  # a subclass of OptimWrapper
         return
     # The optimizer's own groups: the wrapper adds one for its settings.
     own = [group["params"] for group in wrapper.optimizer.param_groups]
