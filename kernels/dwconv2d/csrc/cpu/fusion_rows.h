@@ -41,19 +41,18 @@ static_assert(is_in_the_order_of_fusion(), "kTap and Fusion differ");
 
 INLINE __mmask16 first_lanes(int64_t count) { return (1u << least(kLanes, most(0, count))) - 1; }
 
-using Integers = int32_t __attribute__((vector_size(64)));
-constexpr Integers kOneByOne = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr Integers kTwice = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+constexpr Ints kOneByOne = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr Ints kTwice = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
 
-INLINE Integers within(Integers columns, int width) {
-  columns = columns < 0 ? Integers{} : columns;
-  return columns < width ? columns : Integers{} + (width - 1);
+INLINE Ints within(Ints columns, int width) {
+  columns = columns < 0 ? Ints{} : columns;
+  return columns < width ? columns : Ints{} + (width - 1);
 }
 
 // 16 columns. Those beyond the last column are copies of it.
 struct Segment {
   int64_t offset;
-  Integers lanes;
+  Ints lanes;
 
   INLINE Segment() = default;
   INLINE Segment(int64_t column, int64_t width) {
@@ -130,7 +129,7 @@ template <bool OutputEquation>
 struct Ends {
   Rows in;  // of column 0
   int64_t offset;
-  Integers lanes[kCount];
+  Ints lanes[kCount];
   __mmask8 has;
   Rows C, x, out;
   int64_t in_channel, x_channel, out_channel;  // from the first plane to the second
@@ -139,7 +138,7 @@ struct Ends {
   INLINE void look_from(int64_t column, int64_t width) {
     offset = width - kLanes;
     has = first_lanes(width - column);
-    const Integers second = kOneByOne < 8 ? Integers{} : Integers{} + kLanes;
+    const Ints second = kOneByOne < 8 ? Ints{} : Ints{} + kLanes;
     for (int i = 0; i < kCount; ++i)
       lanes[i] = within(int(column) + kOffsets[i] + kTwice, width) - int(offset) + second;
   }

@@ -177,13 +177,9 @@ void run_forward(Problem& p, ElementTypes types, const Tensor& out) {
   host::run(kernel, p, tasks(p, kernel));
 }
 
-// `weights` has the gradients of the taps' weights and, in the last row, of D or the bias: (taps + 1, D). `C` has C's
-// gradient if there is a C.
-struct SharedGradients {
-  Tensor weights, C;
-};
-
-SharedGradients run_backward(Problem& p, ElementTypes types, const Tensor& grad_in, const Tensor* C) {
+// Returns the gradients of the taps' weights and, in the last row, of D or the bias, (taps + 1, D); and C's gradient if
+// there is a C.
+std::pair<Tensor, Tensor> run_backward(Problem& p, ElementTypes types, const Tensor& grad_in, const Tensor* C) {
   const Kernel& kernel = kernels().backward[types];
   choose_strips(p, kernel);
   p.grad_in = planes(grad_in);
@@ -199,9 +195,10 @@ SharedGradients run_backward(Problem& p, ElementTypes types, const Tensor& grad_
   }
   host::run(kernel, p, tasks(p, kernel));
   const auto sum = in_double ? host::sum<double> : host::sum<float>;
-  SharedGradients grads{sum(weights, 1, strips, at::empty({p.taps + 1, p.channels}, options)), {}};
-  if (C) grads.C = sum(partials_of_C, p.batch * p.states, channel_blocks, at::empty(C->sizes(), C->options()));
-  return grads;
+  const Tensor grad_weights = sum(weights, 1, strips, at::empty({p.taps + 1, p.channels}, options));
+  if (!C) return {grad_weights, {}};
+  const Tensor grad_C = at::empty(C->sizes(), C->options());
+  return {grad_weights, sum(partials_of_C, p.batch * p.states, channel_blocks, grad_C)};
 }
 
 // ----- dilated_dwconv2d
@@ -212,7 +209,8 @@ Problem conv_problem(const Sizes& sizes, const Taps& taps, const Tensor& x, c10:
   return p;
 }
 
-Tensor conv(const Tensor& x, const Tensor& weight, const Bias& bias, int64_t dilation, c10::string_view padding_mode) {
+Tensor dilated_dwconv2d(const Tensor& x, const Tensor& weight, const Bias& bias, int64_t dilation,
+                        c10::string_view padding_mode) {
   const Sizes sizes = check_conv_inputs(x, weight, bias, dilation, padding_mode);
   const Tensor y = empty_laid_out_as(x);
   const Taps taps = conv_weights(weight, dilation, sizes);
@@ -222,18 +220,18 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Bias& bias, int64_t dil
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                 int64_t dilation, c10::string_view padding_mode) {
+std::tuple<Tensor, Tensor, Tensor> dilated_dwconv2d_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t dilation, c10::string_view padding_mode) {
   const Sizes sizes = check_conv_inputs(x, weight, {}, dilation, padding_mode);
   check_grad(grad, x);
   const Tensor grad_x = empty_laid_out_as(x);
   const Taps taps = conv_weights(weight, dilation, sizes);
   Problem p = conv_problem(sizes, taps, x, padding_mode);
   p.grad = planes(grad);
-  const Tensor shared = run_backward(p, element_types_of(x, x), grad_x, nullptr).weights;
+  const Tensor grads = run_backward(p, element_types_of(x, x), grad_x, nullptr).first;
   const Tensor grad_weight = at::empty(weight.sizes(), weight.options());
-  grad_weight.view({sizes.channels, p.taps}).copy_(shared.slice(0, 0, p.taps).t());
-  return {grad_x, grad_weight, at::empty({sizes.channels}, weight.options()).copy_(shared.select(0, p.taps))};
+  grad_weight.view({sizes.channels, p.taps}).copy_(grads.slice(0, 0, p.taps).t());
+  return {grad_x, grad_weight, at::empty({sizes.channels}, weight.options()).copy_(grads.select(0, p.taps))};
 }
 
 // ----- state fusion
@@ -272,8 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unmerge(const Tensor& taps, const Wei
   return {grads[0], grads[1], grads[2], grad_alpha};
 }
 
-Tensor fusion(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
-              const Tensor& alpha) {
+Tensor state_fusion(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
+                    const Tensor& alpha) {
   const Sizes sizes = check_fusion_inputs(h, weight3, weight3_d3, weight3_d5, alpha);
   const Tensor fused = at::empty(h.sizes(), h.options());
   const Taps taps = fusion_weights(h, {weight3, weight3_d3, weight3_d5}, alpha);
@@ -283,9 +281,9 @@ Tensor fusion(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, 
   return fused;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusion_backward(const Tensor& grad, const Tensor& h,
-                                                                   const Tensor& weight3, const Tensor& weight3_d3,
-                                                                   const Tensor& weight3_d5, const Tensor& alpha) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> state_fusion_backward(
+    const Tensor& grad, const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
+    const Tensor& alpha) {
   const Sizes sizes = check_fusion_inputs(h, weight3, weight3_d3, weight3_d5, alpha);
   check_grad(grad, h);
   const Weights weights = {weight3, weight3_d3, weight3_d5};
@@ -294,8 +292,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fusion_backward(const Tensor&
   Problem p = problem(sizes, taps, true);
   p.in = planes(h);
   p.grad = planes(grad);
-  const auto shared = run_backward(p, element_types_of(h, h), grad_h, nullptr);
-  return std::tuple_cat(std::tuple(grad_h), unmerge(shared.weights, weights, alpha));
+  const Tensor grads = run_backward(p, element_types_of(h, h), grad_h, nullptr).first;
+  return std::tuple_cat(std::tuple(grad_h), unmerge(grads, weights, alpha));
 }
 
 Problem output_problem(const Sizes& sizes, const Taps& taps, const Tensor& h, const Tensor& C, const Tensor& D,
@@ -308,8 +306,8 @@ Problem output_problem(const Sizes& sizes, const Taps& taps, const Tensor& h, co
   return p;
 }
 
-Tensor output(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
-              const Tensor& alpha, const Tensor& C, const Tensor& D, const Tensor& x) {
+Tensor state_fusion_output(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
+                           const Tensor& alpha, const Tensor& C, const Tensor& D, const Tensor& x) {
   const Sizes sizes = check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x);
   const Tensor y = empty_laid_out_as(x);
   const Taps taps = fusion_weights(h, {weight3, weight3_d3, weight3_d5}, alpha);
@@ -318,7 +316,7 @@ Tensor output(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> output_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> state_fusion_output_backward(
     const Tensor& grad, const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
     const Tensor& alpha, const Tensor& C, const Tensor& D, const Tensor& x) {
   const Sizes sizes = check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x);
@@ -329,21 +327,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outpu
   Problem p = output_problem(sizes, taps, h, C, D, x);
   p.grad = planes(grad);
   p.grad_x = planes(grad_x);
-  const auto shared = run_backward(p, element_types_of(h, x), grad_h, &C);
-  const Tensor grad_D = shared.weights.select(0, p.taps).clone();
-  return std::tuple_cat(std::tuple(grad_h), unmerge(shared.weights, weights, alpha),
-                        std::tuple(shared.C, grad_D, grad_x));
+  const auto [grads, grad_C] = run_backward(p, element_types_of(h, x), grad_h, &C);
+  const Tensor grad_D = grads.select(0, p.taps).clone();
+  return std::tuple_cat(std::tuple(grad_h), unmerge(grads, weights, alpha), std::tuple(grad_C, grad_D, grad_x));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dwconv2d, CPU, m) {
-  m.impl("dilated_dwconv2d", &conv);
-  m.impl("dilated_dwconv2d_backward", &conv_backward);
-  m.impl("state_fusion", &fusion);
-  m.impl("state_fusion_backward", &fusion_backward);
-  m.impl("state_fusion_output", &output);
-  m.impl("state_fusion_output_backward", &output_backward);
+  m.impl("dilated_dwconv2d", &dilated_dwconv2d);
+  m.impl("dilated_dwconv2d_backward", &dilated_dwconv2d_backward);
+  m.impl("state_fusion", &state_fusion);
+  m.impl("state_fusion_backward", &state_fusion_backward);
+  m.impl("state_fusion_output", &state_fusion_output);
+  m.impl("state_fusion_output_backward", &state_fusion_output_backward);
 }
 
 }  // namespace dwconv2d

@@ -17,7 +17,7 @@ struct View {
   int64_t batch = 0, channel = 0, state = 0, row = 0, column = 0;
 };
 
-// Arrangements of taps that have their own code: a 3x3 kernel without dilation, and state fusion.
+// Arrangements of taps that have their own code: a 3x3 window without dilation, and state fusion.
 enum Pattern { kAny, kSquare3, kFusion };
 
 struct Problem {
@@ -37,8 +37,9 @@ struct Problem {
 
   // For the backward pass: the gradient of `out`, and the results.
   View grad, grad_in, grad_x;
-  // Partial sums in the computation's type: (batch, states, channel blocks, height, width), still to be summed over
-  // channel blocks, and (batch, strips, taps + 1, channels), over both; after the taps comes D or the bias.
+  // Partial sums in the computation's type. grad_C is (batch, states, channel blocks, height, width), still to be summed
+  // over channel blocks. grad_weights is (batch, strips, taps + 1, channels), still to be summed over batch and strips;
+  // after the taps comes D or the bias.
   void *grad_C, *grad_weights;
 
   // A strip is the rows of a plane that are processed at once. A task is one strip of `Kernel::channels` channels: as

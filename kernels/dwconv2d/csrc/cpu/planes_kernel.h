@@ -59,7 +59,7 @@ struct Pixels {
 // A task's place in the problem. T is the type of `in`, U the type of the other activations.
 template <class T, class U>
 struct Task {
-  using S = typename State<T>::type;
+  using S = State<T>;
   static constexpr int W = kLanes<S>;
 
   const Problem& p;
@@ -120,7 +120,7 @@ struct Task {
     return {tile, W};
   }
 
-  // Rows of a view to write, in the tensor or in the tile, which `write` then copies to the tensor.
+  // Rows of a view to write, in the tensor or in the tile, which `write_back` then copies to the tensor.
   template <class V>
   INLINE Pixels<S> rows_to_write(S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
     if (is_in_place<V>(v, rows)) return {(S*)at<V>(v, n, y), v.column};
@@ -128,7 +128,7 @@ struct Task {
   }
 
   template <class V>
-  INLINE void write(const Pixels<S>& pixels, const S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
+  INLINE void write_back(const Pixels<S>& pixels, const S* tile, const View& v, int64_t n, int64_t y, int64_t rows) const {
     if (pixels.data == tile) write<V>(tile, v, n, y, rows);
   }
 
@@ -305,7 +305,7 @@ NOINLINE void convolve(const S* from, int64_t pitch, const int64_t* offsets, con
 template <int Sign, class S>
 INLINE void convolve(const Problem& p, const S* from, int64_t pitch, const int64_t* offsets, const S* weights,
                      int64_t rows, Vec<S> start, const Finish<S>& finish) {
-  auto run = convolve<Any, 1, S>;
+  auto run = convolve<Any, 1, S>;  // whose offsets have the sign
   if constexpr (kSame<S, float>) {  // double precision is for gradient checks
     if (p.pattern == kSquare3) run = convolve<Known<Square3>, Sign, S>;
     if (p.pattern == kFusion) run = convolve<Known<Fusion>, Sign, S>;
@@ -317,7 +317,6 @@ INLINE void convolve(const Problem& p, const S* from, int64_t pitch, const int64
 INLINE int64_t tile_vectors(const Problem& p) { return most(kTilePixels, p.width); }
 INLINE int64_t pitch_vectors(const Problem& p) { return p.width + 2 * p.reach_columns; }
 INLINE int64_t buffer_vectors(const Problem& p) { return pitch_vectors(p) * (p.strip_rows + 2 * p.reach_rows); }
-INLINE int64_t offset_vectors(const Problem& p) { return p.taps * sizeof(int64_t) / VECTOR_BYTES + 1; }
 
 template <class S>
 struct ConvolutionMemory {
@@ -328,14 +327,14 @@ struct ConvolutionMemory {
     strip = scratch.take<S>(buffer_vectors(p));
     tile = scratch.take<S>(tile_vectors(p));
     weights = scratch.take<S>(p.taps);
-    offsets = (int64_t*)scratch.take<S>(offset_vectors(p));
+    offsets = scratch.take_objects<int64_t>(p.taps);
   }
 };
 
 // What both passes use: a strip of `in`, the weights, and the offsets of the taps.
 template <class T, class U>
 struct Convolution {
-  using S = typename State<T>::type;
+  using S = State<T>;
   static constexpr int W = kLanes<S>;
 
   const Task<T, U> task;
@@ -391,7 +390,7 @@ void forward(const Problem& p, int64_t index, void* memory) {
       if (!p.C.data) {
         const Pixels<S> out = task.template rows_to_write<U>(m.out, p.out, n, y, rows);
         conv.convolve_rows(y, rows, bias, {Finish<S>::kSum, out});
-        task.template write<U>(out, m.out, p.out, n, y, rows);
+        task.template write_back<U>(out, m.out, p.out, n, y, rows);
         continue;
       }
       const Pixels<S> sums = {m.sums + (y - task.begin) * p.width * W, W};
@@ -401,7 +400,7 @@ void forward(const Problem& p, int64_t index, void* memory) {
       const Vec<S> factor = first ? D : Vec<S>{} + 1;
       task.read_C(m.C, n, y, rows);
       conv.convolve_rows(y, rows, Vec<S>{}, {Finish<S>::kOutputEquation, out, m.C, factor, before});
-      if (last) task.template write<U>(out, m.out, p.out, 0, y, rows);
+      if (last) task.template write_back<U>(out, m.out, p.out, 0, y, rows);
     }
   }
 }
@@ -414,8 +413,8 @@ struct AdjointMemory {
   INLINE AdjointMemory(const Problem& p, Scratch& scratch) {
     grad = scratch.take<S>(buffer_vectors(p));
     sums = scratch.take<S>(p.distinct_rows * pitch_vectors(p));
-    offsets = (int64_t*)scratch.take<S>(offset_vectors(p));
-    border_offsets = (int64_t*)scratch.take<S>(offset_vectors(p));
+    offsets = scratch.take_objects<int64_t>(p.taps);
+    border_offsets = scratch.take_objects<int64_t>(p.taps);
   }
 };
 
@@ -423,7 +422,7 @@ struct AdjointMemory {
 // replicated beyond the plane. There, the taps take sums of rows and, for the columns, sums within each row.
 template <class T, class U>
 struct Adjoint {
-  using S = typename State<T>::type;
+  using S = State<T>;
   static constexpr int W = kLanes<S>;
 
   const Convolution<T, U>& conv;
@@ -499,21 +498,10 @@ struct Adjoint {
   }
 };
 
-// Sums over many pixels, each a vector. Callers add floats for some pixels, then add the result here in double
-// precision.
-struct Sums {
-  double* data;
-  int64_t lanes;
-
-  template <class S>
-  INLINE void add(int64_t i, Vec<S> v) const {
-    for (int j = 0; j < kLanes<S>; ++j) data[i * lanes + j] += v[j];
-  }
-};
-
-// Adds the contributions of the rows from `begin` to `end` to the gradients of the weights of `TapCount` taps.
+// Adds the contributions of the rows from `begin` to `end` to the gradients of the weights of `TapCount` taps. Here and
+// below, some pixels are added up in S, and this result is added to `sums` in double precision.
 template <int TapCount, class S>
-INLINE void add_some_weight_gradients(const Sums& sums, int tap, const int64_t* offsets, const Buffer<S>& in,
+INLINE void add_some_weight_gradients(double* sums, int tap, const int64_t* offsets, const Buffer<S>& in,
                                       const Buffer<S>& grad, int64_t begin, int64_t end, int64_t width) {
   constexpr int W = kLanes<S>;
   Vec<S> totals[TapCount] = {};
@@ -529,7 +517,7 @@ INLINE void add_some_weight_gradients(const Sums& sums, int tap, const int64_t* 
       pixels += last - first;
       if (pixels < kSumInFloat && (last < width || y + 1 < end)) continue;
       for (int k = 0; k < TapCount; ++k) {
-        sums.add<S>(tap + k, totals[k]);
+        add_lanes<S>(sums + (tap + k) * W, totals[k]);
         totals[k] = Vec<S>{};
       }
       pixels = 0;
@@ -538,7 +526,7 @@ INLINE void add_some_weight_gradients(const Sums& sums, int tap, const int64_t* 
 }
 
 template <int TapCount = kTapsAtOnce, class S>
-NOINLINE void add_weight_gradients(const Sums& sums, int tap, int taps, const int64_t* offsets, const Buffer<S>& in,
+NOINLINE void add_weight_gradients(double* sums, int tap, int taps, const int64_t* offsets, const Buffer<S>& in,
                                    const Buffer<S>& grad, int64_t begin, int64_t end, int64_t width) {
   for (; tap + TapCount <= taps; tap += TapCount)
     add_some_weight_gradients<TapCount>(sums, tap, offsets, in, grad, begin, end, width);
@@ -552,21 +540,20 @@ struct BackwardMemory {
   ConvolutionMemory<S> convolution;
   AdjointMemory<S> adjoint;
   S *tile, *other, *C_or_sums;  // tiles
-  Sums sums;                    // of the gradients of the taps, then of D or the bias
+  double* sums;                 // the gradients of the taps, then of D or the bias: (taps + 1, lanes)
 
   INLINE BackwardMemory(const Problem& p, Scratch& scratch) : convolution(p, scratch), adjoint(p, scratch) {
     tile = scratch.take<S>(tile_vectors(p));
     other = scratch.take<S>(tile_vectors(p));
     C_or_sums = scratch.take<S>(tile_vectors(p));
-    sums = {(double*)scratch.take<S>((p.taps + 1) * (sizeof(double) / sizeof(S))), kLanes<S>};
+    sums = scratch.take_objects<double>((p.taps + 1) * kLanes<S>);
   }
 };
 
 // The gradients of D and x, or of the bias.
 template <class T, class U, class S>
-INLINE void skip_gradients(const Task<T, U>& task, const BackwardMemory<S>& m) {
+INLINE void D_x_or_bias_gradients(const Task<T, U>& task, const BackwardMemory<S>& m) {
   const Problem& p = task.p;
-  const Sums& sums = m.sums;
   const Vec<S> D = task.template per_channel<S>(p.D);
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.begin; y < task.end; y += step) {
@@ -584,9 +571,9 @@ INLINE void skip_gradients(const Task<T, U>& task, const BackwardMemory<S>& m) {
         sum += has_x ? gradient * x.get(i) : gradient;
         if (has_x) grad_x.set(i, gradient * D);
       }
-      sums.add<S>(p.taps, sum);
+      add_lanes<S>(m.sums + p.taps * kLanes<S>, sum);
     }
-    if (has_x) task.template write<U>(grad_x, m.tile, p.grad_x, 0, y, rows);
+    if (has_x) task.template write_back<U>(grad_x, m.tile, p.grad_x, 0, y, rows);
   }
 }
 
@@ -639,7 +626,7 @@ INLINE void input_gradient(const Adjoint<T, U>& adjoint, const BackwardMemory<S>
     const int64_t rows = least(step, task.end - y);
     const Pixels<S> grad_in = task.template rows_to_write<T>(m.tile, p.grad_in, n, y, rows);
     adjoint.compute_rows(grad_in, y, rows);
-    task.template write<T>(grad_in, m.tile, p.grad_in, n, y, rows);
+    task.template write_back<T>(grad_in, m.tile, p.grad_in, n, y, rows);
   }
 }
 
@@ -652,9 +639,9 @@ void backward(const Problem& p, int64_t index, void* memory) {
   const Convolution<T, U> conv(p, index, m.convolution);
   const Adjoint<T, U> adjoint(conv, m.adjoint);
   const Task<T, U>& task = conv.task;
-  memset(m.sums.data, 0, (p.taps + 1) * W * sizeof(double));
+  memset(m.sums, 0, (p.taps + 1) * W * sizeof(double));
 
-  skip_gradients(task, m);
+  D_x_or_bias_gradients(task, m);
   for (int64_t n = 0; n < p.states; ++n) {
     task.read_strip(conv.in, conv.tile, n);
     read_grad(task, adjoint.grad, m, n);
@@ -665,7 +652,7 @@ void backward(const Problem& p, int64_t index, void* memory) {
 
   S* partials = (S*)p.grad_weights + (task.batch * p.strips + task.strip) * (p.taps + 1) * p.channels;
   for (int k = 0; k <= p.taps; ++k)
-    for (int j = 0; j < task.channels; ++j) partials[k * p.channels + task.channel + j] = m.sums.data[k * W + j];
+    for (int j = 0; j < task.channels; ++j) partials[k * p.channels + task.channel + j] = m.sums[k * W + j];
 }
 
 template <class T, class U>

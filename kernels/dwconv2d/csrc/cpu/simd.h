@@ -3,12 +3,14 @@
 // selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 //
 // Each file that is compiled for one instruction set includes this header once. Everything here has internal linkage,
-// and nothing uses a template of the standard library: the linker keeps one of several copies of an inline function,
-// and this copy may have instructions that the machine does not have.
+// and nothing uses a function of the standard library's templates: the linker keeps one of several copies of an inline
+// function, and this copy may have instructions that the machine does not have.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+
+#include <utility>
 
 #ifndef VECTOR_BYTES
 #error "define VECTOR_BYTES before this header"
@@ -27,15 +29,6 @@ struct Half {
 };
 struct BFloat16 {
   uint16_t bits;
-};
-
-template <class T>
-struct State {
-  using type = float;
-};
-template <>
-struct State<double> {
-  using type = double;
 };
 
 INLINE float bits_to_float(uint32_t bits) {
@@ -79,19 +72,15 @@ INLINE void narrow(float x, Half& y) {
   y.bits = (magnitude >= 0x477ff000 ? large : finite) | (bits >> 16 & 0x8000);
 }
 
+// The type of the states, and of the computation, for a type of activations.
+template <class T>
+using State = decltype(widen(T()));
+
 // ----- vectors
 
 template <class S>
-struct Simd;
-template <>
-struct Simd<float> {
-  typedef float type __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
-};
-template <>
-struct Simd<double> {
-  typedef double type __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int64_t ints __attribute__((vector_size(VECTOR_BYTES)));
+struct Simd {
+  typedef S type __attribute__((vector_size(VECTOR_BYTES)));
 };
 template <class S>
 using Vec = typename Simd<S>::type;
@@ -100,7 +89,7 @@ constexpr int kLanes = VECTOR_BYTES / sizeof(S);
 
 using Floats = Vec<float>;
 using Doubles = Vec<double>;
-using Ints = Simd<float>::ints;
+using Ints = Vec<int32_t>;
 
 template <class S>
 INLINE Vec<S> load(const S* p) {
@@ -119,11 +108,17 @@ INLINE void store(S* p, Vec<S> v) {
 struct Scratch {
   uintptr_t next;
 
+  // Room for numbers of type S that fill so many vectors.
   template <class S>
   INLINE S* take(int64_t vectors) {
     S* const piece = (S*)next;
     next += vectors * VECTOR_BYTES;
     return piece;
+  }
+  // Room for `count` objects.
+  template <class T>
+  INLINE T* take_objects(int64_t count) {
+    return (T*)take<char>((count * sizeof(T) + VECTOR_BYTES - 1) / VECTOR_BYTES);
   }
 };
 
@@ -139,16 +134,8 @@ int64_t bytes_of(const Problem& p) {
 // Exchanges the lanes of `a` whose index has the bit Step with the lanes of `b` whose index does not. log2(lanes)
 // rounds of exchanges transpose a square of vectors.
 #if defined(__clang__) || __GNUC__ >= 12
-template <int... I>
-struct Indices {};
-template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
-template <int... I>
-struct Count<0, I...> {
-  using type = Indices<I...>;
-};
 template <int Step, class V, int... I>
-INLINE void exchange(V& a, V& b, Indices<I...>) {
+INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);
   const V first = __builtin_shufflevector(a, b, (I & Step ? n + I - Step : I)...);
   b = __builtin_shufflevector(a, b, (I & Step ? n + I : I + Step)...);
@@ -156,12 +143,12 @@ INLINE void exchange(V& a, V& b, Indices<I...>) {
 }
 template <int Step, class S>
 INLINE void exchange(Vec<S>& a, Vec<S>& b) {
-  exchange<Step>(a, b, typename Count<kLanes<S>>::type());
+  exchange<Step>(a, b, std::make_integer_sequence<int, kLanes<S>>());
 }
 #else  // GCC 11, the compiler of Ubuntu 22.04
 template <int Step, class S>
 INLINE void exchange(Vec<S>& a, Vec<S>& b) {
-  typename Simd<S>::ints upper, lower;
+  decltype(a < b) upper, lower;  // integers as wide as S
   for (int j = 0; j < kLanes<S>; ++j) {
     upper[j] = j & Step ? kLanes<S> + j - Step : j;
     lower[j] = j & Step ? kLanes<S> + j : j + Step;
@@ -229,6 +216,12 @@ NOINLINE void store_tile(T* p, const S* tile, int64_t stride_d, int64_t stride_l
     for (int64_t t = 0; t < tokens; ++t)
       for (int j = 0; j < channels; ++j) narrow(tile[t * W + j], p[j * stride_d + t * stride_l]);
   }
+}
+
+// Adds a vector to sums in double precision, one for each lane.
+template <class S>
+INLINE void add_lanes(double* sums, Vec<S> v) {
+  for (int j = 0; j < kLanes<S>; ++j) sums[j] += v[j];
 }
 
 // Sums the lanes of each token, always in the order of the channels.

@@ -1,4 +1,4 @@
-// exp, expm1, log1p and abs of vectors. As in simd.h, everything has internal linkage.
+// exp, expm1, log1p and abs of vectors, alone or several at once. As in simd.h, everything has internal linkage.
 #pragma once
 
 #include <math.h>
@@ -62,15 +62,10 @@ FOR_EACH(-)
 FOR_EACH(*)
 #undef FOR_EACH
 
-// exp(x) - 1 is 2^k p + 2^k - 1 for x = k ln 2 + r and p = exp(r) - 1. `half_scale` is 2^k / 2, so that k = 128 is
-// representable.
+// Computes exp(x) and exp(x) - 1. For x = k ln 2 + r and p = exp(r) - 1, the latter is 2^k p + 2^k - 1. `half_scale` is
+// 2^k / 2, so that k = 128 is representable.
 template <int K>
-struct Exponential {
-  Several<Floats, K> p, half_scale;
-};
-
-template <int K>
-INLINE Exponential<K> exponential(Several<Floats, K> x) {
+INLINE void exp_expm1(Several<Floats, K> x, Several<Floats, K>& exp, Several<Floats, K>& expm1) {
   x = map(x, [](Floats x) {
     const Floats lowest = Floats{} - 87.5f, highest = Floats{} + 89.0f;
     x = x < lowest ? lowest : x;  // comparisons with NaN are false, so a NaN stays
@@ -85,18 +80,11 @@ INLINE Exponential<K> exponential(Several<Floats, K> x) {
   q = q * r + 0x1.555518p-5f;
   q = q * r + 0x1.5554dcp-3f;
   q = q * r + 0.5f;
-  return {r * r * q + r, map(shifted, [](Floats s) { return (Floats)(((Ints)s << 23) + (126 << 23)); })};
+  const auto p = r * r * q + r;
+  const auto half_scale = map(shifted, [](Floats s) { return (Floats)(((Ints)s << 23) + (126 << 23)); });
+  exp = 2.0f * (half_scale * p + half_scale);
+  expm1 = 2.0f * (half_scale * p + (half_scale - 0.5f));
 }
-
-template <int K>
-INLINE Several<Floats, K> exp(const Exponential<K>& e) {
-  return 2.0f * (e.half_scale * e.p + e.half_scale);
-}
-template <int K>
-INLINE Several<Floats, K> expm1(const Exponential<K>& e) {
-  return 2.0f * (e.half_scale * e.p + (e.half_scale - 0.5f));
-}
-INLINE Floats exp(Floats x) { return exp(exponential(Several<Floats, 1>{{x}})).v[0]; }
 
 // log(1 + y) for y in [0, 1], with a relative error of 3e-8.
 template <int K>
@@ -120,24 +108,27 @@ INLINE Doubles each(Doubles x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = function(x[j]);
   return x;
 }
-INLINE Doubles exp(Doubles x) { return each<::exp>(x); }
 template <int K>
-INLINE Several<Doubles, K> exponential(const Several<Doubles, K>& x) {
-  return x;  // so that exp(exponential(x)) compiles for both types
-}
-template <int K>
-INLINE Several<Doubles, K> exp(const Several<Doubles, K>& x) {
-  return map(x, each<::exp>);
-}
-template <int K>
-INLINE Several<Doubles, K> expm1(const Several<Doubles, K>& x) {
-  return map(x, each<::expm1>);
+INLINE void exp_expm1(const Several<Doubles, K>& x, Several<Doubles, K>& exp, Several<Doubles, K>& expm1) {
+  exp = map(x, each<::exp>);
+  expm1 = map(x, each<::expm1>);
 }
 template <int K>
 INLINE Several<Doubles, K> log1p(const Several<Doubles, K>& x) {
   return map(x, each<::log1p>);
 }
 INLINE Doubles abs(Doubles x) { return each<::fabs>(x); }
+
+template <class V, int K>
+INLINE Several<V, K> exp(const Several<V, K>& x) {
+  Several<V, K> exp, expm1;
+  exp_expm1(x, exp, expm1);
+  return exp;
+}
+template <class V>
+INLINE V exp(V x) {
+  return exp(Several<V, 1>{{x}}).v[0];
+}
 
 }  // namespace
 }  // namespace simd

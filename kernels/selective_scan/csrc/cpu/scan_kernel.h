@@ -20,18 +20,6 @@ struct Decay {
   Vec<S> factor, factor_m1;
 };
 
-// Those of several tokens.
-template <class S>
-struct Decays {
-  Group<S> factor, factor_m1;
-
-  static INLINE Decays of(const Group<S>& x) {
-    const auto e = exponential(x);
-    return {exp(e), expm1(e)};
-  }
-  INLINE Decay<S> operator[](int i) const { return {factor.v[i], factor_m1.v[i]}; }
-};
-
 // A state that may decay so slowly that it lasts for thousands of tokens. In h + (factor_m1 h + b), the sum in brackets
 // is small and so is its rounding error, and `rest` keeps what the sum rounds away (Kahan, 1965). If a step takes more
 // than half of the state, the old state and its rounding errors may be far larger than the new state. Then factor h + b
@@ -51,26 +39,15 @@ struct Running {
 
 template <class S>
 INLINE Group<S> softplus(const Group<S>& s, Group<S>& sigmoid) {
-  const Group<S> y = exp(exponential(map(s, [](Vec<S> s) { return -abs(s); })));
+  const Group<S> y = exp(map(s, [](Vec<S> s) { return -abs(s); }));
   sigmoid = map(s, y, [](Vec<S> s, Vec<S> y) { return (s > Vec<S>{} ? Vec<S>{} + 1 : y) / (1 + y); });
   return map(s, [](Vec<S> s) { return s < Vec<S>{} ? Vec<S>{} : s; }) + log1p(y);
 }
 
-// A and the bias, with a lane for each channel.
-template <class S>
-struct TaskMemory {
-  S *A, *bias;
-
-  INLINE TaskMemory(const Problem& p, Scratch& scratch) {
-    A = scratch.take<S>(p.states);
-    bias = scratch.take<S>(1);
-  }
-};
-
-// What a task reads: its part of the problem, and A and the bias.
+// What a task reads: its part of the problem, and A and the bias, which have a lane for each channel.
 template <class T>
 struct Task {
-  using S = typename State<T>::type;
+  using S = State<T>;
   static constexpr int W = kLanes<S>;
 
   const Problem& p;
@@ -78,7 +55,7 @@ struct Task {
   int channels;  // fewer than W in the last block of a group
   S *A, *bias;
 
-  INLINE Task(const Problem& p, int64_t task, const TaskMemory<S>& memory) : p(p), A(memory.A), bias(memory.bias) {
+  INLINE Task(const Problem& p, int64_t task, S* A, S* bias) : p(p), A(A), bias(bias) {
     const int64_t blocks = p.channel_blocks(W), per_group = p.channels / p.groups;
     block = task % blocks;
     group = task / blocks % p.groups;
@@ -140,17 +117,19 @@ struct Task {
 
 template <class S>
 struct ForwardMemory {
-  TaskMemory<S> task;
+  S *A, *bias;
   S *dt, *dt_u, *u, *h, *B;  // of a chunk
   Running<S>* carries;       // of each state
 
-  INLINE ForwardMemory(const Problem& p, Scratch& scratch) : task(p, scratch) {
+  INLINE ForwardMemory(const Problem& p, Scratch& scratch) {
+    A = scratch.take<S>(p.states);
+    bias = scratch.take<S>(1);
     dt = scratch.take<S>(kChunk);
     dt_u = scratch.take<S>(kChunk);
     h = scratch.take<S>(kChunk);
     u = h;  // which is not needed after `load_steps`
     B = scratch.take<S>(kChunk / kLanes<S>);
-    carries = (Running<S>*)scratch.take<S>(2 * p.states);
+    carries = scratch.take_objects<Running<S>>(p.states);
   }
 };
 
@@ -160,7 +139,7 @@ void forward(const Problem& p, int64_t index, void* memory) {
   constexpr int W = Task<T>::W;
   Scratch scratch{(uintptr_t)memory};
   const ForwardMemory<S> m(p, scratch);
-  const Task<T> task(p, index, m.task);
+  const Task<T> task(p, index, m.A, m.bias);
   memset((void*)m.carries, 0, p.states * sizeof(Running<S>));
 
   for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
@@ -171,9 +150,10 @@ void forward(const Problem& p, int64_t index, void* memory) {
       Running<S> h = m.carries[n];
       task.load_B(m.B, n, chunk);
       for (int first = 0; first < tokens; first += kSeveral<S>) {
-        const auto decays = Decays<S>::of(load_group(m.dt + first * W) * A);
+        Group<S> factor, factor_m1;
+        exp_expm1(load_group(m.dt + first * W) * A, factor, factor_m1);
         for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t) {
-          h.step(decays[i], load(m.dt_u + t * W) * m.B[t]);
+          h.step({factor.v[i], factor_m1.v[i]}, load(m.dt_u + t * W) * m.B[t]);
           store(m.h + t * W, h.value);
         }
       }
@@ -184,25 +164,22 @@ void forward(const Problem& p, int64_t index, void* memory) {
   }
 }
 
-// lambda and the decay of the token after the current ones.
-template <class S>
-struct Later {
-  Running<S> lambda;
-  Decay<S> decay;
-};
-
 template <class S>
 struct BackwardMemory {
-  TaskMemory<S> task;
+  S *A, *bias;
   // Of a chunk. `carried` is a_t h_{t-1} of one state.
   S *dt, *dt_u, *u, *sigmoid, *grad_dt_u, *grad_s, *carried, *grad;
   Decay<S>* decays;
   S *products, *B, *sums;
-  S* carries;        // the state before each chunk, (chunks, states, lanes)
-  Later<S>* laters;  // of each state
-  double* grad_A;    // (states, lanes)
+  S* carries;  // the state before each chunk, (chunks, states, lanes)
+  // Of each state: lambda and the decay of the token after the current chunk.
+  Running<S>* later_lambdas;
+  Decay<S>* later_decays;
+  double* grad_A;  // (states, lanes)
 
-  INLINE BackwardMemory(const Problem& p, Scratch& scratch) : task(p, scratch) {
+  INLINE BackwardMemory(const Problem& p, Scratch& scratch) {
+    A = scratch.take<S>(p.states);
+    bias = scratch.take<S>(1);
     dt = scratch.take<S>(kChunk);
     dt_u = scratch.take<S>(kChunk);
     u = scratch.take<S>(kChunk);
@@ -211,13 +188,14 @@ struct BackwardMemory {
     grad_s = scratch.take<S>(kChunk);
     carried = scratch.take<S>(kChunk);
     grad = scratch.take<S>(kChunk);
-    decays = (Decay<S>*)scratch.take<S>(2 * kChunk);
+    decays = scratch.take_objects<Decay<S>>(kChunk);
     products = scratch.take<S>(kChunk);
     B = scratch.take<S>(kChunk / kLanes<S>);
     sums = scratch.take<S>(kChunk / kLanes<S>);
     carries = scratch.take<S>(p.states * p.chunks());
-    laters = (Later<S>*)scratch.take<S>(4 * p.states);
-    grad_A = (double*)scratch.take<S>(2 * p.states);
+    later_lambdas = scratch.take_objects<Running<S>>(p.states);
+    later_decays = scratch.take_objects<Decay<S>>(p.states);
+    grad_A = scratch.take_objects<double>(p.states * kLanes<S>);
   }
 };
 
@@ -235,17 +213,14 @@ INLINE void scan_carries(const Task<T>& task, const BackwardMemory<S>& m) {
       Running<S> h{load(carries + n * W), {}};
       task.load_B(m.B, n, chunk);
       for (int first = 0; first < kChunk; first += kSeveral<S>) {
-        const auto decays = Decays<S>::of(load_group(m.dt + first * W) * A);
-        for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t) h.step(decays[i], load(m.dt_u + t * W) * m.B[t]);
+        Group<S> factor, factor_m1;
+        exp_expm1(load_group(m.dt + first * W) * A, factor, factor_m1);
+        for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t)
+          h.step({factor.v[i], factor_m1.v[i]}, load(m.dt_u + t * W) * m.B[t]);
       }
       store(carries + (states + n) * W, h.value);
     }
   }
-}
-
-template <class S>
-INLINE void add_lanes(double* sums, Vec<S> v) {
-  for (int j = 0; j < kLanes<S>; ++j) sums[j] += v[j];
 }
 
 // Goes through a chunk of one state, forward for h and back for lambda. Adds to the gradients of dt u, of dt (in
@@ -261,26 +236,30 @@ INLINE void scan_back(const Task<T>& task, const BackwardMemory<S>& m, int64_t n
 
   Running<S> h{load(m.carries + (chunk * p.states + n) * W), {}};
   for (int first = 0; first < tokens; first += kSeveral<S>) {
-    const auto decays = Decays<S>::of(load_group(m.dt + first * W) * A);
+    Group<S> factor, factor_m1;
+    exp_expm1(load_group(m.dt + first * W) * A, factor, factor_m1);
     for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t) {
-      m.decays[t] = decays[i];
-      store(m.carried + t * W, decays[i].factor * h.value);  // h_t - dt B u would lose digits
-      h.step(decays[i], load(m.dt_u + t * W) * m.B[t]);
+      const Decay<S> decay = {factor.v[i], factor_m1.v[i]};
+      m.decays[t] = decay;
+      store(m.carried + t * W, decay.factor * h.value);  // h_t - dt B u would lose digits
+      h.step(decay, load(m.dt_u + t * W) * m.B[t]);
     }
   }
 
-  Later<S> later = m.laters[n];
+  Running<S> running = m.later_lambdas[n];
+  Decay<S> decay = m.later_decays[n];  // of the token after t
   Vec<S> grad_An = {};
   for (int t = tokens - 1; t >= 0; --t) {
-    later.lambda.step(later.decay, load(m.grad + t * W));
-    later.decay = m.decays[t];
-    const Vec<S> lambda = later.lambda.value, lambda_carried = lambda * load(m.carried + t * W);
+    running.step(decay, load(m.grad + t * W));
+    decay = m.decays[t];
+    const Vec<S> lambda = running.value, lambda_carried = lambda * load(m.carried + t * W);
     store(m.grad_dt_u + t * W, load(m.grad_dt_u + t * W) + lambda * m.B[t]);
     store(m.grad_s + t * W, load(m.grad_s + t * W) + lambda_carried * A);
     grad_An += lambda_carried * load(m.dt + t * W);
     store(m.products + t * W, lambda * load(m.dt_u + t * W));
   }
-  m.laters[n] = later;
+  m.later_lambdas[n] = running;
+  m.later_decays[n] = decay;
   add_lanes<S>(m.grad_A + n * W, grad_An);
 
   sum_lanes(m.sums, m.products, tokens);
@@ -314,9 +293,10 @@ void backward(const Problem& p, int64_t index, void* memory) {
   constexpr int W = Task<T>::W;
   Scratch scratch{(uintptr_t)memory};
   const BackwardMemory<S> m(p, scratch);
-  const Task<T> task(p, index, m.task);
+  const Task<T> task(p, index, m.A, m.bias);
   double grad_bias[W] = {};
-  memset((void*)m.laters, 0, p.states * sizeof(Later<S>));
+  memset((void*)m.later_lambdas, 0, p.states * sizeof(Running<S>));
+  memset((void*)m.later_decays, 0, p.states * sizeof(Decay<S>));
   memset(m.grad_A, 0, p.states * W * sizeof(double));
 
   scan_carries(task, m);
