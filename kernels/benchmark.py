@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import dwconv2d
 import selective_scan
@@ -175,7 +176,11 @@ class Operator:
         return getattr(functions, self.name), without_some
 
     def reference(self) -> tuple[Callable, Callable]:
-        return self.of(importlib.import_module(f"{self.package}.reference"))
+        return self.of(self._module("reference"))
+
+    def _module(self, kind: str) -> ModuleType:
+        part = {"selective_scan": "scan", "dwconv2d": "plane"}[self.package]
+        return importlib.import_module(f"{self.package}.{part}_{kind}")
 
     def implementations(self, device: str) -> dict[str, tuple[Callable, Callable]]:
         """Forward and backward of each backend that runs on `device`."""
@@ -184,7 +189,7 @@ class Operator:
         if available[device].startswith("available"):
             found[device] = self.of(getattr(torch.ops, self.package))
         if device == "cuda" and available["triton"] == "available":
-            found["triton"] = self.of(importlib.import_module(f"{self.package}.triton_kernels"))
+            found["triton"] = self.of(self._module("triton"))
         found["reference"] = self.reference()
         found["naive"] = (self.naive, backward_of(self.naive))
         return found

@@ -19,10 +19,8 @@ from unittest import mock
 
 import torch
 import triton
-from dwconv2d import mlp_triton, token_triton
-from dwconv2d import triton_kernels as planes_triton
-from selective_scan import gate_triton
-from selective_scan import triton_kernels as scan_triton
+from dwconv2d import mlp_triton, plane_triton, token_triton
+from selective_scan import gate_triton, scan_triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -130,8 +128,8 @@ def calls(dim: int, side: int, dtype: torch.dtype, layout: str) -> dict[str, Cal
     found = {
         "selective_scan_state": lambda: scan_triton.selective_scan_state(*scan),
         "selective_scan_state_backward": lambda: scan_triton.selective_scan_state_backward(states.flatten(3), *scan),
-        "state_fusion_output": lambda: planes_triton.state_fusion_output(*fusion),
-        "state_fusion_output_backward": lambda: planes_triton.state_fusion_output_backward(planes, *fusion),
+        "state_fusion_output": lambda: plane_triton.state_fusion_output(*fusion),
+        "state_fusion_output_backward": lambda: plane_triton.state_fusion_output_backward(planes, *fusion),
     }
     if layout == "contiguous":
         norm_args = (tokens, conv[0], norm[0], EPS, tokens, scale)

@@ -58,7 +58,8 @@ def check_channels(model: ConfigDict) -> None:
     given = [dims[i] for i in stages]
     if neck := model.get("neck"):
         neck = neck[0] if isinstance(neck, list) else neck
-        _compare_channels("neck", neck, given)
+        reads_backwards = is_kind(neck, "YOLOV3Neck")  # its lists begin with the last map
+        _compare_channels("neck", neck, given[::-1] if reads_backwards else given)
         _check_strides(model, neck, [4 * 2**i for i in stages])
     else:
         for part in ("decode_head", "auxiliary_head"):
@@ -522,6 +523,7 @@ def _ignore_settings(cfg: Config, model: ConfigDict, splits: Sequence[str]) -> I
 
 # mmseg's losses that do not get ignore_index from their head, and the name of their own argument for it.
 IGNORING_LOSSES = {
+    "DiceLoss": "ignore_index",
     "HuasdorffDisstanceLoss": "ignore_index",
     "OhemCrossEntropy": "ignore_label",
     "TverskyLoss": "ignore_index",

@@ -19,12 +19,12 @@ class EnlargedSegVisualizer(LabelsBeside, SegLocalVisualizer):
 
     Args:
         name: the name of this visualizer, which mmengine requires.
-        background: the label without colour and name. With None, each region has a colour and a name.
+        background: a label without colour and name. By default, each region has a colour and a name.
         alpha: opacity of the colours over the image.
         **settings: as in mmseg.
     """
 
-    def __init__(self, name: str = "visualizer", background: int | None = 0, alpha: float = 0.3, **settings):
+    def __init__(self, name: str = "visualizer", background: int | None = None, alpha: float = 0.3, **settings):
         super().__init__(name, alpha=alpha, **settings)
         self.background = background
 

@@ -50,13 +50,18 @@ class _WithSizes(nn.Module):
         return self.model(images, [sample])
 
 
+UNCOUNTED = ("MaskFormerHead", "Mask2FormerHead", "PointHead")  # of mmdet and mmseg
+
+
 def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnalysis:
     """Count the FLOPs of one image of `size` (height, width) in evaluation mode.
 
     Raises:
-        UserError: a detector for which no number of proposals is defined.
+        UserError: a detector for which no number of proposals is defined, or a head that needs more than maps.
     """
     model = revert_sync_batchnorm(model).eval()
+    if uncounted := {type(part).__name__ for part in model.modules()} & set(UNCOUNTED):
+        raise UserError(f"FLOPs are not counted for {uncounted.pop()}: without targets or points, it computes nothing")
     if hasattr(model, "roi_head"):
         if type(model.roi_head).__name__ != "StandardRoIHead":
             raise UserError(f"FLOPs are counted for mmdet's StandardRoIHead, not for {type(model.roi_head).__name__}")

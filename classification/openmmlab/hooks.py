@@ -640,30 +640,37 @@ def _naming(metric: BaseMetric, compute: Callable[[list], dict]) -> Callable[[li
         found = compute(results)
         if found and results:  # not of format_only
             _, union, _, labels = (sum(areas).numpy() for areas in zip(*results, strict=True))
-            if message := message_on_absent_classes(metric.dataset_meta["classes"], labels, union):
+            classes, filled = metric.dataset_meta["classes"], getattr(metric, "nan_to_num", None)
+            if message := message_on_absent_classes(classes, labels, union, filled):
                 print_log(message, logger="current", level=logging.WARNING)
         return found
 
     return named
 
 
-def message_on_absent_classes(classes: Sequence[str], labels: np.ndarray, union: np.ndarray) -> str | None:
+def message_on_absent_classes(
+    classes: Sequence[str], labels: np.ndarray, union: np.ndarray, filled: float | None = None
+) -> str | None:
     """Name the classes without a pixel in the label maps, and say over how many classes mIoU is the mean.
 
     Args:
         classes: the names of all classes.
         labels: the number of pixels of each class in the label maps.
         union: the number of pixels of each class in the label maps or the predictions.
+        filled: the IoU that the mean takes for a class without a pixel in either: `nan_to_num` of IoUMetric. With
+            None, the mean leaves it out.
 
     Returns:
-        None if each class has a pixel.
+        None if each class has a pixel in the label maps.
     """
     missing = [repr(name) for name, pixels in zip(classes, labels, strict=False) if not pixels]
     if not missing:
         return None
     more = f" and {len(missing) - NAMED} more" if missing[NAMED:] else ""
     one = len(missing) == 1
+    counted = np.count_nonzero(union) if filled is None else len(classes)
     return (
         f"{'class' if one else 'classes'} {', '.join(missing[:NAMED])}{more} {'is' if one else 'are'} in no map; mIoU "
-        f"is the mean of {np.count_nonzero(union)} of {len(classes)} classes"
+        f"is the mean of {counted} of {len(classes)} classes"
+        + (f", and takes {filled:g} for those that are not predicted either" if filled is not None else "")
     )

@@ -35,10 +35,20 @@ def insert_label_checks(cfg: Config) -> None:
 
 
 def pass_class_weights(cfg: Config) -> None:
-    """Set `class_weight` of each CheckLabels in the training pipeline if a loss by softmax has class weights."""
-    losses = [loss for _, head in segmentation_heads(cfg.model) for _, loss in parts_of("", head.get("loss_decode"))]
-    weighted = any(loss.get("class_weight") and not loss.get("use_sigmoid") for loss in losses)
-    for dataset in with_pipelines(cfg.train_dataloader.dataset) if weighted else ():
+    """Set `class_weight` of each CheckLabels in the training pipeline if a loss has no weight for ignored pixels.
+
+    mmseg's CrossEntropyLoss by softmax looks up the weight of each pixel's label. Other losses do not.
+    """
+
+    def lacks(head: ConfigDict, loss: ConfigDict) -> bool:
+        weights = loss.get("class_weight")
+        if not weights or loss.get("use_sigmoid") or not is_kind(loss, "CrossEntropyLoss"):
+            return False
+        return isinstance(weights, str) or not 0 <= head.get("ignore_index", 255) < len(weights)
+
+    losses = [(h, loss) for _, h in segmentation_heads(cfg.model) for _, loss in parts_of("", h.get("loss_decode"))]
+    lacking = any(lacks(head, loss) for head, loss in losses)
+    for dataset in with_pipelines(cfg.train_dataloader.dataset) if lacking else ():
         for step in steps_of(dataset.pipeline):
             if kind_of(step) == "CheckLabels":
                 step.class_weight = True

@@ -891,6 +891,7 @@ ADVICE = {
     "The image size in a batch should be the same": "set batch_size=1 of the data loader, or resize to one size",
     "index 255 is out of bounds": "a loss with class_weight cannot weigh ignored pixels (255): of label maps, and of "
     "the padding of images that are smaller than data_preprocessor.size; leave class_weight out",
+    "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
     "but when load annotation the `reduce_zero_label`": "make that of LoadAnnotations, too, equal to it",
 }
 
@@ -911,7 +912,15 @@ def _draw(args: argparse.Namespace, cfg: Config) -> None:
     for key, part in {"default_hooks.visualization": cfg.get("default_hooks", {}), "visualizer": cfg}.items():
         if not part.get(key.rpartition(".")[2]):
             raise UserError(f"{args.config}: has no {key}, which draws; add it, or leave --show out")
-    steps = [step for one in datasets_of(cfg.test_dataloader.dataset) for step in steps_of(one.get("pipeline") or ())]
+    pipelines = [list(steps_of(one.get("pipeline") or ())) for one in datasets_of(cfg.test_dataloader.dataset)]
+    for steps in pipelines:
+        loads = next((i for i, step in enumerate(steps) if "LoadAnnotations" in kind_of(step)), len(steps))
+        if any("Resize" in kind_of(step) for step in steps[loads:]):
+            raise UserError(
+                f"{args.config}: the test pipeline has {kind_of(steps[loads])} before a Resize, which changes what it "
+                "loads, but drawings are on images of their own size; put it after Resize"
+            )
+    steps = [step for one in pipelines for step in one]
     if any(str(step.get("color_type")).endswith(("ignore_orientation", "unchanged")) for step in steps):
         print_log(
             "the images are loaded without their EXIF orientation, but drawn with it: on turned photographs, drawings "
@@ -922,6 +931,13 @@ def _draw(args: argparse.Namespace, cfg: Config) -> None:
     if cfg.default_scope == "mmdet":
         cfg.default_hooks.visualization.test_out_dir = args.show_dir
     else:
+        places = cfg.visualizer.get("vis_backends") or []
+        places = places if isinstance(places, list | tuple) else [places]
+        if args.show_dir and not any(is_kind(one, "LocalVisBackend") for one in places):
+            raise UserError(
+                f"--show-dir {args.show_dir}: mmseg writes images by a LocalVisBackend, and {args.config} has none; "
+                "add dict(type='LocalVisBackend') to visualizer.vis_backends"
+            )
         cfg.default_hooks.visualization.interval = 1
         cfg.visualizer.update({"save_dir": args.show_dir} if args.show_dir else {})
 

@@ -50,7 +50,7 @@ class CheckLabels:
 
     Args:
         num_classes: labels must be less than this, or `ignore_index`.
-        class_weight: whether the loss has class weights. mmseg looks up a weight for each pixel, also for ignored ones.
+        class_weight: whether a loss has class weights, but none for ignored pixels, which it looks up all the same.
         ignore_index: the label that the loss ignores.
         turned: whether images are loaded as their EXIF orientation says; if one is turned, a warning says so once.
         of_file: whether the file holds the labels as they are; False for a loader that makes them otherwise.

@@ -1216,11 +1216,11 @@ def test_what_is_ignored_is_the_same_everywhere():
     cfg.val_evaluator[1].ignore_index = cfg.test_evaluator.ignore_index = 254
     checks.check_data(cfg, ("train", "val", "test"))
     steps += [dict(type="RandomCrop", cat_max_ratio=0.75), dict(type="GenerateEdge")]
-    cfg.model.decode_head.loss_decode = [dict(type="CrossEntropyLoss"), dict(type="TverskyLoss")]
+    cfg.model.decode_head.loss_decode = [dict(type="CrossEntropyLoss"), dict(type="TverskyLoss"), dict(type="DiceLoss")]
     cfg.model.auxiliary_head[0].loss_decode = dict(type="HuasdorffDisstanceLoss", ignore_index=255)
     keys = (
         f"{train}.RandomCrop.ignore_index is 255, {train}.GenerateEdge.ignore_index is 255, "
-        "model.decode_head.loss_decode[1].ignore_index is 255, "
+        "model.decode_head.loss_decode[1].ignore_index is 255, model.decode_head.loss_decode[2].ignore_index is 255, "
         "model.auxiliary_head[0].loss_decode.ignore_index is 255 (255 where"
     )
     with pytest.raises(UserError, match=re.escape(f"of model.decode_head is 254, but {keys}")):
@@ -1914,6 +1914,8 @@ def test_classes_that_no_map_has_are_named():
         "class 'b' is in no map; mIoU is the mean of 1 of 2 classes"
     )
     assert hooks.message_on_absent_classes("ab", np.array([5, 1]), np.array([5, 2])) is None
+    filled = hooks.message_on_absent_classes("ab", np.array([5, 0]), np.array([5, 0]), filled=0)
+    assert filled.endswith("mIoU is the mean of 2 of 2 classes, and takes 0 for those that are not predicted either")
 
 
 def loop_of(kind: type, **attributes) -> object:
@@ -2261,11 +2263,18 @@ def test_maps_of_labels_beyond_a_byte(tmp_path):
             assert CheckLabels(5)(results) is results
     with pytest.raises(UserError, match=r"map.png: has ignored pixels .*class_weight"):
         CheckLabels(5, class_weight=True)(results)
-    heads = dict(decode_head=dict(loss_decode=[dict(class_weight=[1, 2])]), auxiliary_head=None)
-    pipeline = [dict(type="LoadAnnotations"), dict(type="CheckLabels", num_classes=2)]
-    cfg = Config(dict(model=heads, train_dataloader=dict(dataset=dict(pipeline=pipeline))))
-    pipelines.pass_class_weights(cfg)
-    assert cfg.train_dataloader.dataset.pipeline[1].class_weight
+    for kind, ignored, lacks in [
+        ("CrossEntropyLoss", 255, True),
+        ("CrossEntropyLoss", 0, None),  # has a weight
+        ("LovaszLoss", 255, None),
+        ("OhemCrossEntropy", 255, None),
+    ]:
+        loss = dict(type=kind, class_weight=[1, 2])
+        heads = dict(decode_head=dict(loss_decode=[loss], ignore_index=ignored), auxiliary_head=None)
+        pipeline = [dict(type="LoadAnnotations"), dict(type="CheckLabels", num_classes=2)]
+        cfg = Config(dict(model=heads, train_dataloader=dict(dataset=dict(pipeline=pipeline))))
+        pipelines.pass_class_weights(cfg)
+        assert cfg.train_dataloader.dataset.pipeline[1].get("class_weight") is lacks
     with pytest.raises(UserError, match=r"map.png: is a picture of 3 colours, not a map of labels"):
         CheckLabels(5)({**results, "gt_seg_map": np.zeros((2, 2, 3), np.uint8)})
 
@@ -2446,8 +2455,11 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
     assert tools._work_dir(argparse.Namespace(work_dir="~/run"), cfg) == str(Path("~/run").expanduser())
 
 
-def test_drawings_of_turned_photographs(monkeypatch):
-    """Drawing hooks read the image again, and turn it."""
+LOCAL = [dict(type="LocalVisBackend")]
+
+
+def test_what_drawings_need(monkeypatch):
+    """Drawing hooks read the image again, turn it, and leave its size. mmseg writes it by a backend."""
     said = []
     monkeypatch.setattr(tools, "print_log", lambda message, level: said.append(message))
     for colour, expected in (("color", 0), ("color_ignore_orientation", 1), ("unchanged", 1)):
@@ -2459,6 +2471,16 @@ def test_drawings_of_turned_photographs(monkeypatch):
         tools._draw(argparse.Namespace(show=False, wait_time=2, show_dir="drawn"), cfg)
         assert ["on turned photographs, drawings are not in" in one for one in said] == [True] * expected
         said.clear()
+    pipeline[1:] = [dict(type="LoadAnnotations"), dict(type="Resize")]
+    cfg.test_dataloader.dataset.pipeline = pipeline
+    draw = argparse.Namespace(config="a.py", show=False, wait_time=2, show_dir="drawn")
+    with pytest.raises(UserError, match=r"has LoadAnnotations before a Resize, .*put it after Resize"):
+        tools._draw(draw, cfg)
+    cfg.default_scope, cfg.test_dataloader.dataset.pipeline = "mmseg", pipeline[::-1]
+    for backends, writes in ((None, False), ([dict(type="TensorboardVisBackend")], False), (LOCAL, True)):
+        cfg.visualizer.vis_backends = backends
+        with nullcontext() if writes else pytest.raises(UserError, match="drawn: mmseg writes images by a LocalVis"):
+            tools._draw(draw, cfg)
 
 
 def test_augmentation_in_wrapped_data_sets():

@@ -334,6 +334,8 @@ def test_strides_follow_the_maps():
         UserError, match=r"model\.bbox_head\.strides begins with 4, .* set it to \[8, 16, 32, 64, 128\]"
     ):
         check_channels(Config(dict(backbone=model.backbone, neck=[model.neck], bbox_head=single)))
+    backwards = dict(type="YOLOV3Neck", num_scales=3, in_channels=[128, 64, 32], out_channels=[64, 32, 16])
+    check_channels(Config(dict(backbone=dict(model.backbone, out_indices=(1, 2, 3)), neck=backwards)))
     single["strides"] = [16]  # of one map of the neck
     check_channels(Config(dict(backbone=model.backbone, neck=[model.neck], bbox_head=single)))
 

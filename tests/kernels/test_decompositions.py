@@ -6,7 +6,7 @@ import dwconv2d
 import pytest
 import selective_scan
 import torch
-from dwconv2d.reference import DILATIONS
+from dwconv2d.plane_reference import DILATIONS
 
 SCAN = torch.ops.selective_scan.selective_scan_state.default
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dwconv2d import reference
+from dwconv2d import plane_reference as reference
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "dwconv2d" / "csrc" / "cuda"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from selective_scan import reference
+from selective_scan import scan_reference as reference
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "selective_scan" / "csrc" / "cuda"

@@ -1,6 +1,6 @@
 // Autograd functions in C++: they save what the backward pass needs and call the backward operators. They replace those
-// in dwconv2d/ops.py and token_ops.py, because Python would let a GPU wait. `dilated_dwconv2d`, `state_fusion` and
-// `mlp` keep theirs in Python.
+// in dwconv2d/plane_ops.py and token_ops.py, because Python would make a GPU wait. `dilated_dwconv2d` and
+// `state_fusion`, which the models do not call, `mlp`, and `depthwise_silu` with several uses keep theirs in Python.
 #include "autograd.h"
 
 namespace dwconv2d {

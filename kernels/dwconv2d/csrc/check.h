@@ -1,4 +1,4 @@
-// Checks of the compiled kernels' arguments. The messages are those of dwconv2d/reference.py.
+// Checks of the compiled kernels' arguments. The messages are those of dwconv2d/plane_reference.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

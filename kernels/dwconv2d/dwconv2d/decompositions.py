@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwconv2d.reference import DILATIONS, check_conv_inputs, check_output_inputs
+from dwconv2d.plane_reference import DILATIONS, check_conv_inputs, check_output_inputs
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:

@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from dwconv2d import mlp_ops, ops, token_ops  # noqa: F401, they define the operators
-from dwconv2d.reference import DILATIONS
+from dwconv2d import mlp_ops, plane_ops, token_ops  # noqa: F401, they define the operators
+from dwconv2d.plane_reference import DILATIONS
 
 # Of a 3x3 convolution for each dilation, as the official counters count. The kernels merge the centres and need 25.
 MULTIPLY_ADDS_PER_FUSED_STATE = 9 * len(DILATIONS)
@@ -31,7 +31,7 @@ def mlp_multiply_adds(x_shape, fc1_weight_shape, fc1_bias_shape, fc2_weight_shap
 
 
 def _register(operator: torch._ops.OpOverloadPacket, multiply_adds, times: int = 1, skipped: int = 0) -> None:
-    """Count `times` the `multiply_adds` of the arguments after the first `skipped`, which are gradients."""
+    """Count `times` the `multiply_adds` of the arguments after the first `skipped`."""
 
     @register_flop_formula(operator)
     def count(*shapes, out_shape=None, **kwargs) -> int:

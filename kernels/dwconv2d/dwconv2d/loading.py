@@ -60,7 +60,7 @@ def backends(tensor: Tensor | None = None) -> dict[str, str]:
 
     The result maps each name to "available", with detail in brackets, or to the reason why it is not available. With a
     tensor, "selected" is the name of what runs for tensors on its device, and "selected for NAME" is the same for each
-    operator that has no compiled kernels. Triton's `mlp` calls PyTorch's layers where it has no kernel.
+    operator that has no compiled kernels. Triton's `dwconv2d.mlp` calls PyTorch's layers where it has no kernel.
     """
     gpu = torch.cuda.is_available()
     found = {
@@ -142,7 +142,7 @@ class Implementations(NamedTuple):
 
     plain: Callable  # in plain PyTorch
     triton_module: str  # module of this package with Triton's function of the same name
-    # For the CPU and, where it is compiled for CUDA, the GPU. Its autograd function may be in C++ all the same.
+    # True if csrc/cpu and csrc/cuda have this operator. If false, csrc/autograd.cpp may still have its gradient.
     has_compiled_kernels: bool
 
     def in_triton(self) -> Callable:
@@ -175,11 +175,11 @@ def _triton(implementations: Implementations) -> Callable:
 OPERATORS: dict[str, Implementations] = {}  # all registered operators, by name
 
 
-def register(plain: Callable, triton_module: str = "triton_kernels", has_compiled_kernels: bool = True) -> None:
+def register(plain: Callable, *, triton_module: str, has_compiled_kernels: bool) -> None:
     """Register `plain`, plain PyTorch, as the operator of its name on every device without a compiled kernel.
 
-    On a GPU, Triton's kernel of that name takes precedence. `has_compiled_kernels` says whether the package's C++ has
-    kernels of the operator. This says nothing of its autograd function (csrc/autograd.cpp).
+    On GPUs, Triton's kernel, which is the function of that name in `triton_module`, takes precedence. If the package is
+    compiled for CUDA and `has_compiled_kernels`, neither is registered for GPUs: every GPU then takes the CUDA kernel.
     """
     implementations = OPERATORS[plain.__name__] = Implementations(plain, triton_module, has_compiled_kernels)
     operator = f"{PACKAGE}::{plain.__name__}"

@@ -56,6 +56,7 @@ def _residual_norm_backward_fake(grad_r, grad_n, r, x, weight, norm_weight, eps,
     return x.new_empty(x.shape), *parameters, x.new_empty(0 if scale is None else x.shape)
 
 
+# csrc/autograd.cpp has the same functions, and takes precedence where it is compiled: change both.
 def _silu_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -86,6 +87,7 @@ class _SeveralUses(torch.autograd.Function):
         return *loading.call("depthwise_silu_backward", first, *ctx.saved_tensors, *more), None
 
 
+# csrc/autograd.cpp has the same functions, and takes precedence where it is compiled: change both.
 def _residual_norm_setup(ctx, inputs, output):
     x, weight, bias, norm_weight, norm_bias, ctx.eps, update, scale = inputs
     ctx.dtypes = [t.dtype for t in (weight, bias, norm_weight, norm_bias)]

@@ -468,7 +468,7 @@ def _count_positions(x: Tensor) -> int:
 
 
 def _stored(x: Tensor) -> torch.dtype:
-    """The dtype of a buffer for a result in x's dtype. On a CPU, Triton's interpreter runs, which cannot round."""
+    """The dtype of a buffer for a result in x's dtype. In tests on a CPU, Triton's interpreter cannot round."""
     return x.dtype if x.is_cuda else reference.computed_dtype(x)
 
 

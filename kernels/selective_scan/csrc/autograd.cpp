@@ -1,5 +1,5 @@
 // Autograd functions in C++: they save what the backward pass needs and call the backward operators. They replace those
-// in selective_scan/ops.py and gate_ops.py, because Python would let a GPU wait.
+// in selective_scan/scan_ops.py and gate_ops.py, because Python would make a GPU wait.
 #include "autograd.h"
 
 namespace selective_scan {

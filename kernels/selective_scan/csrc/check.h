@@ -1,4 +1,4 @@
-// Checks of the compiled kernels' arguments. The messages are those of selective_scan/reference.py.
+// Checks of the compiled kernels' arguments. The messages are those of selective_scan/scan_reference.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>

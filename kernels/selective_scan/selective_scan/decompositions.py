@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_scan.reference import check_inputs, expand_groups, rates, state_dtype
+from selective_scan.scan_reference import check_inputs, expand_groups, rates, state_dtype
 
 CHUNK = 32  # tokens of a chunk, if the total number is unknown
 

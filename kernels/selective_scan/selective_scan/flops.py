@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from selective_scan import gate_ops, ops  # noqa: F401, they define the operators
+from selective_scan import gate_ops, scan_ops  # noqa: F401, they define the operators
 
 # The official counters of Mamba and of Spatial-Mamba use this number.
 MULTIPLY_ADDS_PER_STATE = 7

@@ -46,7 +46,7 @@ def _forward_kernel(
     plane,
     channels,
     y_stride_b,
-    y_stride_d,
+    y_channel_units,
     y_stride_p,
     z_stride_b,
     z_stride_p,
@@ -59,8 +59,8 @@ def _forward_kernel(
 ):
     image, p, d, p_valid, d_valid = _tile(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
-    # Strides of planes come in units: see `_unit`.
-    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
+    # Only the stride between channels comes in units: see `_unit`.
+    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_channel_units * UNIT + p.to(tl.int64) * y_stride_p
     y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
     z_ptrs = z_ptr + image * z_stride_b + p.to(tl.int64) * z_stride_p + d.to(tl.int64) * z_stride_d
     z = tl.load(z_ptrs, mask=valid, other=0).to(DTYPE)
@@ -88,7 +88,7 @@ def _backward_kernel(
     grad_stride_p,
     grad_stride_d,
     y_stride_b,
-    y_stride_d,
+    y_channel_units,
     y_stride_p,
     z_stride_b,
     z_stride_p,
@@ -102,11 +102,11 @@ def _backward_kernel(
 ):
     """Gradients of y (planes) and z (tokens), and this program's partial sums of those of weight and bias.
 
-    Strides of planes come in units: see `_unit`.
+    Of the strides of planes, those between channels come in units: see `_unit`.
     """
     image, p, d, p_valid, d_valid = _tile(plane, channels, BLOCK_P, BLOCK_D)
     valid = p_valid & d_valid
-    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_stride_d * UNIT + p.to(tl.int64) * y_stride_p
+    y_ptrs = y_ptr + image * y_stride_b + d.to(tl.int64) * y_channel_units * UNIT + p.to(tl.int64) * y_stride_p
     y = tl.load(y_ptrs, mask=valid, other=0).to(DTYPE)
     p_64 = p.to(tl.int64)
     z_ptrs = z_ptr + image * z_stride_b + p_64 * z_stride_p + d.to(tl.int64) * z_stride_d
@@ -137,7 +137,7 @@ def _backward_kernel(
 
 
 def _stored(y: Tensor) -> torch.dtype:
-    """The dtype of a buffer for a result in y's dtype. On a CPU, Triton's interpreter runs, which cannot round."""
+    """The dtype of a buffer for a result in y's dtype. In tests on a CPU, Triton's interpreter cannot round."""
     return y.dtype if y.is_cuda else reference.computed_dtype(y)
 
 
@@ -175,7 +175,7 @@ def _rows(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return y.reshape(batch, channels, height * width), z.reshape(batch, height * width, channels)
 
 
-def _strides_in_units(planes: Tensor) -> tuple[tuple[int, int, int], int]:
+def _strides_and_unit(planes: Tensor) -> tuple[tuple[int, int, int], int]:
     unit = _unit(planes.stride(1))
     return (planes.stride(0), planes.stride(1) // unit, planes.stride(2)), unit
 
@@ -186,7 +186,7 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     out = z.new_empty(z.shape, dtype=_stored(y))
     planes, tokens = _rows(y, z)
     batch, channels, plane = planes.shape
-    strides, unit = _strides_in_units(planes)
+    strides, unit = _strides_and_unit(planes)
     tiling = _gate_tiling(channels, backward=False)
     launch(
         _forward_kernel,
@@ -211,7 +211,7 @@ def norm_gate_backward(
     planes, tokens = _rows(y, z)
     _, grads = _rows(y, grad)
     batch, channels, plane = planes.shape
-    strides, unit = _strides_in_units(planes)
+    strides, unit = _strides_and_unit(planes)
     tiling = _gate_tiling(channels, backward=True)
     programs = batch * _ceil_div(plane, tiling["BLOCK_P"])
     partials = y.new_empty(programs, 2, channels, dtype=reference.computed_dtype(y))

@@ -54,7 +54,7 @@ void run(const Params& p, Pass pass, Order order) {
 void add_up(const Sums& sums, Dtype dtype, Order order) {
   with_type(dtype, [&](auto activation) {
     using Output = decltype(activation);
-    using State = typename StateOf<Output>::type;
+    using State = StateOf<Output>;
     emulation::launch(sums.blocks(), kSumThreads, kSumThreads * sizeof(State), order,
                       [&] { sum_partials<State, Output>(sums); });
   });

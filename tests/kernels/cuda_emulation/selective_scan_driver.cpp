@@ -79,7 +79,7 @@ extern "C" const char* emulated_backward(
     with_instance(p.plan, Dtype(dtype), [&](auto instance) {
       using I = decltype(instance);
       using Input = typename I::Input;
-      using State = typename I::State;
+      using State = StateOf<typename I::Input>;
       Guarded boundaries(size_t(rows) * p.states * p.plan.chunks * sizeof(State));
       Guarded partials_A(rows * p.states * sizeof(State)), partials_bias(rows * sizeof(State));
       Guarded partials_B(size_t(p.blocks()) * p.states * p.length * sizeof(State));

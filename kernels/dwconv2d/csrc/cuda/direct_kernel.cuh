@@ -37,16 +37,17 @@ __device__ __forceinline__ int position_read(int position, int size, bool zeros)
   return zeros && inside != position ? -1 : inside;
 }
 
-template <typename Taps, typename Input, typename Activation, typename State = typename StateOf<Activation>::type>
+template <typename Taps, typename Input, typename Activation, typename State = StateOf<Activation>>
 __device__ __forceinline__ State convolve_at(const Params& p, const Input* plane, int channel, int row, int column) {
+  const Taps taps{p};
   State sum = 0;
-  for (int a = 0; a < Taps::rows(p); ++a) {
-    const int y = position_read(row + Taps::row(p, a), p.height, p.zeros);
+  for (int a = 0; a < taps.rows(); ++a) {
+    const int y = position_read(row + taps.row(a), p.height, p.zeros);
     if (y < 0) continue;
     const Input* const from = plane + int64_t(y) * p.width;
-    for (int b = 0; b < Taps::columns(p, a); ++b) {
-      const int x = position_read(column + Taps::column(p, a, b), p.width, p.zeros);
-      if (x >= 0) sum += Taps::template weight<State, Activation>(p, channel, a, b) * widen(from[x]);
+    for (int b = 0; b < taps.columns(a); ++b) {
+      const int x = position_read(column + taps.column(a, b), p.width, p.zeros);
+      if (x >= 0) sum += taps.template weight<State, Activation>(channel, a, b) * widen(from[x]);
     }
   }
   return sum;
@@ -54,7 +55,7 @@ __device__ __forceinline__ State convolve_at(const Params& p, const Input* plane
 
 template <typename Taps, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kDirectThreads) direct_forward(const Params p) {
-  using State = typename StateOf<Activation>::type;
+  using State = StateOf<Activation>;
   const Pixel me(global_index(), p.channels, kOutputEquation ? 1 : p.states, p);
   if (me.batch >= p.batch) return;
   const auto convolved = [&](int n) {
@@ -84,17 +85,18 @@ struct Range {
 
 template <typename Taps, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p) {
-  using State = typename StateOf<Activation>::type;
+  using State = StateOf<Activation>;
   const Pixel me(global_index(), p.channels, p.states, p);
   if (me.batch >= p.batch) return;
   const Activation* const grad = at<Activation>(p.grad, me.batch, me.channel, kOutputEquation ? 0 : me.state);
   const Activation* const C = kOutputEquation ? at<Activation>(p.C, me.batch, 0, me.state) : nullptr;
+  const Taps taps{p};
   State sum = 0;
-  for (int a = 0; a < Taps::rows(p); ++a) {
-    const Range rows(me.row, Taps::row(p, a), p.height, p.zeros);
+  for (int a = 0; a < taps.rows(); ++a) {
+    const Range rows(me.row, taps.row(a), p.height, p.zeros);
     if (rows.first > rows.last) continue;
-    for (int b = 0; b < Taps::columns(p, a); ++b) {
-      const Range columns(me.column, Taps::column(p, a, b), p.width, p.zeros);
+    for (int b = 0; b < taps.columns(a); ++b) {
+      const Range columns(me.column, taps.column(a, b), p.width, p.zeros);
       State of_tap = 0;
       for (int y = rows.first; y <= rows.last; ++y) {
         State of_row = 0;
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p)
         }
         of_tap += of_row;
       }
-      if (columns.first <= columns.last) sum += Taps::template weight<State, Activation>(p, me.channel, a, b) * of_tap;
+      if (columns.first <= columns.last) sum += taps.template weight<State, Activation>(me.channel, a, b) * of_tap;
     }
   }
   narrow(sum, at<Input>(p.grad_input, me.batch, me.channel, me.state)[me.offset]);
@@ -122,17 +124,18 @@ __global__ void __launch_bounds__(kDirectThreads) direct_adjoint(const Params p)
 // an image.
 template <typename Taps, typename Input, typename Activation, bool kOutputEquation>
 __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params p) {
-  using State = typename StateOf<Activation>::type;
-  const int taps = p.taps(), numbers = taps + (p.partials_D_or_bias ? 1 : 0);
+  using State = StateOf<Activation>;
+  const int tap_count = p.taps(), numbers = tap_count + (p.partials_D_or_bias ? 1 : 0);
   const int64_t index = global_index(), row = index / numbers, slice_of_all = row / p.channels;
   const int64_t batch = slice_of_all / p.slices;
   if (batch >= p.batch) return;
   const int tap = int(index - row * numbers), channel = int(row - slice_of_all * p.channels);
   const int64_t first = (slice_of_all - batch * p.slices) * kSlice, last = min(first + kSlice, p.pixels());
 
-  const bool is_tap = tap < taps;
-  const int a = is_tap ? Taps::row_of(p, tap) : 0, b = is_tap ? tap - Taps::tap(p, a, 0) : 0;
-  const int row_offset = Taps::row(p, a), column_offset = Taps::column(p, a, b);
+  const bool is_tap = tap < tap_count;
+  const Taps taps{p};
+  const int a = is_tap ? taps.row_of(tap) : 0, b = is_tap ? tap - taps.tap(a, 0) : 0;
+  const int row_offset = taps.row(a), column_offset = taps.column(a, b);
   State sum = 0;
   for (int n = 0; n < (is_tap ? p.states : 1); ++n) {
     const Activation* const grad = at<Activation>(p.grad, batch, channel, kOutputEquation ? 0 : n);
@@ -155,7 +158,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params 
     sum += of_state;
   }
   if (is_tap) {
-    static_cast<State*>(p.partials_taps)[row * taps + tap] = sum;
+    static_cast<State*>(p.partials_taps)[row * tap_count + tap] = sum;
   } else {
     static_cast<State*>(p.partials_D_or_bias)[row] = sum;
   }
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_gradients(const Params 
 // Partial sums of C's gradient: over a block of channels.
 template <typename Input, typename Activation>
 __global__ void __launch_bounds__(kDirectThreads) direct_C_gradient(const Params p) {
-  using State = typename StateOf<Activation>::type;
+  using State = StateOf<Activation>;
   const int64_t index = global_index();
   const Pixel me(index, p.plan.channel_blocks, p.states, p);
   if (me.batch >= p.batch) return;
@@ -172,7 +175,7 @@ __global__ void __launch_bounds__(kDirectThreads) direct_C_gradient(const Params
   State sum = 0;
   for (int channel = first; channel < last; ++channel) {
     const Input* const plane = at<Input>(p.input, me.batch, channel, me.state);
-    const State fused = convolve_at<FusionTaps, Input, Activation>(p, plane, channel, me.row, me.column);
+    const State fused = convolve_at<FusionStencil, Input, Activation>(p, plane, channel, me.row, me.column);
     sum += widen(at<Activation>(p.grad, me.batch, channel, 0)[me.offset]) * fused;
   }
   static_cast<State*>(p.partials_C)[index] = sum;

@@ -49,10 +49,10 @@ auto with_tiled_conv(const Params& p, Function function) {
 
 template <typename Activation, typename Function>
 auto with_direct(const Params& p, Function function) {
-  using State = typename StateOf<Activation>::type;
-  if (p.has_output_equation()) return function(Instance<FusionTaps, State, Activation, true>());
+  using State = StateOf<Activation>;
+  if (p.has_output_equation()) return function(Instance<FusionStencil, State, Activation, true>());
   if (p.operation == Operation::kConv) return function(Instance<ConvTaps, Activation, Activation, false>());
-  return function(Instance<FusionTaps, State, State, false>());
+  return function(Instance<FusionStencil, State, State, false>());
 }
 
 template <typename Function>

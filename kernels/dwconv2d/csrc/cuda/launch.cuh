@@ -26,7 +26,7 @@ cudaError_t launch(Kernel* kernel, int64_t blocks, int threads, size_t shared, c
 
 template <typename Output>
 cudaError_t launch_sums_of(const Sums& sums, cudaStream_t stream) {
-  using State = typename StateOf<Output>::type;
+  using State = StateOf<Output>;
   return launch(sum_partials<State, Output>, sums.blocks(), kSumThreads, kSumThreads * sizeof(State), stream, sums);
 }
 

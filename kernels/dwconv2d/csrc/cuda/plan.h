@@ -12,6 +12,9 @@ namespace dwconv2d {
 using namespace gpu;
 
 enum class Operation { kFusion, kOutputEquation, kConv };
+
+// The backward pass has two: kAdjoint computes the gradients of the input and x, and kGradients those of the taps, of D
+// or the bias, and of C.
 enum class Pass { kForward, kAdjoint, kGradients };
 
 // What is contiguous in a block's part of a tensor: each row, each plane, or all planes together.
@@ -59,14 +62,14 @@ struct Plan {
   int reach = 0;  // of the taps
   int planes = 0, threads_per_plane = 0, threads = 0;
   int sets = 0, rounds = 1, channel_blocks = 0;  // sets of planes, and blocks, per tile of an image
-  // In shared memory, convolved planes have `frame` rows of zeros above and below. Their first column is at a multiple
+  // In shared memory, convolved planes have `frame` rows of zeros, 0 or 1, above and below; reads beyond are clamped. Their first column is at a multiple
   // of `alignment`, after at least `frame` columns of zeros.
   int frame = 0, alignment = 1, pitch = 0, plane_pitch = 0;
   bool row_units_outermost = false;  // in the order of threads; otherwise planes are
   // Byte offsets in shared memory. It starts with the convolved planes, which results or products for C's gradient
   // replace. `grad` comes after them, so it is also their size.
   static constexpr int convolved = 0, results = 0, products = 0;
-  int grad = 0, x = 0, C = 0, sums = 0, parts = 0, shared = 0;
+  int grad = 0, x = 0, C = 0, sums = 0, thread_sums = 0, shared = 0;
   Divisor by_column_units, by_planes, by_row_units, by_channel_blocks;
   Divisor by_tiles, by_tile_columns, by_tile_pixels, by_columns;
 
@@ -192,13 +195,13 @@ inline void lay_out(Plan& plan, const Params& p, Pass pass) {
   const bool sums_over_states = equation && p.states > 1 && pass == Pass::kForward;
   const int64_t forward_sums = sums_over_states ? kUnit * kUnit * plan.threads * 4 : 0;
   const int64_t sums = plan.rounds > 1 ? pixels * 4 : forward_sums;
-  const int64_t parts = gradients ? (taps_at_once(p) + 1) * plan.threads * 4 : 0;
+  const int64_t thread_sums = gradients ? (taps_at_once(p) + 1) * plan.threads * 4 : 0;
 
   plan.grad = padded_to_16(std::max(convolved, planes * pixels * input_bytes));
   plan.C = plan.grad + padded_to_16(grad);
   plan.sums = plan.C + padded_to_16(C);
-  plan.x = plan.parts = plan.sums + padded_to_16(sums);  // parts replace x when it is no longer needed
-  plan.shared = plan.x + padded_to_16(std::max(x, parts));
+  plan.x = plan.thread_sums = plan.sums + padded_to_16(sums);  // which replace x when it is no longer needed
+  plan.shared = plan.x + padded_to_16(std::max(x, thread_sums));
 }
 
 // Sets pitches without padding.

@@ -45,22 +45,11 @@ Planes planes_of(const Tensor& t, bool per_state = false) {
 
 Tensor empty_contiguous(const Tensor& like) { return at::empty(like.sizes(), like.options()); }
 
-// A result with the layout of another tensor. The kernels write contiguous planes. If the layout is another one, `get`
-// copies them.
-class Result {
- public:
-  explicit Result(const Tensor& like) : result_(empty_laid_out_as(like)), written_(result_) {
-    if (!result_.is_contiguous()) written_ = empty_contiguous(like);
-  }
-  Planes planes() const { return planes_of(written_); }
-  Tensor get() const {
-    if (!result_.is_same(written_)) result_.copy_(written_);
-    return result_;
-  }
-
- private:
-  Tensor result_, written_;
-};
+// Lays out a result, whose planes the kernels write contiguously, as another tensor.
+Tensor laid_out_as(const Tensor& result, const Tensor& like) {
+  const bool same = like.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  return same ? result : empty_laid_out_as(like).copy_(result);
+}
 
 // An operator's inputs in the layout that the kernels need, and the kernels' parameters. It keeps the copies alive.
 struct Call {
@@ -177,24 +166,19 @@ void backward(Call& call, const Planes& grad_input, const Planes& grad_x, const 
   C10_CUDA_CHECK(launch_sums(sums, p.dtype, c10::cuda::getCurrentCUDAStream()));
 }
 
-// The gradients of the fusion's three kernels and alpha.
-struct WeightGradients {
-  Tensor weights[3], alpha, taps;
+// Computes the gradients of the fusion's three kernels and alpha from those of the 25 taps (D, 25). Without images, all
+// are zero.
+std::tuple<Tensor, Tensor, Tensor, Tensor> unmerge(const Call& call, const Tensor& taps) {
+  const Tensor weight3 = empty_contiguous(call.weights[0]), weight3_d3 = empty_contiguous(call.weights[1]);
+  const Tensor weight3_d5 = empty_contiguous(call.weights[2]), alpha = empty_contiguous(call.alpha);
+  if (call.p.batch == 0) return {weight3.zero_(), weight3_d3.zero_(), weight3_d5.zero_(), alpha.zero_()};
+  void* const to[] = {weight3.mutable_data_ptr(), weight3_d3.mutable_data_ptr(), weight3_d5.mutable_data_ptr()};
+  C10_CUDA_CHECK(launch_unmerge_taps(call.p, taps.const_data_ptr(), to, alpha.mutable_data_ptr(),
+                                     c10::cuda::getCurrentCUDAStream()));
+  return {weight3, weight3_d3, weight3_d5, alpha};
+}
 
-  WeightGradients(const Call& call, const Sizes& sizes) {
-    for (int k = 0; k < 3; ++k) weights[k] = empty_contiguous(call.weights[k]);
-    alpha = empty_contiguous(call.alpha);
-    taps = at::empty({sizes.channels, call.p.taps()}, call.alpha.options());
-  }
-  void set_zero() {
-    for (Tensor* t : {&weights[0], &weights[1], &weights[2], &alpha}) t->zero_();
-  }
-  void unmerge_taps(const Call& call) {
-    void* const to[] = {weights[0].mutable_data_ptr(), weights[1].mutable_data_ptr(), weights[2].mutable_data_ptr()};
-    C10_CUDA_CHECK(launch_unmerge_taps(call.p, taps.const_data_ptr(), to, alpha.mutable_data_ptr(),
-                                       c10::cuda::getCurrentCUDAStream()));
-  }
-};
+Tensor empty_taps(const Call& call) { return at::empty({call.p.channels, call.p.taps()}, call.alpha.options()); }
 
 // ----- the operators
 
@@ -202,12 +186,12 @@ Tensor dilated_dwconv2d(const Tensor& x, const Tensor& weight, const std::option
                         c10::string_view padding_mode) {
   const Sizes sizes = check_conv_inputs(x, weight, bias, dilation, padding_mode);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Result y(x);
-  if (sizes.batch == 0) return y.get();
+  const Tensor y = empty_contiguous(x);
+  if (sizes.batch == 0) return laid_out_as(y, x);
   Call call(Operation::kConv, sizes, x, x);
   call.set_conv(sizes, weight, bias, dilation, padding_mode == "zeros");
-  forward(call, y.planes());
-  return y.get();
+  forward(call, planes_of(y));
+  return laid_out_as(y, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> dilated_dwconv2d_backward(
@@ -215,14 +199,14 @@ std::tuple<Tensor, Tensor, Tensor> dilated_dwconv2d_backward(
   const Sizes sizes = check_conv_inputs(x, weight, std::nullopt, dilation, padding_mode);
   check_grad(grad, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Result grad_x(x);
+  const Tensor grad_x = empty_contiguous(x);
   const Tensor grad_weight = empty_contiguous(weight), grad_bias = at::empty({sizes.channels}, weight.options());
-  if (sizes.batch == 0) return {grad_x.get(), grad_weight.zero_(), grad_bias.zero_()};
+  if (sizes.batch == 0) return {laid_out_as(grad_x, x), grad_weight.zero_(), grad_bias.zero_()};
   Call call(Operation::kConv, sizes, x, x);
   call.set_conv(sizes, weight, std::nullopt, dilation, padding_mode == "zeros");
   call.set_grad(grad);
-  backward(call, grad_x.planes(), {}, grad_weight, grad_bias, {});
-  return {grad_x.get(), grad_weight, grad_bias};
+  backward(call, planes_of(grad_x), {}, grad_weight, grad_bias, {});
+  return {laid_out_as(grad_x, x), grad_weight, grad_bias};
 }
 
 Tensor state_fusion(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
@@ -245,29 +229,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> state_fusion_backward(
   const c10::cuda::CUDAGuard guard(h.device());
   Call call(Operation::kFusion, sizes, h, h);
   call.set_weights(weight3, weight3_d3, weight3_d5, alpha);
-  const Tensor grad_h = empty_contiguous(h);
-  WeightGradients grads(call, sizes);
-  if (sizes.batch == 0) {
-    grads.set_zero();
-  } else {
+  const Tensor grad_h = empty_contiguous(h), grad_taps = empty_taps(call);
+  if (sizes.batch > 0) {
     call.set_grad(grad);
-    backward(call, planes_of(grad_h), {}, grads.taps, {}, {});
-    grads.unmerge_taps(call);
+    backward(call, planes_of(grad_h), {}, grad_taps, {}, {});
   }
-  return {grad_h, grads.weights[0], grads.weights[1], grads.weights[2], grads.alpha};
+  return std::tuple_cat(std::tuple(grad_h), unmerge(call, grad_taps));
 }
 
 Tensor state_fusion_output(const Tensor& h, const Tensor& weight3, const Tensor& weight3_d3, const Tensor& weight3_d5,
                            const Tensor& alpha, const Tensor& C, const Tensor& D, const Tensor& x) {
   const Sizes sizes = check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x);
   const c10::cuda::CUDAGuard guard(h.device());
-  const Result y(x);
-  if (sizes.batch == 0) return y.get();
+  const Tensor y = empty_contiguous(x);
+  if (sizes.batch == 0) return laid_out_as(y, x);
   Call call(Operation::kOutputEquation, sizes, h, x);
   call.set_weights(weight3, weight3_d3, weight3_d5, alpha);
   call.set_output(C, D, x);
-  forward(call, y.planes());
-  return y.get();
+  forward(call, planes_of(y));
+  return laid_out_as(y, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> state_fusion_output_backward(
@@ -279,19 +259,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> state
   Call call(Operation::kOutputEquation, sizes, h, x);
   call.set_weights(weight3, weight3_d3, weight3_d5, alpha);
   const Tensor grad_h = empty_contiguous(h), grad_C = empty_contiguous(C), grad_D = empty_contiguous(D);
-  const Result grad_x(x);
-  WeightGradients grads(call, sizes);
+  const Tensor grad_x = empty_contiguous(x), grad_taps = empty_taps(call);
   if (sizes.batch == 0) {
-    grads.set_zero();
     grad_D.zero_();
   } else {
     call.set_output(C, D, x);
     call.set_grad(grad);
-    backward(call, planes_of(grad_h), grad_x.planes(), grads.taps, grad_D, grad_C);
-    grads.unmerge_taps(call);
+    backward(call, planes_of(grad_h), planes_of(grad_x), grad_taps, grad_D, grad_C);
   }
-  return {grad_h, grads.weights[0], grads.weights[1], grads.weights[2], grads.alpha, grad_C, grad_D,
-          grad_x.get()};
+  return std::tuple_cat(std::tuple(grad_h), unmerge(call, grad_taps),
+                        std::tuple(grad_C, grad_D, laid_out_as(grad_x, x)));
 }
 
 TORCH_LIBRARY_IMPL(dwconv2d, CUDA, m) {

@@ -67,6 +67,17 @@ struct FusionStencil {
       for (int b = 0; b < columns(a); ++b) weights[tap(a, b)] = weight<float>(p, channel, a, b);
     }
   }
+
+  // One tap at a time, for the kernels without tiles.
+  const Params& p;
+
+  static constexpr int rows() { return kPartRows; }
+  static constexpr int row_of(int tap) { return tap < 9 ? tap / 3 : tap < 16 ? 3 : (tap - 4) / 3; }
+
+  template <typename State, typename Activation>
+  __device__ __forceinline__ State weight(int channel, int a, int b) const {
+    return weight<State>(p, channel, a, b);
+  }
 };
 
 template <int kSize>
@@ -91,41 +102,25 @@ struct SquareStencil {
   }
 };
 
-// Functions for one tap at a time: of the fusion, and below of any other convolution.
-struct FusionTaps {
-  static __device__ __forceinline__ int rows(const Params&) { return FusionStencil::kPartRows; }
-  static __device__ __forceinline__ int columns(const Params&, int a) { return FusionStencil::columns(a); }
-  static __device__ __forceinline__ int row(const Params&, int a) { return FusionStencil::row(a); }
-  static __device__ __forceinline__ int column(const Params&, int a, int b) { return FusionStencil::column(a, b); }
-  static __device__ __forceinline__ int row_of(const Params&, int tap) {
-    return tap < 9 ? tap / 3 : tap < 16 ? 3 : (tap - 4) / 3;
-  }
-  static __device__ __forceinline__ int tap(const Params&, int a, int b) { return FusionStencil::tap(a, b); }
-
-  template <typename State, typename Activation>
-  static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
-    return FusionStencil::weight<State>(p, channel, a, b);
-  }
-};
-
+// The taps of any other convolution, one at a time.
 struct ConvTaps {
-  static __device__ __forceinline__ int rows(const Params& p) { return p.kernel_height; }
-  static __device__ __forceinline__ int columns(const Params& p, int) { return p.kernel_width; }
-  static __device__ __forceinline__ int row(const Params& p, int a) { return offset(p, a - p.kernel_height / 2); }
-  static __device__ __forceinline__ int column(const Params& p, int, int b) {
-    return offset(p, b - p.kernel_width / 2);
-  }
-  static __device__ __forceinline__ int row_of(const Params& p, int tap) { return tap / p.kernel_width; }
-  static __device__ __forceinline__ int tap(const Params& p, int a, int b) { return a * p.kernel_width + b; }
+  const Params& p;
+
+  __device__ __forceinline__ int rows() const { return p.kernel_height; }
+  __device__ __forceinline__ int columns(int) const { return p.kernel_width; }
+  __device__ __forceinline__ int row(int a) const { return offset(a - p.kernel_height / 2); }
+  __device__ __forceinline__ int column(int, int b) const { return offset(b - p.kernel_width / 2); }
+  __device__ __forceinline__ int row_of(int tap) const { return tap / p.kernel_width; }
+  __device__ __forceinline__ int tap(int a, int b) const { return a * p.kernel_width + b; }
 
   template <typename State, typename Activation>
-  static __device__ __forceinline__ State weight(const Params& p, int channel, int a, int b) {
-    return widen(static_cast<const Activation*>(p.weights[0])[int64_t(channel) * p.taps() + tap(p, a, b)]);
+  __device__ __forceinline__ State weight(int channel, int a, int b) const {
+    return widen(static_cast<const Activation*>(p.weights[0])[int64_t(channel) * p.taps() + tap(a, b)]);
   }
 
  private:
   // All offsets beyond any plane give the same result.
-  static __device__ __forceinline__ int offset(const Params& p, int taps) {
+  __device__ __forceinline__ int offset(int taps) const {
     constexpr int64_t kMost = 1 << 30;
     const int64_t offset = int64_t(taps) * p.dilation;
     return int(min(max(offset, -kMost), kMost));

@@ -364,37 +364,37 @@ __device__ __forceinline__ void fold_rows(const Window<T, Stencil::kReach>& wind
   }
 }
 
-// The weights of a thread's channel. For the adjoint, they are mirrored about the centre.
+// Loads the weights of a channel for a part of the stencil. For the adjoint, they are mirrored about the centre.
 template <typename Stencil, typename Activation, bool kMirrored>
-struct Weights {
-  static constexpr int kTaps = Stencil::kPartTaps;
-  float values[kTaps];
-
-  __device__ __forceinline__ void load(const Params& p, int channel, int part) {
-    float inside[kTaps];
-    Stencil::template load<Activation>(p, channel, kMirrored ? Stencil::kParts - 1 - part : part, inside);
+__device__ __forceinline__ void load_weights(const Params& p, int channel, int part,
+                                             float (&weights)[Stencil::kPartTaps]) {
+  constexpr int kTaps = Stencil::kPartTaps;
+  float inside[kTaps];
+  Stencil::template load<Activation>(p, channel, kMirrored ? Stencil::kParts - 1 - part : part, inside);
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) values[tap] = inside[kMirrored ? kTaps - 1 - tap : tap];
-  }
-};
+  for (int tap = 0; tap < kTaps; ++tap) weights[tap] = inside[kMirrored ? kTaps - 1 - tap : tap];
+}
 
-// sums += the convolution of the thread's window, or its adjoint. `weights` are those of the first part.
+// sums += the convolution of the thread's window, or its adjoint. `first_weights` are those of the first part.
 template <typename Stencil, bool kAdjoint, typename Activation, typename T>
 __device__ __forceinline__ void convolve(const Params& p, int channel, const Window<T, Stencil::kReach>& window,
-                                         Weights<Stencil, Activation, kAdjoint> weights, Square& sums) {
+                                         const float (&first_weights)[Stencil::kPartTaps], Square& sums) {
+  float weights[Stencil::kPartTaps];
+#pragma unroll
+  for (int tap = 0; tap < Stencil::kPartTaps; ++tap) weights[tap] = first_weights[tap];
 #pragma unroll 1
   for (int part = 0; part < Stencil::kParts; ++part) {
-    if (part > 0) weights.load(p, channel, part);
+    if (part > 0) load_weights<Stencil, Activation, kAdjoint>(p, channel, part, weights);
     const int part_row = Stencil::part_row(part);
     for_each_row<Stencil>([&](auto m) {
       const Row<Stencil::kReach, kAdjoint> row(window, part_row + m);
 #pragma unroll
       for (int a = 0; a < Stencil::kPartRows; ++a) {
         const int i = m - Stencil::row(a);
-        if (0 <= i && i < kUnit) add_taps<Stencil, kAdjoint>(row, a, weights.values, sums[i]);
+        if (0 <= i && i < kUnit) add_taps<Stencil, kAdjoint>(row, a, weights, sums[i]);
       }
     });
-    if constexpr (kAdjoint) fold_rows<Stencil>(window, part_row, weights.values, sums);
+    if constexpr (kAdjoint) fold_rows<Stencil>(window, part_row, weights, sums);
   }
 }
 
@@ -444,8 +444,8 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
   Activation* const x_tile = shared_at<Activation>(plan.x);
   Activation* const C_tile = shared_at<Activation>(plan.C);
 
-  Weights<Stencil, Activation, false> weights;
-  weights.load(p, channel, 0);
+  float weights[Stencil::kPartTaps];
+  load_weights<Stencil, Activation, false>(p, channel, 0, weights);
   const float bias = p.bias ? widen(static_cast<const Activation*>(p.bias)[channel]) : 0.0f;
 #pragma unroll 1
   for (int n = 0; n < p.states; ++n) {
@@ -458,7 +458,8 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_forward(const Params p) 
     __syncthreads();
     Square sums;
     for_each_pixel(plan, [&](int i, int j, int) { sums[i][j] = bias; });
-    convolve<Stencil, false>(p, channel, Window<Input, Stencil::kReach>(p, block, me), weights, sums);
+    const Window<Input, Stencil::kReach> window(p, block, me);
+    convolve<Stencil, false, Activation>(p, channel, window, weights, sums);
 
     Activation* const result = (kOutputEquation ? x_tile : shared_at<Activation>(plan.results)) + me.first_pixel;
     const bool last = n + 1 == p.states;
@@ -593,10 +594,11 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) 
     {
       const Thread me(plan, set);
       const int channel = set.channel + me.position.plane;
-      Weights<Stencil, Activation, true> weights;
-      weights.load(p, channel, 0);
+      float weights[Stencil::kPartTaps];
+      load_weights<Stencil, Activation, true>(p, channel, 0, weights);
       __syncthreads();
-      convolve<Stencil, true>(p, channel, Window<float, Stencil::kReach>(p, block, me), weights, sums);
+      const Window<float, Stencil::kReach> window(p, block, me);
+      convolve<Stencil, true, Activation>(p, channel, window, weights, sums);
     }
     __syncthreads();
     const Thread me(plan, set);
@@ -607,10 +609,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4) tiled_adjoint(const Params p) 
   }
 }
 
-// Sums `parts` (numbers, threads) over the threads of each plane and calls store(plane, number, sum).
+// Adds up `thread_sums` (numbers, threads) over the threads of each plane and calls store(plane, number, sum).
 template <int kNumbers, typename Function>
-__device__ __forceinline__ void sum_parts(const Plan& plan, const float* parts, int planes, Function store) {
-  int lanes = 1;  // lanes per sum; each lane adds at least four parts
+__device__ __forceinline__ void add_threads(const Plan& plan, const float* thread_sums, int planes, Function store) {
+  int lanes = 1;  // lanes per sum; each lane adds at least four threads' sums
   while (lanes < kWarp && 8 * lanes <= plan.threads_per_plane) lanes *= 2;
   const int lane = threadIdx.x % lanes, sums = planes * kNumbers;
 #pragma unroll 1
@@ -618,7 +620,7 @@ __device__ __forceinline__ void sum_parts(const Plan& plan, const float* parts, 
     const int index = first + threadIdx.x / lanes, plane = index / kNumbers, number = index - plane * kNumbers;
     float sum = 0;
     if (index < sums) {
-      const float* const from = parts + number * plan.threads + plane * plan.threads_per_plane;
+      const float* const from = thread_sums + number * plan.threads + plane * plan.threads_per_plane;
 #pragma unroll 1
       for (int i = lane; i < plan.threads_per_plane; i += lanes) sum += from[i];
     }
@@ -693,15 +695,15 @@ __device__ __forceinline__ void store_partials(const Params& p, const Block& blo
                                                int part, float (&taps)[Stencil::kPartTaps], float D_or_bias) {
   constexpr int kPartTaps = Stencil::kPartTaps;
   const Plan& plan = p.plan;
-  float* const parts = shared_at<float>(plan.parts);
+  float* const thread_sums = shared_at<float>(plan.thread_sums);
 #pragma unroll
   for (int tap = 0; tap < kPartTaps; ++tap) {
-    parts[tap * plan.threads + me.index] = taps[tap];
+    thread_sums[tap * plan.threads + me.index] = taps[tap];
     taps[tap] = 0;
   }
-  parts[kPartTaps * plan.threads + me.index] = D_or_bias;
+  thread_sums[kPartTaps * plan.threads + me.index] = D_or_bias;
   __syncthreads();
-  sum_parts<kPartTaps + 1>(plan, parts, set.count, [&](int plane, int number, float sum) {
+  add_threads<kPartTaps + 1>(plan, thread_sums, set.count, [&](int plane, int number, float sum) {
     const int64_t slice = int64_t(opaque(block.batch)) * p.slices + block.tile;
     const int64_t row = slice * p.channels + set.channel + plane;
     if (number < kPartTaps) {
@@ -746,17 +748,17 @@ __global__ void __launch_bounds__(kMaxThreads, 3) tiled_gradients(const Params p
       for (int part = 0; part < Stencil::kParts; ++part) {
         correlate<Stencil>(window, Stencil::part_row(part), grad, taps);
         if (n + 1 < p.states) continue;  // only the fusion has several states, and it has one part
-        if (kOutputEquation) __syncthreads();  // x has been read, so the parts may replace it
+        if (kOutputEquation) __syncthreads();  // x has been read, so the threads' sums may replace it
         store_partials<Stencil>(p, block, set, me, part, taps, D_or_bias);
         if (part + 1 < Stencil::kParts) __syncthreads();
       }
 
       if constexpr (kOutputEquation) {
         float* const products = shared_at<float>(plan.products);
-        Weights<Stencil, Activation, false> weights;
-        weights.load(p, opaque(channel), 0);
+        float weights[Stencil::kPartTaps];
+        load_weights<Stencil, Activation, false>(p, opaque(channel), 0, weights);
         Square fused = {};
-        convolve<Stencil, false>(p, channel, window.again(), weights, fused);
+        convolve<Stencil, false, Activation>(p, channel, window.again(), weights, fused);
         __syncthreads();
         if (me.mine) {
           for_each_pixel(plan, [&](int i, int j, int k) {

@@ -3,6 +3,8 @@
 // selective_scan and dwconv2d each have a copy of this file; tests/kernels/test_install.py checks that they are equal.
 #pragma once
 
+#include <type_traits>
+
 #ifdef __CUDACC__
 #include "device.cuh"
 #endif
@@ -20,14 +22,7 @@ struct BFloat16 {
 
 // The type of the states, and of the computation, for a type of activations.
 template <typename T>
-struct StateOf {
-  using type = float;
-};
-
-template <>
-struct StateOf<double> {
-  using type = double;
-};
+using StateOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }

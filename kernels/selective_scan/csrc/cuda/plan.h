@@ -39,7 +39,8 @@ struct Params {
   // Forward: the states (B, D, N, L), or null if only `boundaries` are wanted.
   void* h = nullptr;
   // (B, D, N, chunks), if a row of the backward pass has several chunks. Slot c has the h that enters chunk c. After
-  // the backward pass has visited chunk c, it has the mu that leaves it to the left. Slot 0 is not used.
+  // the backward pass has visited chunk c, it has the mu that leaves it to the left: mu_t = a_t lambda_t is what token t
+  // passes to token t - 1. Slot 0 is not used.
   void* boundaries = nullptr;
   void *grad_u = nullptr, *grad_delta = nullptr;  // (B, D, L)
   // Partial sums of the other gradients, still to be summed over images or row blocks.

@@ -80,11 +80,11 @@ struct Thread {
   __device__ __forceinline__ int last_warp() const { return (index - position + per_row - 1) / kWarp; }
 };
 
-// A block's rows, which are consecutive channels of one group. `Rows` below are those of one round.
-struct BlockRows {
+// The rows of a block or of one of its rounds: consecutive channels of one group.
+struct Rows {
   int batch, group, channel, count;
 
-  __device__ __forceinline__ explicit BlockRows(const Params& p) {
+  __device__ __forceinline__ explicit Rows(const Params& p) {
     const int image_group = p.plan.by_row_blocks.divide(blockIdx.x);
     const int first = (blockIdx.x - image_group * p.plan.row_blocks) * p.plan.rounds * p.plan.rows;
     batch = p.plan.by_groups.divide(image_group);
@@ -92,13 +92,12 @@ struct BlockRows {
     channel = group * p.plan.channels_per_group + first;
     count = min(p.plan.rounds * p.plan.rows, p.plan.channels_per_group - first);
   }
-};
-
-struct Rows {
-  int channel, count;
-
-  __device__ __forceinline__ Rows(const Params& p, const BlockRows& block, int round)
-      : channel(block.channel + round * p.plan.rows), count(min(p.plan.rows, block.count - round * p.plan.rows)) {}
+  __device__ __forceinline__ Rows of_round(const Params& p, int round) const {
+    Rows rows = *this;
+    rows.channel = channel + round * p.plan.rows;
+    rows.count = min(p.plan.rows, count - round * p.plan.rows);
+    return rows;
+  }
 };
 
 // A block's current chunk, round and state in the forward pass, and the chunk's tokens. The forward pass is one loop
@@ -112,7 +111,7 @@ struct Cursor {
     tokens = min(p.plan.chunk_tokens(), p.length - start);
   }
   // At the next state, round or chunk.
-  __device__ __forceinline__ Cursor next(const Params& p, const BlockRows& block, int states) const {
+  __device__ __forceinline__ Cursor next(const Params& p, const Rows& block, int states) const {
     Cursor next = *this;
     if (state + 1 < states) {
       next.state = state + 1;
@@ -141,10 +140,12 @@ __device__ __forceinline__ State rate_of(const Params& p, int channel, int state
 
 // ----- shared memory
 
-// Byte offsets of the arrays. `states` holds a tile of the output or of its gradient.
+// Byte offsets of the arrays. `states` holds a tile of the output or of its gradient. The tails have, for each warp, the
+// step that its threads' steps compose to, from the left or from the right. `parts` has each thread's sums for the
+// gradients of A and of the bias.
 template <typename Input>
 struct Layout {
-  using State = typename StateOf<Input>::type;
+  using State = StateOf<Input>;
   size_t u, delta, B, states, left_tails, right_tails, parts, total;
 
   __device__ __host__ Layout(const Plan& plan, bool backward) {
@@ -203,7 +204,7 @@ __device__ __forceinline__ void load_along_tokens(
   }
 }
 
-// Loads with lanes along rows, kWidth rows at once.
+// Loads with lanes along rows, kWidth rows at once. In the table that `Walk` visits, a row is a token.
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_along_rows(
     T* tile, const T* from, const View& view, int rows, int tokens, int pitch) {
@@ -477,8 +478,8 @@ constexpr int kBlocksPerSMBackward = sizeof(Input) == 8 ? 1 : kFlat && kItems ==
 // Loads what the forward pass needs at a cursor and did not need at the cursor before.
 template <bool kFlat, typename Input>
 __device__ __forceinline__ void load_inputs(
-    const Params& p, const BlockRows& block, const Cursor& cursor, Input* u, Input* delta, Input* B) {
-  const Rows rows(p, block, cursor.round);
+    const Params& p, const Rows& block, const Cursor& cursor, Input* u, Input* delta, Input* B) {
+  const Rows rows = block.of_round(p, cursor.round);
   const int start = cursor.start, tokens = cursor.tokens;
   if (cursor.state == 0) {
     const Input* const from_u = at<Input>(p.u, block.batch, rows.channel, 0, start);
@@ -519,7 +520,7 @@ struct ScannedItems {
 // The forward pass. If `h` is null, it stores the states that enter each chunk in `boundaries` instead.
 template <typename Input, int kItems, bool kFlat>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMForward<Input, kItems, kFlat>) scan_forward(const Params p) {
-  using State = typename StateOf<Input>::type;
+  using State = StateOf<Input>;
   const Layout<Input> layout(p.plan, false);
   Input* const u_tile = shared_at<Input>(layout.u);
   Input* const delta_tile = shared_at<Input>(layout.delta);
@@ -528,7 +529,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMForward<Input, kItems
   Step<State>* const tails = shared_at<Step<State>>(layout.left_tails);
 
   const Thread me(p.plan);
-  const BlockRows block(p);
+  const Rows block(p);
   const int first_item = me.index * kItems, pitch = p.plan.chunk_tokens();
   const int states = one_state_kernel(kItems, kFlat) ? 1 : p.states;
   State dt[kItems], dt_u[kItems];
@@ -539,7 +540,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMForward<Input, kItems
   while (cursor.chunk < p.plan.chunks) {
     wait_for_copies();
     __syncthreads();
-    const Rows rows(p, block, cursor.round);
+    const Rows rows = block.of_round(p, cursor.round);
     const bool mine = me.row < rows.count;
     const int channel = rows.channel + (mine ? me.row : 0), n = cursor.state;
     if (n == 0) {
@@ -587,7 +588,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMForward<Input, kItems
 // The two scans of the backward pass over a thread's items. Token t passes mu_t = a_t lambda_t to the token before it,
 // so lambda_t = grad_t + mu_{t+1}. The steps of mu have the same exponents as those of h, but come from the other side.
 template <int kItems, typename State>
-struct Items {
+struct BackwardItems {
   State decay[kItems];
   State drive_then_carried[kItems];  // dt B u; after `carry`, a_t h_{t-1}
 
@@ -645,7 +646,7 @@ template <typename Input>
 struct ItemTiles {
   Input *u, *delta;
   const Input* B;
-  const typename StateOf<Input>::type* grad;
+  const StateOf<Input>* grad;
 };
 
 // Scans a thread's items of one state in both directions, from the h and mu that enter the row's chunk. Leaves a_t and
@@ -653,7 +654,7 @@ struct ItemTiles {
 template <typename Input, int kItems, typename State>
 __device__ __forceinline__ State scan_both(
     const Thread& me, const ItemTiles<Input>& tiles, const State (&dt)[kItems], State A, State entering_h,
-    State entering_mu, Step<State>* left_tails, Step<State>* right_tails, Items<kItems, State>& items) {
+    State entering_mu, Step<State>* left_tails, Step<State>* right_tails, BackwardItems<kItems, State>& items) {
   State B_then_grad[kItems];
   read_items(tiles.u, items.drive_then_carried);
   read_items(tiles.B, B_then_grad);
@@ -687,7 +688,7 @@ struct RowSums {
 // again, a pack at a time, instead of holding them in registers.
 template <bool kOneState, typename Input, int kItems, typename State>
 __device__ __forceinline__ State add_gradients(
-    const ItemTiles<Input>& tiles, const Items<kItems, State>& items, const State (&dt)[kItems], State A, State mu,
+    const ItemTiles<Input>& tiles, const BackwardItems<kItems, State>& items, const State (&dt)[kItems], State A, State mu,
     const Slope<State>& slope, RowSums<kItems, State>& sums, State (&grad_B)[kItems]) {
   constexpr int kWidth = kPackItems<kItems>;
 #pragma unroll
@@ -753,7 +754,7 @@ __device__ __forceinline__ void sum_rows(const State* tile, int rows, int tokens
 template <typename Input, int kItems, bool kFlat>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItems, kFlat>)
     scan_backward(const Params p) {
-  using State = typename StateOf<Input>::type;
+  using State = StateOf<Input>;
   constexpr bool kOneState = one_state_kernel(kItems, kFlat);
   const Layout<Input> layout(p.plan, true);
   Input* const u_tile = shared_at<Input>(layout.u);
@@ -766,7 +767,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
   State* const parts_bias = parts_A + p.plan.threads;
 
   const Thread me(p.plan);
-  const BlockRows block(p);
+  const Rows block(p);
   const int first_item = me.index * kItems, pitch = p.plan.chunk_tokens();
   const ItemTiles<Input> tiles{u_tile + first_item, delta_tile + first_item, B_tile + me.position * kItems,
                                grad_tile + first_item};
@@ -781,7 +782,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
 
 #pragma unroll 1
     for (int round = 0; round * p.plan.rows < block.count; ++round) {
-      const Rows rows(p, block, round);
+      const Rows rows = block.of_round(p, round);
       const bool mine = me.row < rows.count;
       const int channel = rows.channel + (mine ? me.row : 0);
       const State bias = p.bias.data ? *at<State>(p.bias, 0, channel, 0, 0) : State(0);
@@ -815,7 +816,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
         // boundary[1] is the mu that the chunk to the right has left.
         const State entering_mu = mine && !last_chunk ? boundary[1] : State(0);
 
-        Items<kItems, State> items;
+        BackwardItems<kItems, State> items;
         State mu = scan_both(me, tiles, dt, A, entering_h, entering_mu, left_tails, right_tails, items);
         sums.grad_A = 0;
         mu = add_gradients<kOneState>(tiles, items, dt, A, mu, slope, sums, grad_B);
@@ -858,7 +859,6 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSMBackward<Input, kItem
 template <typename T, int kItemsOfThread, bool kIsFlat>
 struct Instance {
   using Input = T;
-  using State = typename StateOf<T>::type;
   static constexpr int kItems = kItemsOfThread;
   static constexpr bool kFlat = kIsFlat;
 };

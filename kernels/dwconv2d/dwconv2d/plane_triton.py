@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwconv2d import reference
+from dwconv2d import plane_reference as reference
 
 # Numbers that differ from call to call. A kernel that is compiled for one value would not be faster. The number of
 # channels is not in the list, because Triton loads several channels at once if it knows that 16 divides their number.
@@ -518,7 +518,7 @@ def _strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
 def _result_like(x: Tensor, computed: torch.dtype) -> Tensor:
     """An empty result in x's memory format. The caller casts it to x's dtype.
 
-    On a CPU, Triton's interpreter runs. It truncates to bfloat16 instead of rounding, so PyTorch does the cast.
+    In tests on a CPU, Triton's interpreter truncates to bfloat16 instead of rounding, so PyTorch does the cast there.
     """
     dtype = x.dtype if x.is_cuda else computed
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=reference.memory_format(x))

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selective_scan import reference
+from selective_scan import scan_reference as reference
 
 # Numbers that differ from call to call. A kernel that is compiled for one value would not be faster.
 _SIZES = ["L", "group_channels", "group_tiles", "groups"]
@@ -431,7 +431,7 @@ def selective_scan_state_backward(
     inputs, options, tiling = (u, delta, A, B, delta_bias), _Options(delta_softplus, A_is_log), _tiling(u, B)
     h = _states(inputs, options, tiling)
     batch, channels, states, length = h.shape
-    # On a CPU, Triton's interpreter runs. It truncates to bfloat16 instead of rounding, so PyTorch does the cast.
+    # In tests on a CPU, Triton's interpreter truncates to bfloat16 instead of rounding, so PyTorch does the cast there.
     activation = u.dtype if u.is_cuda else A.dtype
 
     grad_u, grad_delta = h.new_empty(u.shape, dtype=activation), h.new_empty(u.shape, dtype=activation)

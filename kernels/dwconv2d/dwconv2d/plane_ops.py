@@ -2,7 +2,8 @@
 
 token_ops.py and mlp_ops.py have the other operators.
 
-PyTorch's dispatcher chooses among the kernels registered here: compiled ones, Triton's, plain PyTorch's.
+PyTorch's dispatcher chooses among three kernels: the compiled one, which csrc/cpu/planes.cpp or csrc/cuda/planes.cpp
+registers, Triton's of plane_triton.py, and plain PyTorch's of plane_reference.py.
 """
 
 import math
@@ -10,7 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dwconv2d import loading, reference
+from dwconv2d import loading
+from dwconv2d import plane_reference as reference
 
 _CONV = "Tensor x, Tensor weight, Tensor? bias=None, int dilation=1, str padding_mode='replicate'"
 _CONV_BACKWARD = "Tensor grad, Tensor x, Tensor weight, int dilation=1, str padding_mode='replicate'"
@@ -34,7 +36,7 @@ _SCHEMAS = {
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"dwconv2d::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-    loading.register(getattr(reference, _name))
+    loading.register(getattr(reference, _name), triton_module="plane_triton", has_compiled_kernels=True)
 
 
 def _empty_contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -105,6 +107,7 @@ def _fusion_backward(ctx, grad):
     return loading.call("state_fusion_backward", grad, *ctx.saved_tensors)
 
 
+# csrc/autograd.cpp has the same function, and takes precedence where it is compiled: change both.
 def _output_backward(ctx, grad):
     return loading.call("state_fusion_output_backward", grad, *ctx.saved_tensors)
 

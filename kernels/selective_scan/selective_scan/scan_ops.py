@@ -1,12 +1,14 @@
 """The operator `selective_scan::selective_scan_state`: schema, kernels, fake kernel, autograd.
 
-PyTorch's dispatcher chooses among the kernels registered here: compiled ones, Triton's, plain PyTorch's.
+PyTorch's dispatcher chooses among three kernels: the compiled one, which csrc/cpu/scan.cpp or csrc/cuda/scan.cpp
+registers, Triton's of scan_triton.py, and plain PyTorch's of scan_reference.py.
 """
 
 import torch
 from torch import Tensor
 
-from selective_scan import loading, reference
+from selective_scan import loading
+from selective_scan import scan_reference as reference
 
 FORWARD = "selective_scan::selective_scan_state"
 BACKWARD = "selective_scan::selective_scan_state_backward"
@@ -20,7 +22,7 @@ torch.library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 for plain in (reference.selective_scan_state, reference.selective_scan_state_backward):
-    loading.register(plain)
+    loading.register(plain, triton_module="scan_triton", has_compiled_kernels=True)
 
 
 @torch.library.register_fake(FORWARD)
@@ -38,6 +40,7 @@ def _backward_fake(grad, u, delta, A, B, delta_bias=None, delta_softplus=False, 
     return (*activations, A.new_empty(A.shape), B.new_empty(B.shape), A.new_empty(A.shape[:1]))
 
 
+# csrc/autograd.cpp has the same functions, and takes precedence where it is compiled: change both.
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.delta_softplus, ctx.A_is_log = inputs
     ctx.save_for_backward(*tensors)

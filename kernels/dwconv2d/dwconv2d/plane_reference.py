@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 # The kernels have these numbers built in: csrc/cpu (planes.cpp, planes_kernel.h, fusion_rows.h), csrc/cuda (plan.h,
-# taps.cuh, direct_kernel.cuh) and triton_kernels.py. So has kernels/benchmark.py.
+# taps.cuh, direct_kernel.cuh) and plane_triton.py. So has kernels/benchmark.py.
 DILATIONS = (1, 3, 5)
 PADDING_MODES = ("replicate", "zeros")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
