@@ -23,25 +23,12 @@ from classification.errors import UserError
 from classification.models.spatialmamba import VARIANTS, SpatialMambaBackbone
 from classification.openmmlab import hooks, transforms  # noqa: F401
 from classification.openmmlab.checkpoint import load_from_local, weights_of
+from classification.openmmlab.config_parts import DO_NOTHING
 from classification.openmmlab.messages import print_log
 
 BACKBONE = "backbone."  # where a toolchain's model keeps it
 STEM = "patch_embed."
 ONLY_CLASSIFIER, ONLY_BACKBONE = ("norm.", "head."), "outnorm"
-# Arguments of the toolchains' Swin and of the authors' backbone that have no effect here, with the accepted values;
-# None accepts all. The authors' configs inherit from Swin's, and their backbone accepts any argument.
-DO_NOTHING = {
-    **dict.fromkeys(
-        ("embed_dims", "pretrain_img_size", "img_size", "patch_size", "window_size", "num_heads", "strides")
-    ),
-    **dict.fromkeys(("qkv_bias", "qk_scale", "patch_norm", "act_cfg", "norm_cfg", "convert_weights", "dt_init")),
-    "in_channels": (3,),
-    "in_chans": (3,),
-    "use_abs_pos_embed": (False,),
-    "drop_rate": (0,),
-    "attn_drop_rate": (0,),
-    "norm_layer": ("ln", "LN"),
-}
 
 
 @MODELS.register_module()

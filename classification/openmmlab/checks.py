@@ -13,10 +13,11 @@ from torch import nn
 
 from classification.checkpoint import differences
 from classification.errors import UserError, is_dir, is_file, normalisation_hint
-from classification.models.openmmlab import BACKBONE, DO_NOTHING, checkpoints_of, size_hint
+from classification.models.openmmlab import BACKBONE, checkpoints_of, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 from classification.openmmlab.coco import Use, check_annotations, image_ids
 from classification.openmmlab.config_parts import (
+    DO_NOTHING,
     argument_of,
     class_names_of,
     datasets_of,

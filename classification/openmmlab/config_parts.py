@@ -19,6 +19,21 @@ from mmengine.registry import (
 
 from classification.errors import UserError, is_file
 
+# Arguments of the toolchains' Swin and of the authors' backbone that have no effect on MM_SpatialMamba, with the
+# accepted values; None accepts all. The authors' configs inherit from Swin's, and their backbone accepts any argument.
+DO_NOTHING = {
+    **dict.fromkeys(
+        ("embed_dims", "pretrain_img_size", "img_size", "patch_size", "window_size", "num_heads", "strides")
+    ),
+    **dict.fromkeys(("qkv_bias", "qk_scale", "patch_norm", "act_cfg", "norm_cfg", "convert_weights", "dt_init")),
+    "in_channels": (3,),
+    "in_chans": (3,),
+    "use_abs_pos_embed": (False,),
+    "drop_rate": (0,),
+    "attn_drop_rate": (0,),
+    "norm_layer": ("ln", "LN"),
+}
+
 
 def kind_of(config: ConfigDict) -> str:
     """Return the name of a config's class, without a scope as in "mmdet.CocoDataset". `type` may also be the class."""

@@ -28,6 +28,7 @@ from classification.checkpoint import differences, in_layout_of
 from classification.errors import UserError
 from classification.openmmlab.coco import check_labels, check_order
 from classification.openmmlab.messages import print_log
+from classification.openmmlab.saved_config import validates_otherwise
 from classification.sync_bn import average_batch_norm
 
 NAMED = 5  # classes
@@ -232,7 +233,7 @@ class CheckResumed(Hook):
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path, scheduled)
         if not isinstance(runner.optim_wrapper, OptimWrapperDict):
             _check_rates(checkpoint["optimizer"], states, path)
-        _forget_other_best(runner, hub["runtime_info"], path, meta.get("validation_data"))
+        _forget_other_best(runner, hub["runtime_info"], path, meta)
 
     def before_train(self, runner) -> None:
         if runner._resume and runner.iter >= runner.max_iters:
@@ -381,13 +382,13 @@ def _validation_data(runner) -> list | None:
     return list(_facts(dataset)) if dataset is not None else None
 
 
-def _forget_other_best(runner, info: dict, path: str, validated: object) -> None:
+def _forget_other_best(runner, info: dict, path: str, meta: dict) -> None:
     """Let CheckpointHook know a best checkpoint only if it is in this run's own folder and its score compares.
 
     CheckpointHook deletes the best checkpoint as soon as it has a better one, wherever the file is.
 
     Args:
-        validated: `_validation_data` of the checkpoint; None if it has none, as those of other tools.
+        meta: the checkpoint's. Its `validation_data` is `_validation_data`; those of other tools have none.
     """
     savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     folders = [saving_folder(hook.out_dir, runner.work_dir) for hook in savers]
@@ -402,15 +403,19 @@ def _forget_other_best(runner, info: dict, path: str, validated: object) -> None
         best = os.path.basename(str(info.pop(name)))
         own = [file for file in (os.path.join(folder, best) for folder in folders) if os.path.isfile(file)]
         alike = len(sought) != 1 or sought == ["auto"] or best.startswith(f"best_{sought[0].replace('/', '_')}_")
-        same_data = validated in (None, _validation_data(runner))
-        if own and alike and same_data:
+        same_data = meta.get("validation_data") in (None, _validation_data(runner))
+        same_scores = not validates_otherwise(runner.cfg, meta)
+        if own and alike and same_data and same_scores:
             info[name] = own[0]
             continue
         info.pop(name.replace("ckpt", "score", 1), None)
         if not alike:
             why = f"is not by {sought[0]}, which save_best names now"
+        elif not own:
+            why = f"is not in {runner.work_dir}"
         else:
-            why = "was found with other validation data" if own else f"is not in {runner.work_dir}"
+            other = "other validation data" if not same_data else "images of another size, or by other metrics"
+            why = f"was found with {other}"
         _warn(f"{path}: its best checkpoint, {best}, {why}; the best one is sought anew")
 
 

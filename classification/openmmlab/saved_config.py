@@ -14,8 +14,7 @@ from contextlib import suppress
 
 from mmengine.config import Config
 
-from classification.models.openmmlab import DO_NOTHING
-from classification.openmmlab.config_parts import argument_of, kind_of, resizes
+from classification.openmmlab.config_parts import DO_NOTHING, argument_of, kind_of, resizes
 from classification.openmmlab.messages import print_log
 
 LONGEST, DEEPEST = 2**20, 60  # characters and nested brackets; published configs have some 10^5 and 12
@@ -168,6 +167,28 @@ def warn_of_what_goes_on(cfg: Config, meta: object, path: str) -> None:
         loops = ({k: v for k, v in (one.get("train_cfg") or {}).items() if "max_" in k} for one in (before, cfg))
         longer = _differences(*loops, "train_cfg")
         _say(f"{path}: its schedules go on and end where they did, but training does not", longer)
+
+
+PLACES = ("ann_file", "seg_prefix", "outfile_prefix", "output_dir", "keep_results", "collect_device", "backend_args")
+
+
+def validates_otherwise(cfg: Config, meta: object) -> bool:
+    """Return whether a checkpoint's validation scores do not compare with those of `cfg`, as far as is known.
+
+    They do not if images have another size, or if they are other scores.
+    """
+    before = saved_config(meta)
+    try:
+        sizes = [{k: _lists(v) for k, v in (resizes(one, "val") or {}).items()} for one in (before, cfg)]
+        scores = [_scores(one.get("val_evaluator") or []) for one in (before, cfg)]
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+        return False  # `warn_of_other_config` says that it is not read
+    return any(one[0] != one[1] for one in (sizes, scores) if one[0])
+
+
+def _scores(evaluator: dict | list) -> list[dict]:
+    metrics = evaluator if isinstance(evaluator, list) else [evaluator]
+    return [{k: _lists(v) for k, v in one.items() if k not in PLACES} for one in metrics]
 
 
 def _model(cfg: dict | Config) -> dict:

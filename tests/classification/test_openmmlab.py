@@ -757,24 +757,24 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "best_a.pth").touch()
     saver = CheckpointHook()
-    run = argparse.Namespace(hooks=[saver], work_dir=str(tmp_path / "mine"), iter=3, val_loop=None)
+    run = argparse.Namespace(hooks=[saver], work_dir=str(tmp_path / "mine"), iter=3, val_loop=None, cfg=Config())
     said = []
     monkeypatch.setattr(hooks, "_warn", said.append)
     info = {"best_ckpt": str(tmp_path / "old" / "best_a.pth"), "best_score": 1.0, "epoch": 1}
-    hooks._forget_other_best(run, info, "x.pth", None)
+    hooks._forget_other_best(run, info, "x.pth", {})
     assert info == {"best_ckpt": str(tmp_path / "mine" / "best_a.pth"), "best_score": 1.0, "epoch": 1}
     info = {"best_ckpt_mIoU": str(tmp_path / "old" / "best_b.pth"), "best_score_mIoU": 1.0}
-    hooks._forget_other_best(run, info, "x.pth", None)
+    hooks._forget_other_best(run, info, "x.pth", {})
     assert info == {}
     info = {"best_score": 1e9, "epoch": 1}
-    hooks._forget_other_best(run, info, "x.pth", None)
+    hooks._forget_other_best(run, info, "x.pth", {})
     assert info == {"epoch": 1}
     assert said.pop() == "x.pth: has a best_score, but names no best checkpoint; the best one is sought anew"
     saver.key_indicators = ["coco/bbox_mAP"]
     for best, kept in (("best_aAcc_iter_3.pth", False), ("best_coco_bbox_mAP_epoch_3.pth", True)):
         (tmp_path / "mine" / best).touch()
         info = {"best_ckpt": best, "best_score": 90.0}
-        hooks._forget_other_best(run, info, "x.pth", None)
+        hooks._forget_other_best(run, info, "x.pth", {})
         assert len(info) == (2 if kept else 0)
     start, end = "x.pth: its best checkpoint, ", "; the best one is sought anew"
     assert said == [
@@ -787,9 +787,22 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
     for images, kept in ((2, True), (3, False)):
         run.val_dataloader.dataset = range(images)
         info = {"best_ckpt": "best_coco_bbox_mAP_epoch_3.pth", "best_score": 90.0}
-        hooks._forget_other_best(run, info, "x.pth", saved["meta"]["validation_data"])
+        hooks._forget_other_best(run, info, "x.pth", saved["meta"])
         assert len(info) == (2 if kept else 0)
     assert said[2:] == [f"{start}best_coco_bbox_mAP_epoch_3.pth, was found with other validation data{end}"]
+
+    def validating(scale, metric, file="a.json"):
+        dataset = dict(type="CocoDataset", pipeline=[dict(type="Resize", scale=scale)])
+        metric = dict(type="CocoMetric", metric=metric, ann_file=file)
+        return Config(dict(val_dataloader=dict(dataset=dataset), val_evaluator=metric))
+
+    meta = {"cfg": validating((128, 128), "bbox").pretty_text}
+    for now, kept in (((128, 128), "bbox", "b.json"), True), (((64, 64), "bbox"), False), (((128, 128), "segm"), False):
+        run.cfg = validating(*now)
+        info = {"best_ckpt": "best_coco_bbox_mAP_epoch_3.pth", "best_score": 90.0}
+        hooks._forget_other_best(run, info, "x.pth", meta)
+        assert len(info) == (2 if kept else 0)
+    assert "was found with images of another size, or by other metrics" in said.pop()
 
     path = save(
         {"state_dict": {"a": torch.ones(1)}, "meta": {"config": "import os", "cfg": "a = 1"}}, tmp_path / "c.pth"
