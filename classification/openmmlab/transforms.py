@@ -75,7 +75,9 @@ class CheckLabels:
         if "gt_seg_map" not in results:  # mmseg's inferencer takes LoadAnnotations out of a pipeline
             return results
         path, labels = results.get("seg_map_path"), results["gt_seg_map"]
-        if labels.ndim != 2:
+        if labels.ndim < 2:
+            raise UserError(f"{path}: is one pixel wide or high, and LoadAnnotations drops such a side: leave it out")
+        if labels.ndim > 2:
             raise UserError(
                 f"{path}: is a picture of {labels.shape[-1]} colours, not a map of labels: write one number a pixel"
             )

@@ -2288,6 +2288,9 @@ def test_maps_of_labels_beyond_a_byte(tmp_path):
         cfg = Config(dict(model=heads, train_dataloader=dict(dataset=dict(pipeline=pipeline))))
         pipelines.pass_class_weights(cfg)
         assert cfg.train_dataloader.dataset.pipeline[1].get("class_weight") is lacks
+    for size in ((), (50,)):  # as LoadAnnotations squeezes them
+        with pytest.raises(UserError, match=r"map.png: is one pixel wide or high"):
+            CheckLabels(5)({**results, "gt_seg_map": np.zeros(size, np.uint8)})
     with pytest.raises(UserError, match=r"map.png: is a picture of 3 colours, not a map of labels"):
         CheckLabels(5)({**results, "gt_seg_map": np.zeros((2, 2, 3), np.uint8)})
 

@@ -15,7 +15,7 @@ struct Sizes {
 };
 
 // A Python tuple, as in the messages of the reference.
-inline std::string shape(const at::Tensor& t) {
+inline std::string tuple(const at::Tensor& t) {
   std::string text = "(";
   for (int64_t size : t.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + (t.dim() == 1 ? ",)" : ")");
@@ -43,19 +43,19 @@ inline void check_dtype_and_device(const char* name, const at::Tensor& t, at::Sc
 
 inline Sizes check_shapes(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& B,
                           const std::optional<at::Tensor>& delta_bias) {
-  TORCH_CHECK_VALUE(u.dim() == 3, "u must be (batch, channels, length), got shape ", shape(u));
+  TORCH_CHECK_VALUE(u.dim() == 3, "u must be (batch, channels, length), got shape ", tuple(u));
   const int64_t b = u.size(0), d = u.size(1), l = u.size(2);
-  TORCH_CHECK_VALUE(delta.sizes() == u.sizes(), "delta must have u's shape ", shape(u), ", got ", shape(delta));
-  TORCH_CHECK_VALUE(A.dim() == 2 && A.size(0) == d, "A must be (channels=", d, ", states), got shape ", shape(A));
+  TORCH_CHECK_VALUE(delta.sizes() == u.sizes(), "delta must have u's shape ", tuple(u), ", got ", tuple(delta));
+  TORCH_CHECK_VALUE(A.dim() == 2 && A.size(0) == d, "A must be (channels=", d, ", states), got shape ", tuple(A));
   const int64_t n = A.size(1);
   TORCH_CHECK_VALUE(d && n && l, "channels, states and length must be at least 1, got ", d, ", ", n, " and ", l);
   TORCH_CHECK_VALUE((B.dim() == 3 || B.dim() == 4) && B.size(0) == b && B.size(-2) == n && B.size(-1) == l,
                     "B must be (batch=", b, ", states=", n, ", length=", l,
-                    ") or (batch, groups, states, length), got shape ", shape(B));
+                    ") or (batch, groups, states, length), got shape ", tuple(B));
   const int64_t g = B.dim() == 4 ? B.size(1) : 1;
   TORCH_CHECK_VALUE(g && d % g == 0, "B has ", g, " groups, which do not divide the ", d, " channels of u");
   TORCH_CHECK_VALUE(!delta_bias || (delta_bias->dim() == 1 && delta_bias->size(0) == d),
-                    "delta_bias must be (channels=", d, ",), got shape ", shape(*delta_bias));
+                    "delta_bias must be (channels=", d, ",), got shape ", tuple(*delta_bias));
   return {b, d, n, l, g};
 }
 
@@ -78,7 +78,7 @@ inline void check_grad(const at::Tensor& grad, const at::Tensor& u, const Sizes&
   const bool fits = grad.dim() == 4 && grad.size(0) == sizes.batch && grad.size(1) == sizes.channels &&
                     grad.size(2) == sizes.states && grad.size(3) == sizes.length;
   TORCH_CHECK_VALUE(fits, "grad must be (", sizes.batch, ", ", sizes.channels, ", ", sizes.states, ", ", sizes.length,
-                    "), got shape ", shape(grad));
+                    "), got shape ", tuple(grad));
   check_dtype_and_device("grad", grad, state_dtype(u), u);
 }
 

@@ -102,8 +102,8 @@ void merge(Taps& taps, const Weights& weights, const Tensor& alpha, int64_t chan
   S* to = taps.weights.mutable_data_ptr<S>();
   const int64_t pitch = taps.weights.size(1);
   for (int k = 0; k < 3; ++k) {
-    const Tensor kernel = weights[k].contiguous();
-    const S *from = kernel.const_data_ptr<S>(), factor = factors.const_data_ptr<S>()[k];
+    const Tensor dense = weights[k].contiguous();
+    const S *from = dense.const_data_ptr<S>(), factor = factors.const_data_ptr<S>()[k];
     for (int i = 0; i < 9; ++i) {
       S* const row = to + fusion_taps().index[k][i] * pitch;
       for (int64_t d = 0; d < channels; ++d) row[d] += factor * from[d * 9 + i];
@@ -243,8 +243,8 @@ void unmerge(const Tensor& taps, const Weights& weights, const Tensor& alpha, co
   const int64_t channels = taps.size(1);
   const Tensor factors = alpha.contiguous();
   for (int k = 0; k < 3; ++k) {
-    const Tensor kernel = weights[k].contiguous();
-    const S *weight = kernel.const_data_ptr<S>(), *grad = taps.const_data_ptr<S>();
+    const Tensor dense = weights[k].contiguous();
+    const S *weight = dense.const_data_ptr<S>(), *grad = taps.const_data_ptr<S>();
     const S factor = factors.const_data_ptr<S>()[k];
     S* to = grads[k].mutable_data_ptr<S>();
     double sums[9] = {};

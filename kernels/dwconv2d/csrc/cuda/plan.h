@@ -61,7 +61,8 @@ struct Plan {
   Axis rows, columns;
   int reach = 0;  // of the taps
   int planes = 0, threads_per_plane = 0, threads = 0;
-  int sets = 0, rounds = 1, channel_blocks = 0;  // sets of planes, and blocks, per tile of an image
+  int sets = 0, rounds = 1;  // of planes: sets per tile of an image, and rounds of a block
+  int channel_blocks = 0;    // blocks per tile of an image, or without tiles partial sums of C's gradient per pixel
   // In shared memory, convolved planes have `frame` rows of zeros, 0 or 1, above and below; reads beyond are clamped. Their first column is at a multiple
   // of `alignment`, after at least `frame` columns of zeros.
   int frame = 0, alignment = 1, pitch = 0, plane_pitch = 0;
@@ -100,7 +101,7 @@ struct Params {
   // `partials_D_or_bias` is null without either.
   void *partials_taps = nullptr, *partials_D_or_bias = nullptr;  // (B, slices, D, taps) and (B, slices, D)
   void* partials_C = nullptr;                                    // (B, channel blocks, N, H, W)
-  int slices = 1;
+  int slices = 1;  // of an image: its tiles, or without tiles runs of kSlice positions
   Plan plan;
 
   constexpr bool has_output_equation() const { return operation == Operation::kOutputEquation; }

@@ -19,17 +19,17 @@ struct Several {
 template <class S>
 constexpr int kSeveral = sizeof(S) == 8 ? 1 : VECTOR_BYTES == 64 ? 4 : 2;
 template <class S>
-using Group = Several<Vec<S>, kSeveral<S>>;
+using Vecs = Several<Vec<S>, kSeveral<S>>;
 
 template <class S>
-INLINE Group<S> load_group(const S* p) {
-  Group<S> group;
-  for (int i = 0; i < kSeveral<S>; ++i) group.v[i] = load(p + i * kLanes<S>);
-  return group;
+INLINE Vecs<S> load_vecs(const S* p) {
+  Vecs<S> vecs;
+  for (int i = 0; i < kSeveral<S>; ++i) vecs.v[i] = load(p + i * kLanes<S>);
+  return vecs;
 }
 template <class S>
-INLINE void store_group(S* p, const Group<S>& group) {
-  for (int i = 0; i < kSeveral<S>; ++i) store(p + i * kLanes<S>, group.v[i]);
+INLINE void store_vecs(S* p, const Vecs<S>& vecs) {
+  for (int i = 0; i < kSeveral<S>; ++i) store(p + i * kLanes<S>, vecs.v[i]);
 }
 
 // Calls `f` for each vector.

@@ -38,8 +38,8 @@ struct Running {
 };
 
 template <class S>
-INLINE Group<S> softplus(const Group<S>& s, Group<S>& sigmoid) {
-  const Group<S> y = exp(map(s, [](Vec<S> s) { return -abs(s); }));
+INLINE Vecs<S> softplus(const Vecs<S>& s, Vecs<S>& sigmoid) {
+  const Vecs<S> y = exp(map(s, [](Vec<S> s) { return -abs(s); }));
   sigmoid = map(s, y, [](Vec<S> s, Vec<S> y) { return (s > Vec<S>{} ? Vec<S>{} + 1 : y) / (1 + y); });
   return map(s, [](Vec<S> s) { return s < Vec<S>{} ? Vec<S>{} : s; }) + log1p(y);
 }
@@ -106,11 +106,11 @@ struct Task {
     load_activation(dt, p.delta, p.delta_strides, chunk);
     const Vec<S> shift = load(bias);
     for (int t = 0; t < tokens(chunk); t += kSeveral<S>) {
-      Group<S> step = load_group(dt + t * W) + shift, slope = map(step, [](Vec<S>) { return Vec<S>{} + 1; });
+      Vecs<S> step = load_vecs(dt + t * W) + shift, slope = map(step, [](Vec<S>) { return Vec<S>{} + 1; });
       if (p.softplus) step = softplus<S>(step, slope);
-      store_group(dt + t * W, step);
-      store_group(dt_u + t * W, step * load_group(u + t * W));
-      if (sigmoid) store_group(sigmoid + t * W, slope);
+      store_vecs(dt + t * W, step);
+      store_vecs(dt_u + t * W, step * load_vecs(u + t * W));
+      if (sigmoid) store_vecs(sigmoid + t * W, slope);
     }
   }
 };
@@ -150,8 +150,8 @@ void forward(const Problem& p, int64_t index, void* memory) {
       Running<S> h = m.carries[n];
       task.load_B(m.B, n, chunk);
       for (int first = 0; first < tokens; first += kSeveral<S>) {
-        Group<S> factor, factor_m1;
-        exp_expm1(load_group(m.dt + first * W) * A, factor, factor_m1);
+        Vecs<S> factor, factor_m1;
+        exp_expm1(load_vecs(m.dt + first * W) * A, factor, factor_m1);
         for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t) {
           h.step({factor.v[i], factor_m1.v[i]}, load(m.dt_u + t * W) * m.B[t]);
           store(m.h + t * W, h.value);
@@ -213,8 +213,8 @@ INLINE void scan_carries(const Task<T>& task, const BackwardMemory<S>& m) {
       Running<S> h{load(carries + n * W), {}};
       task.load_B(m.B, n, chunk);
       for (int first = 0; first < kChunk; first += kSeveral<S>) {
-        Group<S> factor, factor_m1;
-        exp_expm1(load_group(m.dt + first * W) * A, factor, factor_m1);
+        Vecs<S> factor, factor_m1;
+        exp_expm1(load_vecs(m.dt + first * W) * A, factor, factor_m1);
         for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t)
           h.step({factor.v[i], factor_m1.v[i]}, load(m.dt_u + t * W) * m.B[t]);
       }
@@ -236,8 +236,8 @@ INLINE void scan_back(const Task<T>& task, const BackwardMemory<S>& m, int64_t n
 
   Running<S> h{load(m.carries + (chunk * p.states + n) * W), {}};
   for (int first = 0; first < tokens; first += kSeveral<S>) {
-    Group<S> factor, factor_m1;
-    exp_expm1(load_group(m.dt + first * W) * A, factor, factor_m1);
+    Vecs<S> factor, factor_m1;
+    exp_expm1(load_vecs(m.dt + first * W) * A, factor, factor_m1);
     for (int i = 0, t = first; i < kSeveral<S>; ++i, ++t) {
       const Decay<S> decay = {factor.v[i], factor_m1.v[i]};
       m.decays[t] = decay;
