@@ -244,7 +244,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
     for key, value in state.items():
         if not _finite(value):
             raise UserError(f"{path}: its weights hold {key!r}, which is not finite; they are not usable")
-        if key.endswith("running_var") and (value < 0).any():
+        if key.endswith("running_var") and (value.float() < 0).any():  # float8 has no comparison
             raise UserError(f"{path}: its weights hold {key!r}, a variance below 0; they are not usable")
 
 

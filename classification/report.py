@@ -9,6 +9,7 @@ predictions.png.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from classification.checkpoint import (
     read_checkpoint,
     state_dicts,
     tensors_digest,
+    write_atomically,
 )
 from classification.checkpoint_folder import BEST
 from classification.config import LARGEST_SIZE, trained_with
@@ -188,28 +190,27 @@ def report(folder: Path, data_path: str | None) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: its {EPOCHS} or {STEPS} is damaged ({error!r}); a number is missing") from error
+    said = []  # after the figures are written: whoever reads may stop, as `| head` does
     if data_path:
         path = folder / BEST
         checkpoint = read_checkpoint(path)
         model, dataset, names = _best_model_and_images(checkpoint, path, data_path)
         figures["predictions.png"] = draw_predictions(model, dataset, names)
         try:
-            print(printable(summary(folder, metrics, checkpoint, data_path, dataset.digest()), lines=True))
+            said.append(printable(summary(folder, metrics, checkpoint, data_path, dataset.digest()), lines=True))
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
     if partly := [m["epoch"] for m in metrics if any(m.get(key, {}).get("unreadable") for key in WEIGHTS)]:
-        print(
+        said.append(
             f"in {len(partly)} of {len(metrics)} epochs, for example epoch {int(partly[0])}, not all validation images "
             "could be read: crosses in learning_curve.png"
         )
     for name, figure in figures.items():
-        try:
-            figure.savefig(folder / name, dpi=120)
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be written ({error})") from error
-        print(printable(f"wrote {folder / name}"))
+        write_atomically(folder / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=120))
+        said.append(printable(f"wrote {folder / name}"))
+    print("\n".join(said), flush=True)
 
 
 def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tuple[SpatialMamba, ImageFolder, list[str]]:
@@ -251,6 +252,8 @@ def main() -> None:
         report(args.folder, args.data_path)
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it ends
 
 
 if __name__ == "__main__":

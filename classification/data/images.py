@@ -54,8 +54,12 @@ def misread_samples(image: Image.Image) -> str | None:
 
     The image must not be loaded yet.
     """
-    if image.format == "JPEG2000" and (bits := _jpeg2000_bits(image)) < 8:
-        return f"its samples have {bits} bits, and Pillow reads white as grey; convert it to PNG"
+    if image.format == "JPEG2000":
+        fewest, most = _jpeg2000_bits(image)
+        if fewest < 8:
+            return f"its samples have {fewest} bits, and Pillow reads white as grey; convert it to PNG"
+        if most > 8 and not image.mode.startswith("I;16"):
+            return f"its colours have {most} bits, and Pillow reads white as black; convert it to PNG"
     if image.format != "TIFF":
         return None
     kinds = _tag(image, SAMPLE_FORMAT, UNSIGNED)
@@ -92,15 +96,16 @@ def misread_planes(image: Image.Image) -> str | None:
     )
 
 
-def _jpeg2000_bits(image: Image.Image) -> int:
-    """Return the fewest bits of a band. The header of the codestream names them (ISO/IEC 15444-1, A.5.1)."""
+def _jpeg2000_bits(image: Image.Image) -> tuple[int, int]:
+    """Return the fewest and the most bits of a band, as the codestream's header names them (ISO/IEC 15444-1, A.5.1)."""
     place = image.fp.tell()
     image.fp.seek(0)
     content = image.fp.read()
     image.fp.seek(place)
     at = content.find(b"\xff\x4f\xff\x51") + 2  # the markers of its start and of the sizes
     bands = int.from_bytes(content[at + 38 : at + 40], "big")
-    return min(((depth & 127) + 1 for depth in content[at + 40 : at + 40 + 3 * bands : 3]), default=8)
+    depths = [(depth & 127) + 1 for depth in content[at + 40 : at + 40 + 3 * bands : 3]]
+    return min(depths, default=8), max(depths, default=8)
 
 
 def _tag(image: Image.Image, tag: int, default: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -288,6 +289,9 @@ def explain(args: argparse.Namespace) -> None:
         UserError: bad input of any kind.
     """
     wanted = args.figures or list(FIGURES)
+    for path in args.images:
+        if os.path.realpath(path) in {os.path.realpath(args.out / f"{name}.png") for name in wanted}:
+            raise UserError(f"{path}: a figure of this name would be written over it; name another folder by --out")
     loaded = load(args.source, args.weights)
     images = read_images(args.images, image_transform(loaded.config, args.size))
     names = ["/".join(Path(path).with_suffix("").parts[-2:])[-16:] for path in args.images]

@@ -189,6 +189,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             _check_loads_maps(metric, its, split)
             _check_packs_what_is_written(metric, its, split)
             _check_removes_nothing(metric, split)
+            if isinstance(metric.get("output_dir"), str):
+                check_is_no_data(cfg, metric.output_dir, f"{split}_evaluator.output_dir={metric.output_dir}")
             if metric.get("ann_file"):
                 _check_no_pickles(metric.ann_file, f"{split}_evaluator.ann_file")
                 if not _is_remote(metric):
@@ -562,6 +564,22 @@ def _check_loads_maps(metric: ConfigDict, datasets: list[ConfigDict], split: str
             )
 
 
+def check_is_no_data(cfg: Config, folder: str, key: str) -> None:
+    """Raise a UserError if results are to be written where a split has its images or label maps, or below."""
+    target = Path(folder).expanduser().resolve()
+    for split in ("train", "val", "test"):
+        loader = cfg.get(f"{split}_dataloader")
+        for dataset in datasets_of(loader.dataset) if loader else ():
+            prefixes = dataset.get("data_prefix") or {}
+            for prefix in prefixes.values() if isinstance(prefixes, dict) else ():
+                own = Path(dataset.get("data_root") or "", prefix).resolve() if isinstance(prefix, str) else None
+                if own and (target == own or (prefix and own in target.parents)):
+                    raise UserError(
+                        f"{key}: {own} holds data of {split}_dataloader, which would be written over; name another "
+                        "folder"
+                    )
+
+
 def _check_removes_nothing(metric: ConfigDict, split: str) -> None:
     """Raise a UserError if mmseg's CityscapesMetric would remove a folder that it has not made."""
     folder = metric.get("output_dir")
@@ -883,7 +901,7 @@ def check_written_names(dataset: object, suffix: bool, folders: Sequence[str] = 
     Args:
         dataset: of a toolchain.
         suffix: whether the names of results keep the suffix of the image's name.
-        folders: in which label maps are written.
+        folders: in which label maps or drawings are written.
     """
     seen: dict[str, str] = {}
     written = {os.path.realpath(folder) for folder in folders}
@@ -895,8 +913,8 @@ def check_written_names(dataset: object, suffix: bool, folders: Sequence[str] = 
         for own in (path, info.get("seg_map_path")) if written else ():
             if isinstance(own, str) and os.path.realpath(os.path.dirname(own)) in written:
                 raise UserError(
-                    f"{os.path.dirname(own)}: holds the data, and predicted maps would be written over it; name "
-                    "another folder (--out, output_dir)"
+                    f"{os.path.dirname(own)}: holds the data, and results would be written over it; name another "
+                    "folder (--out, --show-dir, output_dir)"
                 )
         name = os.path.basename(path)
         other = seen.setdefault(name if suffix else os.path.splitext(name)[0], path)

@@ -37,7 +37,7 @@ class EnlargedSegVisualizer(LabelsBeside, SegLocalVisualizer):
         with_labels: bool = True,
     ) -> np.ndarray:
         """Draw on an image (H, W, 3). Return bytes (factor H, factor W, 3)."""
-        labels = np.asarray(sem_seg.cpu().data)[0]
+        labels = np.asarray(sem_seg.cpu().data)[0].astype(int)  # a head of one channel predicts floats
         factor = times(*image.shape[:2])
         colors = np.array(palette, np.uint8)
         shown = [label for label in np.unique(labels) if label < len(classes) and label != self.background]

@@ -27,8 +27,9 @@ from torch import nn
 from classification.checkpoint import differences, in_layout_of
 from classification.errors import UserError
 from classification.openmmlab.coco import check_labels, check_order
+from classification.openmmlab.config_parts import kind_of
 from classification.openmmlab.messages import print_log
-from classification.openmmlab.saved_config import validates_otherwise
+from classification.openmmlab.saved_config import saved_config, validates_otherwise
 from classification.sync_bn import average_batch_norm
 
 NAMED = 5  # classes
@@ -46,12 +47,14 @@ class StopAtInvalidLoss(Hook):
 
     def after_train_iter(self, runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None) -> None:
         outputs = outputs or {}
-        bad = not _number(outputs.get("loss", 0)).isfinite()  # the sum of all
+        # "loss" is the sum of all. A model with several optimizers may name its losses otherwise.
+        sums = [outputs["loss"]] if "loss" in outputs else [v for k, v in outputs.items() if "loss" in k]
+        bad = not all(_number(value).isfinite().all() for value in sums)
         anywhere = torch.tensor(int(bad))
         all_reduce(anywhere, "max")
         if anywhere:
             losses = {name: _number(value) for name, value in outputs.items() if bad and "loss" in name}
-            parts = [f"{name} is {value.item()}" for name, value in losses.items() if not value.isfinite()]
+            parts = [f"{name} is {value.sum().item()}" for name, value in losses.items() if not value.isfinite().all()]
             raise UserError(
                 f"iteration {runner.iter + 1}: the loss is not finite ({', '.join(parts) or 'in another process'}), so "
                 "nothing more is learnt; go on from an earlier checkpoint with a lower optim_wrapper.optimizer.lr, "
@@ -271,12 +274,12 @@ def _check_averaged(model: nn.Module, state: object, path: str) -> None:
 def _check_average_count(hooks: Sequence[Hook], state: dict, path: str, meta: dict) -> None:
     """Raise a UserError if an average does not say how many steps it is of: mmengine would begin it anew."""
     steps = state.get("steps")
-    begun = any(
-        isinstance(hook, EMAHook)
-        and meta["iter"] > hook.begin_iter
-        and (hook.begin_epoch == 0 or meta["epoch"] > hook.begin_epoch)
-        for hook in hooks
-    )
+    begins = [(hook.begin_iter, hook.begin_epoch) for hook in hooks if isinstance(hook, EMAHook)]
+    saved = saved_config(meta).get("custom_hooks")  # the average began as that config says
+    saved = [one for one in saved if isinstance(one, dict)] if isinstance(saved, list) else []
+    if averaging := [one for one in saved if kind_of(one) == "EMAHook"]:
+        begins = [(one.get("begin_iter", 0), one.get("begin_epoch", 0)) for one in averaging]
+    begun = any(meta["iter"] > at and (epoch == 0 or meta["epoch"] > epoch) for at, epoch in begins)
     counts = isinstance(steps, torch.Tensor) and steps.numel() == 1 and not steps.is_floating_point()
     if not counts or steps < 0 or (begun and steps == 0):
         raise UserError(
@@ -494,6 +497,10 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
     It warns of settings that differ from the config's, but for those that a schedule changes (`scheduled`).
     """
     if isinstance(wrapper, OptimWrapperDict):  # a subclass of OptimWrapper
+        for name, own in wrapper.items():
+            if not isinstance(saved.get(name), dict):
+                raise UserError(f"{path}: holds no state of the optimizer {name!r}, so training cannot go on from it")
+            _check_optimizer(own, saved[name], path, scheduled)
         return
     # The optimizer's own groups: the wrapper adds one for its settings.
     own = [group["params"] for group in wrapper.optimizer.param_groups]
@@ -646,7 +653,9 @@ def _naming(metric: BaseMetric, compute: Callable[[list], dict]) -> Callable[[li
         if found and results:  # not of format_only
             _, union, _, labels = (sum(areas).numpy() for areas in zip(*results, strict=True))
             classes, filled = metric.dataset_meta["classes"], getattr(metric, "nan_to_num", None)
-            if message := message_on_absent_classes(classes, labels, union, filled):
+            if message := message_on_absent_classes(
+                classes, labels, union, filled, getattr(metric, "ignore_index", None)
+            ):
                 print_log(message, logger="current", level=logging.WARNING)
         return found
 
@@ -654,7 +663,11 @@ def _naming(metric: BaseMetric, compute: Callable[[list], dict]) -> Callable[[li
 
 
 def message_on_absent_classes(
-    classes: Sequence[str], labels: np.ndarray, union: np.ndarray, filled: float | None = None
+    classes: Sequence[str],
+    labels: np.ndarray,
+    union: np.ndarray,
+    filled: float | None = None,
+    ignored: int | None = None,
 ) -> str | None:
     """Name the classes without a pixel in the label maps, and say over how many classes mIoU is the mean.
 
@@ -664,11 +677,13 @@ def message_on_absent_classes(
         union: the number of pixels of each class in the label maps or the predictions.
         filled: the IoU that the mean takes for a class without a pixel in either: `nan_to_num` of IoUMetric. With
             None, the mean leaves it out.
+        ignored: a class whose pixels are not counted.
 
     Returns:
         None if each class has a pixel in the label maps.
     """
-    missing = [repr(name) for name, pixels in zip(classes, labels, strict=False) if not pixels]
+    named = enumerate(zip(classes, labels, strict=False))
+    missing = [repr(name) for i, (name, pixels) in named if not pixels and i != ignored]
     if not missing:
         return None
     more = f" and {len(missing) - NAMED} more" if missing[NAMED:] else ""

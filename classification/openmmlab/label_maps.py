@@ -82,11 +82,12 @@ def _files_in(folder: str) -> tuple[set[str], list[str]]:
     Hidden files are left out, as mmengine does.
 
     Raises:
-        UserError: a link leads to a folder that it lies in, so there is no end.
+        UserError: a link leads to a folder that it lies in, so there is no end, or to one that is there anyway.
     """
     found, broken = set(), []
     start, real = os.path.join(folder, ""), os.path.realpath(folder)
     folders = [(folder, real, {real})]  # each with its real path, and those of the folders that lead to it
+    places: dict[str, str] = {}
     while folders:
         at, real, above = folders.pop()
         with suppress(OSError), os.scandir(at) as entries:
@@ -95,6 +96,11 @@ def _files_in(folder: str) -> tuple[set[str], list[str]]:
                     inner = os.path.realpath(one.path) if one.is_symlink() else os.path.join(real, one.name)
                     if inner in above:
                         raise UserError(f"{one.path}: is a link to a folder that it lies in; remove it")
+                    if (other := places.setdefault(inner, one.path)) != one.path:
+                        raise UserError(
+                            f"{one.path} and {other} are one folder, as one is a link: its files would count twice; "
+                            "remove the link"
+                        )
                     folders.append((one.path, inner, {*above, inner}))
                 elif one.name[0] != "." and one.is_symlink() and not os.path.exists(one.path):
                     broken.append(one.path.removeprefix(start))

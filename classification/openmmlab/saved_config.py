@@ -151,6 +151,8 @@ def warn_of_what_goes_on(cfg: Config, meta: object, path: str) -> None:
     batches = (one.get("train_dataloader") or {} for one in (before, cfg))  # rates and schedules depend on its size
     batches = ({k: v for k, v in loader.items() if k == "batch_size"} for loader in batches)
     found += _differences(*batches, "train_dataloader")
+    counts = ({"accumulative_counts": one.get("accumulative_counts", 1)} for one in wrappers)
+    found += _differences(*counts, "optim_wrapper")
     if before.get("param_scheduler"):
         schedules = (one.get("param_scheduler") or [] for one in (before, cfg))
         found += _differences(*schedules, "param_scheduler", missing=True)

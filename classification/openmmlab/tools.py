@@ -34,6 +34,7 @@ from classification.openmmlab.checks import (
     check_checkpoint,
     check_data,
     check_file,
+    check_is_no_data,
     check_operators,
     check_written_names,
     data_classes,
@@ -304,12 +305,13 @@ def _check_training(cfg: Config) -> None:
         if any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
             raise UserError(f"optim_wrapper.optimizer.{name} is {value!r}, with which nothing is learnt")
     clip = (cfg.get("optim_wrapper") or {}).get("clip_grad")
-    largest = clip.get("max_norm", 1) if isinstance(clip, dict) else 1
-    if not (isinstance(largest, int | float) and largest > 0):
-        raise UserError(
-            f"optim_wrapper.clip_grad.max_norm is {largest!r}, but must be a number above 0: 0 stops all gradients; "
-            "leave clip_grad out to clip nothing"
-        )
+    for name in ("max_norm", "clip_value"):  # by norm; by value
+        largest = clip.get(name, 1) if isinstance(clip, dict) else 1
+        if not (isinstance(largest, int | float) and largest > 0):
+            raise UserError(
+                f"optim_wrapper.clip_grad.{name} is {largest!r}, but must be a number above 0: 0 stops all gradients; "
+                "leave clip_grad out to clip nothing"
+            )
 
 
 def _is_count(value: object) -> bool:
@@ -854,6 +856,10 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     _check_can_be_written(args.out, folder=cfg.default_scope == "mmseg")
     for folder in (args.show_dir, _work_dir(args, cfg)):
         _check_can_be_written(folder)
+    drawn = args.show_dir if cfg.default_scope == "mmdet" and os.path.isabs(args.show_dir or "") else None
+    for option, folder in (("--out", args.out), ("--show-dir", drawn)):  # mmdet's --out is a file
+        if folder and not (option == "--out" and cfg.default_scope == "mmdet"):
+            check_is_no_data(cfg, folder, f"{option} {folder}")
     check_file(args.checkpoint)
     as_read = _as_read(args, cfg)
     cfg.load_from, cfg.resume = args.checkpoint, False
@@ -878,7 +884,8 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     warn_of_other_config(cfg, meta, args.checkpoint)
     folders = [metric.output_dir for metric in runner.test_evaluator.metrics if getattr(metric, "output_dir", None)]
     if folders or args.show_dir:
-        check_written_names(runner.test_dataloader.dataset, suffix=not folders, folders=folders)
+        written = [*folders, *([drawn] if drawn else [])]
+        check_written_names(runner.test_dataloader.dataset, suffix=not folders, folders=written)
     if args.out and cfg.default_scope == "mmdet":
         runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
     with _with_advice():
@@ -892,6 +899,8 @@ ADVICE = {
     "index 255 is out of bounds": "a loss with class_weight cannot weigh ignored pixels (255): of label maps, and of "
     "the padding of images that are smaller than data_preprocessor.size; leave class_weight out",
     "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
+    "Expected to have finished reduction in the prior iteration": "some weights get no gradient, as those of a map "
+    "that no head reads: leave the map out of model.backbone.out_indices, or set find_unused_parameters=True",
     "but when load annotation the `reduce_zero_label`": "make that of LoadAnnotations, too, equal to it",
 }
 
@@ -900,7 +909,7 @@ ADVICE = {
 def _with_advice() -> Iterator[None]:
     try:
         yield
-    except (AssertionError, IndexError, ValueError) as error:
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
         advice = next((advice for part, advice in ADVICE.items() if part in str(error)), None)
         if advice is None:
             raise

@@ -36,6 +36,8 @@ class CheckMap:
         except UnidentifiedImageError as error:
             if not os.path.getsize(path):  # other files may be read by tifffile
                 raise UserError(f"{path}: is empty; replace it") from error
+        except Image.DecompressionBombError:  # too large for Pillow alone
+            pass
         except Exception as error:  # on a damaged file, Pillow's plugins raise any error
             raise UserError(f"{path}: is damaged ({error}); replace it") from error
         return results

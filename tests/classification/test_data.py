@@ -215,8 +215,8 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
         assert np.array_equal(np.asarray(read_image(str(tmp_path / "m.tif"))), np.asarray(picture.convert("RGB"))), mode
 
 
-def test_jpeg_2000_of_few_bits_is_refused(tmp_path):
-    """Pillow shifts samples of 4 bits to the left: 15 becomes 240."""
+def test_jpeg_2000_of_other_bits_is_refused(tmp_path):
+    """Pillow shifts samples of 4 bits to the left: 15 becomes 240. Colours of 16 bits wrap: 65535 becomes 0."""
     if "JPEG2000" not in images_module.image_formats():
         pytest.skip("this Pillow reads no JPEG 2000")
     for suffix in ("j2k", "jp2"):
@@ -230,6 +230,12 @@ def test_jpeg_2000_of_few_bits_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UnreadableImageError, match=r"cannot be read as an image \(its samples have 4 bits"):
             read_image(str(path))
+        content[second] = 15
+        path.write_bytes(content)
+        with pytest.raises(UnreadableImageError, match=r"\(its colours have 16 bits, and Pillow reads white as black"):
+            read_image(str(path))
+    Image.fromarray(np.full((8, 8), 65535, np.uint16)).save(tmp_path / "grey.jp2", irreversible=False)
+    assert np.asarray(read_image(str(tmp_path / "grey.jp2"))).min() == 255
 
 
 def test_tiffs_that_pillow_misreads_are_refused(tmp_path):

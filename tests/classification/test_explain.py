@@ -611,6 +611,9 @@ BAD = {  # further images, options, and the message
     "no such image": (["{folder}/no.png"], STATES, r"no\.png: cannot be read as an image \(\[Errno 2\] No such file"),
     "folder": ([], [*STATES, "--out", "{checkpoint}/figures"], r"micro\.pth/figures: cannot be made"),
     "file": ([], [*STATES, "--out", "{folder}/taken"], r"states\.png: cannot be written"),
+    "image of a figure's name": (
+        ["{folder}/states.png"], [*STATES, "--out", "{folder}/./"], r"states\.png: a figure of this name would be"
+    ),
 }  # fmt: skip
 
 

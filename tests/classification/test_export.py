@@ -40,6 +40,9 @@ def test_any_batch_and_size_where_our_packages_are_missing(tmp_path):
         (name,) = (n for n in archive.namelist() if n.endswith("classes.json"))
         assert json.loads(archive.read(name)) == ["a", "b", "c", "d", "e"]
 
+    untrained = small_model()
+    untrained.head.weight.data.zero_(), untrained.head.bias.data.zero_()
+    assert difference(untrained, untrained, SHAPES) == 0
     pytest.importorskip("onnxruntime")
     assert difference(model, write(program, tmp_path / "model.onnx"), SHAPES) < 1e-5
 

@@ -654,6 +654,11 @@ CONFIGS = {
         '"train_dataloader": {}}',
         "optim_wrapper.clip_grad.max_norm is 0, but must be a number above 0",
     ),
+    "clip_value.json": (
+        '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"clip_grad": {"type": "value", "clip_value": 0.0}}, '
+        '"train_cfg": {}, "train_dataloader": {}}',
+        "optim_wrapper.clip_grad.clip_value is 0.0, but must be a number above 0",
+    ),
     "batch.json": (
         '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"optimizer": {"lr": [1, 0]}}, "train_cfg": {}, '
         '"train_dataloader": {"batch_size": 0}}',
@@ -958,10 +963,28 @@ def test_maps_are_not_written_over_the_data(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "labels")
     for folder, refused in (("out", False), ("link", True), ("images/../labels", True), ("images", True)):
         if refused:
-            with pytest.raises(UserError, match=r"holds the data, and predicted maps would be written over it"):
+            with pytest.raises(UserError, match=r"holds the data, and results would be written over it"):
                 checks.check_written_names(Maps([0]), False, [str(tmp_path / folder)])
         else:
             checks.check_written_names(Maps([0]), False, [str(tmp_path / folder)])
+    dataset = dict(type="A", data_root=str(tmp_path), data_prefix=dict(img_path="images", seg_map_path="labels/"))
+    cfg = Config(dict(train_dataloader=dict(dataset=dataset), val_evaluator=dict(type="IoUMetric"), model={}))
+    for folder, refused in (
+        ("out", False),
+        (".", False),
+        ("link", True),
+        ("images/../labels/x", True),
+        ("images", True),
+    ):
+        for_all = (
+            pytest.raises(UserError, match=r"--out: /.* holds data of train_dataloader") if refused else nullcontext()
+        )
+        with for_all:
+            checks.check_is_no_data(cfg, str(tmp_path / folder), "--out")
+    cfg.val_evaluator.output_dir = str(tmp_path / "labels")
+    cfg.val_dataloader = dict(dataset=dict(type="A", pipeline=[]))
+    with pytest.raises(UserError, match=r"val_evaluator\.output_dir=/.*labels: .* holds data of train_dataloader"):
+        checks.check_data(cfg, ("val",))
 
 
 def test_a_name_makes_no_line_of_its_own():
@@ -1420,6 +1443,7 @@ HEAD, SIZE = "model.rpn_head.anchor_generator", "test_dataloader.dataset.pipelin
         ),
         ({"auto_scale_lr": dict(enable=True)}, "warn_of_what_goes_on", ["so auto_scale_lr scales nothing"]),
         ({"train_dataloader.batch_size": 4}, "warn_of_what_goes_on", ["train_dataloader.batch_size was 2, is 4"]),
+        ({"optim_wrapper.accumulative_counts": 3}, "warn_of_what_goes_on", ["wrapper.accumulative_counts was 1, is 3"]),
         ({"param_scheduler": None}, "warn_of_what_goes_on", ["param_scheduler.0.type was 'LinearLR', is not set"]),
     ],
 )  # fmt: skip
@@ -1928,6 +1952,7 @@ def test_classes_that_no_map_has_are_named():
     )
     assert hooks.message_on_absent_classes("ab", np.array([5, 1]), np.array([5, 2])) is None
     filled = hooks.message_on_absent_classes("ab", np.array([5, 0]), np.array([5, 0]), filled=0)
+    assert hooks.message_on_absent_classes("ab", np.array([0, 5]), np.array([0, 5]), ignored=0) is None
     assert filled.endswith("mIoU is the mean of 2 of 2 classes, and takes 0 for those that are not predicted either")
 
 
@@ -1947,6 +1972,9 @@ def test_a_loss_that_is_not_finite_ends_training_in_all_processes(monkeypatch):
         UserError, match=r"iteration 7: the loss is not finite \(loss is nan, decode\.loss_ce is inf\), so"
     ):
         hook.after_train_iter(runner, 6, None, bad)
+    of_two = {"loss_a": torch.tensor([1.0, float("nan")]), "loss_b": torch.tensor(1.0)}  # of several optimizers
+    with pytest.raises(UserError, match=r"the loss is not finite \(loss_a is nan\)"):
+        hook.after_train_iter(runner, 6, None, of_two)
     with_1 = {"max": lambda value: value.clamp_(min=1), "min": lambda value: value.clamp_(max=1)}
     monkeypatch.setattr(hooks, "all_reduce", lambda value, op: with_1[op](value))
     with pytest.raises(UserError, match=r"is not finite \(in another process\), so"):
@@ -2180,12 +2208,20 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     later = dict(meta={"epoch": 1, "iter": 3}, ema_state_dict=averaged | {"steps": torch.tensor(0)})
     runner.hooks = [EMAHook(begin_iter=5)]
     hook.after_load_checkpoint(runner, resumable(**later))
+    runner.hooks = [EMAHook(begin_iter=2)]
+    began = dict(later["meta"], cfg="custom_hooks = [dict(begin_iter=5, type='EMAHook')]")
+    hook.after_load_checkpoint(runner, resumable(**later | {"meta": began}))
     runner.param_schedulers = None
     with pytest.raises(UserError, match="has 1 rate schedules, which are not the 0 of"):
         hook.after_load_checkpoint(runner, resumable())
     hook.after_load_checkpoint(runner, resumable(param_schedulers=None))
-    runner.optim_wrapper = OptimWrapperDict(one=OptimWrapper(OPTIMIZER))  # whose states are not looked into
-    hook.after_load_checkpoint(runner, resumable(param_schedulers=None, optimizer={"one": {}}))
+    runner.optim_wrapper = OptimWrapperDict(one=OptimWrapper(OPTIMIZER))
+    whole = resumable(param_schedulers=None)
+    hook.after_load_checkpoint(runner, whole | {"optimizer": {"one": whole["optimizer"]}})
+    without = dict(whole["optimizer"], state={})
+    for states, message in (({"one": without}, "moments"), ({}, "holds no state of the optimizer 'one'")):
+        with pytest.raises(UserError, match=message):
+            hook.after_load_checkpoint(runner, whole | {"optimizer": states})
 
 
 def test_a_schedule_of_momentum_goes_on(monkeypatch):
@@ -2548,6 +2584,7 @@ def test_weights_of_two_values_or_of_no_batch_norm_are_refused(tmp_path):
         weights_of({"state_dict": state}, "a.pth")
     with pytest.raises(UserError, match=r"hold 'norm\.running_var', a variance below 0"):
         weights_of({"state_dict": {"norm.running_var": torch.tensor([1.0, -1.0])}}, "a.pth")
+    weights_of({"state_dict": {"norm.running_var": torch.ones(2).to(torch.float8_e4m3fn)}}, "a.pth")
 
 
 def test_mmengine_loads_through_it(tmp_path):

@@ -31,6 +31,11 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
     assert done.stdout.count(f"{best:.3f} %") == 2
     parameters = sum(p.numel() for p in spatialmamba_micro(num_classes=10).parameters())
     assert f"{parameters:,}" in done.stdout
+    for path in run.glob("*.png"):
+        path.unlink()
+    command = f"set -o pipefail; python -m classification.report {run} --data-path {few_digits} | true"
+    done = run_command("bash", "-c", command, cwd=ROOT)  # whose reader ends at once
+    assert (done.returncode, done.stderr) == (0, "")
     evaluation = json.loads((run / "evaluation.json").read_text())
     (run / "evaluation.json").write_text(json.dumps(evaluation | {"otherwise": ["DATA.IMG_SIZE 40 -> 32"]}))
     report(run, few_digits)

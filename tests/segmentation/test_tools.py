@@ -162,6 +162,19 @@ def test_large_images_and_published_configs_are_drawn_as_before(draw):
     assert Config.fromfile(TINY).visualizer.type == "SegLocalVisualizer"
 
 
+def test_each_class_is_drawn_unless_one_is_the_background(tmp_path):
+    """A head of one channel predicts labels as floats."""
+    init_default_scope("mmseg")
+    visualizer = VISUALIZERS.build(dict(type="EnlargedSegVisualizer", name="both"))
+    visualizer.dataset_meta = dict(classes=["cat", "dog"], palette=[[255, 0, 0], [0, 0, 255]])
+    labels = torch.zeros(1, 512, 512)
+    labels[:, 256:] = 1
+    sample = SegDataSample(pred_sem_seg=PixelData(data=labels))
+    visualizer.add_datasample("", np.zeros((512, 512, 3), np.uint8), sample, out_file=str(tmp_path / "drawn.png"))
+    drawn = np.asarray(Image.open(tmp_path / "drawn.png"))
+    assert {tuple(drawn[100, 500]), tuple(drawn[400, 500])} == {(76, 0, 0), (0, 0, 76)}
+
+
 def test_under_mmsegs_own_tools(scenes, tmp_path):
     own = Path(mmseg.__file__).parent / ".mim/tools/train.py"
     moved = [f"{split}_dataloader.dataset.data_root={scenes}" for split in ("train", "val", "test")]
@@ -356,6 +369,9 @@ def test_files_that_are_missing(tmp_path, capsys):
     check()
     (tmp_path / "m/to_i").symlink_to(tmp_path / "i")  # each in itself has no cycle
     refused(r"/i/deep/to_m/to_i: is a link to a folder that it lies in; remove it")
+    (tmp_path / "m/to_i").unlink()
+    (tmp_path / "i/again").symlink_to(tmp_path / "i/deep")
+    refused(r"/i/(again|deep) and /.*/i/(again|deep) are one folder, .*; remove the link")
 
 
 def test_labels_of_some_classes_of_a_known_data_set(tmp_path, capsys):
