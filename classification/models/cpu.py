@@ -48,6 +48,8 @@ class CpuPointwiseConv2d(nn.Conv2d):
             return super().forward(x)
         if not MKL_LEADS and not torch.compiler.is_dynamo_compiling():
             return F.conv2d(x, self.weight, self.bias, dilation=dilation())
+        if torch._C._are_functorch_transforms_active():  # under vmap, a tensor does not tell its layout
+            return super().forward(x)
         if not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         return to_planes(linear(to_tokens(x), self.weight.flatten(1), self.bias))

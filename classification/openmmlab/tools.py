@@ -798,6 +798,8 @@ def _lock(args: argparse.Namespace, cfg: Config) -> TextIO | None:
         print_log(note, level=logging.WARNING)
     if not cfg.get("resume"):
         _check_nothing_is_overwritten(args, cfg)
+    elif args.resume in (None, RESUME_LATEST) and (latest := _latest_checkpoint(_work_dir(args, cfg))) != cfg.load_from:
+        raise UserError(f"{latest}: another run has saved it since this one looked for {cfg.load_from}; start again")
     return lock
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 import yaml
 from mmengine.config import Config
 from mmengine.fileio import BaseFileHandler, register_handler
+from mmengine.registry import Registry, root
 from mmengine.utils import get_object_from_string
 
 from classification.config import StrictYaml
@@ -15,7 +16,8 @@ from classification.errors import UserError
 
 OF_DATA = (".json", ".yaml", ".yml")  # suffixes of configs that are no programs
 SCOPES = ("mmcv", "mmdet", "mmengine", "mmpretrain", "mmseg")  # of the toolchains' registries
-PACKAGES = ("classification.", "torch.nn.", "torch.optim.")  # whose classes run no text; inferencers run a config's
+OURS = "classification."
+PACKAGES = (OURS, "torch.nn.", "torch.optim.")  # whose classes run no text; inferencers run a config's
 BACKENDS = ("disk", "http", "lmdb", "local", "petrel")  # of mmengine's, those that import nothing that a config names
 COMPILE = {"backend", "disable", "dynamic", "fullgraph", "mode"}  # arguments of torch.compile
 EVALUATE_TEXT = ("CameraMotionCompensation", "RFSearchHook")  # registered types that run their arguments as Python
@@ -91,7 +93,14 @@ def _is_harmless(name: str) -> bool:
     if scopes in [[scope] for scope in SCOPES]:
         found = _object(name)
         return found is None or inspect.isclass(found)  # mmdet.ResNet is no path, but known to mmdet's registry
-    return name.startswith(PACKAGES) and inspect.isclass(_object(name))
+    found = _object(name) if name.startswith(PACKAGES) else None
+    return inspect.isclass(found) and (not name.startswith(OURS) or _is_registered(found))
+
+
+def _is_registered(kind: type) -> bool:
+    """Return whether a class is in a registry of mmengine or of a toolchain: others of ours may open files."""
+    roots = (one for one in vars(root).values() if isinstance(one, Registry))
+    return any(kind in one.module_dict.values() for top in roots for one in (top, *top.children.values()))
 
 
 def _is_module(name: str) -> bool:

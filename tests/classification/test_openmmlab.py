@@ -643,6 +643,10 @@ CONFIGS = {
         "{model: {}, custom_hooks: [{switch_pipeline: [{decode_backend: pickle}]}]}",
         "custom_hooks.0.switch_pipeline.0.decode_backend is 'pickle', which can run code",
     ),
+    "file.yaml": (
+        "{model: {}, custom_hooks: [{type: classification.run._LogFile, filename: mine.txt, mode: w}]}",
+        "custom_hooks.0.type is 'classification.run._LogFile', which is no registered name",
+    ),
     "module.yaml": ("model: {type: on_path}", "model.type is 'on_path', which is no registered name"),
     "scope.yaml": ("model: {type: A, _scope_: on_path}", "model._scope_ is 'on_path', which mmengine may import"),
     "constructor.json": (
@@ -876,7 +880,7 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
 
 
 def test_one_run_trains_in_a_folder(tmp_path):
-    args, cfg = argparse.Namespace(work_dir=str(tmp_path / "run"), config="c.py"), Config(dict())
+    args, cfg = argparse.Namespace(work_dir=str(tmp_path / "run"), config="c.py", resume=None), Config(dict())
     tools._lock(args, cfg).close()
     code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     command = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
@@ -888,6 +892,15 @@ def test_one_run_trains_in_a_folder(tmp_path):
     (tmp_path / "run" / "iter_3.pth").touch()  # by a run that has begun and ended since this one looked
     with pytest.raises(UserError, match=r"holds iter_3\.pth of an earlier run"):
         tools._lock(args, cfg)
+    (tmp_path / "run" / "last_checkpoint").write_text(str(tmp_path / "run" / "iter_3.pth"))
+    for found, refused in (("iter_2.pth", True), ("iter_3.pth", False)):
+        resuming = Config(dict(resume=True, load_from=str(tmp_path / "run" / found)))
+        with (
+            pytest.raises(UserError, match=r"iter_3\.pth: another run has saved it since this one looked for .*iter_2")
+            if refused
+            else nullcontext()
+        ):
+            tools._lock(args, resuming).close()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run: cannot be written to"):
         tools._lock(argparse.Namespace(work_dir=str(tmp_path / "file" / "run"), config="c.py"), cfg)
