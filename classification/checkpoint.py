@@ -150,7 +150,7 @@ def tensors_digest(tensors: StateDict, text: str = "") -> str:
     """Return the SHA-256 of `text` (class names and config) and of the tensors' names, shapes, dtypes and values."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].resolve_neg().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

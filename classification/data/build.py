@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
-from classification.data.images import ImageFolder, UnreadableImageError, class_names
+from classification.data.images import ImageFolder, UnreadableImageError, class_names, escaped
 from classification.errors import UserError, normalisation_hint
 from classification.seeding import seeded
 
@@ -127,11 +127,6 @@ class ImageLoader(DataLoader):
     def _renumbered(self, batch: tuple) -> tuple:
         images, targets, *rest = batch
         return images, self.labels[targets], *rest
-
-
-def escaped(name: str) -> str:
-    """Return a folder's name as a checkpoint holds it: valid Unicode, whatever bytes the file system has."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def names_differ(names: Sequence[str], folder: Sequence[str]) -> str:

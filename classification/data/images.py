@@ -158,6 +158,11 @@ def image_suffixes() -> tuple[str, ...]:
     return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
+def escaped(name: str) -> str:
+    """Return a folder's name as a checkpoint holds it: valid Unicode, whatever bytes the file system has."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def class_names(data_path: str, split: str, ignored: Counter[str] | None = None) -> list[str]:
     """Return the names of the class folders of a split, in the order of their labels, without a look into them.
 
@@ -165,7 +170,8 @@ def class_names(data_path: str, split: str, ignored: Counter[str] | None = None)
         ignored: counts what is no class folder, by the reason.
 
     Raises:
-        UserError: a folder is missing or may not be entered, or there are no class folders.
+        UserError: a folder is missing or may not be entered, there are no class folders, or a checkpoint could not tell
+            two of them apart.
     """
     if not data_path:
         raise UserError("no data: pass --data-path DIR with the folders train/ and val/, one folder a class in each")
@@ -183,6 +189,8 @@ def class_names(data_path: str, split: str, ignored: Counter[str] | None = None)
             names.append(entry.name)
     if not names:
         raise UserError(f"{root}: no class folders; expected {root}/CLASS/*.jpg")
+    if twice := [name for name, count in Counter(map(escaped, names)).items() if count > 1]:
+        raise UserError(f"{root}: two class folders are both called {twice[0]!r} in a checkpoint; rename one of them")
     return names
 
 

@@ -182,10 +182,19 @@ def _peer(name: str, weights: str, images: Tensor) -> nn.Module:
     if weights:  # `checkpoint_path` would not convert other parameter names or resize position tables
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
     try:
+        if weights and (classes := _classes_of(name, weights)):
+            arguments["num_classes"] = arguments["pretrained_cfg_overlay"]["num_classes"] = classes
         return _initialised(lambda: timm.create_model(name, **arguments))
     except Exception as error:  # timm's models and torch.load raise exceptions of many types
-        first = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(f"--beside {name}: cannot be made for these images and weights ({first})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--beside {name}: cannot be made for these images and weights ({reason:.300})") from error
+
+
+def _classes_of(name: str, weights: str) -> int | None:
+    """The number of classes of a file of weights under timm's names; None if its head has another name."""
+    head = timm.get_pretrained_cfg_value(name, "classifier")
+    bias = timm.models.load_state_dict(weights, weights_only=True).get(f"{head}.bias")  # a tuple of heads: none
+    return None if bias is None else bias.shape[0]
 
 
 def _map_of_stride(model: nn.Module, stride: int, name: str) -> int:

@@ -94,7 +94,8 @@ class _StridedConvolution(torch.autograd.Function):
             # Column j of the result reads columns 2 j - 1 to 2 j + 1 of x.
             left, right = 2 * first - 1, 2 * (first + columns.shape[3])
             strip = F.pad(x[..., max(left, 0) : right], (int(left < 0), max(right - x.shape[3], 0)))
-            grad_weight += _convolution_backward(columns, strip, weight, 0, [False, True, False])[1]
+            # Not in place: under vmap, as of batched gradients, only the summand is a batch.
+            grad_weight = grad_weight + _convolution_backward(columns, strip, weight, 0, [False, True, False])[1]
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
 
 

@@ -23,6 +23,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import get_external_models, get_mmcls_models, get_torchvision_models
 
 from classification.checkpoint import CFG_NODE, StateDict, check_weights, plain, read_checkpoint
+from classification.checkpoint_archive import is_momentary
 from classification.errors import UserError
 
 
@@ -147,7 +148,13 @@ def load_from_http(filename: str, map_location: str | torch.device | None = None
     barrier()
     if not path.exists():  # on a machine without the first process
         _download(filename, path)
-    return load_from_local(str(path), map_location)
+    try:
+        return load_from_local(str(path), map_location)
+    except UserError as error:  # as of half a file, if the server does not tell how much is to come, or a login page
+        if is_momentary(error):
+            raise
+        path.unlink(missing_ok=True)
+        raise UserError(f"{filename}: what has come is of no use, and is not kept ({error})") from error
 
 
 def _download(address: str, path: Path) -> None:

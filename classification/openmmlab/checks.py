@@ -581,13 +581,24 @@ def check_is_no_data(cfg: Config, folder: str, key: str) -> None:
 
 
 def _check_removes_nothing(metric: ConfigDict, split: str) -> None:
-    """Raise a UserError if mmseg's CityscapesMetric would remove a folder that it has not made."""
-    folder = metric.get("output_dir")
+    """Raise a UserError if a metric of Cityscapes or MOTChallenge would remove files that it has not written."""
+    folder, prefix = metric.get("output_dir"), metric.get("outfile_prefix")
     removes = is_kind(metric, "CityscapesMetric") and folder and not metric.get("keep_results")
     if removes and is_dir(folder) and any(Path(folder).iterdir()):
         raise UserError(
             f"{split}_evaluator.output_dir: CityscapesMetric would remove the folder {folder}, which is not empty; "
             "name a new one, or set keep_results=True"
+        )
+    if not isinstance(prefix, str):
+        return
+    place, others = Path(prefix).expanduser(), []  # mmdet's metrics remove what an earlier test has written
+    if is_kind(metric, "MOTChallengeMetric") and is_dir(place):
+        others = [one for one in place.iterdir() if one.name != "default-tracker"]
+    elif is_kind(metric, "CityScapesMetric") and is_dir(place / "results"):
+        others = [one for one in (place / "results").rglob("*") if one.is_file() and one.suffix not in (".png", ".txt")]
+    if others:
+        raise UserError(
+            f"{split}_evaluator.outfile_prefix: {kind_of(metric)} would remove {others[0]}; name a folder of its own"
         )
 
 

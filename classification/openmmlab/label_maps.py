@@ -11,7 +11,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
 from PIL import Image
 
-from classification.data.images import image_formats
+from classification.data.images import image_formats, image_suffixes
 from classification.errors import UserError, is_file
 from classification.openmmlab.config_parts import (
     argument_of,
@@ -23,8 +23,6 @@ from classification.openmmlab.config_parts import (
     type_of,
 )
 from classification.openmmlab.messages import print_log
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
@@ -39,7 +37,10 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
     folder = os.path.join(root, prefix["img_path"])
     images, broken = _files_in(folder)
     if not dataset.get("ann_file") and prefix.get("seg_map_path") != prefix["img_path"]:
-        _warn_of_images_left_out(folder, images, suffix, key)
+        maps = _files_in(os.path.join(root, prefix["seg_map_path"]))[0] if prefix.get("seg_map_path") else set()
+        end = argument_of(dataset, "seg_map_suffix")
+        labelled = {name.removesuffix(end) for name in maps if name.endswith(end)} if isinstance(end, str) else set()
+        _warn_of_images_left_out(folder, images, suffix, labelled, key)
     reads = getattr(type_of(dataset), "load_data_list", None)
     if getattr(reads, "__qualname__", None) != "BaseSegDataset.load_data_list" or dataset.get("indices"):
         return  # it has ways of its own
@@ -134,8 +135,11 @@ def _check_all_there(source: str, names: list[str], suffix: str, folder: str, fi
         )
 
 
-def _warn_of_images_left_out(folder: str, names: set[str], suffix: str, key: str) -> None:
-    others = sorted(n for n in names if not n.endswith(suffix) and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES)
+def _warn_of_images_left_out(folder: str, names: set[str], suffix: str, labelled: set[str], key: str) -> None:
+    """Warn of files without the suffix that look like images, by another suffix or because they have a label map."""
+    parts = {name: os.path.splitext(name) for name in names if not name.endswith(suffix)}
+    known = image_suffixes()
+    others = sorted(name for name, (stem, end) in parts.items() if end.lower() in known or stem in labelled)
     if others:
         print_log(
             f"{key}: {len(others)} images of {folder}, for example {others[0]}, are left out, for img_suffix is "

@@ -55,9 +55,10 @@ def pass_class_weights(cfg: Config) -> None:
 
 
 def insert_bit_checks(cfg: Config) -> None:
-    """Put CheckBits before each step that decodes with Pillow: there, mmcv clips images of more than 8 bits."""
+    """Put CheckBits before steps that decode with Pillow, where mmcv clips 16 bits, or that leave bits unchanged."""
     for _, dataset in _all_datasets(cfg):
         _insert(dataset.pipeline, _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
+        _insert(dataset.pipeline, _leaves_bits, ConfigDict(type="CheckBits", unchanged=True), after=False)
 
 
 def insert_size_checks(cfg: Config) -> None:
@@ -100,8 +101,15 @@ def _loads_otherwise(step: ConfigDict) -> bool:
 
 
 def _decodes_by_pillow(step: ConfigDict) -> bool:
-    clips = step.get("imdecode_backend") == "pillow" and step.get("color_type") != "unchanged"
-    return clips and (is_kind(step, "LoadImageFromFile") or "LoadImage" in kind_of(step))
+    return step.get("imdecode_backend") == "pillow" and not _leaves_bits(step) and _loads_image(step)
+
+
+def _leaves_bits(step: ConfigDict) -> bool:
+    return step.get("color_type") == "unchanged" and _loads_image(step)
+
+
+def _loads_image(step: ConfigDict) -> bool:
+    return is_kind(step, "LoadImageFromFile") or "LoadImage" in kind_of(step)
 
 
 def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:

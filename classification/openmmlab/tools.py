@@ -49,6 +49,7 @@ from classification.openmmlab.config_parts import (
     is_kind,
     kind_of,
     metrics_of,
+    parts_of,
     predicting_head,
     steps_of,
 )
@@ -304,6 +305,17 @@ def _check_training(cfg: Config) -> None:
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
             raise UserError(f"optim_wrapper.optimizer.{name} is {value!r}, with which nothing is learnt")
+    counts = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
+    if not _is_count(counts):
+        raise UserError(f"optim_wrapper.accumulative_counts is {counts!r}, but must be a whole number above 0")
+    for key, part in (
+        *parts_of("param_scheduler", cfg.get("param_scheduler")),
+        *parts_of("model.data_preprocessor", (cfg.get("model") or {}).get("data_preprocessor")),
+    ):
+        for name, value in part.items():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if name != "end" and any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
+                raise UserError(f"{key}.{name} is {value!r}, with which nothing is learnt")
     clip = (cfg.get("optim_wrapper") or {}).get("clip_grad")
     for name in ("max_norm", "clip_value"):  # by norm; by value
         largest = clip.get(name, 1) if isinstance(clip, dict) else 1
@@ -900,6 +912,8 @@ ADVICE = {
     "The image size in a batch should be the same": "set batch_size=1 of the data loader, or resize to one size",
     "index 255 is out of bounds": "a loss with class_weight cannot weigh ignored pixels (255): of label maps, and of "
     "the padding of images that are smaller than data_preprocessor.size; leave class_weight out",
+    "Invalid beta parameter": "correct optim_wrapper.optimizer.betas",
+    "Invalid weight_decay value": "correct optim_wrapper.optimizer.weight_decay",
     "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
     "Expected to have finished reduction in the prior iteration": "some weights get no gradient, as those of a map "
     "that no head reads: leave the map out of model.backbone.out_indices, or set find_unused_parameters=True",

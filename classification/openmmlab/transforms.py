@@ -170,18 +170,35 @@ def _warn_if_turned(path: str | None) -> bool:
 class CheckBits:
     """Checks an image before LoadImageFromFile(imdecode_backend="pillow") clips 16 bits to white or misreads a TIFF.
 
+    Args:
+        unchanged: for color_type="unchanged", which loads values as they are: more than 8 bits are a warning, given
+            once, as the normalisation may be for these.
+
     Raises:
         UserError: the image has more than 8 bits per band, or is a TIFF that Pillow misreads.
     """
 
+    def __init__(self, unchanged: bool = False):
+        self.unchanged, self.warned = unchanged, False
+
     def __call__(self, results: dict) -> dict:
         path = results.get("img_path")
-        if path is None:  # an inferencer was given an array
+        if path is None or self.warned:  # an inferencer was given an array
             return results
         try:
             with Image.open(path, formats=image_formats()) as image:
                 mode, fault = image.mode, misread_samples(image)
         except Exception:  # on a damaged file, Pillow's plugins raise any error; the loader reports it
+            return results
+        if self.unchanged:
+            if mode not in EIGHT_BITS_A_BAND:
+                self.warned = True
+                print_log(
+                    f"{path}: is of mode {mode}, and color_type='unchanged' loads its values as they are: mean and std "
+                    "of the data_preprocessor must be for these, not for 8 bits",
+                    logger="current",
+                    level=logging.WARNING,
+                )
             return results
         if fault:
             raise UserError(f"{path}: {fault}; or leave imdecode_backend='pillow' out of LoadImageFromFile")

@@ -1,5 +1,6 @@
 """Bad input ends in one message that names the thing and says what to do, with nothing written."""
 
+import os
 import pickle
 import re
 import shutil
@@ -97,6 +98,9 @@ def test_folder_without_classes(refuse, copy):
     shutil.rmtree(copy / "train")
     (copy / "train").mkdir()
     assert f"{copy / 'train'}: no class folders" in refuse("--data-path", copy)
+    os.mkdir(os.fsencode(copy / "train") + b"/a\xff")  # no UTF-8
+    (copy / "train" / "a\\udcff").mkdir()
+    assert "two class folders are both called 'a\\\\udcff' in a checkpoint" in refuse("--data-path", copy)
 
 
 def test_class_folder_without_images(refuse, copy):

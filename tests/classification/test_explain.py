@@ -533,7 +533,7 @@ def test_options_of_the_command(explain, pictures, tmp_path, monkeypatch):
     tall = imread(tmp_path / "states.png")
     explain(*common, "--figures", "states", "--colour", "pca", "--stage", -1)
     assert imread(tmp_path / "states.png").shape[0] < tall.shape[0]  # a row for each image, not for each channel
-    peer = timm.create_model("convnext_atto")
+    peer = timm.create_model("convnext_atto", num_classes=3)  # fine-tuned
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
     explain(*common, "--figures", "erf", "--position", 1, 2, "--beside", f"convnext_atto={tmp_path / 'peer.pth'}")
     stored = np.load(tmp_path / "erf.npz")

@@ -223,6 +223,14 @@ def test_gradient_of_a_strided_convolution_in_strips(bias, width, monkeypatch):
         results.append([y, *torch.autograd.grad(y, [leaf, *conv.parameters()], grad)])
     for exact, found in zip(*results, strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=3e-6 * exact.abs().max().item())
+    leaf = x.clone().requires_grad_()
+    y = fast(leaf)
+    grads = torch.randn(2, *y.shape)
+    batched = torch.autograd.grad(y, [leaf, fast.weight], grads, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        single = torch.autograd.grad(y, [leaf, fast.weight], grads[i], retain_graph=True)
+        for one, expected in zip(batched, single, strict=True):
+            torch.testing.assert_close(one[i], expected, rtol=1e-4, atol=1e-4)
 
 
 # ----- compiled and exported

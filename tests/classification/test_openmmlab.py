@@ -58,6 +58,7 @@ from classification.openmmlab import (
     pipelines,
     saved_config,
     tools,
+    transforms,
     unread_variables,
     yaml_files,
 )
@@ -522,7 +523,8 @@ def test_downloads_are_kept_by_their_whole_address_and_only_whole(address, tmp_p
     class Broken(SimpleHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
-            self.send_header("Content-Length", str(len(whole)))
+            if "nolength" not in self.path:
+                self.send_header("Content-Length", str(len(whole)))
             self.end_headers()
             self.wfile.write(sent.pop(0))
 
@@ -532,8 +534,13 @@ def test_downloads_are_kept_by_their_whole_address_and_only_whole(address, tmp_p
         with pytest.raises(UserError, match=f"cannot be downloaded .100 of {len(whole)} bytes have come"):
             load_checkpoint(model, broken)
         load_checkpoint(model, broken)
+        sent[:] = [whole[:100], b"<html>log in</html>", whole]
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"nolength\.pth: what has come is of no use, and is not kept"):
+                load_checkpoint(model, broken.replace("a.pth", "nolength.pth"))
+        load_checkpoint(model, broken.replace("a.pth", "nolength.pth"))
         server.shutdown()
-    assert len(list((tmp_path / "hub/checkpoints").iterdir())) == 3
+    assert len(list((tmp_path / "hub/checkpoints").iterdir())) == 4
 
 
 def test_named_checkpoints_are_downloaded(address, tmp_path, monkeypatch):
@@ -662,6 +669,21 @@ CONFIGS = {
         '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"clip_grad": {"type": "value", "clip_value": 0.0}}, '
         '"train_cfg": {}, "train_dataloader": {}}',
         "optim_wrapper.clip_grad.clip_value is 0.0, but must be a number above 0",
+    ),
+    "power.json": (
+        '{"default_scope": "mmdet", "model": {}, "train_cfg": {}, "train_dataloader": {}, "optim_wrapper": {}, '
+        '"param_scheduler": [{"type": "PolyLR", "power": Infinity}]}',
+        "param_scheduler[0].power is inf, with which nothing is learnt",
+    ),
+    "std.json": (
+        '{"default_scope": "mmdet", "model": {"data_preprocessor": {"std": [1, Infinity, 1]}}, "train_cfg": {}, '
+        '"train_dataloader": {}, "optim_wrapper": {}}',
+        "model.data_preprocessor.std is [1, inf, 1], with which nothing is learnt",
+    ),
+    "accumulate.json": (
+        '{"default_scope": "mmdet", "model": {}, "train_cfg": {}, "train_dataloader": {}, "optim_wrapper": '
+        '{"accumulative_counts": 0}}',
+        "optim_wrapper.accumulative_counts is 0, but must be a whole number above 0",
     ),
     "batch.json": (
         '{"default_scope": "mmdet", "model": {}, "optim_wrapper": {"optimizer": {"lr": [1, 0]}}, "train_cfg": {}, '
@@ -1000,6 +1022,19 @@ def test_maps_are_not_written_over_the_data(tmp_path):
         checks.check_data(cfg, ("val",))
 
 
+def test_metrics_of_mmdet_remove_no_file_of_others(tmp_path):
+    for kind, own, foreign in (
+        ("MOTChallengeMetric", "default-tracker/a.txt", "epoch_1.pth"),
+        ("CityScapesMetric", "results/a.png", "results/mine.csv"),
+    ):
+        metric = ConfigDict(type=kind, outfile_prefix=str(tmp_path / kind))
+        for name, refused in ((own, False), (foreign, True)):
+            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / kind / name).touch()
+            with pytest.raises(UserError, match=f"{kind} would remove .*{foreign}") if refused else nullcontext():
+                checks._check_removes_nothing(metric, "test")
+
+
 def test_a_name_makes_no_line_of_its_own():
     """Nor does the traceback in which a data loader's worker wraps an error."""
     assert str(UserError("a\nerror: b\x1b[0m")) == r"a\nerror: b\x1b[0m"
@@ -1121,17 +1156,23 @@ def test_data_in_pickles_is_refused_before_it_is_loaded(kind, tmp_path, monkeypa
     assert not (tmp_path / "ran").exists()
 
 
-def test_images_that_pillow_would_clip_are_named(tmp_path):
+def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
     """imdecode_backend="pillow" makes 16 bits white; cv2 scales them."""
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(path)
     plain, pillow = [dict(type="LoadImageFromFile", imdecode_backend=name) for name in ("cv2", "pillow")]
-    for step, clipped in ((plain, False), (pillow, True), ({**pillow, "color_type": "unchanged"}, False)):
+    for step, check in (
+        (plain, None),
+        (pillow, dict(type="CheckBits")),
+        ({**pillow, "color_type": "unchanged"}, dict(type="CheckBits", unchanged=True)),
+        ({**plain, "color_type": "unchanged"}, dict(type="CheckBits", unchanged=True)),
+    ):
         cfg = Config(dict(train_dataloader=dict(dataset=dict(pipeline=[dict(step)]))))
         for _ in range(2):
             pipelines.insert_bit_checks(cfg)
         pipeline = cfg.train_dataloader.dataset.pipeline
-        assert [one.type for one in pipeline] == ["CheckBits"] * clipped + ["LoadImageFromFile"]
+        assert pipeline[:-1] == ([check] if check else [])
+        assert pipeline[-1].type == "LoadImageFromFile"
     assert tools.transforms  # where these steps are registered, whatever the config imports
     results = {"img_path": str(path)}
     loading = pytest.importorskip("mmcv.transforms", reason="make install-openmmlab")
@@ -1139,9 +1180,16 @@ def test_images_that_pillow_would_clip_are_named(tmp_path):
     assert (read == 255).all()  # the reason for this
     with pytest.raises(UserError, match=r"deep\.png: is of mode I;16, which imdecode_backend='pillow' clips"):
         CheckBits()(results)
+    said, unchanged = [], CheckBits(unchanged=True)
+    monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
+    for _ in range(2):
+        assert unchanged(results) is results
     grey = Image.fromarray(np.full((4, 4), 30, np.uint8))
     grey.save(path)
-    assert CheckBits()(results) is results
+    for check in (CheckBits(), CheckBits(unchanged=True)):
+        assert check(results) is results
+    assert len(said) == 1
+    assert "deep.png: is of mode I;16, and color_type='unchanged' loads its values as they are" in said[0]
     grey.save(tmp_path / "white.tif", tiffinfo={262: 0, 284: 2})
     with pytest.raises(
         UserError, match=r"white\.tif: its bands are stored one after another .*; or leave imdecode_backend"

@@ -342,6 +342,12 @@ def test_files_that_are_missing(tmp_path, capsys):
     capsys.readouterr()
     check(b"a\n")
     assert not capsys.readouterr().out
+    for name in ("i/d.jfif", "i/e", "m/e.png"):  # the second has a map
+        (tmp_path / name).touch()
+    check(pipeline=[])
+    assert "2 images of" in capsys.readouterr().out
+    for name in ("i/d.jfif", "i/e", "m/e.png"):
+        (tmp_path / name).unlink()
     for name in ("i/.ipynb_checkpoints/a.jpg", "m/.ipynb_checkpoints/a.png"):  # which mmengine reads
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
