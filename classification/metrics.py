@@ -112,7 +112,6 @@ def read_lines(path: Path, *keys: str) -> list[dict]:
 def _drop_partial_line(path: Path) -> None:
     if not path.exists():
         return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)

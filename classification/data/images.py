@@ -1,5 +1,6 @@
 """Image folders: find the images of each class and read them; nothing is left out without a message."""
 
+import errno
 import functools
 import hashlib
 import os
@@ -308,5 +309,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
 def _is(entry: os.DirEntry, kind: Callable[[os.DirEntry], bool]) -> bool:
     try:
         return kind(entry)
-    except OSError:  # a link to itself
-        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise UserError(f"{entry.path}: cannot be looked at ({error.strerror}); try again") from error

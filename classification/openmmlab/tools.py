@@ -914,6 +914,8 @@ ADVICE = {
     "the padding of images that are smaller than data_preprocessor.size; leave class_weight out",
     "Invalid beta parameter": "correct optim_wrapper.optimizer.betas",
     "Invalid weight_decay value": "correct optim_wrapper.optimizer.weight_decay",
+    "failed to load image": "replace it, or take it out of the data",
+    "Unable to locate Ghostscript": "an image is an EPS file, which is not read for safety; convert or remove it",
     "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
     "Expected to have finished reduction in the prior iteration": "some weights get no gradient, as those of a map "
     "that no head reads: leave the map out of model.backbone.out_indices, or set find_unused_parameters=True",
@@ -925,7 +927,7 @@ ADVICE = {
 def _with_advice() -> Iterator[None]:
     try:
         yield
-    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+    except (AssertionError, IndexError, OSError, RuntimeError, ValueError) as error:
         advice = next((advice for part, advice in ADVICE.items() if part in str(error)), None)
         if advice is None:
             raise

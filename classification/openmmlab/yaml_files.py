@@ -92,13 +92,13 @@ def _is_harmless(name: str) -> bool:
     # Only then look, because this imports the module.
     if scopes in [[scope] for scope in SCOPES]:
         found = _object(name)
-        return found is None or inspect.isclass(found)  # mmdet.ResNet is no path, but known to mmdet's registry
+        return found is None or _is_registered(found)  # mmdet.ResNet is no path, but known to mmdet's registry
     found = _object(name) if name.startswith(PACKAGES) else None
-    return inspect.isclass(found) and (not name.startswith(OURS) or _is_registered(found))
+    return _is_registered(found) if name.startswith(OURS) else inspect.isclass(found)
 
 
-def _is_registered(kind: type) -> bool:
-    """Return whether a class is in a registry of mmengine or of a toolchain: others of ours may open files."""
+def _is_registered(kind: object) -> bool:
+    """Return whether it is in a registry of mmengine or of a toolchain: other classes may open files or import."""
     roots = (one for one in vars(root).values() if isinstance(one, Registry))
     return any(kind in one.module_dict.values() for top in roots for one in (top, *top.children.values()))
 

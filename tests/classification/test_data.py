@@ -1,9 +1,12 @@
 """The embedded digits, their loaders and transforms."""
 
+import argparse
+import errno
 import os
 import re
 import shutil
 import tracemalloc
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -213,6 +216,18 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
                     read_image(str(tmp_path / "m.tif"))
                 continue
         assert np.array_equal(np.asarray(read_image(str(tmp_path / "m.tif"))), np.asarray(picture.convert("RGB"))), mode
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.ELOOP, False), (errno.ESTALE, True), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_looked_at_is_no_file(number, refused):
+    """Where entries have no type, as on some network file systems, a failure would leave out the class."""
+
+    def is_dir(entry):
+        raise OSError(number, os.strerror(number))
+
+    entry = argparse.Namespace(path="data/train/3")
+    with pytest.raises(UserError, match="data/train/3: cannot be looked at") if refused else nullcontext():
+        assert not images_module._is(entry, is_dir)
 
 
 def test_jpeg_2000_of_other_bits_is_refused(tmp_path):

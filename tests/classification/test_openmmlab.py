@@ -654,6 +654,10 @@ CONFIGS = {
         "{model: {}, custom_hooks: [{type: classification.run._LogFile, filename: mine.txt, mode: w}]}",
         "custom_hooks.0.type is 'classification.run._LogFile', which is no registered name",
     ),
+    "memcached.json": (
+        '{"model": {"type": "mmengine.MemcachedBackend", "sys_path": "stranger"}}',
+        "model.type is 'mmengine.MemcachedBackend', which is no registered name",
+    ),
     "module.yaml": ("model: {type: on_path}", "model.type is 'on_path', which is no registered name"),
     "scope.yaml": ("model: {type: A, _scope_: on_path}", "model._scope_ is 'on_path', which mmengine may import"),
     "constructor.json": (
