@@ -310,6 +310,6 @@ def _is(entry: os.DirEntry, kind: Callable[[os.DirEntry], bool]) -> bool:
     try:
         return kind(entry)
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link to itself
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):  # of links that lead nowhere
             return False
-        raise UserError(f"{entry.path}: cannot be looked at ({error.strerror}); try again") from error
+        raise UserError(f"{entry.path}: cannot be looked at ({error.strerror}); mend or remove it") from error

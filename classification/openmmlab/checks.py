@@ -573,7 +573,8 @@ def check_is_no_data(cfg: Config, folder: str, key: str) -> None:
             prefixes = dataset.get("data_prefix") or {}
             for prefix in prefixes.values() if isinstance(prefixes, dict) else ():
                 own = Path(dataset.get("data_root") or "", prefix).resolve() if isinstance(prefix, str) else None
-                if own and (target == own or (prefix and own in target.parents)):
+                is_root = own == Path(dataset.get("data_root") or "").resolve()  # below which results may be
+                if own and (target == own or (own in target.parents and not is_root)):
                     raise UserError(
                         f"{key}: {own} holds data of {split}_dataloader, which would be written over; name another "
                         "folder"

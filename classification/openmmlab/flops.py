@@ -50,7 +50,7 @@ class _WithSizes(nn.Module):
         return self.model(images, [sample])
 
 
-UNCOUNTED = ("MaskFormerHead", "Mask2FormerHead", "PointHead")  # of mmdet and mmseg
+UNCOUNTED = ("mmdet.MaskFormerHead", "mmseg.MaskFormerHead", "mmseg.Mask2FormerHead", "mmseg.PointHead")
 
 
 def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnalysis:
@@ -60,8 +60,9 @@ def count_model_flops(model: nn.Module, size: tuple[int, int]) -> FlopCountAnaly
         UserError: a detector for which no number of proposals is defined, or a head that needs more than maps.
     """
     model = revert_sync_batchnorm(model).eval()
-    if uncounted := {type(part).__name__ for part in model.modules()} & set(UNCOUNTED):
-        raise UserError(f"FLOPs are not counted for {uncounted.pop()}: without targets or points, it computes nothing")
+    kinds = {f"{type(part).__module__.partition('.')[0]}.{type(part).__name__}" for part in model.modules()}
+    if uncounted := kinds & set(UNCOUNTED):
+        raise UserError(f"FLOPs are not counted for {uncounted.pop()}: its forward needs more than maps")
     if hasattr(model, "roi_head"):
         if type(model.roi_head).__name__ != "StandardRoIHead":
             raise UserError(f"FLOPs are counted for mmdet's StandardRoIHead, not for {type(model.roi_head).__name__}")

@@ -407,7 +407,7 @@ def _forget_other_best(runner, info: dict, path: str, meta: dict) -> None:
         own = [file for file in (os.path.join(folder, best) for folder in folders) if os.path.isfile(file)]
         alike = len(sought) != 1 or sought == ["auto"] or best.startswith(f"best_{sought[0].replace('/', '_')}_")
         same_data = meta.get("validation_data") in (None, _validation_data(runner))
-        same_scores = not validates_otherwise(runner.cfg, meta)
+        same_scores = not validates_otherwise(runner.cfg, meta, automatic=sought in ([], ["auto"]))
         if own and alike and same_data and same_scores:
             info[name] = own[0]
             continue

@@ -35,7 +35,7 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
     if not prefix.get("img_path") or not isinstance(suffix, str):
         return
     folder = os.path.join(root, prefix["img_path"])
-    images, broken = _files_in(folder)
+    images, broken = _files_in(folder, count=not dataset.get("ann_file"))
     if not dataset.get("ann_file") and prefix.get("seg_map_path") != prefix["img_path"]:
         maps = _files_in(os.path.join(root, prefix["seg_map_path"]))[0] if prefix.get("seg_map_path") else set()
         end = argument_of(dataset, "seg_map_suffix")
@@ -77,13 +77,14 @@ def _warn_of_odd_names(source: str, names: list[str]) -> None:
             )
 
 
-def _files_in(folder: str) -> tuple[set[str], list[str]]:
+def _files_in(folder: str, count: bool = False) -> tuple[set[str], list[str]]:
     """Return the files in a folder and below, and the links there that lead nowhere, by paths relative to it.
 
     Hidden files are left out, as mmengine does.
 
     Raises:
-        UserError: a link leads to a folder that it lies in, so there is no end, or to one that is there anyway.
+        UserError: a link leads to a folder that it lies in, so there is no end; or with `count`, as each file counts,
+            to one that is there anyway.
     """
     found, broken = set(), []
     start, real = os.path.join(folder, ""), os.path.realpath(folder)
@@ -97,7 +98,7 @@ def _files_in(folder: str) -> tuple[set[str], list[str]]:
                     inner = os.path.realpath(one.path) if one.is_symlink() else os.path.join(real, one.name)
                     if inner in above:
                         raise UserError(f"{one.path}: is a link to a folder that it lies in; remove it")
-                    if (other := places.setdefault(inner, one.path)) != one.path:
+                    if (other := places.setdefault(inner, one.path)) != one.path and count:
                         raise UserError(
                             f"{one.path} and {other} are one folder, as one is a link: its files would count twice; "
                             "remove the link"
@@ -136,10 +137,11 @@ def _check_all_there(source: str, names: list[str], suffix: str, folder: str, fi
 
 
 def _warn_of_images_left_out(folder: str, names: set[str], suffix: str, labelled: set[str], key: str) -> None:
-    """Warn of files without the suffix that look like images, by another suffix or because they have a label map."""
+    """Warn of files without the suffix that look like images: by another one, or as the only file of a label map."""
     parts = {name: os.path.splitext(name) for name in names if not name.endswith(suffix)}
     known = image_suffixes()
-    others = sorted(name for name, (stem, end) in parts.items() if end.lower() in known or stem in labelled)
+    lone = {stem for stem in labelled if stem + suffix not in names}
+    others = sorted(name for name, (stem, end) in parts.items() if end.lower() in known or stem in lone)
     if others:
         print_log(
             f"{key}: {len(others)} images of {folder}, for example {others[0]}, are left out, for img_suffix is "

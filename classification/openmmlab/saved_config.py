@@ -171,26 +171,33 @@ def warn_of_what_goes_on(cfg: Config, meta: object, path: str) -> None:
         _say(f"{path}: its schedules go on and end where they did, but training does not", longer)
 
 
-PLACES = ("ann_file", "seg_prefix", "outfile_prefix", "output_dir", "keep_results", "collect_device", "backend_args")
+# Arguments of metrics that change no score; which scores there are shows in their names.
+NO_SCORE = {"ann_file", "seg_prefix", "outfile_prefix", "output_dir", "keep_results", "collect_device", "backend_args"}
+NO_SCORE |= {"classwise", "metric", "iou_metrics"}
 
 
-def validates_otherwise(cfg: Config, meta: object) -> bool:
+def validates_otherwise(cfg: Config, meta: object, automatic: bool) -> bool:
     """Return whether a checkpoint's validation scores do not compare with those of `cfg`, as far as is known.
 
-    They do not if images have another size, or if they are other scores.
+    They do not if images have another size, or if they are computed otherwise. `automatic`: the best checkpoint is by
+    the first score, not by one that the config names.
     """
     before = saved_config(meta)
     try:
         sizes = [{k: _lists(v) for k, v in (resizes(one, "val") or {}).items()} for one in (before, cfg)]
-        scores = [_scores(one.get("val_evaluator") or []) for one in (before, cfg)]
+        scores = [_scores(one.get("val_evaluator") or [], automatic) for one in (before, cfg)]
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
         return False  # `warn_of_other_config` says that it is not read
     return any(one[0] != one[1] for one in (sizes, scores) if one[0])
 
 
-def _scores(evaluator: dict | list) -> list[dict]:
+def _scores(evaluator: dict | list, automatic: bool) -> list[dict]:
     metrics = evaluator if isinstance(evaluator, list) else [evaluator]
-    return [{k: _lists(v) for k, v in one.items() if k not in PLACES} for one in metrics]
+    found = [{k: _lists(v) for k, v in one.items() if k not in NO_SCORE} | {"type": kind_of(one)} for one in metrics]
+    if automatic and metrics:
+        first = metrics[0].get("metric")
+        found[0]["metric"] = first[0] if isinstance(first, list | tuple) and first else first
+    return found
 
 
 def _model(cfg: dict | Config) -> dict:

@@ -688,8 +688,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
             raise UserError(f"{args.config}: has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs")
         cfg.auto_scale_lr.enable = True
     as_read = _as_read(args, cfg)
-    if args.resume or (cfg.get("resume") and not cfg.get("load_from")):
-        _find_what_to_resume(args, cfg)
+    finds = args.resume or (cfg.get("resume") and not cfg.get("load_from"))
+    looked = _find_what_to_resume(args, cfg) if finds else None
     if not cfg.get("resume"):
         _check_nothing_is_overwritten(args, cfg)
     elif cfg.get("load_from"):
@@ -706,7 +706,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     _prepare(cfg, args)
     if is_kind(cfg.optim_wrapper, "AmpOptimWrapper") and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
-    lock = _lock(args, cfg)  # held until training ends
+    lock = _lock(args, cfg, looked)  # held until training ends
     runner = _build(cfg, as_read)
     _warn_of_unknown_keys(cfg, _unwrapped(runner))
     own = (
@@ -738,8 +738,12 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
 WITH_AMP = ("OptimWrapper", "AmpOptimWrapper")
 
 
-def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
-    """Set the checkpoint to resume: the named one or the work dir's latest. If there is none, keep load_from."""
+def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> str | None:
+    """Set the checkpoint to resume: the named one or the work dir's latest. If there is none, keep load_from.
+
+    Returns:
+        The work dir's latest if it was looked for and found.
+    """
     latest = args.resume
     if args.resume in (None, RESUME_LATEST):
         latest = _latest_checkpoint(_work_dir(args, cfg))
@@ -748,8 +752,9 @@ def _find_what_to_resume(args: argparse.Namespace, cfg: Config) -> None:
         if not latest and cfg.get("load_from"):
             print_log(f"nothing to resume yet: training starts from load_from, {cfg.load_from}", logger="current")
             cfg.resume = False
-            return
+            return None
     cfg.resume, cfg.load_from = True, latest
+    return latest if args.resume in (None, RESUME_LATEST) else None
 
 
 def _check_nothing_is_lost(args: argparse.Namespace, cfg: Config) -> None:
@@ -801,8 +806,12 @@ def _check_no_other_run_is_overwritten(args: argparse.Namespace, cfg: Config) ->
         )
 
 
-def _lock(args: argparse.Namespace, cfg: Config) -> TextIO | None:
-    """Keep other runs out of the run's folder, in the first process. Look once more whether one was there before."""
+def _lock(args: argparse.Namespace, cfg: Config, looked: str | None = None) -> TextIO | None:
+    """Keep other runs out of the run's folder, in the first process. Look once more whether one was there before.
+
+    Args:
+        looked: the checkpoint that was found to be the folder's latest; None if none was looked for.
+    """
     if os.environ.get("RANK", "0") != "0":
         return None
     lock, note = lock_folder(Path(_saving_folder(args, cfg)), "--work-dir", "--work-dir")
@@ -810,8 +819,8 @@ def _lock(args: argparse.Namespace, cfg: Config) -> TextIO | None:
         print_log(note, level=logging.WARNING)
     if not cfg.get("resume"):
         _check_nothing_is_overwritten(args, cfg)
-    elif args.resume in (None, RESUME_LATEST) and (latest := _latest_checkpoint(_work_dir(args, cfg))) != cfg.load_from:
-        raise UserError(f"{latest}: another run has saved it since this one looked for {cfg.load_from}; start again")
+    elif looked and (latest := _latest_checkpoint(_work_dir(args, cfg))) != looked:
+        raise UserError(f"{latest}: another run has saved it since this one found {looked}; start again")
     return lock
 
 

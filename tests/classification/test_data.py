@@ -218,7 +218,9 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
         assert np.array_equal(np.asarray(read_image(str(tmp_path / "m.tif"))), np.asarray(picture.convert("RGB"))), mode
 
 
-@pytest.mark.parametrize(("number", "refused"), [(errno.ELOOP, False), (errno.ESTALE, True), (errno.EIO, True)])
+@pytest.mark.parametrize(
+    ("number", "refused"), [(errno.ELOOP, False), (errno.ENOTDIR, False), (errno.ESTALE, True), (errno.EIO, True)]
+)
 def test_a_folder_that_cannot_be_looked_at_is_no_file(number, refused):
     """Where entries have no type, as on some network file systems, a failure would leave out the class."""
 

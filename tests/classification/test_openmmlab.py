@@ -831,12 +831,26 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
         metric = dict(type="CocoMetric", metric=metric, ann_file=file)
         return Config(dict(val_dataloader=dict(dataset=dataset), val_evaluator=metric))
 
+    class CocoMetric:  # the type of configs in mmengine's newer style
+        pass
+
     meta = {"cfg": validating((128, 128), "bbox").pretty_text}
-    for now, kept in (((128, 128), "bbox", "b.json"), True), (((64, 64), "bbox"), False), (((128, 128), "segm"), False):
-        run.cfg = validating(*now)
+    for now, sought, kept in (
+        (((128, 128), "bbox", "b.json"), "auto", True),
+        (((128, 128), ["bbox", "segm"]), "auto", True),
+        (((64, 64), "bbox"), "auto", False),
+        (((128, 128), "segm"), "auto", False),
+        (((128, 128), "segm"), "coco/bbox_mAP", True),  # whose name says it
+    ):
+        run.cfg, saver.key_indicators = validating(*now), [sought]
         info = {"best_ckpt": "best_coco_bbox_mAP_epoch_3.pth", "best_score": 90.0}
         hooks._forget_other_best(run, info, "x.pth", meta)
         assert len(info) == (2 if kept else 0)
+    run.cfg = validating((128, 128), "bbox")
+    run.cfg.val_evaluator.type = CocoMetric
+    info = {"best_ckpt": "best_coco_bbox_mAP_epoch_3.pth", "best_score": 90.0}
+    hooks._forget_other_best(run, info, "x.pth", meta)
+    assert len(info) == 2
     assert "was found with images of another size, or by other metrics" in said.pop()
 
     path = save(
@@ -919,14 +933,11 @@ def test_one_run_trains_in_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"holds iter_3\.pth of an earlier run"):
         tools._lock(args, cfg)
     (tmp_path / "run" / "last_checkpoint").write_text(str(tmp_path / "run" / "iter_3.pth"))
-    for found, refused in (("iter_2.pth", True), ("iter_3.pth", False)):
-        resuming = Config(dict(resume=True, load_from=str(tmp_path / "run" / found)))
-        with (
-            pytest.raises(UserError, match=r"iter_3\.pth: another run has saved it since this one looked for .*iter_2")
-            if refused
-            else nullcontext()
-        ):
-            tools._lock(args, resuming).close()
+    for found, refused in (("iter_2.pth", True), ("iter_3.pth", False), (None, False)):  # None: the config names it
+        looked = found and str(tmp_path / "run" / found)
+        message = r"iter_3\.pth: another run has saved it since this one found .*iter_2"
+        with pytest.raises(UserError, match=message) if refused else nullcontext():
+            tools._lock(args, Config(dict(resume=True, load_from=looked or "c.pth")), looked).close()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run: cannot be written to"):
         tools._lock(argparse.Namespace(work_dir=str(tmp_path / "file" / "run"), config="c.py"), cfg)
@@ -1020,6 +1031,9 @@ def test_maps_are_not_written_over_the_data(tmp_path):
         )
         with for_all:
             checks.check_is_no_data(cfg, str(tmp_path / folder), "--out")
+    cfg.train_dataloader.dataset.data_prefix = dict(img_path=".")
+    checks.check_is_no_data(cfg, str(tmp_path / "out"), "--out")
+    cfg.train_dataloader.dataset.data_prefix = dict(img_path="images", seg_map_path="labels/")
     cfg.val_evaluator.output_dir = str(tmp_path / "labels")
     cfg.val_dataloader = dict(dataset=dict(type="A", pipeline=[]))
     with pytest.raises(UserError, match=r"val_evaluator\.output_dir=/.*labels: .* holds data of train_dataloader"):

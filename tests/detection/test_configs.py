@@ -125,8 +125,8 @@ def test_flops_of_another_head_are_not_guessed():
     cascade = build(get_config("mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py"))
     with pytest.raises(UserError, match="not for CascadeRoIHead"):
         count_model_flops(cascade, (64, 64))
-    head = type("Mask2FormerHead", (torch.nn.Module,), {})()
-    with pytest.raises(UserError, match="not counted for Mask2FormerHead"):
+    head = type("Mask2FormerHead", (torch.nn.Module,), {"__module__": "mmseg.models"})()
+    with pytest.raises(UserError, match=r"not counted for mmseg\.Mask2FormerHead"):
         count_model_flops(torch.nn.ModuleDict(dict(decode_head=head)), (64, 64))
 
 

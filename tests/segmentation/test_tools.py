@@ -342,11 +342,12 @@ def test_files_that_are_missing(tmp_path, capsys):
     capsys.readouterr()
     check(b"a\n")
     assert not capsys.readouterr().out
-    for name in ("i/d.jfif", "i/e", "m/e.png"):  # the second has a map
+    others = ("i/d.jfif", "i/e", "m/e.png", "i/a.json")  # the second has a map, and the last one an image beside it
+    for name in others:
         (tmp_path / name).touch()
     check(pipeline=[])
     assert "2 images of" in capsys.readouterr().out
-    for name in ("i/d.jfif", "i/e", "m/e.png"):
+    for name in others:
         (tmp_path / name).unlink()
     for name in ("i/.ipynb_checkpoints/a.jpg", "m/.ipynb_checkpoints/a.png"):  # which mmengine reads
         (tmp_path / name).parent.mkdir()
@@ -378,6 +379,7 @@ def test_files_that_are_missing(tmp_path, capsys):
     (tmp_path / "m/to_i").unlink()
     (tmp_path / "i/again").symlink_to(tmp_path / "i/deep")
     refused(r"/i/(again|deep) and /.*/i/(again|deep) are one folder, .*; remove the link")
+    check(b"a\n")  # where a list says what counts
 
 
 def test_labels_of_some_classes_of_a_known_data_set(tmp_path, capsys):
