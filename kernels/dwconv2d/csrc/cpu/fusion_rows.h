@@ -229,7 +229,7 @@ NOINLINE void fuse(const Columns& columns, const Strip& strip, const float* weig
 
 // A task: a strip of two channels. Their last columns share a vector if they fit.
 struct Pair {
-  const Problem& p;
+  const Params& p;
   int64_t batch, channel, channels;
   Strip strip;
   float* weights[3];  // (taps, lanes) of one channel, of the other, and of half a vector of each
@@ -294,9 +294,9 @@ struct Pair {
   }
 };
 
-inline int64_t scratch_bytes(const Problem&) { return 3 * kTaps * kLanes * sizeof(float); }
+inline int64_t scratch_bytes(const Params&) { return 3 * kTaps * kLanes * sizeof(float); }
 
-inline void forward(const Problem& p, int64_t task, void* scratch) {
+inline void forward(const Params& p, int64_t task, void* scratch) {
   const int64_t strip = task % p.strips, block = task / p.strips % p.channel_blocks(2), begin = strip * p.strip_rows;
   Pair pair{p, task / p.strips / p.channel_blocks(2), 2 * block, least(2, p.channels - 2 * block),
             {p.height, begin, least(p.strip_rows, p.height - begin)}, {}};

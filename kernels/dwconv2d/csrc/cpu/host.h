@@ -37,8 +37,8 @@ inline void* scratch(size_t bytes) {
 }
 
 // Runs every task. Each thread has its own scratch memory.
-template <class Kernel, class Problem>
-void run(const Kernel& kernel, const Problem& p, int64_t tasks) {
+template <class Kernel, class Params>
+void run(const Kernel& kernel, const Params& p, int64_t tasks) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     void* const memory = scratch(kernel.scratch_bytes(p));
     for (int64_t task = begin; task < end; ++task) kernel.run(p, task, memory);

@@ -130,11 +130,11 @@ Taps conv_weights(const Tensor& weight, int64_t dilation, const Sizes& sizes) {
   return taps;
 }
 
-Problem problem(const Sizes& sizes, const Taps& taps, bool replicate) {
-  Problem p{};
+Params params_of(const Sizes& sizes, const Taps& taps, bool zeros) {
+  Params p{};
   p.batch = sizes.batch, p.channels = sizes.channels, p.states = sizes.states;
   p.height = sizes.height, p.width = sizes.width;
-  p.replicate = replicate;
+  p.zeros = zeros;
   p.pattern = taps.pattern;
   p.taps = taps.rows.size(), p.tap_rows = taps.rows.data(), p.tap_columns = taps.columns.data();
   for (int k = 0; k < p.taps; ++k) {
@@ -148,7 +148,7 @@ Problem problem(const Sizes& sizes, const Taps& taps, bool replicate) {
 
 // A strip with its margins should stay in the L2 cache, and there should be tasks for several threads. The choice must
 // not depend on the number of threads.
-void choose_strips(Problem& p, const Kernel& kernel) {
+void choose_strips(Params& p, const Kernel& kernel) {
   const int64_t row_bytes = (p.width + 2 * p.reach_columns) * kernel.pixel_bytes;
   const int64_t fitting = kStripBytes / row_bytes - 2 * p.reach_rows;
   const int64_t blocks = std::max<int64_t>(1, p.batch * p.channel_blocks(kernel.channels));
@@ -158,11 +158,11 @@ void choose_strips(Problem& p, const Kernel& kernel) {
   p.strips = (p.height + p.strip_rows - 1) / p.strip_rows;
 }
 
-int64_t tasks(const Problem& p, const Kernel& kernel) { return p.batch * p.channel_blocks(kernel.channels) * p.strips; }
+int64_t tasks(const Params& p, const Kernel& kernel) { return p.batch * p.channel_blocks(kernel.channels) * p.strips; }
 
-// Whether `fusion_rows` can compute the problem, and faster than the kernel whose lanes are channels. It goes down
+// Whether `fusion_rows` can compute it, and faster than the kernel whose lanes are channels. It goes down
 // columns: short columns do not pay off, and planes that are not in a cache would be read in a bad order.
-bool takes_rows(const Problem& p, ElementTypes types) {
+bool takes_rows(const Params& p, ElementTypes types) {
   constexpr int64_t kLeastHeight = 24, kMostElements = 2 << 20;
   const auto has_rows = [](const View& v) { return !v.data || v.column == 1; };
   return kernels().fusion_rows.run && p.pattern == kFusion && types == kFloat32 && p.width >= kRowsWidth &&
@@ -170,7 +170,7 @@ bool takes_rows(const Problem& p, ElementTypes types) {
          has_rows(p.in) && has_rows(p.C) && has_rows(p.x) && has_rows(p.out);
 }
 
-void run_forward(Problem& p, ElementTypes types, const Tensor& out) {
+void run_forward(Params& p, ElementTypes types, const Tensor& out) {
   p.out = planes(out);
   const Kernel& kernel = takes_rows(p, types) ? kernels().fusion_rows : kernels().forward[types];
   choose_strips(p, kernel);
@@ -179,7 +179,7 @@ void run_forward(Problem& p, ElementTypes types, const Tensor& out) {
 
 // Returns the gradients of the taps' weights and, in the last row, of D or the bias, (taps + 1, D); and C's gradient if
 // there is a C.
-std::pair<Tensor, Tensor> run_backward(Problem& p, ElementTypes types, const Tensor& grad_in, const Tensor* C) {
+std::pair<Tensor, Tensor> run_backward(Params& p, ElementTypes types, const Tensor& grad_in, const Tensor* C) {
   const Kernel& kernel = kernels().backward[types];
   choose_strips(p, kernel);
   p.grad_in = planes(grad_in);
@@ -203,8 +203,8 @@ std::pair<Tensor, Tensor> run_backward(Problem& p, ElementTypes types, const Ten
 
 // ----- dilated_dwconv2d
 
-Problem conv_problem(const Sizes& sizes, const Taps& taps, const Tensor& x, c10::string_view padding_mode) {
-  Problem p = problem(sizes, taps, padding_mode == "replicate");
+Params conv_params(const Sizes& sizes, const Taps& taps, const Tensor& x, c10::string_view padding_mode) {
+  Params p = params_of(sizes, taps, padding_mode == "zeros");
   p.in = planes(x);
   return p;
 }
@@ -214,7 +214,7 @@ Tensor dilated_dwconv2d(const Tensor& x, const Tensor& weight, const Bias& bias,
   const Sizes sizes = check_conv_inputs(x, weight, bias, dilation, padding_mode);
   const Tensor y = empty_laid_out_as(x);
   const Taps taps = conv_weights(weight, dilation, sizes);
-  Problem p = conv_problem(sizes, taps, x, padding_mode);
+  Params p = conv_params(sizes, taps, x, padding_mode);
   if (bias) p.bias = per_channel(*bias);
   run_forward(p, element_types_of(x, x), y);
   return y;
@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> dilated_dwconv2d_backward(
   check_grad(grad, x);
   const Tensor grad_x = empty_laid_out_as(x);
   const Taps taps = conv_weights(weight, dilation, sizes);
-  Problem p = conv_problem(sizes, taps, x, padding_mode);
+  Params p = conv_params(sizes, taps, x, padding_mode);
   p.grad = planes(grad);
   const Tensor grads = run_backward(p, element_types_of(x, x), grad_x, nullptr).first;
   const Tensor grad_weight = at::empty(weight.sizes(), weight.options());
@@ -275,7 +275,7 @@ Tensor state_fusion(const Tensor& h, const Tensor& weight3, const Tensor& weight
   const Sizes sizes = check_fusion_inputs(h, weight3, weight3_d3, weight3_d5, alpha);
   const Tensor fused = at::empty(h.sizes(), h.options());
   const Taps taps = fusion_weights(h, {weight3, weight3_d3, weight3_d5}, alpha);
-  Problem p = problem(sizes, taps, true);
+  Params p = params_of(sizes, taps, false);
   p.in = planes(h);
   run_forward(p, element_types_of(h, h), fused);
   return fused;
@@ -289,16 +289,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> state_fusion_backward(
   const Weights weights = {weight3, weight3_d3, weight3_d5};
   const Tensor grad_h = at::empty(h.sizes(), h.options());
   const Taps taps = fusion_weights(h, weights, alpha);
-  Problem p = problem(sizes, taps, true);
+  Params p = params_of(sizes, taps, false);
   p.in = planes(h);
   p.grad = planes(grad);
   const Tensor grads = run_backward(p, element_types_of(h, h), grad_h, nullptr).first;
   return std::tuple_cat(std::tuple(grad_h), unmerge(grads, weights, alpha));
 }
 
-Problem output_problem(const Sizes& sizes, const Taps& taps, const Tensor& h, const Tensor& C, const Tensor& D,
-                       const Tensor& x) {
-  Problem p = problem(sizes, taps, true);
+Params output_params(const Sizes& sizes, const Taps& taps, const Tensor& h, const Tensor& C, const Tensor& D,
+                     const Tensor& x) {
+  Params p = params_of(sizes, taps, false);
   p.in = planes(h);
   p.C = per_state(C);
   p.D = per_channel(D);
@@ -311,7 +311,7 @@ Tensor state_fusion_output(const Tensor& h, const Tensor& weight3, const Tensor&
   const Sizes sizes = check_output_inputs(h, weight3, weight3_d3, weight3_d5, alpha, C, D, x);
   const Tensor y = empty_laid_out_as(x);
   const Taps taps = fusion_weights(h, {weight3, weight3_d3, weight3_d5}, alpha);
-  Problem p = output_problem(sizes, taps, h, C, D, x);
+  Params p = output_params(sizes, taps, h, C, D, x);
   run_forward(p, element_types_of(h, x), y);
   return y;
 }
@@ -324,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> state
   const Weights weights = {weight3, weight3_d3, weight3_d5};
   const Tensor grad_h = at::empty(h.sizes(), h.options()), grad_x = empty_laid_out_as(x);
   const Taps taps = fusion_weights(h, weights, alpha);
-  Problem p = output_problem(sizes, taps, h, C, D, x);
+  Params p = output_params(sizes, taps, h, C, D, x);
   p.grad = planes(grad);
   p.grad_x = planes(grad_x);
   const auto [grads, grad_C] = run_backward(p, element_types_of(h, x), grad_h, &C);

@@ -20,9 +20,9 @@ struct View {
 // Arrangements of taps that have their own code: a 3x3 window without dilation, and state fusion.
 enum Pattern { kAny, kSquare3, kFusion };
 
-struct Problem {
+struct Params {
   int64_t batch, channels, states, height, width;
-  bool replicate;  // pad planes by their nearest border value, or else by zeros
+  bool zeros;  // pad planes by zeros, or else by their nearest border value
 
   Pattern pattern;
   int taps;
@@ -51,8 +51,8 @@ struct Problem {
 
 struct Kernel {
   int64_t channels, pixel_bytes;  // channels of a task, and bytes of a pixel of all of them
-  int64_t (*scratch_bytes)(const Problem&);
-  void (*run)(const Problem&, int64_t task, void* scratch);
+  int64_t (*scratch_bytes)(const Params&);
+  void (*run)(const Params&, int64_t task, void* scratch);
 };
 
 // The type of `in`, then the type of the other activations.

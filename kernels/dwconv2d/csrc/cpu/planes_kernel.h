@@ -62,12 +62,12 @@ struct Task {
   using S = State<T>;
   static constexpr int W = kLanes<S>;
 
-  const Problem& p;
+  const Params& p;
   int64_t batch, block, strip, channel;
   int64_t begin, end;  // rows of the strip
   int channels;        // fewer than W in the last block
 
-  INLINE Task(const Problem& p, int64_t task) : p(p) {
+  INLINE Task(const Params& p, int64_t task) : p(p) {
     strip = task % p.strips;
     block = task / p.strips % p.channel_blocks(W);
     batch = task / p.strips / p.channel_blocks(W);
@@ -156,22 +156,22 @@ struct Task {
   INLINE bool fills_vectors(const View& v) const { return v.channel == 1 || p.width >= 2 * W; }
 
   // Fills a row's margins with its border values or with zeros.
-  INLINE void pad_row(const Buffer<S>& to, int64_t y, bool replicate) const {
+  INLINE void pad_row(const Buffer<S>& to, int64_t y, bool zeros) const {
     S *row = to.row(y), *end = row + p.width * W;
-    const Vec<S> zero = {}, left = replicate ? load(row) : zero, right = replicate ? load(end - W) : zero;
+    const Vec<S> zero = {}, left = zeros ? zero : load(row), right = zeros ? zero : load(end - W);
     fill(row - to.margin * W, left, to.margin);
     fill(end, right, to.margin);
   }
 
   // Fills the rows beyond the plane with copies of the nearest row or with zeros.
-  INLINE void pad_rows_beyond(const Buffer<S>& to, bool replicate) const {
+  INLINE void pad_rows_beyond(const Buffer<S>& to, bool zeros) const {
     for (int64_t y = begin - p.reach_rows; y < end + p.reach_rows; ++y) {
       if (0 <= y && y < p.height) continue;
       S* row = to.row(y) - to.margin * W;
-      if (replicate) {
-        memcpy(row, to.row(clamp(y, p.height)) - to.margin * W, to.pitch * VECTOR_BYTES);
-      } else {
+      if (zeros) {
         fill(row, Vec<S>{}, to.pitch);
+      } else {
+        memcpy(row, to.row(clamp(y, p.height)) - to.margin * W, to.pitch * VECTOR_BYTES);
       }
     }
   }
@@ -185,10 +185,10 @@ struct Task {
       read<T>(row_by_row ? to.row(y) : tile, p.in, n, y, rows);
       for (int64_t i = 0; i < rows; ++i) {
         if (!row_by_row) memcpy(to.row(y + i), tile + i * p.width * W, p.width * VECTOR_BYTES);
-        pad_row(to, y + i, p.replicate);
+        pad_row(to, y + i, p.zeros);
       }
     }
-    pad_rows_beyond(to, p.replicate);
+    pad_rows_beyond(to, p.zeros);
   }
 
   INLINE const S* weights(S* room) const {
@@ -303,7 +303,7 @@ NOINLINE void convolve(const S* from, int64_t pitch, const int64_t* offsets, con
 }
 
 template <int Sign, class S>
-INLINE void convolve(const Problem& p, const S* from, int64_t pitch, const int64_t* offsets, const S* weights,
+INLINE void convolve(const Params& p, const S* from, int64_t pitch, const int64_t* offsets, const S* weights,
                      int64_t rows, Vec<S> start, const Finish<S>& finish) {
   auto run = convolve<Any, 1, S>;  // whose offsets have the sign
   if constexpr (kSame<S, float>) {  // double precision is for gradient checks
@@ -314,16 +314,16 @@ INLINE void convolve(const Problem& p, const S* from, int64_t pitch, const int64
 }
 
 // The sizes of pieces of scratch memory, in vectors.
-INLINE int64_t tile_vectors(const Problem& p) { return most(kTilePixels, p.width); }
-INLINE int64_t pitch_vectors(const Problem& p) { return p.width + 2 * p.reach_columns; }
-INLINE int64_t buffer_vectors(const Problem& p) { return pitch_vectors(p) * (p.strip_rows + 2 * p.reach_rows); }
+INLINE int64_t tile_vectors(const Params& p) { return most(kTilePixels, p.width); }
+INLINE int64_t pitch_vectors(const Params& p) { return p.width + 2 * p.reach_columns; }
+INLINE int64_t buffer_vectors(const Params& p) { return pitch_vectors(p) * (p.strip_rows + 2 * p.reach_rows); }
 
 template <class S>
 struct ConvolutionMemory {
   S *strip, *tile, *weights;
   int64_t* offsets;
 
-  INLINE ConvolutionMemory(const Problem& p, Scratch& scratch) {
+  INLINE ConvolutionMemory(const Params& p, Scratch& scratch) {
     strip = scratch.take<S>(buffer_vectors(p));
     tile = scratch.take<S>(tile_vectors(p));
     weights = scratch.take<S>(p.taps);
@@ -343,7 +343,7 @@ struct Convolution {
   const S* weights;
   int64_t* offsets;  // of the taps, in elements of the buffer
 
-  INLINE Convolution(const Problem& p, int64_t index, const ConvolutionMemory<S>& memory) : task(p, index) {
+  INLINE Convolution(const Params& p, int64_t index, const ConvolutionMemory<S>& memory) : task(p, index) {
     in = task.buffer(memory.strip);
     tile = memory.tile;
     weights = task.weights(memory.weights);
@@ -363,7 +363,7 @@ struct ForwardMemory {
   S *out, *x, *C;  // tiles
   S* sums;         // of a strip, if there are several states to sum over
 
-  INLINE ForwardMemory(const Problem& p, Scratch& scratch) : convolution(p, scratch) {
+  INLINE ForwardMemory(const Params& p, Scratch& scratch) : convolution(p, scratch) {
     out = scratch.take<S>(tile_vectors(p));
     x = scratch.take<S>(tile_vectors(p));
     C = scratch.take<S>(tile_vectors(p));
@@ -372,7 +372,7 @@ struct ForwardMemory {
 };
 
 template <class T, class U>
-void forward(const Problem& p, int64_t index, void* memory) {
+void forward(const Params& p, int64_t index, void* memory) {
   using S = typename Task<T, U>::S;
   constexpr int W = Task<T, U>::W;
   Scratch scratch{(uintptr_t)memory};
@@ -410,7 +410,7 @@ struct AdjointMemory {
   S *grad, *sums;
   int64_t *offsets, *border_offsets;
 
-  INLINE AdjointMemory(const Problem& p, Scratch& scratch) {
+  INLINE AdjointMemory(const Params& p, Scratch& scratch) {
     grad = scratch.take<S>(buffer_vectors(p));
     sums = scratch.take<S>(p.distinct_rows * pitch_vectors(p));
     offsets = scratch.take_objects<int64_t>(p.taps);
@@ -441,7 +441,7 @@ struct Adjoint {
 
   // Sums the rows whose tap, `offset` rows away, reads the border row y.
   INLINE void sum_rows(S* to, int64_t y, int offset) const {
-    const Problem& p = task.p;
+    const Params& p = task.p;
     fill(to, Vec<S>{}, grad.pitch);
     const int64_t last = least(p.height, y + p.reach_rows + 1);
     for (int64_t from = most(0, y - p.reach_rows); from < last; ++from) {
@@ -455,7 +455,7 @@ struct Adjoint {
   // Computes sums for the border row y, and the address at which each tap reads them, relative to row y of the
   // gradients.
   INLINE void aim_at_sums(int64_t y) const {
-    const Problem& p = task.p;
+    const Params& p = task.p;
     S* sum = sums - grad.pitch * W;
     for (int k = 0; k < p.taps; ++k) {
       if (k == 0 || p.tap_rows[k] != p.tap_rows[k - 1]) sum_rows(sum += grad.pitch * W, y, p.tap_rows[k]);
@@ -465,7 +465,7 @@ struct Adjoint {
 
   // Adds to the columns at the plane's borders what belongs to the columns beyond.
   INLINE void add_columns(const Pixels<S>& out, const S* row, const int64_t* offsets) const {
-    const Problem& p = task.p;
+    const Params& p = task.p;
     Vec<S> left = {}, right = {};
     for (int k = 0; k < p.taps; ++k) {
       const bool is_left = p.tap_columns[k] < 0;
@@ -481,17 +481,17 @@ struct Adjoint {
 
   // Computes rows of the gradient.
   INLINE void compute_rows(const Pixels<S>& out, int64_t begin, int64_t count) const {
-    const Problem& p = task.p;
+    const Params& p = task.p;
     int64_t y = begin;
     while (y < begin + count) {
-      const bool border = p.replicate && (y == 0 || y == p.height - 1);
-      const int64_t inner = p.replicate ? least(begin + count, p.height - 1) - y : count;
+      const bool border = !p.zeros && (y == 0 || y == p.height - 1);
+      const int64_t inner = p.zeros ? count : least(begin + count, p.height - 1) - y;
       const int64_t some = border ? 1 : inner;
       if (border) aim_at_sums(y);
       const int64_t* const taps = border ? border_offsets : offsets;
       const Pixels<S> to = {out.data + (y - begin) * p.width * out.step, out.step};
       convolve<-1>(p, grad.row(y), grad.pitch, taps, conv.weights, some, Vec<S>{}, Finish<S>{Finish<S>::kSum, to});
-      for (int64_t i = 0; i < some && p.replicate; ++i)
+      for (int64_t i = 0; i < some && !p.zeros; ++i)
         add_columns({to.data + i * p.width * to.step, to.step}, grad.row(y + i), taps);
       y += some;
     }
@@ -542,7 +542,7 @@ struct BackwardMemory {
   S *tile, *other, *C_or_sums;  // tiles
   double* sums;                 // the gradients of the taps, then of D or the bias: (taps + 1, lanes)
 
-  INLINE BackwardMemory(const Problem& p, Scratch& scratch) : convolution(p, scratch), adjoint(p, scratch) {
+  INLINE BackwardMemory(const Params& p, Scratch& scratch) : convolution(p, scratch), adjoint(p, scratch) {
     tile = scratch.take<S>(tile_vectors(p));
     other = scratch.take<S>(tile_vectors(p));
     C_or_sums = scratch.take<S>(tile_vectors(p));
@@ -553,7 +553,7 @@ struct BackwardMemory {
 // The gradients of D and x, or of the bias.
 template <class T, class U, class S>
 INLINE void D_x_or_bias_gradients(const Task<T, U>& task, const BackwardMemory<S>& m) {
-  const Problem& p = task.p;
+  const Params& p = task.p;
   const Vec<S> D = task.template per_channel<S>(p.D);
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.begin; y < task.end; y += step) {
@@ -581,7 +581,7 @@ INLINE void D_x_or_bias_gradients(const Task<T, U>& task, const BackwardMemory<S
 template <class T, class U, class S>
 INLINE void read_grad(const Task<T, U>& task, const Buffer<S>& grad, const BackwardMemory<S>& m, int64_t n) {
   constexpr int W = kLanes<S>;
-  const Problem& p = task.p;
+  const Params& p = task.p;
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.first_row(); y < task.end_row(); y += step) {
     const int64_t rows = least(step, task.end_row() - y);
@@ -595,17 +595,17 @@ INLINE void read_grad(const Task<T, U>& task, const Buffer<S>& grad, const Backw
       S* row = grad.row(y + i);
       for (int64_t x = 0; x < p.width; ++x)
         store(row + x * W, m.C_or_sums[i * p.width + x] * g.get(i * p.width + x));
-      task.pad_row(grad, y + i, false);
+      task.pad_row(grad, y + i, true);
     }
   }
-  task.pad_rows_beyond(grad, false);
+  task.pad_rows_beyond(grad, true);
 }
 
 // The gradient of C_n: the sum over the task's channels of grad conv_n.
 template <class T, class U, class S>
 INLINE void C_gradient(const Convolution<T, U>& conv, const BackwardMemory<S>& m, int64_t n) {
   const Task<T, U>& task = conv.task;
-  const Problem& p = task.p;
+  const Params& p = task.p;
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.begin; y < task.end; y += step) {
     const int64_t rows = least(step, task.end - y);
@@ -620,7 +620,7 @@ INLINE void C_gradient(const Convolution<T, U>& conv, const BackwardMemory<S>& m
 template <class T, class U, class S>
 INLINE void input_gradient(const Adjoint<T, U>& adjoint, const BackwardMemory<S>& m, int64_t n) {
   const Task<T, U>& task = adjoint.task;
-  const Problem& p = task.p;
+  const Params& p = task.p;
   const int64_t step = task.rows_at_once();
   for (int64_t y = task.begin; y < task.end; y += step) {
     const int64_t rows = least(step, task.end - y);
@@ -631,7 +631,7 @@ INLINE void input_gradient(const Adjoint<T, U>& adjoint, const BackwardMemory<S>
 }
 
 template <class T, class U>
-void backward(const Problem& p, int64_t index, void* memory) {
+void backward(const Params& p, int64_t index, void* memory) {
   using S = typename Task<T, U>::S;
   constexpr int W = Task<T, U>::W;
   Scratch scratch{(uintptr_t)memory};
@@ -656,10 +656,10 @@ void backward(const Problem& p, int64_t index, void* memory) {
 }
 
 template <class T, class U>
-constexpr Kernel kForward = {Task<T, U>::W, VECTOR_BYTES, bytes_of<ForwardMemory<typename Task<T, U>::S>, Problem>,
+constexpr Kernel kForward = {Task<T, U>::W, VECTOR_BYTES, bytes_of<ForwardMemory<typename Task<T, U>::S>, Params>,
                              forward<T, U>};
 template <class T, class U>
-constexpr Kernel kBackward = {Task<T, U>::W, VECTOR_BYTES, bytes_of<BackwardMemory<typename Task<T, U>::S>, Problem>,
+constexpr Kernel kBackward = {Task<T, U>::W, VECTOR_BYTES, bytes_of<BackwardMemory<typename Task<T, U>::S>, Params>,
                               backward<T, U>};
 
 constexpr Kernels kKernels = {

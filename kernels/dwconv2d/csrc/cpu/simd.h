@@ -122,8 +122,8 @@ struct Scratch {
   }
 };
 
-template <class Memory, class Problem>
-int64_t bytes_of(const Problem& p) {
+template <class Memory, class Params>
+int64_t bytes_of(const Params& p) {
   Scratch scratch{0};
   Memory(p, scratch);
   return scratch.next;

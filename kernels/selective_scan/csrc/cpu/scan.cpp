@@ -31,9 +31,9 @@ ElementType element_type(const Tensor& t) {
   }
 }
 
-Problem problem(const Sizes& sizes, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
-                const Bias& bias, bool softplus, bool A_is_log) {
-  Problem p{};
+Params params_of(const Sizes& sizes, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                 const Bias& bias, bool softplus, bool A_is_log) {
+  Params p{};
   p.batch = sizes.batch, p.channels = sizes.channels, p.states = sizes.states, p.length = sizes.length;
   p.groups = sizes.groups, p.softplus = softplus, p.A_is_log = A_is_log;
   p.u = u.const_data_ptr(), p.delta = delta.const_data_ptr(), p.A = A.const_data_ptr(), p.B = B.const_data_ptr();
@@ -45,13 +45,13 @@ Problem problem(const Sizes& sizes, const Tensor& u, const Tensor& delta, const 
   return p;
 }
 
-int64_t tasks(const Kernel& kernel, const Problem& p) { return p.batch * p.groups * p.channel_blocks(kernel.lanes); }
+int64_t tasks(const Kernel& kernel, const Params& p) { return p.batch * p.groups * p.channel_blocks(kernel.lanes); }
 
 Tensor forward(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Bias& delta_bias,
                bool delta_softplus, bool A_is_log) {
   const Sizes sizes = check_inputs(u, delta, A, B, delta_bias);
   const Tensor h = at::empty({sizes.batch, sizes.channels, sizes.states, sizes.length}, A.options());
-  Problem p = problem(sizes, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
+  Params p = params_of(sizes, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
   p.h = h.mutable_data_ptr();
   const Kernel& kernel = kernels().forward[element_type(u)];
   host::run(kernel, p, tasks(kernel, p));
@@ -63,7 +63,7 @@ Gradients backward(const Tensor& grad, const Tensor& u, const Tensor& delta, con
   const Sizes sizes = check_inputs(u, delta, A, B, delta_bias);
   check_grad(grad, u, sizes);
   const Kernel& kernel = kernels().backward[element_type(u)];
-  Problem p = problem(sizes, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
+  Params p = params_of(sizes, u, delta, A, B, delta_bias, delta_softplus, A_is_log);
   p.grad = grad.const_data_ptr();
   for (int i = 0; i < 4; ++i) p.grad_strides[i] = grad.stride(i);
 

@@ -11,7 +11,7 @@ constexpr int64_t kChunk = 64;
 enum ElementType { kFloat32, kFloat64, kFloat16, kBFloat16, kElementTypes };
 
 // Pointers, and strides in elements. Members that a pass does not use stay null.
-struct Problem {
+struct Params {
   int64_t batch, channels, states, length, groups;
   bool softplus, A_is_log;  // if A_is_log, the rates are -exp(A)
   const void *u, *delta, *A, *B, *bias, *grad;
@@ -31,8 +31,8 @@ struct Problem {
 // A task is one image and one block of channels. Its results do not depend on the thread that runs it.
 struct Kernel {
   int64_t lanes;
-  int64_t (*scratch_bytes)(const Problem&);
-  void (*run)(const Problem&, int64_t task, void* scratch);
+  int64_t (*scratch_bytes)(const Params&);
+  void (*run)(const Params&, int64_t task, void* scratch);
 };
 
 struct Kernels {

@@ -50,12 +50,12 @@ struct Task {
   using S = State<T>;
   static constexpr int W = kLanes<S>;
 
-  const Problem& p;
+  const Params& p;
   int64_t batch, group, block, channel;
   int channels;  // fewer than W in the last block of a group
   S *A, *bias;
 
-  INLINE Task(const Problem& p, int64_t task, S* A, S* bias) : p(p), A(A), bias(bias) {
+  INLINE Task(const Params& p, int64_t task, S* A, S* bias) : p(p), A(A), bias(bias) {
     const int64_t blocks = p.channel_blocks(W), per_group = p.channels / p.groups;
     block = task % blocks;
     group = task / blocks % p.groups;
@@ -121,7 +121,7 @@ struct ForwardMemory {
   S *dt, *dt_u, *u, *h, *B;  // of a chunk
   Running<S>* carries;       // of each state
 
-  INLINE ForwardMemory(const Problem& p, Scratch& scratch) {
+  INLINE ForwardMemory(const Params& p, Scratch& scratch) {
     A = scratch.take<S>(p.states);
     bias = scratch.take<S>(1);
     dt = scratch.take<S>(kChunk);
@@ -134,7 +134,7 @@ struct ForwardMemory {
 };
 
 template <class T>
-void forward(const Problem& p, int64_t index, void* memory) {
+void forward(const Params& p, int64_t index, void* memory) {
   using S = typename Task<T>::S;
   constexpr int W = Task<T>::W;
   Scratch scratch{(uintptr_t)memory};
@@ -177,7 +177,7 @@ struct BackwardMemory {
   Decay<S>* later_decays;
   double* grad_A;  // (states, lanes)
 
-  INLINE BackwardMemory(const Problem& p, Scratch& scratch) {
+  INLINE BackwardMemory(const Params& p, Scratch& scratch) {
     A = scratch.take<S>(p.states);
     bias = scratch.take<S>(1);
     dt = scratch.take<S>(kChunk);
@@ -228,7 +228,7 @@ INLINE void scan_carries(const Task<T>& task, const BackwardMemory<S>& m) {
 template <class T, class S>
 INLINE void scan_back(const Task<T>& task, const BackwardMemory<S>& m, int64_t n, int64_t chunk) {
   constexpr int W = Task<T>::W;
-  const Problem& p = task.p;
+  const Params& p = task.p;
   const int tokens = task.tokens(chunk);
   const Vec<S> A = load(task.A + n * W);
   task.load_B(m.B, n, chunk);
@@ -272,7 +272,7 @@ INLINE void scan_back(const Task<T>& task, const BackwardMemory<S>& m, int64_t n
 template <class T, class S>
 INLINE void finish_chunk(const Task<T>& task, const BackwardMemory<S>& m, double* grad_bias, int64_t chunk) {
   constexpr int W = Task<T>::W;
-  const Problem& p = task.p;
+  const Params& p = task.p;
   const int tokens = task.tokens(chunk);
   Vec<S> grad_bias_chunk = {};
   for (int t = 0; t < tokens; ++t) {
@@ -288,7 +288,7 @@ INLINE void finish_chunk(const Task<T>& task, const BackwardMemory<S>& m, double
 }
 
 template <class T>
-void backward(const Problem& p, int64_t index, void* memory) {
+void backward(const Params& p, int64_t index, void* memory) {
   using S = typename Task<T>::S;
   constexpr int W = Task<T>::W;
   Scratch scratch{(uintptr_t)memory};
@@ -317,9 +317,9 @@ void backward(const Problem& p, int64_t index, void* memory) {
 }
 
 template <class T>
-constexpr Kernel kForward = {Task<T>::W, bytes_of<ForwardMemory<typename Task<T>::S>, Problem>, forward<T>};
+constexpr Kernel kForward = {Task<T>::W, bytes_of<ForwardMemory<typename Task<T>::S>, Params>, forward<T>};
 template <class T>
-constexpr Kernel kBackward = {Task<T>::W, bytes_of<BackwardMemory<typename Task<T>::S>, Problem>, backward<T>};
+constexpr Kernel kBackward = {Task<T>::W, bytes_of<BackwardMemory<typename Task<T>::S>, Params>, backward<T>};
 
 constexpr Kernels kKernels = {
     {kForward<float>, kForward<double>, kForward<Half>, kForward<BFloat16>},
