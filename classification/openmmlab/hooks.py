@@ -48,12 +48,13 @@ class StopAtInvalidLoss(Hook):
     def after_train_iter(self, runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None) -> None:
         outputs = outputs or {}
         # "loss" is the sum of all. A model with several optimizers may name its losses otherwise.
-        sums = [outputs["loss"]] if "loss" in outputs else [v for k, v in outputs.items() if "loss" in k]
+        named = {k: v for k, v in outputs.items() if "loss" in k and isinstance(v, torch.Tensor | int | float)}
+        sums = [outputs["loss"]] if "loss" in outputs else named.values()
         bad = not all(_number(value).isfinite().all() for value in sums)
         anywhere = torch.tensor(int(bad))
         all_reduce(anywhere, "max")
         if anywhere:
-            losses = {name: _number(value) for name, value in outputs.items() if bad and "loss" in name}
+            losses = {name: _number(value) for name, value in named.items() if bad}
             parts = [f"{name} is {value.sum().item()}" for name, value in losses.items() if not value.isfinite().all()]
             raise UserError(
                 f"iteration {runner.iter + 1}: the loss is not finite ({', '.join(parts) or 'in another process'}), so "
@@ -278,7 +279,8 @@ def _check_average_count(hooks: Sequence[Hook], state: dict, path: str, meta: di
     saved = saved_config(meta).get("custom_hooks")  # the average began as that config says
     saved = [one for one in saved if isinstance(one, dict)] if isinstance(saved, list) else []
     if averaging := [one for one in saved if kind_of(one) == "EMAHook"]:
-        begins = [(one.get("begin_iter", 0), one.get("begin_epoch", 0)) for one in averaging]
+        before = [(one.get("begin_iter", 0), one.get("begin_epoch", 0)) for one in averaging]
+        begins = before if all(_counts(value) for pair in before for value in pair) else begins
     begun = any(meta["iter"] > at and (epoch == 0 or meta["epoch"] > epoch) for at, epoch in begins)
     counts = isinstance(steps, torch.Tensor) and steps.numel() == 1 and not steps.is_floating_point()
     if not counts or steps < 0 or (begun and steps == 0):

@@ -2290,6 +2290,9 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     runner.hooks = [EMAHook(begin_iter=2)]
     began = dict(later["meta"], cfg="custom_hooks = [dict(begin_iter=5, type='EMAHook')]")
     hook.after_load_checkpoint(runner, resumable(**later | {"meta": began}))
+    odd = dict(later["meta"], cfg="custom_hooks = [dict(begin_iter='x', type='EMAHook')]")
+    with pytest.raises(UserError, match="no count of the steps that it averages"):  # as by this config
+        hook.after_load_checkpoint(runner, resumable(**later | {"meta": odd}))
     runner.param_schedulers = None
     with pytest.raises(UserError, match="has 1 rate schedules, which are not the 0 of"):
         hook.after_load_checkpoint(runner, resumable())
