@@ -3,6 +3,8 @@
 timm's arguments have timm's meaning. timm finds no published weights, so `pretrained` may also be a path or a hub id.
 """
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from timm.models import (
     load_state_dict_from_hf,
     register_model,
 )
+from timm.utils import natural_key
 
 from classification.models.spatialmamba import VARIANTS, SpatialMamba
 
@@ -54,6 +57,7 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     source = pretrained if isinstance(pretrained, str) else _take_source(overlay) if pretrained else None
     if source:
         found, model_args = _source(source, name)
+        _warn_of_timms_order(found.get("label_names"), source)
         overlay, kwargs = found | overlay, model_args | kwargs
     elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
         raise ValueError(
@@ -126,7 +130,7 @@ def _source(pretrained: str, name: str) -> tuple[dict, dict]:
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
     # Imported here, because it imports the models. timm's own loader cannot read the configs in our checkpoints.
-    from classification.checkpoint import read_checkpoint, state_dicts
+    from classification.checkpoint import class_names_of, read_checkpoint, state_dicts
     from classification.config import trained_with
 
     content = read_checkpoint(pretrained)
@@ -141,7 +145,27 @@ def _source(pretrained: str, name: str) -> tuple[dict, dict]:
         crop_pct=config.TEST.CROP_PCT,
         interpolation="bilinear" if method == "random" else method,  # as in evaluation
     )
+    if names := class_names_of(content, pretrained):
+        found["label_names"] = names
     return found, {}
+
+
+def _warn_of_timms_order(names: Sequence[str] | dict | None, path: str) -> None:
+    """Warn if timm's readers of image folders number these classes otherwise: for them, 2 is before 10, a before B."""
+    if not isinstance(names, list | tuple):
+        return
+    try:
+        theirs = sorted(names, key=natural_key)
+    except (TypeError, ValueError):  # of digits such as "²", for which timm's readers fail as well
+        return
+    if theirs != list(names):
+        at = next(i for i, (a, b) in enumerate(zip(names, theirs, strict=True)) if a != b)
+        warnings.warn(
+            f"{path}: its class {at} is {names[at]!r}, but timm's readers of image folders number {theirs[at]!r} so. "
+            "Before you give timm such folders, write pretrained_cfg['label_names'] to a .txt file, one name a line, "
+            "and pass it as class_map (--class-map)",
+            stacklevel=2,
+        )
 
 
 def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:

@@ -1,10 +1,12 @@
 """The models under timm's names and arguments, in torch.hub, and under the tools that trace, hook and count modules."""
 
 import copy
+import warnings
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from running import ROOT
 from timm.models import group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay
@@ -101,6 +103,7 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     found = timm.data.resolve_data_config(model=of_main)
     assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 70, 70), "bilinear", 1.0)
     assert of_main.pretrained_cfg["pool_size"] == (3, 3)  # tokens that are left of it
+    assert "label_names" not in of_main.pretrained_cfg
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
     monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, weights_only: model.state_dict())
@@ -141,6 +144,29 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     for model, source in (("spatialmamba_tiny", path), ("spatialmamba_micro", str(tmp_path / "shorter.pth"))):
         with pytest.raises(ValueError, match=f"its weights are none of a {model}: "):
             timm.create_model(model, pretrained=source, num_classes=5)
+
+
+def test_class_names_go_with_the_weights(tmp_path):
+    """Numbered folders, which timm sorts otherwise: the names reach timm's folders, and its data as a class map."""
+    names = [str(number) for number in (1, 10, 2, 3)]
+    for name in names:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.png")
+    save_checkpoint({"model": seeded(num_classes=4).state_dict(), "classes": names}, tmp_path / "named.pth")
+    with pytest.warns(UserWarning, match=r"named\.pth: its class 1 is '10', but timm's readers .* number '2' so"):
+        model = timm.create_model("spatialmamba_micro", tmp_path / "named.pth")
+    save_for_hf(model, tmp_path / "folder")
+    read = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True)
+    assert read.pretrained_cfg["label_names"] == names
+    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    arguments = dict(name="folder", root=str(tmp_path / "data"))
+    assert timm.data.create_dataset(**arguments).reader.class_to_idx != dict(zip(names, range(4), strict=True))
+    mapped = timm.data.create_dataset(**arguments, class_map=str(tmp_path / "classes.txt"))
+    assert mapped.reader.class_to_idx == dict(zip(names, range(4), strict=True))
+    save_checkpoint({"model": seeded(num_classes=4).state_dict(), "classes": sorted("abcd")}, tmp_path / "plain.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timm.create_model("spatialmamba_micro", tmp_path / "plain.pth")
 
 
 @pytest.mark.parametrize("spoil", [lambda t: t / 0, lambda t: t.to(torch.int8)], ids=["infinite", "int8"])
