@@ -719,6 +719,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     numbers = _panoptic_class_counts(model)
     if classes := class_names_of(dataset, key):
         _check_renumbered(dataset, classes, key)
+        _check_palette(dataset, classes, key)
         if works_as(dataset, "CocoDataset") and dataset.get("ann_file"):
             check_annotations(annotations, classes, _use_of(annotations, dataset, key, cfg))
         if works_as(dataset, "XMLDataset") and dataset.get("ann_file"):
@@ -753,6 +754,17 @@ def _check_renumbered(dataset: ConfigDict, classes: list[str], key: str) -> None
 
 
 NAMED = 5  # classes in a message
+
+
+def _check_palette(dataset: ConfigDict, classes: list[str], key: str) -> None:
+    """Raise a UserError if mmseg has another number of colours than of classes, as after a change of the classes."""
+    kind, palette = type_of(dataset), (dataset.get("metainfo") or {}).get("palette")
+    takes_some = bool(getattr(kind, "METAINFO", {}).get("classes"))  # of a known data set's colours
+    if hasattr(kind, "get_label_map") and not takes_some and palette and len(palette) != len(classes):
+        raise UserError(
+            f"{key}.metainfo.palette has {len(palette)} colours, but there are {len(classes)} classes; give each class "
+            "one, or set palette=[] to have them chosen"
+        )
 
 
 def _use_of(path: str, dataset: ConfigDict, key: str, cfg: Config) -> Use:

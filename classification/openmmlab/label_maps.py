@@ -36,11 +36,8 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
         return
     folder = os.path.join(root, prefix["img_path"])
     images, broken = _files_in(folder, count=not dataset.get("ann_file"))
-    if not dataset.get("ann_file") and prefix.get("seg_map_path") != prefix["img_path"]:
-        maps = _files_in(os.path.join(root, prefix["seg_map_path"]))[0] if prefix.get("seg_map_path") else set()
-        end = argument_of(dataset, "seg_map_suffix")
-        labelled = {name.removesuffix(end) for name in maps if name.endswith(end)} if isinstance(end, str) else set()
-        _warn_of_images_left_out(folder, images, suffix, labelled, key)
+    if not dataset.get("ann_file"):
+        _warn_of_files_left_out(dataset, root, images, key)
     reads = getattr(type_of(dataset), "load_data_list", None)
     if getattr(reads, "__qualname__", None) != "BaseSegDataset.load_data_list" or dataset.get("indices"):
         return  # it has ways of its own
@@ -136,16 +133,34 @@ def _check_all_there(source: str, names: list[str], suffix: str, folder: str, fi
         )
 
 
-def _warn_of_images_left_out(folder: str, names: set[str], suffix: str, labelled: set[str], key: str) -> None:
-    """Warn of files without the suffix that look like images: by another one, or as the only file of a label map."""
+def _warn_of_files_left_out(dataset: ConfigDict, root: str, names: set[str], key: str) -> None:
+    """Warn of images and label maps that mmseg does not look for.
+
+    These are files without `img_suffix` that look like images, by another suffix or as the only file of a label map;
+    and label maps without an image.
+    """
+    prefix, suffix, end = dataset.data_prefix, *(argument_of(dataset, f"{name}_suffix") for name in ("img", "seg_map"))
+    folder, maps = (os.path.normpath(os.path.join(root, prefix.get(one) or "")) for one in ("img_path", "seg_map_path"))
+    if maps == folder:
+        return
+    own = os.path.join(os.path.relpath(maps, folder), "")  # the folder of maps can be below that of images
+    names = {name for name in names if not name.startswith(own)}
+    labels = _files_in(maps)[0] if prefix.get("seg_map_path") else set()
+    labelled = {name.removesuffix(end) for name in labels if name.endswith(end)} if isinstance(end, str) else set()
+    lone = {stem for stem in labelled if stem + suffix not in names}
     parts = {name: os.path.splitext(name) for name in names if not name.endswith(suffix)}
     known = image_suffixes()
-    lone = {stem for stem in labelled if stem + suffix not in names}
     others = sorted(name for name, (stem, end) in parts.items() if end.lower() in known or stem in lone)
     if others:
         print_log(
             f"{key}: {len(others)} images of {folder}, for example {others[0]}, are left out, for img_suffix is "
             f"{suffix!r}",
+            level=logging.WARNING,
+        )
+    if alone := sorted(lone - {stem for stem, _ in parts.values()}):
+        print_log(
+            f"{key}: {len(alone)} label maps of {maps}, for example {alone[0]}{end}, are left out, for there is no "
+            f"such image in {folder}",
             level=logging.WARNING,
         )
 

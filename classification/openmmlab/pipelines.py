@@ -1,6 +1,7 @@
 """Put the checks of `transforms.py` into the pipelines of a config."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from mmengine.config import Config, ConfigDict
 
@@ -54,11 +55,13 @@ def pass_class_weights(cfg: Config) -> None:
                 step.class_weight = True
 
 
-def insert_bit_checks(cfg: Config) -> None:
-    """Put CheckBits before steps that decode with Pillow, where mmcv clips 16 bits, or that leave bits unchanged."""
+def insert_image_checks(cfg: Config) -> None:
+    """Put CheckImage before each step that loads an image file."""
     for _, dataset in _all_datasets(cfg):
-        _insert(dataset.pipeline, _decodes_by_pillow, ConfigDict(type="CheckBits"), after=False)
-        _insert(dataset.pipeline, _leaves_bits, ConfigDict(type="CheckBits", unchanged=True), after=False)
+        for unchanged in (True, False):
+            for backend in BACKENDS:
+                check = ConfigDict(type="CheckImage", backend=backend, **({"unchanged": True} if unchanged else {}))
+                _insert(dataset.pipeline, partial(_loads_image, backend, unchanged), check, after=False)
 
 
 def insert_size_checks(cfg: Config) -> None:
@@ -100,16 +103,13 @@ def _loads_otherwise(step: ConfigDict) -> bool:
     return is_kind(step, "LoadAnnotations") and not _loads_maps(step)
 
 
-def _decodes_by_pillow(step: ConfigDict) -> bool:
-    return step.get("imdecode_backend") == "pillow" and not _leaves_bits(step) and _loads_image(step)
+BACKENDS = ("cv2", "pillow")  # which decode images
 
 
-def _leaves_bits(step: ConfigDict) -> bool:
-    return step.get("color_type") == "unchanged" and _loads_image(step)
-
-
-def _loads_image(step: ConfigDict) -> bool:
-    return is_kind(step, "LoadImageFromFile") or "LoadImage" in kind_of(step)
+def _loads_image(backend: str, unchanged: bool, step: ConfigDict) -> bool:
+    loads = is_kind(step, "LoadImageFromFile") or "LoadImage" in kind_of(step)
+    same = (step.get("imdecode_backend") or "cv2") == backend and (step.get("color_type") == "unchanged") == unchanged
+    return loads and same
 
 
 def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:

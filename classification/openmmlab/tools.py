@@ -67,7 +67,7 @@ from classification.openmmlab.hooks import (
 )
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.pipelines import (
-    insert_bit_checks,
+    insert_image_checks,
     insert_label_checks,
     insert_size_checks,
     pass_class_weights,
@@ -194,17 +194,18 @@ NEEDED = {
 def _read_config(args: argparse.Namespace, scope: str) -> Config:
     if not is_file(args.config):
         raise UserError(f"{args.config}: no such config file")
+    of_data = args.config.lower().endswith(yaml_files.OF_DATA)
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = Config.fromfile(args.config, import_custom_modules=not of_data)
+        if of_data:
+            yaml_files.check_types(cfg.to_dict())
+            yaml_files.import_modules(cfg, args.config)
+            yaml_files.make_sizes_tuples(cfg)
+    except UserError as error:
+        raise UserError(f"{args.config}: {error}") from error
     except Exception as error:  # a config is a program, or a file that may be broken anywhere
         reason = " ".join(str(error).split())[:500]
         raise UserError(f"{args.config}: cannot be read ({type(error).__name__}: {reason})") from error
-    if args.config.lower().endswith(yaml_files.OF_DATA):
-        try:
-            yaml_files.check_types(cfg.to_dict())
-            yaml_files.make_sizes_tuples(cfg)
-        except UserError as error:
-            raise UserError(f"{args.config}: {error}") from error
     if cfg.get("default_scope") != scope:
         raise UserError(f"{args.config}: is a config of {cfg.get('default_scope')}, this is a tool for {scope}")
     init_default_scope(scope)
@@ -701,7 +702,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         insert_label_checks(cfg)
         pass_class_weights(cfg)
         warn_of_other_normalisation(cfg)
-        insert_bit_checks(cfg)
+        insert_image_checks(cfg)
         insert_size_checks(cfg)
     _prepare(cfg, args)
     if is_kind(cfg.optim_wrapper, "AmpOptimWrapper") and not torch.cuda.is_available():
@@ -895,7 +896,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     with _reading(args.config):
         check_data(cfg, ("test",))
         insert_label_checks(cfg)
-        insert_bit_checks(cfg)
+        insert_image_checks(cfg)
         insert_size_checks(cfg)
     _prepare(cfg, args)
     runner = _build(cfg, as_read, keep=True)

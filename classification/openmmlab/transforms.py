@@ -167,47 +167,77 @@ def _warn_if_turned(path: str | None) -> bool:
 
 
 @TRANSFORMS.register_module()
-class CheckBits:
-    """Checks an image before LoadImageFromFile(imdecode_backend="pillow") clips 16 bits to white or misreads a TIFF.
+class CheckImage:
+    """Checks an image file before LoadImageFromFile, which clips or misreads some, and names no file that is empty.
 
     Args:
+        backend: the loader's imdecode_backend. "pillow" clips 16 bits to white and misreads some TIFFs. "cv2" misreads
+            a PPM or PGM whose white is neither 255 nor 65535; a warning says so once.
         unchanged: for color_type="unchanged", which loads values as they are: more than 8 bits are a warning, given
             once, as the normalisation may be for these.
 
     Raises:
-        UserError: the image has more than 8 bits per band, or is a TIFF that Pillow misreads.
+        UserError: the file is empty; or Pillow decodes it, and it has more than 8 bits per band, or is a TIFF that
+            Pillow misreads.
     """
 
-    def __init__(self, unchanged: bool = False):
-        self.unchanged, self.warned = unchanged, False
+    def __init__(self, backend: str = "cv2", unchanged: bool = False):
+        self.backend, self.unchanged, self.warned = backend, unchanged, False
 
     def __call__(self, results: dict) -> dict:
         path = results.get("img_path")
-        if path is None or self.warned:  # an inferencer was given an array
+        if not isinstance(path, str):  # an inferencer was given an array
             return results
         try:
-            with Image.open(path, formats=image_formats()) as image:
-                mode, fault = image.mode, misread_samples(image)
-        except Exception:  # on a damaged file, Pillow's plugins raise any error; the loader reports it
+            kind = _head(path, 2)
+            if kind and (self.backend == "pillow" or self.unchanged or kind in PPM):
+                with Image.open(path, formats=image_formats()) as image:
+                    mode, fault, white = image.mode, misread_samples(image), _white_misread_by_opencv(image)
+            else:
+                mode, fault, white = "L", None, None
+        except Exception:  # it is not on this disk, or is damaged, which the loader reports
             return results
+        if not kind:
+            raise UserError(f"{path}: is empty; replace it, or take it out of the data")
         if self.unchanged:
             if mode not in EIGHT_BITS_A_BAND:
-                self.warned = True
-                print_log(
+                self._warn(
                     f"{path}: is of mode {mode}, and color_type='unchanged' loads its values as they are: mean and std "
-                    "of the data_preprocessor must be for these, not for 8 bits",
-                    logger="current",
-                    level=logging.WARNING,
+                    "of the data_preprocessor must be for these, not for 8 bits"
                 )
-            return results
-        if fault:
+        elif self.backend != "pillow":
+            if white:
+                self._warn(
+                    f"{path}: its white is {white}, but OpenCV takes {255 if white < 255 else 65535} for white, so it "
+                    "and others like it are read too dark; convert them to PNG"
+                )
+        elif fault:
             raise UserError(f"{path}: {fault}; or leave imdecode_backend='pillow' out of LoadImageFromFile")
-        if mode not in EIGHT_BITS_A_BAND:
+        elif mode not in EIGHT_BITS_A_BAND:
+            other = "" if white else "leave it out of LoadImageFromFile (cv2 scales 16 bits), or "
             raise UserError(
-                f"{path}: is of mode {mode}, which imdecode_backend='pillow' clips to 8 bits: leave it out of "
-                "LoadImageFromFile (cv2 scales 16 bits), or convert the image"
+                f"{path}: is of mode {mode}, which imdecode_backend='pillow' clips to 8 bits: {other}convert the image"
             )
         return results
+
+    def _warn(self, message: str) -> None:
+        if not self.warned:
+            self.warned = True
+            print_log(message, logger="current", level=logging.WARNING)
+
+
+PPM = (b"P2", b"P3", b"P5", b"P6")  # the beginnings of PGM and PPM files with more than one bit
+PLAIN = "ppm_plain"  # Pillow's decoder of the two that are text
+
+
+def _white_misread_by_opencv(image: Image.Image) -> int | None:
+    """Return the value of white in a PPM or PGM that OpenCV does not scale by it; None for other images."""
+    if image.format != "PPM" or not image.tile:
+        return None
+    decoder, arguments = image.tile[0][0], image.tile[0][3]
+    white = arguments[-1] if isinstance(arguments, tuple) else None  # None: of all the bits
+    right = not isinstance(white, int) or white in (255, 65535) or (decoder == PLAIN and white < 255)
+    return None if right else white
 
 
 def _not_of_a_byte(path: str) -> int | None:

@@ -2,14 +2,15 @@
 
 import importlib.util
 import inspect
+import os
 import re
 from contextlib import suppress
 
 import yaml
 from mmengine.config import Config
-from mmengine.fileio import BaseFileHandler, register_handler
+from mmengine.fileio import BaseFileHandler, load, register_handler
 from mmengine.registry import Registry, root
-from mmengine.utils import get_object_from_string
+from mmengine.utils import get_object_from_string, import_modules_from_strings
 
 from classification.config import StrictYaml
 from classification.errors import UserError
@@ -68,6 +69,43 @@ def check_types(value: object, key: str = "") -> None:
             f"{key} is {value!r}, which is no registered name and no class of torch.nn or torch.optim, and could run "
             "anything; write such a config in Python, or register the class"
         )
+
+
+def import_modules(cfg: Config, path: str) -> None:
+    """Import what `custom_imports` names, as `Config.fromfile` would: modules of this repository and the toolchains.
+
+    Raises:
+        UserError: it names another module, and not in a config in Python that this one inherits.
+    """
+    wanted = cfg.get("custom_imports")
+    if not wanted:
+        return
+    names = wanted.get("imports") if isinstance(wanted, dict) else None
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError("custom_imports is no dict(imports=[...], allow_failed_imports=False)")
+    others = [name for name in names if not name.startswith((OURS, *(f"{scope}." for scope in SCOPES)))]
+    if others and not set(others) <= _imports_of_programs(path):
+        raise UserError(
+            f"custom_imports has {others[0]!r}, which is no module of this repository or of the toolchains, and could "
+            "run anything; write such a config in Python"
+        )
+    import_modules_from_strings(**wanted)
+
+
+def _imports_of_programs(path: str) -> set[str]:
+    """Return the names in `custom_imports` of the configs in Python that a config of data inherits."""
+    content = load(path)
+    bases = content.get("_base_", []) if isinstance(content, dict) else []
+    found = set()
+    for base in [bases] if isinstance(bases, str) else bases:
+        file = os.path.join(os.path.dirname(path), base)
+        if "::" not in base and not base.lower().endswith(OF_DATA):
+            names = (Config.fromfile(file, import_custom_modules=False).get("custom_imports") or {}).get("imports", [])
+            found |= {names} if isinstance(names, str) else set(names)
+        elif "::" not in base:
+            found |= _imports_of_programs(file)
+    return found
 
 
 TUPLES = ("crop_size", "cutout_shape", "degree", "img_scale", "scale", "size")

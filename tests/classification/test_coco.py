@@ -203,8 +203,11 @@ def test_valid_files(check):
     floats = coco(annotation(segmentation=masks[1] | {"size": [64.0, 40.0]}), images=[image(width=40.0, height=64.0)])
     assert check(floats) == []
     crowd = annotation(iscrowd=1, segmentation=compressed())
+    objects = [annotation(segmentation=mask) for mask in masks]
     for split in ("train", "val"):
-        assert check(coco(*(annotation(segmentation=mask) for mask in masks), crowd), split, split == "val") == []
+        assert check(coco(*objects, crowd), split, split == "val") == []
+        (said,) = check(coco(*objects, crowd, crowd), split, split == "val")  # as some tools mark all brush masks
+        assert said.startswith('2 of its 5 annotations are marked "iscrowd", so they are left out in training, and')
     # An image that is seen twice as often.
     twice = coco(annotation(), annotation(image_id=2), images=[image(1), image(2, file_name="1.png")])
     assert check(twice, pipeline=[]) == []
@@ -218,8 +221,9 @@ def test_valid_files(check):
     # What is left out needs less.
     left_out = [annotation(ignore=1, iscrowd=1, bbox=None, area=None), without("bbox", annotation(image_id=9))]
     left_out += [annotation(category_id=2, iscrowd=1)]
-    assert [one[:24] for one in check(coco(annotation(segmentation=triangle()), *left_out, **TWO))] == [
-        "1 of its annotations are"
+    assert [one[:34] for one in check(coco(annotation(segmentation=triangle()), *left_out, **TWO))] == [
+        "1 of its annotations are of images",
+        "2 of its 4 annotations are marked ",
     ]
 
 
@@ -245,7 +249,7 @@ def test_what_pycocotools_compares(check):
         check(coco(annotation(segmentation=compressed(40, 64))), "val", compared=True, pipeline=[])
     ignored = [annotation(ignore=1, segmentation=triangle()), annotation(ignore=1, iscrowd=1, segmentation=triangle())]
     said = check(coco(annotation(segmentation=triangle()), *ignored), "val", compared=True)
-    assert ['1 annotations are marked "ignore", but not "iscrowd"' in text for text in said] == [False, True]
+    assert sum('1 annotations are marked "ignore", but not "iscrowd"' in text for text in said) == 1
     odd = [annotation(area=area, iscrowd=crowd, segmentation=triangle()) for area, crowd in ((1, 0), (500, 0), (1, 1))]
     for areas, found in ((odd, 1), ([*odd[:1], annotation(segmentation=triangle())], 0)):
         said = check(coco(*areas), "val", compared=True, pipeline=[])

@@ -63,7 +63,7 @@ from classification.openmmlab import (
     yaml_files,
 )
 from classification.openmmlab.checkpoint import load_from_local, weights_of
-from classification.openmmlab.transforms import CheckBits, CheckLabels, CheckMap, CheckSize
+from classification.openmmlab.transforms import CheckImage, CheckLabels, CheckMap, CheckSize
 
 LAYOUT = json.loads((Path(__file__).parents[1] / "data/checkpoint_layout.json").read_text())
 MICRO = VARIANTS["spatialmamba_micro"]
@@ -658,6 +658,10 @@ CONFIGS = {
         '{"model": {"type": "mmengine.MemcachedBackend", "sys_path": "stranger"}}',
         "model.type is 'mmengine.MemcachedBackend', which is no registered name",
     ),
+    "imports.json": (
+        '{"model": {}, "custom_imports": {"imports": ["classification.models", "on_path"]}}',
+        "custom_imports has 'on_path', which is no module of this repository or of the toolchains",
+    ),
     "module.yaml": ("model: {type: on_path}", "model.type is 'on_path', which is no registered name"),
     "scope.yaml": ("model: {type: A, _scope_: on_path}", "model._scope_ is 'on_path', which mmengine may import"),
     "constructor.json": (
@@ -1146,6 +1150,42 @@ def test_images_of_another_suffix_are_counted(tmp_path, monkeypatch):
         said.clear()
 
 
+@pytest.mark.parametrize("labels", ["labels", "images/labels", "images/"])
+def test_label_maps_without_an_image_are_counted(labels, tmp_path, monkeypatch):
+    """As of images that were lost in a copy. The folder of maps can be that of the images, or below it."""
+    said = []
+    monkeypatch.setattr(label_maps, "print_log", lambda message, level: said.append(message))
+    for name in ("images/a.jpg", f"{labels}/a.png", f"{labels}/b.png", f"{labels}/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    prefix = dict(img_path="images", seg_map_path=labels)
+    dataset = dict(type=WithSuffixes, data_root=str(tmp_path), data_prefix=prefix)
+    checks.check_data(Config(dict(model={}, train_dataloader=dict(dataset=dataset))), ("train",))
+    alone = f"1 label maps of {tmp_path / labels}, for example b.png, are left out, for there is no such image in "
+    assert [alone in message for message in said] == ([] if labels == "images/" else [True])
+
+
+class WithSuffixes:
+    def __init__(self, img_suffix=".jpg", seg_map_suffix=".png"):
+        pass
+
+    @classmethod
+    def get_label_map(cls):
+        pass
+
+
+def test_colours_of_other_classes_are_refused():
+    """mmseg raises an error that prints all its metainfo; it chooses the colours of a known data set's classes."""
+    metainfo = dict(classes=["a", "b", "c"], palette=[[0, 0, 0], [1, 1, 1]])
+    dataset = ConfigDict(type=WithSuffixes, metainfo=metainfo)
+    with pytest.raises(
+        UserError, match=r"k\.metainfo\.palette has 2 colours, but there are 3 classes; .* palette=\[\]"
+    ):
+        checks._check_dataset(dataset, "k", Config(dict(model={})))
+    dataset.metainfo.palette = []
+    checks._check_dataset(dataset, "k", Config(dict(model={})))
+
+
 PICKLES = {
     "ann_file": ({"ann_file": "a.pkl"}, r"a\.pkl: is a pickle.*ann_file\); write the annotations as JSON"),
     "proposals": ({"proposal_file": "p.pickle"}, r"p\.pickle: is a pickle.*proposal_file\); leave it out"),
@@ -1180,16 +1220,17 @@ def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(path)
     plain, pillow = [dict(type="LoadImageFromFile", imdecode_backend=name) for name in ("cv2", "pillow")]
     for step, check in (
-        (plain, None),
-        (pillow, dict(type="CheckBits")),
-        ({**pillow, "color_type": "unchanged"}, dict(type="CheckBits", unchanged=True)),
-        ({**plain, "color_type": "unchanged"}, dict(type="CheckBits", unchanged=True)),
+        (dict(type="LoadImageFromFile"), dict(type="CheckImage", backend="cv2")),
+        (plain, dict(type="CheckImage", backend="cv2")),
+        (pillow, dict(type="CheckImage", backend="pillow")),
+        ({**pillow, "color_type": "unchanged"}, dict(type="CheckImage", backend="pillow", unchanged=True)),
+        ({**plain, "color_type": "unchanged"}, dict(type="CheckImage", backend="cv2", unchanged=True)),
     ):
         cfg = Config(dict(train_dataloader=dict(dataset=dict(pipeline=[dict(step)]))))
         for _ in range(2):
-            pipelines.insert_bit_checks(cfg)
+            pipelines.insert_image_checks(cfg)
         pipeline = cfg.train_dataloader.dataset.pipeline
-        assert pipeline[:-1] == ([check] if check else [])
+        assert pipeline[:-1] == [check]
         assert pipeline[-1].type == "LoadImageFromFile"
     assert tools.transforms  # where these steps are registered, whatever the config imports
     results = {"img_path": str(path)}
@@ -1197,14 +1238,14 @@ def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
     read = loading.LoadImageFromFile(imdecode_backend="pillow")(dict(results))["img"]
     assert (read == 255).all()  # the reason for this
     with pytest.raises(UserError, match=r"deep\.png: is of mode I;16, which imdecode_backend='pillow' clips"):
-        CheckBits()(results)
-    said, unchanged = [], CheckBits(unchanged=True)
+        CheckImage("pillow")(results)
+    said, unchanged = [], CheckImage(unchanged=True)
     monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
     for _ in range(2):
         assert unchanged(results) is results
     grey = Image.fromarray(np.full((4, 4), 30, np.uint8))
     grey.save(path)
-    for check in (CheckBits(), CheckBits(unchanged=True)):
+    for check in (CheckImage("pillow"), CheckImage(unchanged=True)):
         assert check(results) is results
     assert len(said) == 1
     assert "deep.png: is of mode I;16, and color_type='unchanged' loads its values as they are" in said[0]
@@ -1212,7 +1253,32 @@ def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"white\.tif: its bands are stored one after another .*; or leave imdecode_backend"
     ):
-        CheckBits()({"img_path": str(tmp_path / "white.tif")})
+        CheckImage("pillow")({"img_path": str(tmp_path / "white.tif")})
+
+
+def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
+    """It takes 255 or 65535 for white in a PGM or PPM, whatever its header says; and names no file that is empty."""
+    read = pytest.importorskip("mmcv.transforms", reason="make install-openmmlab").LoadImageFromFile()
+    said = []
+    monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
+    for kind, bands in (("P5", 1), ("P6", 3), ("P2", 1)):
+        for white in (100, 255, 4095, 65535):
+            values = np.full((2, 3, bands), white, ">u2" if white > 255 else "u1")
+            pixels = values.tobytes() if kind != "P2" else (" ".join(map(str, values.ravel())) + "\n").encode()
+            path = tmp_path / f"{kind}-{white}.ppm"
+            path.write_bytes(f"{kind} 3 2 {white}\n".encode() + pixels)
+            results, check = {"img_path": str(path)}, CheckImage()
+            for _ in range(2):
+                assert check(results) is results
+            misread = bool((read(dict(results))["img"] != 255).any())
+            assert [f"{path}: its white is {white}, but OpenCV takes" in one for one in said] == [True] * misread
+            said.clear()
+    with pytest.raises(UserError, match=r"P5-4095\.ppm: is of mode I, .* clips to 8 bits: convert the image"):
+        CheckImage("pillow")({"img_path": str(tmp_path / "P5-4095.ppm")})
+    (tmp_path / "empty.jpg").touch()
+    for backend in ("cv2", "pillow"):
+        with pytest.raises(UserError, match=r"empty\.jpg: is empty; replace it, or take it out of the data"):
+            CheckImage(backend)({"img_path": str(tmp_path / "empty.jpg")})
 
 
 @pytest.mark.parametrize(
@@ -2377,7 +2443,10 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
                 CheckLabels(5)(results)
         else:
             assert CheckLabels(5)(results) is results
-    for check, results in ((CheckLabels(5), {"img_path": "a.png"}), (CheckBits(), {"img": labels})):  # of an inferencer
+    for check, results in (
+        (CheckLabels(5), {"img_path": "a.png"}),
+        (CheckImage(), {"img": labels}),
+    ):  # of an inferencer
         assert check(dict(results)) == results
 
 
