@@ -7,6 +7,7 @@ Linear layers and 1x1 convolutions use MKL or oneDNN, whichever is faster (`line
 runs depthwise 3x3 convolutions. The C library keeps the memory that PyTorch frees (`classification/memory.py`).
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -120,11 +121,12 @@ class CpuStructureAwareSSM(StructureAwareSSM):
     """`StructureAwareSSM` that projects by `linear` if its planes have the memory layout of tokens."""
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.stride(-1) == 1:
+        if x.stride(-1) == 1 or StructureAwareSSM.project is not _PROJECT:
             return super().project(x, weight)
         return to_planes(linear(to_tokens(x), weight))
 
 
+_PROJECT = StructureAwareSSM.project
 STRIP = 512  # columns of a result
 LARGE = 150_000  # numbers; in smaller planes this repository's depthwise convolution is as fast in bfloat16
 
@@ -150,7 +152,8 @@ class PrepackedConvLayer(Prepacked, ConvLayer):
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         fits = type(conv) in _CONVOLUTIONS and x.dim() == 4 and x.shape[1] == conv.in_channels and self._is_one()
-        if not fits or (dtype := prepacked_dtype(x, *(sources := self._sources())[:4])) is None:
+        dtype = prepacked_dtype(x, *(sources := self._sources())[:4]) if fits else None
+        if dtype is None or _is_patched():
             return super().forward(x)
         # Another eps gives other weights.
         packs = class_by_geometry(conv) is CpuPointwiseConv2d and to_tokens(x).is_contiguous()
@@ -225,7 +228,7 @@ class PrepackedBlock(Prepacked, Block):
     """`Block` in inference as one function of prepacked weights. Products apply GELU and the gate's SiLU.
 
     For small images and batches, calling the block's 15 modules takes as long as what they compute. If one of them has
-    a hook, or is of another class, all are called.
+    a hook, is of another class, or has a method that is not its class' own, all are called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +258,7 @@ class PrepackedBlock(Prepacked, Block):
         of_ssm = (ssm._modules.get(name) for name in ("in_proj", "conv2d", "state_fusion", "out_norm", "out_proj"))
         of_mlp = (mlp._modules.get(name) for name in ("fc1", "act", "fc2"))
         layers = own["cpe1"], own["ln_1"], ssm, *of_ssm, own["drop_path"], own["cpe2"], own["ln_2"], mlp, *of_mlp
-        if tuple(map(type, layers)) != _OF_BLOCK or _is_hooked(*layers):
+        if tuple(map(type, layers)) != _OF_BLOCK or _is_hooked(*layers) or _is_patched():
             return None
         cpe1, _, _, in_proj, conv2d, _, _, _, drop_path, cpe2, _, _, _, act, _ = layers
         by_geometry = all(class_by_geometry(one) is CpuDepthwiseConv2d for one in (cpe1, conv2d, cpe2))
@@ -387,6 +390,22 @@ def _is_hooked(*modules: nn.Module) -> bool:
     return any(GLOBAL_HOOKS) or any(map(has_hooks, modules))
 
 
+def _is_patched() -> bool:
+    """Whether a method of a class has been replaced since this module was imported: what is here would not call it."""
+    return [getattr(*place) for place in _WATCHED] != _WATCHED_METHODS
+
+
+_CLASSES = (
+    *(Block, ConvLayer, DropPath, Mlp, StateFusion, StructureAwareSSM),
+    *(nn.BatchNorm2d, nn.Conv2d, nn.GELU, nn.LayerNorm, nn.Linear, nn.ReLU),
+)
+_WATCHED = [
+    (kind, name)
+    for kind in _CLASSES
+    for name, value in inspect.getmembers(kind, inspect.isfunction)
+    if name == "forward" or (name in vars(kind) and value.__module__ == Block.__module__ and name != "__init__")
+]
+_WATCHED_METHODS = [getattr(*place) for place in _WATCHED]
 _OF_BLOCK = (  # layers of a block in the order of `PrepackedBlock._sources`
     *(PrepackedDepthwiseConv2d, nn.LayerNorm, CpuStructureAwareSSM),
     *(PrepackedLinear, PrepackedDepthwiseConv2d, StateFusion, nn.LayerNorm, PrepackedLinear),
@@ -424,8 +443,8 @@ def optimise_for_cpu(model: nn.Module, prepack_weights: bool = False) -> nn.Modu
 
     Parameters, names, hooks and modes stay the same. Results differ by rounding alone. The modules work in training and
     in evaluation, also inside a whole detector. On other devices, they do what they did before. Only modules change
-    whose class is exactly PyTorch's or this repository's: adapters and quantised layers stay. The process keeps freed
-    memory from then on, see `keep_freed_memory`.
+    whose class is exactly PyTorch's or this repository's: adapters and quantised layers stay. None changes if a method
+    of these classes has been replaced. The process keeps freed memory from then on, see `keep_freed_memory`.
 
     Args:
         model: the model.
@@ -454,6 +473,8 @@ def undo_optimise_for_cpu(model: nn.Module) -> nn.Module:
 
 
 def _class_for(module: nn.Module) -> type[nn.Module] | None:
+    if _is_patched():
+        return None
     if type(module) is nn.Linear:
         return CpuLinear
     if type(module) is StructureAwareSSM:

@@ -71,7 +71,7 @@ class CheckLabels:
         of_file: bool = True,
     ):
         self.num_classes, self.class_weight, self.ignore_index = num_classes, class_weight, ignore_index
-        self.turned, self.of_file = turned, of_file
+        self.turned, self.of_file, self.warned_of_greys = turned, of_file, False
 
     def __call__(self, results: dict) -> dict:
         if "gt_seg_map" not in results:  # mmseg's inferencer takes LoadAnnotations out of a pipeline
@@ -93,6 +93,7 @@ class CheckLabels:
         wrong = _not_of_a_byte(path) if self.of_file else None
         if self.of_file and wrong is None and not results.get("label_map"):
             _check_one_bit(path, labels, reduced)
+            self._warn_of_greys(path, labels, reduced)
         if wrong is None:
             outside = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
             wrong = np.max(outside) + reduced if outside.size else None
@@ -109,6 +110,27 @@ class CheckLabels:
             )
         self.turned = self.turned and not _warn_if_turned(results.get("img_path"))
         return results
+
+    def _warn_of_greys(self, path: str, labels: np.ndarray, reduced: bool) -> None:
+        """Warn once of a palette of greys that could be the labels that were meant, and are others than are read.
+
+        Tools that make image files smaller give a grey map such a palette, and so does Pillow in a GIF.
+        """
+        if self.warned_of_greys:
+            return
+        greys = _greys_of(path, labels, reduced)
+        others = {label: grey for label, grey in greys.items() if label != grey}
+        meant = {*range(self.num_classes + reduced), self.ignore_index}
+        black_and_white = max(greys, default=0) <= 1 and {*others.values()} <= {0, LARGEST}  # as masks often have
+        if others and meant.issuperset(greys.values()) and not black_and_white:
+            self.warned_of_greys = True
+            label, grey = next(iter(others.items()))
+            print_log(
+                f"{path}: has a palette in which label {label} is the grey {grey}, and {label} is what is read; if a "
+                f"tool (oxipng, GIF) made it of a grey map, in which it was {grey}, write such maps as grey PNG anew",
+                logger="current",
+                level=logging.WARNING,
+            )
 
 
 @TRANSFORMS.register_module()
@@ -277,6 +299,21 @@ def _check_one_bit(path: str, labels: np.ndarray, reduced: bool) -> None:
             f"{path}: is a map of 1 bit, in which the loader reads another label than 1; set "
             "imdecode_backend='pillow' of LoadAnnotations, or write 8 bits"
         )
+
+
+def _greys_of(path: str, labels: np.ndarray, reduced: bool) -> dict[int, int]:
+    """Return the greys of a map's labels, if it has a palette in which these are greys; {} for other maps."""
+    try:
+        with Image.open(path, formats=image_formats()) as image:
+            colours = image.getpalette("RGB") if image.mode == "P" else None
+    except Exception:  # LoadAnnotations has read the file by other means
+        return {}
+    if not colours:
+        return {}
+    found = np.flatnonzero(np.bincount(labels.ravel(), minlength=LARGEST + 1)[:LARGEST]) + reduced
+    found = found[found < len(colours) // 3]
+    values = np.array(colours).reshape(-1, 3)[found]
+    return dict(zip(found.tolist(), values[:, 0].tolist(), strict=True)) if (values == values[:, :1]).all() else {}
 
 
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF

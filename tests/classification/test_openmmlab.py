@@ -2450,6 +2450,35 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         assert check(dict(results)) == results
 
 
+@pytest.mark.parametrize(
+    ("greys", "reduced", "suspicious"),
+    [
+        ([0, 2, 6, 255], False, True),  # as oxipng and GIF number the labels of a grey map
+        ([0, 5, 7], True, True),
+        ([0, 1, 2, 3], False, False),
+        ([0, 255], False, False),  # a mask in black and white
+        ([0, 80, 160], False, False),  # to look at: these are no labels
+        (None, False, False),
+    ],
+)
+def test_a_palette_of_greys_that_could_be_labels(greys, reduced, suspicious, tmp_path, monkeypatch):
+    """Labels are then numbers of colours, other ones in each file."""
+    said = []
+    monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
+    indices = np.arange(4, dtype=np.uint8).reshape(2, 2) % len(greys or "abcd")
+    image = Image.fromarray(indices, "P")
+    image.putpalette([band for grey in greys for band in [grey] * 3] if greys else range(30))
+    image.save(tmp_path / "a.png")
+    labels = indices - np.uint8(1) if reduced else indices
+    results = dict(seg_map_path=str(tmp_path / "a.png"), gt_seg_map=labels, reduce_zero_label=reduced)
+    check = CheckLabels(7)
+    for _ in range(2):
+        assert check(dict(results))
+    label = int(greys is not None and greys[1] != 1)
+    text = f"a.png: has a palette in which label {label} is the grey {greys and greys[1]}, and {label} is what is read"
+    assert [text in one for one in said] == [True] * suspicious
+
+
 def test_maps_of_labels_beyond_a_byte(tmp_path):
     """LoadAnnotations takes them modulo 256: 259 would be 3."""
     path = tmp_path / "map.png"

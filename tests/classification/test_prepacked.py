@@ -77,7 +77,7 @@ def test_layers(kind, channels_last):
 
 @pytest.mark.parametrize("dtype", prepacked.SUPPORTED)
 @pytest.mark.parametrize(("dim", "d_state", "shape"), [(24, 1, (2, 5, 7)), (24, 2, (1, 1, 6)), (64, 1, (1, 35, 36))])
-def test_blocks(dim, d_state, shape, dtype):
+def test_blocks(dim, d_state, shape, dtype, monkeypatch):
     """Where a block is one function, and where it is called layer by layer: hooks, modes, settings, changes."""
     torch.manual_seed(0)
     block, x = randomised(Block(dim, d_state, drop_path=0.9)).eval(), torch.randn(*shape, dim).to(dtype)
@@ -126,6 +126,10 @@ def test_blocks(dim, d_state, shape, dtype):
     check(one_function=False)
     assert seen
     del ssm.transition
+    with monkeypatch.context() as patched:  # of the class, before or after the call of optimise_for_cpu
+        patched.setattr(type(fast.mlp), "forward", lambda mlp, x: 2 * mlp.fc2(mlp.act(mlp.fc1(x))))
+        assert not torch.equal(check(one_function=False), y)
+        assert type(holding(nn.Linear(3, 3))) is nn.Linear
     check()
     made = fast.keep
 
