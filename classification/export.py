@@ -55,7 +55,7 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), st
     """Export the model in evaluation mode with `torch.export`, decomposed into standard operators.
 
     Args:
-        model: the model, also after `optimise_for_cpu`; it stays in evaluation mode.
+        model: the model, also after `optimise_for_cpu`; afterwards its modules have the modes that they had.
         size: height and width of the images, 1 to `LARGEST`; `SMALLEST` to `LARGEST` if "size" is dynamic.
         dynamic: "batch", "size" or both: the program then takes 1 to `MOST` images, or sides of `SMALLEST` to `LARGEST`
             pixels.
@@ -74,9 +74,21 @@ def export(model: SpatialMamba, size: int = 224, dynamic: Sequence[str] = (), st
     # Dynamic height and width must differ in the example, or torch.export would treat them as one size.
     shape = (2 if "batch" in dynamic else 1, model.in_chans, size, size + 32 * ("size" in dynamic))
     # no_grad keeps the derivative of each scan out of the trace.
-    with torch.no_grad(), _plain_layers(model):
-        program = torch.export.export(model.eval(), (torch.zeros(shape),), dynamic_shapes=(dimensions,), strict=strict)
+    with torch.no_grad(), _plain_layers(model), _in_evaluation(model):
+        program = torch.export.export(model, (torch.zeros(shape),), dynamic_shapes=(dimensions,), strict=strict)
         return program.run_decompositions({**selective_scan.decompositions(), **dwconv2d.decompositions()})
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and restore the mode of each module afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from classification.errors import UserError, is_dir, printable
+from classification.errors import UserError, escape_on_streams, is_dir, printable
 
 SIZE = 32
 VAL_IMAGES = 360
@@ -79,11 +79,15 @@ def main() -> None:
     )
     parser.add_argument("root", type=Path, help="folder to make, e.g. data/digits")
     root = parser.parse_args().root
+    escape_on_streams()
     try:
         written = write_digits(root)
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
-    print(f"{root}: {_count(root / 'train')} training and {_count(root / 'val')} validation images", end="")
+    print(
+        printable(f"{root}: ") + f"{_count(root / 'train')} training and {_count(root / 'val')} validation images",
+        end="",
+    )
     print("" if written else " (already there)")
 
 

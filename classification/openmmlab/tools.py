@@ -22,7 +22,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
 
 from classification.checkpoint_folder import lock_folder
-from classification.errors import UserError, end_with, is_file, refuse_empty
+from classification.errors import UserError, end_with, escape_on_streams, is_file, refuse_empty
 from classification.models import optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
 
@@ -166,6 +166,7 @@ def _pixels(text: str) -> int:
 
 def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Namespace, scope: str) -> None:
     """Read the config and do the work. A user's error ends the process with one line and status 1."""
+    escape_on_streams()
     try:
         if "launcher" in args:
             _export_ranks(args.launcher, args.local_rank)
@@ -670,6 +671,9 @@ def _build(cfg: Config, as_read: Config, keep: bool = False) -> Runner:
         if MM_SpatialMamba.__name__ not in str(error):
             raise
         raise UserError(f"model.backbone does not fit: {error!s:.300}") from error
+    for handler in runner.logger.handlers:
+        if isinstance(handler, logging.FileHandler):  # opened in the system's encoding
+            handler.stream.reconfigure(errors="backslashreplace")
     check_operators(_unwrapped(runner))
     if not torch.cuda.is_available():
         optimise_for_cpu(_unwrapped(runner))
@@ -1012,10 +1016,11 @@ def _augment(args: argparse.Namespace, cfg: Config) -> None:
             "call all pixels foreground; test without it, or train with out_channels=2"
         )
     steps = list(steps_of(cfg.tta_pipeline))
-    packs = [step.meta_keys for step in steps if is_kind(step, "PackSegInputs") and step.get("meta_keys")]
-    if any(is_kind(step, "RandomFlip") for step in steps) and not all("flip" in keys for keys in packs):
+    packs = [step for step in steps if is_kind(step, "PackSegInputs", "PackDetInputs") and step.get("meta_keys")]
+    flips = any(is_kind(step, "RandomFlip") for step in steps)
+    if lacks := next((step for step in packs if flips and not {"flip", "flip_direction"} <= {*step.meta_keys}), None):
         raise UserError(
-            f"{args.config}: tta_pipeline flips images, but the meta_keys of its PackSegInputs lack 'flip' and "
+            f"{args.config}: tta_pipeline flips images, but the meta_keys of its {kind_of(lacks)} lack 'flip' or "
             "'flip_direction', so that predictions would stay mirrored; add them"
         )
     for dataset in datasets_of(cfg.test_dataloader.dataset):

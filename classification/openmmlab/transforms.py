@@ -317,6 +317,7 @@ def _greys_of(path: str, labels: np.ndarray, reduced: bool) -> dict[int, int]:
 
 
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+KIND_OF_PAGE, REDUCED, MASK = 254, 1, 4  # of TIFF: a tag, and bits of its value
 LOSSY = ("AVIF", "JPEG", "MPO")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
@@ -340,11 +341,22 @@ def _changes_labels(image: Image.Image, path: str) -> str | None:
             f"is a grey {kind} of {bits} bits, whose labels are multiplied by {LARGEST // (2**bits - 1)} as they are "
             "read, for white is 255; write 8 bits, or a palette"
         )
-    if getattr(image, "n_frames", 1) > 1:
-        return f"has {image.n_frames} pages, of which the first alone would be read: write one map a file"
+    if (pages := _count_pages(image)) > 1:
+        return f"has {pages} pages, of which the first alone would be read: write one map a file"
     if image.mode in ("1", "L") and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         return "is a TIFF in which 0 is white, so that its labels are inverted as they are read; write it as PNG"
     return misread_planes(image)
+
+
+def _count_pages(image: Image.Image) -> int:
+    """Return the number of pages, without those that a TIFF marks as masks or as reduced (a GeoTIFF's overviews)."""
+    pages = 0
+    for page in range(getattr(image, "n_frames", 1)):
+        image.seek(page)
+        kind = image.tag_v2.get(KIND_OF_PAGE, 0) if image.format == "TIFF" else 0
+        pages += not kind & (REDUCED | MASK)
+    image.seek(0)
+    return pages
 
 
 def _is_reversible(path: str) -> bool:

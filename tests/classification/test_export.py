@@ -50,9 +50,11 @@ def test_any_batch_and_size_where_our_packages_are_missing(tmp_path):
 def test_after_optimise_for_cpu():
     """Its layers choose by size; the program must not, and the model keeps them."""
     model = optimise_for_cpu(small_model())
-    classes = [type(module) for module in model.modules()]
+    model.train().layers[0].eval()  # as while a model is trained
+    classes = [(type(module), module.training) for module in model.modules()]
     run = export(model, size=100, dynamic=("batch", "size")).module()
-    assert [type(module) for module in model.modules()] == classes
+    assert [(type(module), module.training) for module in model.modules()] == classes
+    model.eval()
     for shape in SHAPES:
         images = torch.randn(shape)
         torch.testing.assert_close(run(images), model(images), rtol=1e-5, atol=1e-5)

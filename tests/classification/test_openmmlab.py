@@ -2419,6 +2419,7 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         ("a.pgm", (16, 8), None),
         ("eight.pgm", (16, 8), r"eight\.pgm: is a PGM whose white is 8, so that its labels are stretched to 255"),
         ("pages.tif", (16, 8), r"pages\.tif: has 2 pages, of which the first alone would be read"),
+        ("overview.tif", (16, 8), None),
         ("jpeg.tif", (16, 8), r"jpeg\.tif: is a TIFF compressed as jpeg, which changes labels"),
         ("a.tif", (16, 8), None),
         ("four.tif", (16, 8), r"four\.tif: is a grey TIFF of 4 bits, whose labels are multiplied by 17"),
@@ -2428,6 +2429,9 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         options = {"jpeg.tif": dict(compression="jpeg"), "lossless.webp": dict(lossless=True)}.get(name, {})
         options |= {"a.jp2": dict(irreversible=True)}.get(name, {})
         options |= {"pages.tif": dict(save_all=True, append_images=[Image.fromarray(labels)])}.get(name, {})
+        reduced = Image.fromarray(labels[::2, ::2])
+        reduced.encoderinfo = dict(tiffinfo={254: 1})  # as a GeoTIFF has
+        options |= {"overview.tif": dict(save_all=True, append_images=[reduced])}.get(name, {})
         options |= {"planes.tif": dict(tiffinfo={284: 2})}.get(name, {})
         Image.fromarray(labels.astype(np.uint16) if name == "planes.tif" else labels).save(tmp_path / name, **options)
         if name == "eight.pgm":
@@ -2725,7 +2729,7 @@ def test_augmentation_in_wrapped_data_sets():
     flipped = Config(dict(cfg.to_dict(), tta_pipeline=[dict(type="TestTimeAug", transforms=[flips[:1], flips[1:]])]))
     for wrong, message in (
         (one, "not for a decode_head of one channel"),
-        (flipped, "lack 'flip' and 'flip_direction'"),
+        (flipped, "lack 'flip' or 'flip_direction'"),
     ):
         with pytest.raises(UserError, match=rf"^c\.py: .*{message}"):
             tools._augment(argparse.Namespace(config="c.py"), wrong)
