@@ -128,10 +128,12 @@ def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, 
 
 
 def write_onnx(program: ExportedProgram, target: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a program of any model as ONNX, with inputs `images` and outputs `logits`."""
+    """Write a program of any model as ONNX, with the input `images` and the output `logits`, or outputs `output_0`, ..."""
+    count = len(program.graph_signature.user_outputs)
+    names = ["logits"] if count == 1 else [f"output_{i}" for i in range(count)]
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its steps
         onnx_program = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+            program, dynamo=True, verbose=False, input_names=["images"], output_names=names
         )
     onnx_program.model.metadata_props.update(metadata or {})
     onnx_program.save(target, external_data=False)

@@ -21,7 +21,7 @@ from torchvision import transforms
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from classification.checkpoint import variant_of, write_atomically
+from classification.checkpoint import read_checkpoint, variant_of, write_atomically
 from classification.config import LARGEST_SIZE, default_config
 from classification.data.build import eval_transform
 from classification.data.images import read_image
@@ -185,13 +185,20 @@ def _peer(name: str, weights: str, images: Tensor) -> nn.Module:
         if weights and (classes := _classes_of(name, weights)):
             arguments["num_classes"] = arguments["pretrained_cfg_overlay"]["num_classes"] = classes
         return _initialised(lambda: timm.create_model(name, **arguments))
+    except UserError:
+        raise
     except Exception as error:  # timm's models and torch.load raise exceptions of many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"--beside {name}: cannot be made for these images and weights ({reason:.300})") from error
 
 
 def _classes_of(name: str, weights: str) -> int | None:
-    """The number of classes of a file of weights under timm's names; None if its head has another name."""
+    """The number of classes of a file of weights under timm's names; None if its head has another name.
+
+    Raises:
+        UserError: the file is damaged, or its objects claim more memory than it has data for.
+    """
+    read_checkpoint(weights)  # before timm reads it, without these checks
     head = timm.get_pretrained_cfg_value(name, "classifier")
     bias = timm.models.load_state_dict(weights, weights_only=True).get(f"{head}.bias")  # a tuple of heads: none
     return None if bias is None else bias.shape[0]

@@ -603,6 +603,9 @@ BAD = {  # further images, options, and the message
     ),
     "peer's weights": ([], [*ERF, "--beside", "convnext_atto=no.pth"], r"no\.pth: no such file of weights"),
     "other weights": ([], [*ERF, "--beside", "convnext_atto={checkpoint}"], "--beside convnext_atto: cannot be made"),
+    "peer of more memory than its file": (
+        [], [*ERF, "--beside", "convnext_atto={folder}/claims.pth"], r"claims\.pth: holds pickled objects, which",
+    ),
     "peer of other strides": (
         [], [*ERF, "--beside", "vit_tiny_patch16_224", "--size", "224"], r"has no map of stride 32, only of \[16, 16",
     ),
@@ -617,10 +620,18 @@ BAD = {  # further images, options, and the message
 }  # fmt: skip
 
 
+class Claims:
+    """Is read as two gigabytes."""
+
+    def __reduce__(self) -> tuple:
+        return bytearray, (2 * 10**9,)
+
+
 @pytest.mark.parametrize(("images", "options", "message"), BAD.values(), ids=BAD)
 def test_bad_input(images, options, message, explain, checkpoint, pictures, tmp_path):
     (tmp_path / "taken/states.png").mkdir(parents=True)
     Image.new("RGB", (30, 20)).save(tmp_path / "wide.png")
+    torch.save({"head.fc.bias": Claims()}, tmp_path / "claims.pth")
     images, options = (
         [word.format(checkpoint=checkpoint, folder=tmp_path) for word in words] for words in (images, options)
     )

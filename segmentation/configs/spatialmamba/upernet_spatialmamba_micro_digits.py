@@ -62,5 +62,5 @@ optim_wrapper = dict(optimizer=dict(lr=3e-3), clip_grad=dict(max_norm=5.0))
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=200, max_keep_ckpts=2))
 steps = ["classification.openmmlab.transforms", "classification.openmmlab.drawing_mmseg"]
 custom_imports = dict(imports=["classification.models.openmmlab", *steps])
-visualizer = dict(type="EnlargedSegVisualizer", alpha=0.3, background=0)
+visualizer = dict(type="EnlargedSegVisualizer", alpha=0.3, background=0)  # label 0 gets neither colour nor name
 randomness = dict(seed=0)
