@@ -128,7 +128,7 @@ def read_model(path: str | Path, weights: str = "model") -> tuple[SpatialMamba, 
 
 
 def write_onnx(program: ExportedProgram, target: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a program of any model as ONNX, with the input `images` and the output `logits`, or outputs `output_0`, ..."""
+    """Write a program of any model as ONNX: its input is `images`, its output `logits`; several are `output_0`, ..."""
     count = len(program.graph_signature.user_outputs)
     names = ["logits"] if count == 1 else [f"output_{i}" for i in range(count)]
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its steps

@@ -209,6 +209,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     if "train" in splits:
         _check_learns(cfg.model)
         _check_loads_masks(cfg)
+        _check_save_best(cfg)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
 
@@ -447,6 +448,32 @@ def _check_loads_masks(cfg: Config) -> None:
             raise UserError(
                 "model.roi_head has a mask_head, but LoadAnnotations in train_dataloader.dataset.pipeline loads no "
                 "masks; set its with_mask=True"
+            )
+
+
+def _check_save_best(cfg: Config) -> None:
+    """Check the name of the metric that chooses the best checkpoint; mmengine looks for it after the first validation.
+
+    Raises:
+        UserError: no metric of the evaluator has names that begin so.
+    """
+    wanted = ((cfg.get("default_hooks") or {}).get("checkpoint") or {}).get("save_best")
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    if wanted and not cfg.get("val_dataloader"):
+        _warn("default_hooks.checkpoint.save_best does nothing, for there is no val_dataloader")
+    evaluator, metrics = cfg.get("val_evaluator"), metrics_of(cfg, "val")
+    kinds = [type_of(metric) for metric in metrics]
+    known = all(getattr(kind, "__module__", "").startswith(("mmdet.", "mmseg.")) for kind in kinds)
+    apart = isinstance(evaluator, dict) and is_kind(evaluator, "MultiDatasetsEvaluator")  # its prefixes are longer
+    if not isinstance(wanted, list | tuple) or not metrics or not known or apart:
+        return
+    prefixes = [metric.get("prefix") or kind.default_prefix or "" for metric, kind in zip(metrics, kinds, strict=True)]
+    for name in wanted:
+        start, _, last = str(name).rpartition("/")
+        if name != "auto" and start not in prefixes:
+            raise UserError(
+                f"default_hooks.checkpoint.save_best is {name!r}, but the values of {kind_of(metrics[0])} are called "
+                f"{'/'.join(filter(None, (prefixes[0], last)))!r} and the like; write that, or 'auto'"
             )
 
 

@@ -200,7 +200,11 @@ def class_names_of(dataset: ConfigDict, key: str) -> list[str]:
     if not classes:
         classes = getattr(type_of(dataset), "METAINFO", {}).get("classes") or ()  # None for V3Det until it is read
     if isinstance(classes, str):
-        must_exist(classes, "file of classes", f"{key}.metainfo.classes")
+        if "://" not in classes and not is_file(classes):
+            raise UserError(
+                f"{classes}: no such file of classes ({key}.metainfo.classes); one class is written with a comma, as "
+                f"in ({classes!r},)"
+            )
         try:
             return list_from_file(classes)
         except UnicodeDecodeError as error:

@@ -1009,6 +1009,33 @@ def test_iou_needs_maps():
             checks._check_packs_what_is_written(metric, [dataset], "test")
 
 
+@pytest.mark.parametrize(
+    ("metric", "named", "message"),
+    [
+        (dict(type="mmdet.CocoMetric"), "bbox_mAP", "but the values of CocoMetric are called 'coco/bbox_mAP' and"),
+        (dict(type="mmdet.CocoMetric"), ["auto", "coco/bbox_mAP"], None),
+        (dict(type="mmdet.CocoMetric", prefix="own"), "coco/bbox_mAP", "are called 'own/bbox_mAP'"),
+        ([dict(type="mmdet.VOCMetric"), dict(type="mmdet.CocoMetric")], "coco/bbox_mAP", None),
+        (dict(type="MultiDatasetsEvaluator", metrics=[dict(type="mmdet.CocoMetric")]), "a/coco/bbox_mAP", None),
+        (dict(type="mmseg.IoUMetric"), "mmseg/mIoU", "the values of IoUMetric are called 'mIoU'"),
+        (dict(type="mmseg.IoUMetric"), "mIoU", None),
+        (dict(type="Own"), "own/x", None),
+    ],
+)
+def test_the_best_checkpoint_is_sought_by_a_metric_that_is_there(metric, named, message, monkeypatch):
+    """mmengine looks for it after the first validation, and ends in a KeyError."""
+    for scope in ("mmdet", "mmseg"):
+        pytest.importorskip(scope, reason="make install-openmmlab")
+    hooks = dict(checkpoint=dict(type="CheckpointHook", save_best=named))
+    cfg = Config(dict(val_evaluator=metric, default_hooks=hooks, val_dataloader=dict(dataset={})))
+    with pytest.raises(UserError, match=f"save_best is .*{message}") if message else nullcontext():
+        checks._check_save_best(cfg)
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, **_: said.append(message))
+    checks._check_save_best(Config(dict(default_hooks=hooks)))
+    assert said == ["default_hooks.checkpoint.save_best does nothing, for there is no val_dataloader"]
+
+
 def test_maps_are_not_written_over_the_data(tmp_path):
     class Maps(list):
         def get_data_info(self, i):
