@@ -176,7 +176,12 @@ def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: Tensor) -> 
     """Cast a weight (C_out, C_in) and a bias, and pack the weight for products of tokens as many as x has."""
     tokens = x.numel() // x.shape[-1]
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), tokens)
-    return packed, None if bias is None else bias.detach().to(dtype)
+    return packed, _dense(bias, dtype)
+
+
+def _dense(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast a bias. oneDNN reads one with gaps, as of a slice, as if it had none."""
+    return None if bias is None else bias.detach().to(dtype).contiguous()
 
 
 def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
@@ -195,7 +200,7 @@ def pack_depthwise(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, x: T
     """Cast and pack a depthwise 3x3 kernel (C, 1, 3, 3) for planes x (B, C, H, W)."""
     geometry = (SAME, ONCE, ONCE, x.shape[1])
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach().to(dtype), *geometry, list(x.shape))
-    return packed, None if bias is None else bias.detach().to(dtype)
+    return packed, _dense(bias, dtype)
 
 
 def depthwise(x: Tensor, packed: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:

@@ -36,6 +36,17 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
+def with_gaps(module: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are slices, each with NaN between its numbers."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            apart = torch.full((*parameter.shape, 2), torch.nan, dtype=parameter.dtype)
+            apart[..., 0] = parameter.detach()
+            setattr(part, name, nn.Parameter(apart[..., 0]))
+    return module
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 40), (2, 5, 7, 24)),
     "linear without bias": (lambda: nn.Linear(24, 40, bias=False), (3, 24)),
@@ -73,6 +84,9 @@ def test_layers(kind, channels_last):
         assert y.dtype == expected
         assert y.shape == exact.shape
         assert error(y, exact) < (0.01 if expected == torch.bfloat16 else 1e-6)
+        assert error(infer(with_gaps(fast), x.to(dtype), autocast), exact) < (
+            0.01 if expected == torch.bfloat16 else 1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", prepacked.SUPPORTED)
@@ -95,6 +109,7 @@ def test_blocks(dim, d_state, shape, dtype, monkeypatch):
         return y
 
     y = check()
+    assert error(infer(with_gaps(fast), x, half), y.double()) < (0.01 if half else 1e-6)
     hooks = [layer.register_forward_hook(lambda *_: None) for layer in (fast.mlp.act, fast.self_attention)]
     assert error(check(one_function=False), y.double()) < (0.02 if half else 1e-6)
     for hook in hooks:

@@ -9,6 +9,7 @@ from dwconv2d import DilatedDWConv2d, backends, dilated_dwconv2d, state_fusion, 
 from kernel_backends import BACKENDS, running_on
 from kernel_backends import interpreted as is_interpreted
 from torch import nn
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 OPERATORS = {"conv": dilated_dwconv2d, "fusion": state_fusion, "output": state_fusion_output}
@@ -618,10 +619,18 @@ def test_transforms_of_torch_func(name):
 
 @each_operator
 def test_forward_mode_is_refused(name):
+    """Also in torch.compile, whose tensors do not tell their tangents."""
     inputs = make_inputs(name)
     first, *others = inputs.values()
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda t: OPERATORS[name](t, *others), (first,), (torch.ones_like(first),))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: OPERATORS[name](t, *others) * 2, backend="eager")
+    expected = compiled(first)
+    with forward_ad.dual_level():
+        assert torch.equal(compiled(first), expected)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            compiled(forward_ad.make_dual(first, torch.ones_like(first)))
 
 
 @pytest.mark.parametrize("value", [None, [1.0], torch.eye(3).to_sparse()], ids=["None", "list", "sparse"])

@@ -114,7 +114,11 @@ def check_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors.values()):
+    # Dynamo's tensors do not tell their tangents; without the graph, this is run once more.
+    hidden = torch.compiler.is_compiling()
+    if forward_ad._current_level >= 0 and (
+        hidden or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors.values())
+    ):
         raise NotImplementedError(f"the operators of {PACKAGE} have no forward-mode derivative (jvp): use reverse mode")
 
 
