@@ -18,6 +18,8 @@ from timm.models import (
 )
 from timm.utils import natural_key
 
+from classification.download import SCHEMES, discard, download
+from classification.errors import UserError
 from classification.models.spatialmamba import VARIANTS, SpatialMamba
 
 HUB = "hf-hub:"
@@ -43,12 +45,13 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
 
     Args:
         name: the size, for example "spatialmamba_tiny".
-        pretrained: the path of a checkpoint, or a hub id such as "hf-hub:user/repository"; True if kwargs name weights.
+        pretrained: the path or address of a checkpoint, or a hub id such as "hf-hub:user/repository"; True if kwargs
+            name weights.
         kwargs: arguments of `timm.create_model` and `SpatialMamba`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: `pretrained=True` without weights.
+        ValueError: `pretrained=True` without weights, or weights that are not of this model.
     """
     pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
@@ -100,16 +103,16 @@ def _given(cfg: object) -> dict:
 def _is_ours(cfg: object) -> bool:
     """Whether we read the weights that `cfg` names. timm reads them if it names a source, such as `local-dir:`."""
     given = _given(cfg)
-    return bool(given.get("file") or given.get("state_dict")) and not given.get("source")
+    return any(given.get(key) for key in ("file", "state_dict", "url")) and not given.get("source")
 
 
 def _take_source(overlay: dict) -> str | None:
     """Remove the checkpoint from an overlay and return it in the form of `_create`'s argument `pretrained`."""
     if overlay.get("file"):
         return str(overlay.pop("file"))
-    if overlay.get("hf_hub_id") and not overlay.get("hf_hub_filename"):
-        return f"{HUB}{overlay.pop('hf_hub_id')}"
-    return None
+    if overlay.get("hf_hub_id"):
+        return None if overlay.get("hf_hub_filename") else f"{HUB}{overlay.pop('hf_hub_id')}"
+    return overlay.pop("url", None)
 
 
 def _classes_of(state: dict) -> dict[str, int]:
@@ -127,6 +130,8 @@ def _source(pretrained: str, name: str) -> tuple[dict, dict]:
             raise ValueError(f"{pretrained}: is a {architecture}, not a {name}: create that one")
         state = load_state_dict_from_hf(repository, weights_only=True)
         return {**config, **_classes_of(state), "state_dict": state}, dict(model_args or {})
+    if pretrained.startswith(SCHEMES):
+        return _from_address(pretrained, name)
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
     # Imported here, because it imports the models. timm's own loader cannot read the configs in our checkpoints.
@@ -148,6 +153,18 @@ def _source(pretrained: str, name: str) -> tuple[dict, dict]:
     if names := class_names_of(content, pretrained):
         found["label_names"] = names
     return found, {}
+
+
+def _from_address(address: str, name: str) -> tuple[dict, dict]:
+    from classification.checkpoint_archive import is_momentary
+
+    path = download(address)
+    try:
+        return _source(str(path), name)
+    except UserError as error:
+        if is_momentary(error):
+            raise
+        raise discard(address, error) from error
 
 
 def _warn_of_timms_order(names: Sequence[str] | dict | None, path: str) -> None:

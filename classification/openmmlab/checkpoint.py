@@ -4,16 +4,8 @@ mmengine 0.10.7 calls `torch.load` with its defaults. Since PyTorch 2.6, this re
 testing and resuming, because they hold logs as HistoryBuffers of NumPy arrays.
 """
 
-import hashlib
-import os
 import re
-import shutil
-from contextlib import ExitStack
-from http.client import HTTPException
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from urllib.parse import urlparse
-from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -24,6 +16,7 @@ from mmengine.runner.checkpoint import get_external_models, get_mmcls_models, ge
 
 from classification.checkpoint import CFG_NODE, StateDict, check_weights, plain, read_checkpoint
 from classification.checkpoint_archive import is_momentary
+from classification.download import SCHEMES, discard, download
 from classification.errors import UserError
 
 
@@ -134,45 +127,19 @@ def _without_functions(state: object) -> object:
 # ----- by address: mmengine would have torch.hub unpickle any file
 
 
-@CheckpointLoader.register_scheme(prefixes=("http://", "https://"), force=True)
+@CheckpointLoader.register_scheme(prefixes=SCHEMES, force=True)
 def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """Download a file once, to torch.hub's folder, and load it by `load_from_local`.
-
-    The name in the folder depends on the whole address. Only a complete download gets it.
-    """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    name = os.path.basename(urlparse(filename).path)[-100:]
-    path = folder / f"{hashlib.sha256(filename.encode()).hexdigest()[:16]}-{name}"
-    if get_dist_info()[0] == 0 and not path.exists():
-        _download(filename, path)
+    """Download a file once, in the first process of each machine, and load it by `load_from_local`."""
+    if get_dist_info()[0] == 0:
+        download(filename)
     barrier()
-    if not path.exists():  # on a machine without the first process
-        _download(filename, path)
+    path = download(filename)  # it is there, but on a machine without the first process
     try:
         return load_from_local(str(path), map_location)
     except UserError as error:  # as of half a file, if the server does not tell how much is to come, or a login page
         if is_momentary(error):
             raise
-        path.unlink(missing_ok=True)
-        raise UserError(f"{filename}: what has come is of no use, and is not kept ({error})") from error
-
-
-def _download(address: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            response = stack.enter_context(urlopen(address))
-            partial = stack.enter_context(NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False))
-            stack.callback(Path(partial.name).unlink, missing_ok=True)
-            shutil.copyfileobj(response, partial)
-            partial.flush()
-            expected, found = response.headers.get("Content-Length"), partial.tell()
-            if expected is not None and int(expected) != found:
-                raise OSError(f"{found} of {expected} bytes have come")
-            os.chmod(partial.name, 0o644)  # for all who share the folder
-            os.replace(partial.name, path)  # whichever process is last: the file is the same
-    except (HTTPException, OSError, ValueError) as error:
-        raise UserError(f"{address}: cannot be downloaded ({error}); try again, or name a file") from error
+        raise discard(filename, error) from error
 
 
 def _load_named(filename: str, addresses: dict[str, str], map_location: str | torch.device | None) -> dict:

@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from urllib.parse import urlparse
+from urllib.response import addinfourl
 
 import pytest
 import timm
@@ -167,6 +169,29 @@ def test_class_names_go_with_the_weights(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         timm.create_model("spatialmamba_micro", tmp_path / "plain.pth")
+
+
+def test_weights_by_address(tmp_path, monkeypatch):
+    """Two files of one name: timm keeps a download by its name, and would give the first one for both."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "classification.download.urlopen", lambda at: addinfourl((tmp_path / urlparse(at).path[1:]).open("rb"), {}, at)
+    )
+    models = {folder: timm.create_model("spatialmamba_micro", num_classes=3).eval() for folder in ("one", "two")}
+    for folder, model in models.items():
+        (tmp_path / folder).mkdir()
+        save_checkpoint({"model": model.state_dict()}, tmp_path / folder / "epoch_12.pth")
+    for _ in range(2):
+        for folder, model in models.items():
+            address = f"http://host/{folder}/epoch_12.pth"
+            ways = dict(pretrained=address), dict(pretrained=True, pretrained_cfg_overlay=dict(url=address))
+            for arguments in (*ways, dict(pretrained=True, pretrained_cfg=dict(url=address))):
+                found = timm.create_model("spatialmamba_micro", num_classes=3, **arguments).eval()
+                assert torch.equal(found(IMAGES), model(IMAGES))
+    (tmp_path / "page.pth").write_text("log in")
+    with pytest.raises(ValueError, match=r"http://host/page\.pth: what has come is of no use, and is not kept"):
+        timm.create_model("spatialmamba_micro", "http://host/page.pth")
+    assert len(list((tmp_path / "hub/checkpoints").iterdir())) == 2
 
 
 @pytest.mark.parametrize("spoil", [lambda t: t / 0, lambda t: t.to(torch.int8)], ids=["infinite", "int8"])
