@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from classification.data.images import EIGHT_BITS_A_BAND, image_formats, misread_planes, misread_samples
 from classification.errors import UserError
@@ -194,7 +194,7 @@ class CheckImage:
 
     Args:
         backend: the loader's imdecode_backend. "pillow" clips 16 bits to white and misreads some TIFFs. "cv2" misreads
-            a PPM or PGM whose white is neither 255 nor 65535; a warning says so once.
+            a PPM or PGM whose white is neither 255 nor 65535, numbers with a sign and PFM; a warning says so once.
         unchanged: for color_type="unchanged", which loads values as they are: more than 8 bits are a warning, given
             once, as the normalisation may be for these.
 
@@ -212,11 +212,11 @@ class CheckImage:
             return results
         try:
             kind = _head(path, 2)
-            if kind and (self.backend == "pillow" or self.unchanged or kind in PPM):
+            by_opencv = self.backend != "pillow" and not self.unchanged
+            mode, fault, dark = "L", None, by_opencv and _dark_in_opencv(path, kind)
+            if kind and not by_opencv:
                 with Image.open(path, formats=image_formats()) as image:
-                    mode, fault, white = image.mode, misread_samples(image), _white_misread_by_opencv(image)
-            else:
-                mode, fault, white = "L", None, None
+                    mode, fault = image.mode, misread_samples(image)
         except Exception:  # it is not on this disk, or is damaged, which the loader reports
             return results
         if not kind:
@@ -227,16 +227,13 @@ class CheckImage:
                     f"{path}: is of mode {mode}, and color_type='unchanged' loads its values as they are: mean and std "
                     "of the data_preprocessor must be for these, not for 8 bits"
                 )
-        elif self.backend != "pillow":
-            if white:
-                self._warn(
-                    f"{path}: its white is {white}, but OpenCV takes {255 if white < 255 else 65535} for white, so it "
-                    "and others like it are read too dark; convert them to PNG"
-                )
+        elif by_opencv:
+            if dark:
+                self._warn(f"{path}: {dark}, so it and others like it are read too dark; convert them to PNG")
         elif fault:
             raise UserError(f"{path}: {fault}; or leave imdecode_backend='pillow' out of LoadImageFromFile")
         elif mode not in EIGHT_BITS_A_BAND:
-            other = "" if white else "leave it out of LoadImageFromFile (cv2 scales 16 bits), or "
+            other = "" if _dark_in_opencv(path, kind) else "leave it out of LoadImageFromFile (cv2 scales 16 bits), or "
             raise UserError(
                 f"{path}: is of mode {mode}, which imdecode_backend='pillow' clips to 8 bits: {other}convert the image"
             )
@@ -249,17 +246,37 @@ class CheckImage:
 
 
 PPM = (b"P2", b"P3", b"P5", b"P6")  # the beginnings of PGM and PPM files with more than one bit
+PFM, TIFF = (b"PF", b"Pf"), (b"II", b"MM")
 PLAIN = "ppm_plain"  # Pillow's decoder of the two that are text
+SAMPLE_FORMAT, UNSIGNED, BIG = 339, 1, 43  # of TIFF: a tag, its value, and the version of a BigTIFF
 
 
-def _white_misread_by_opencv(image: Image.Image) -> int | None:
-    """Return the value of white in a PPM or PGM that OpenCV does not scale by it; None for other images."""
-    if image.format != "PPM" or not image.tile:
+def _dark_in_opencv(path: str, kind: bytes) -> str | None:
+    """Say why OpenCV reads an image too dark; None if it does not, or if that is not known.
+
+    Args:
+        kind: its first two bytes.
+    """
+    if kind in PFM:
+        return "is a PFM, whose numbers OpenCV rounds to 0 to 255"
+    if kind in TIFF:
+        with open(path, "rb") as file:
+            header = file.read(8)
+            header += file.read(8) if BIG in header[2:4] else b""
+            tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+            file.seek(tags.next)
+            tags.load(file)
+        kinds = tags.get(SAMPLE_FORMAT, (UNSIGNED,))
+        wrong = {*(kinds if isinstance(kinds, tuple) else (kinds,))} - {UNSIGNED}
+        return f"has numbers with a sign (SampleFormat {min(wrong)}), which OpenCV reads as without" if wrong else None
+    if kind not in PPM:
         return None
-    decoder, arguments = image.tile[0][0], image.tile[0][3]
-    white = arguments[-1] if isinstance(arguments, tuple) else None  # None: of all the bits
-    right = not isinstance(white, int) or white in (255, 65535) or (decoder == PLAIN and white < 255)
-    return None if right else white
+    with Image.open(path, formats=("PPM",)) as image:
+        decoder, arguments = image.tile[0][0], image.tile[0][3]
+    white = arguments[-1] if isinstance(arguments, tuple) else 255  # otherwise, Pillow does not scale either
+    if not isinstance(white, int) or white in (255, 65535) or (decoder == PLAIN and white < 255):
+        return None
+    return f"has {white} for white, but OpenCV takes {255 if white < 255 else 65535}"
 
 
 def _not_of_a_byte(path: str) -> int | None:

@@ -1298,8 +1298,19 @@ def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
             for _ in range(2):
                 assert check(results) is results
             misread = bool((read(dict(results))["img"] != 255).any())
-            assert [f"{path}: its white is {white}, but OpenCV takes" in one for one in said] == [True] * misread
+            assert [f"{path}: has {white} for white, but OpenCV takes" in one for one in said] == [True] * misread
             said.clear()
+    for name, kind in (("uint8", np.uint8), ("uint16", np.uint16), ("int16", np.int16)):
+        path, results = tmp_path / f"{name}.tif", {"img_path": str(tmp_path / f"{name}.tif")}
+        tags = {} if kind is np.uint8 else {339: 2 if kind is np.int16 else 1}
+        Image.fromarray(np.full((2, 3), np.iinfo(kind).max, np.uint16 if tags else kind)).save(path, tiffinfo=tags)
+        assert CheckImage()(results) is results
+        misread = bool((read(dict(results))["img"] != 255).any())
+        assert misread == (kind is np.int16)
+        assert [f"{path}: has numbers with a sign (SampleFormat 2)" in one for one in said] == [True] * misread
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n1 1\n-1\n" + np.float32(0.4).tobytes())
+    CheckImage()({"img_path": str(tmp_path / "a.pfm")})
+    assert "a.pfm: is a PFM, whose numbers OpenCV rounds to 0 to 255, so it and others" in said[-1]
     with pytest.raises(UserError, match=r"P5-4095\.ppm: is of mode I, .* clips to 8 bits: convert the image"):
         CheckImage("pillow")({"img_path": str(tmp_path / "P5-4095.ppm")})
     (tmp_path / "empty.jpg").touch()
