@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -255,11 +256,28 @@ def _check_steps(cfg: Config, split: str, dataset: ConfigDict) -> None:
         steps, key = list(steps_of(part.pipeline)), f"{split}_dataloader.dataset.pipeline"
         if given.get("mean") and any(is_kind(step, "Normalize") for step in steps):
             _warn(f"{key} has a Normalize, and data_preprocessor a mean: images are normalised twice; leave one out")
+        _check_decoder(steps, key)
         _check_order(cfg, split, steps, key)
         if split == "train":
             _warn_of_padding(cfg, steps, given.get("size"), key)
         else:
             _warn_of_changed_images(cfg, part.pipeline, key)
+
+
+def _check_decoder(steps: list[ConfigDict], key: str) -> None:
+    """Warn of images that tifffile decodes: mmcv passes them as they are.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    if not any(step.get("imdecode_backend") == "tifffile" and "LoadImage" in kind_of(step) for step in steps):
+        return
+    if find_spec("tifffile") is None:
+        raise UserError(f"{key} has imdecode_backend='tifffile', which needs that package: pip install tifffile")
+    _warn(
+        f"{key} has imdecode_backend='tifffile', which gives RGB, not BGR, and numbers as they are in the file: "
+        "bgr_to_rgb of the data_preprocessor must be False, and its mean and std for the range of these numbers"
+    )
 
 
 def _check_order(cfg: Config, split: str, steps: list[ConfigDict], key: str) -> None:
@@ -464,7 +482,9 @@ def _check_save_best(cfg: Config) -> None:
     evaluator, metrics = cfg.get("val_evaluator"), metrics_of(cfg, "val")
     kinds = [type_of(metric) for metric in metrics]
     known = all(getattr(kind, "__module__", "").startswith(("mmdet.", "mmseg.")) for kind in kinds)
-    apart = isinstance(evaluator, dict) and is_kind(evaluator, "MultiDatasetsEvaluator")  # its prefixes are longer
+    # These have longer prefixes: mmdet's MultiDatasetsEvaluator, and loops such as its TeacherStudentValLoop.
+    apart = isinstance(evaluator, dict) and is_kind(evaluator, "MultiDatasetsEvaluator")
+    apart |= kind_of(cfg.get("val_cfg") or {}) not in ("", "ValLoop")
     if not isinstance(wanted, list | tuple) or not metrics or not known or apart:
         return
     prefixes = [metric.get("prefix") or kind.default_prefix or "" for metric, kind in zip(metrics, kinds, strict=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 from mmengine.config import Config, ConfigDict
 
@@ -58,10 +59,9 @@ def pass_class_weights(cfg: Config) -> None:
 def insert_image_checks(cfg: Config) -> None:
     """Put CheckImage before each step that loads an image file."""
     for _, dataset in _all_datasets(cfg):
-        for unchanged in (True, False):
-            for backend in BACKENDS:
-                check = ConfigDict(type="CheckImage", backend=backend, **({"unchanged": True} if unchanged else {}))
-                _insert(dataset.pipeline, partial(_loads_image, backend, unchanged), check, after=False)
+        for backend, unchanged, ignores_empty in product(BACKENDS, (True, False), (True, False)):
+            check = ConfigDict(type="CheckImage", backend=backend, unchanged=unchanged, ignore_empty=ignores_empty)
+            _insert(dataset.pipeline, partial(_loads_image, backend, unchanged, ignores_empty), check, after=False)
 
 
 def insert_size_checks(cfg: Config) -> None:
@@ -106,10 +106,10 @@ def _loads_otherwise(step: ConfigDict) -> bool:
 BACKENDS = ("cv2", "pillow")  # which decode images
 
 
-def _loads_image(backend: str, unchanged: bool, step: ConfigDict) -> bool:
+def _loads_image(backend: str, unchanged: bool, ignores_empty: bool, step: ConfigDict) -> bool:
+    own = step.get("imdecode_backend") or "cv2", step.get("color_type") == "unchanged", bool(step.get("ignore_empty"))
     loads = is_kind(step, "LoadImageFromFile") or "LoadImage" in kind_of(step)
-    same = (step.get("imdecode_backend") or "cv2") == backend and (step.get("color_type") == "unchanged") == unchanged
-    return loads and same
+    return loads and own == (backend, unchanged, ignores_empty)
 
 
 def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:

@@ -121,8 +121,9 @@ class CheckLabels:
         greys = _greys_of(path, labels, reduced)
         others = {label: grey for label, grey in greys.items() if label != grey}
         meant = {*range(self.num_classes + reduced), self.ignore_index}
-        black_and_white = max(greys, default=0) <= 1 and {*others.values()} <= {0, LARGEST}  # as masks often have
-        if others and meant.issuperset(greys.values()) and not black_and_white:
+        of_a_map = len({*greys.values()}) == len(greys)  # in which each label has a grey of its own
+        black_and_white = {*greys.values()} <= {0, LARGEST}  # as masks often are, and classes in colourful palettes
+        if others and meant.issuperset(greys.values()) and of_a_map and not black_and_white:
             self.warned_of_greys = True
             label, grey = next(iter(others.items()))
             print_log(
@@ -197,14 +198,16 @@ class CheckImage:
             a PPM or PGM whose white is neither 255 nor 65535, numbers with a sign and PFM; a warning says so once.
         unchanged: for color_type="unchanged", which loads values as they are: more than 8 bits are a warning, given
             once, as the normalisation may be for these.
+        ignore_empty: whether the loader leaves out what it cannot read.
 
     Raises:
-        UserError: the file is empty; or Pillow decodes it, and it has more than 8 bits per band, or is a TIFF that
-            Pillow misreads.
+        UserError: the file is empty, and the loader would not leave it out; or Pillow decodes it, and it has more than
+            8 bits per band, or is a TIFF that Pillow misreads.
     """
 
-    def __init__(self, backend: str = "cv2", unchanged: bool = False):
-        self.backend, self.unchanged, self.warned = backend, unchanged, False
+    def __init__(self, backend: str = "cv2", unchanged: bool = False, ignore_empty: bool = False):
+        self.backend, self.unchanged, self.ignore_empty = backend, unchanged, ignore_empty
+        self.warned = False
 
     def __call__(self, results: dict) -> dict:
         path = results.get("img_path")
@@ -219,7 +222,7 @@ class CheckImage:
                     mode, fault = image.mode, misread_samples(image)
         except Exception:  # it is not on this disk, or is damaged, which the loader reports
             return results
-        if not kind:
+        if not kind and not self.ignore_empty:
             raise UserError(f"{path}: is empty; replace it, or take it out of the data")
         if self.unchanged:
             if mode not in EIGHT_BITS_A_BAND:

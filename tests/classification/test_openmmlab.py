@@ -1020,6 +1020,7 @@ def test_iou_needs_maps():
         (dict(type="mmseg.IoUMetric"), "mmseg/mIoU", "the values of IoUMetric are called 'mIoU'"),
         (dict(type="mmseg.IoUMetric"), "mIoU", None),
         (dict(type="Own"), "own/x", None),
+        (dict(type="mmdet.CocoMetric"), "teacher/coco/bbox_mAP", None),
     ],
 )
 def test_the_best_checkpoint_is_sought_by_a_metric_that_is_there(metric, named, message, monkeypatch):
@@ -1027,7 +1028,8 @@ def test_the_best_checkpoint_is_sought_by_a_metric_that_is_there(metric, named, 
     for scope in ("mmdet", "mmseg"):
         pytest.importorskip(scope, reason="make install-openmmlab")
     hooks = dict(checkpoint=dict(type="CheckpointHook", save_best=named))
-    cfg = Config(dict(val_evaluator=metric, default_hooks=hooks, val_dataloader=dict(dataset={})))
+    loop = dict(type="TeacherStudentValLoop" if "teacher" in named else "mmengine.ValLoop")
+    cfg = Config(dict(val_evaluator=metric, default_hooks=hooks, val_dataloader=dict(dataset={}), val_cfg=loop))
     with pytest.raises(UserError, match=f"save_best is .*{message}") if message else nullcontext():
         checks._check_save_best(cfg)
     said = []
@@ -1247,17 +1249,18 @@ def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(path)
     plain, pillow = [dict(type="LoadImageFromFile", imdecode_backend=name) for name in ("cv2", "pillow")]
     for step, check in (
-        (dict(type="LoadImageFromFile"), dict(type="CheckImage", backend="cv2")),
-        (plain, dict(type="CheckImage", backend="cv2")),
-        (pillow, dict(type="CheckImage", backend="pillow")),
-        ({**pillow, "color_type": "unchanged"}, dict(type="CheckImage", backend="pillow", unchanged=True)),
-        ({**plain, "color_type": "unchanged"}, dict(type="CheckImage", backend="cv2", unchanged=True)),
+        (dict(type="LoadImageFromFile"), dict(backend="cv2")),
+        (plain, dict(backend="cv2")),
+        ({**plain, "ignore_empty": True}, dict(backend="cv2", ignore_empty=True)),
+        (pillow, dict(backend="pillow")),
+        ({**pillow, "color_type": "unchanged"}, dict(backend="pillow", unchanged=True)),
+        ({**plain, "color_type": "unchanged"}, dict(backend="cv2", unchanged=True)),
     ):
         cfg = Config(dict(train_dataloader=dict(dataset=dict(pipeline=[dict(step)]))))
         for _ in range(2):
             pipelines.insert_image_checks(cfg)
         pipeline = cfg.train_dataloader.dataset.pipeline
-        assert pipeline[:-1] == [check]
+        assert pipeline[:-1] == [dict(type="CheckImage", unchanged=False, ignore_empty=False) | check]
         assert pipeline[-1].type == "LoadImageFromFile"
     assert tools.transforms  # where these steps are registered, whatever the config imports
     results = {"img_path": str(path)}
@@ -1317,6 +1320,7 @@ def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
     for backend in ("cv2", "pillow"):
         with pytest.raises(UserError, match=r"empty\.jpg: is empty; replace it, or take it out of the data"):
             CheckImage(backend)({"img_path": str(tmp_path / "empty.jpg")})
+        assert CheckImage(backend, ignore_empty=True)({"img_path": str(tmp_path / "empty.jpg")})
 
 
 @pytest.mark.parametrize(
@@ -2499,6 +2503,8 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         ([0, 5, 7], True, True),
         ([0, 1, 2, 3], False, False),
         ([0, 255], False, False),  # a mask in black and white
+        ([0, 0, 255], False, False),  # a palette in which label 1 is not drawn
+        ([0, 2, 2], False, False),  # no grey map has one grey for two labels
         ([0, 80, 160], False, False),  # to look at: these are no labels
         (None, False, False),
     ],
@@ -2711,6 +2717,13 @@ def test_steps_that_spoil_what_is_compared(monkeypatch):
     chance.append(dict(type="TestTimeAug", transforms=[[dict(type="RandomFlip", prob=1.0)]]))
     checks._check_steps(cfg, "test", ConfigDict(type="A", pipeline=chance))
     assert [one.partition(" has ")[2].partition(",")[0] for one in said] == ["RandomFlip", "PhotoMetricDistortion"]
+    said.clear()
+    decoded = ConfigDict(type="A", pipeline=[dict(type="LoadImageFromFile", imdecode_backend="tifffile")])
+    for spec in (None, object()):
+        monkeypatch.setattr(checks, "find_spec", lambda name, spec=spec: spec)
+        with nullcontext() if spec else pytest.raises(UserError, match="needs that package: pip install tifffile"):
+            checks._check_steps(cfg, "test", decoded)
+    assert ["bgr_to_rgb of the data_preprocessor must be False, and its mean and std" in one for one in said] == [True]
     said.clear()
     cfg.default_scope = "mmseg"
     moving = [dict(type=name) for name in ("Pad", "mmseg.RandomCutOut", "CenterCrop", "ColorTransform")]
