@@ -758,7 +758,7 @@ def _check_dataset(dataset: ConfigDict, key: str, cfg: Config) -> None:
     annotations = os.path.join(root, dataset.get("ann_file") or "")
     if dataset.get("ann_file"):
         must_exist(annotations, "annotation file", f"{key}.ann_file")
-    check_maps(dataset, root, key)
+    check_maps(dataset, root, key, cfg)
     check_foreground(dataset, root, key, cfg)
     if tree := dataset.get("hierarchy_file"):
         _check_array(os.path.join(root, tree), f"{key}.hierarchy_file")

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from classification.errors import UserError, is_file
 from classification.openmmlab.config_parts import (
     argument_of,
     class_names_of,
+    datasets_of,
     is_kind,
     kind_of,
     predicting_head,
@@ -25,7 +27,7 @@ from classification.openmmlab.config_parts import (
 from classification.openmmlab.messages import print_log
 
 
-def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
+def check_maps(dataset: ConfigDict, root: str, key: str, cfg: Config) -> None:
     """Check that mmseg finds images, and a label map for each. Warn of images whose names do not end with `img_suffix`.
 
     Raises:
@@ -37,7 +39,7 @@ def check_maps(dataset: ConfigDict, root: str, key: str) -> None:
     folder = os.path.join(root, prefix["img_path"])
     images, broken = _files_in(folder, count=not dataset.get("ann_file"))
     if not dataset.get("ann_file"):
-        _warn_of_files_left_out(dataset, root, images, key)
+        _warn_of_files_left_out(dataset, images, key, cfg)
     reads = getattr(type_of(dataset), "load_data_list", None)
     if getattr(reads, "__qualname__", None) != "BaseSegDataset.load_data_list" or dataset.get("indices"):
         return  # it has ways of its own
@@ -133,36 +135,58 @@ def _check_all_there(source: str, names: list[str], suffix: str, folder: str, fi
         )
 
 
-def _warn_of_files_left_out(dataset: ConfigDict, root: str, names: set[str], key: str) -> None:
+def _warn_of_files_left_out(dataset: ConfigDict, names: set[str], key: str, cfg: Config) -> None:
     """Warn of images and label maps that mmseg does not look for.
 
     These are files without `img_suffix` that look like images, by another suffix or as the only file of a label map;
-    and label maps without an image.
+    and label maps without an image, be it of another split that has its maps in the same folder.
     """
-    prefix, suffix, end = dataset.data_prefix, *(argument_of(dataset, f"{name}_suffix") for name in ("img", "seg_map"))
-    folder, maps = (os.path.normpath(os.path.join(root, prefix.get(one) or "")) for one in ("img_path", "seg_map_path"))
+    suffix, end = (argument_of(dataset, f"{name}_suffix") for name in ("img", "seg_map"))
+    folder, maps = _folder(dataset, "img_path"), _folder(dataset, "seg_map_path")
     if maps == folder:
         return
-    own = os.path.join(os.path.relpath(maps, folder), "")  # the folder of maps can be below that of images
-    names = {name for name in names if not name.startswith(own)}
-    labels = _files_in(maps)[0] if prefix.get("seg_map_path") else set()
-    labelled = {name.removesuffix(end) for name in labels if name.endswith(end)} if isinstance(end, str) else set()
+    labelled = set()
+    if maps and isinstance(end, str):
+        names = {name for name in names if not name.startswith(_below(maps, folder))}
+        labels = {name for name in _files_in(maps)[0] if not name.startswith(_below(folder, maps))}
+        labelled = {name.removesuffix(end) for name in labels if name.endswith(end)}
     lone = {stem for stem in labelled if stem + suffix not in names}
     parts = {name: os.path.splitext(name) for name in names if not name.endswith(suffix)}
     known = image_suffixes()
-    others = sorted(name for name, (stem, end) in parts.items() if end.lower() in known or stem in lone)
+    others = sorted(name for name, (stem, ending) in parts.items() if ending.lower() in known or stem in lone)
     if others:
         print_log(
             f"{key}: {len(others)} images of {folder}, for example {others[0]}, are left out, for img_suffix is "
             f"{suffix!r}",
             level=logging.WARNING,
         )
-    if alone := sorted(lone - {stem for stem, _ in parts.values()}):
+    if not lone:
+        return
+    sharing = {_folder(one, "img_path") for one in _all_datasets(cfg) if _folder(one, "seg_map_path") == maps}
+    stems = {os.path.splitext(name)[0] for other in sharing - {None} for name in _files_in(other)[0]}
+    previews = {stem for stem in lone if any(stem[:end] in stems for end in range(len(stem)))}  # as a_colour of a
+    if alone := sorted(lone - stems - previews):
         print_log(
             f"{key}: {len(alone)} label maps of {maps}, for example {alone[0]}{end}, are left out, for there is no "
             f"such image in {folder}",
             level=logging.WARNING,
         )
+
+
+def _folder(dataset: ConfigDict, name: str) -> str | None:
+    """Return a folder of `data_prefix`; None if it has none of that name."""
+    folder = (dataset.get("data_prefix") or {}).get(name)
+    return os.path.normpath(os.path.join(dataset.get("data_root") or "", folder)) if isinstance(folder, str) else None
+
+
+def _below(inner: str, outer: str) -> str:
+    """Return how the paths of files in `inner` begin, relative to `outer`."""
+    return os.path.join(os.path.relpath(inner, outer), "")
+
+
+def _all_datasets(cfg: Config) -> Iterator[ConfigDict]:
+    loaders = filter(None, (cfg.get(f"{split}_dataloader") for split in ("train", "val", "test")))
+    return (dataset for loader in loaders for dataset in datasets_of(loader.dataset))
 
 
 def check_foreground(dataset: ConfigDict, root: str, key: str, cfg: Config) -> None:

@@ -1179,19 +1179,38 @@ def test_images_of_another_suffix_are_counted(tmp_path, monkeypatch):
         said.clear()
 
 
-@pytest.mark.parametrize("labels", ["labels", "images/labels", "images/"])
-def test_label_maps_without_an_image_are_counted(labels, tmp_path, monkeypatch):
-    """As of images that were lost in a copy. The folder of maps can be that of the images, or below it."""
+@pytest.mark.parametrize(
+    ("images", "labels", "found"),
+    [
+        ("images", "labels", True),
+        ("images", "images/labels", True),  # the folder of maps below that of images, or the other way round
+        ("labels/images", "labels", True),
+        ("images", "images/", False),
+        (".", None, False),
+    ],
+)
+def test_label_maps_without_an_image_are_counted(images, labels, found, tmp_path, monkeypatch):
+    """As of images that were lost in a copy; but not maps of another split, nor maps in colour to look at."""
     said = []
     monkeypatch.setattr(label_maps, "print_log", lambda message, level: said.append(message))
-    for name in ("images/a.jpg", f"{labels}/a.png", f"{labels}/b.png", f"{labels}/b.txt"):
+    maps = [f"{labels}/{name}" for name in ("a.png", "a_colour.png", "b.png", "c.png", "b.txt") if labels]
+    for name in (f"{images}/a.jpg", f"{images}/d.jpeg", "others/c.jpg", *maps):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    prefix = dict(img_path="images", seg_map_path=labels)
-    dataset = dict(type=WithSuffixes, data_root=str(tmp_path), data_prefix=prefix)
-    checks.check_data(Config(dict(model={}, train_dataloader=dict(dataset=dataset))), ("train",))
-    alone = f"1 label maps of {tmp_path / labels}, for example b.png, are left out, for there is no such image in "
-    assert [alone in message for message in said] == ([] if labels == "images/" else [True])
+
+    def loader(folder: str) -> dict:
+        prefix = dict(img_path=folder, **({"seg_map_path": labels} if labels else {}))
+        return dict(dataset=dict(type=WithSuffixes, data_root=str(tmp_path), data_prefix=prefix))
+
+    checks.check_data(
+        Config(dict(model={}, train_dataloader=loader(images), val_dataloader=loader("others"))), ("train",)
+    )
+    suffix = [one for one in said if "for example d.jpeg, are left out, for img_suffix is '.jpg'" in one]
+    assert len(suffix) == (labels != "images/")
+    alone = (
+        f"1 label maps of {tmp_path / (labels or '')}, for example b.png, are left out, for there is no such image in "
+    )
+    assert [alone in message for message in said if message not in suffix] == [True] * found
 
 
 class WithSuffixes:
