@@ -60,7 +60,6 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     source = pretrained if isinstance(pretrained, str) else _take_source(overlay) if pretrained else None
     if source:
         found, model_args = _source(source, name)
-        _warn_of_timms_order(found.get("label_names"), source)
         overlay, kwargs = found | overlay, model_args | kwargs
     elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
         raise ValueError(
@@ -91,6 +90,9 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         **kwargs,
     )
     model.pretrained_cfg.pop("state_dict", None)
+    names = model.pretrained_cfg.get("label_names")
+    if pretrained and isinstance(names, list | tuple) and getattr(model, "num_classes", 0) == len(names):
+        _warn_of_timms_order(names, source or model.pretrained_cfg.get("file") or name)
     return model
 
 
@@ -167,10 +169,8 @@ def _from_address(address: str, name: str) -> tuple[dict, dict]:
         raise discard(address, error) from error
 
 
-def _warn_of_timms_order(names: Sequence[str] | dict | None, path: str) -> None:
+def _warn_of_timms_order(names: Sequence[str], path: str) -> None:
     """Warn if timm's readers of image folders number these classes otherwise: for them, 2 is before 10, a before B."""
-    if not isinstance(names, list | tuple):
-        return
     try:
         theirs = sorted(names, key=natural_key)
     except (TypeError, ValueError):  # of digits such as "²", for which timm's readers fail as well

@@ -720,9 +720,11 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
     if len(plain) < 2 or any(map(_is_remote, [metric, *plain])):
         return
     seen: dict[object, str] = {}
+    whole = True  # the ids of large files are not known
     for dataset in plain:
         path = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
         own = image_ids(path)
+        whole = whole and bool(own)
         if both := sorted(own & seen.keys(), key=str):
             raise UserError(
                 f"{split}_dataloader.dataset joins {seen[both[0]]} and {path}, which both have an image of the id "
@@ -736,6 +738,11 @@ def _check_image_ids(metric: ConfigDict, datasets: list[ConfigDict], split: str)
             f"{metric.ann_file}: has no image of the id {foreign[0]!r}, which {seen[foreign[0]]} has, so their "
             f"predictions cannot be compared; name a file of all images in {split}_evaluator.ann_file, or take "
             "mmdet's MultiDatasetsEvaluator with a metric for each data set"
+        )
+    if whole and len(plain) == len(datasets) and (untested := sorted(known - seen.keys(), key=str)):
+        _warn(
+            f"{metric.ann_file}: has {len(untested)} images, for example of the id {untested[0]!r}, in none of the "
+            f"files of {split}_dataloader.dataset: their objects count as missed"
         )
 
 

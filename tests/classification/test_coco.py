@@ -329,8 +329,10 @@ def test_filtered_images_are_counted(check):
         ] * (not test_mode)
 
 
-def test_images_of_joined_data_sets_have_their_own_ids(tmp_path):
-    """CocoMetric would compare one's predictions with the other's boxes."""
+def test_images_of_joined_data_sets_have_their_own_ids(tmp_path, monkeypatch):
+    """CocoMetric would compare one's predictions with the other's boxes; and count objects of all images of its file."""
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, **_: said.append(message))
 
     def written(name, ids):
         content = coco()
@@ -339,7 +341,10 @@ def test_images_of_joined_data_sets_have_their_own_ids(tmp_path):
         (tmp_path / name).write_text(json.dumps(content))
         return dict(type="CocoDataset", data_root=str(tmp_path), ann_file=name, metainfo=dict(classes=("cat",)))
 
-    parts = {name: written(f"{name}.json", ids) for name, ids in dict(a=[1, 2], b=[3], c=[9, 2], all=[1, 2, 3]).items()}
+    parts = {
+        name: written(f"{name}.json", ids)
+        for name, ids in dict(a=[1, 2], b=[3], c=[9, 2], all=[1, 2, 3], more=range(1, 6)).items()
+    }
 
     def checked(first, second, compared, kind="CocoMetric", **more):
         dataset = dict(type="ConcatDataset", datasets=[{**parts[one], **more} for one in (first, second)])
@@ -351,6 +356,9 @@ def test_images_of_joined_data_sets_have_their_own_ids(tmp_path):
 
     checked("a", "b", "all")
     checked("a", "b", None)
+    assert said == []
+    checked("a", "b", "more")
+    assert "more.json: has 2 images, for example of the id 4, in none of the files of val_dataloader.dataset" in said[0]
     checked("a", "c", "all", kind=None)
     checked("a", "c", "all", backend_args=dict(backend="petrel"))
     for pair, compared in ((("a", "c"), "all"), (("a", "c"), None), (("a", "a"), "a")):

@@ -155,10 +155,12 @@ def test_class_names_go_with_the_weights(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.png")
     save_checkpoint({"model": seeded(num_classes=4).state_dict(), "classes": names}, tmp_path / "named.pth")
-    with pytest.warns(UserWarning, match=r"named\.pth: its class 1 is '10', but timm's readers .* number '2' so"):
+    warned = r": its class 1 is '10', but timm's readers .* number '2' so"
+    with pytest.warns(UserWarning, match=rf"named\.pth{warned}"):
         model = timm.create_model("spatialmamba_micro", tmp_path / "named.pth")
     save_for_hf(model, tmp_path / "folder")
-    read = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True)
+    with pytest.warns(UserWarning, match=rf"folder{warned}"):
+        read = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True)
     assert read.pretrained_cfg["label_names"] == names
     (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in names))
     arguments = dict(name="folder", root=str(tmp_path / "data"))
@@ -169,6 +171,8 @@ def test_class_names_go_with_the_weights(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         timm.create_model("spatialmamba_micro", tmp_path / "plain.pth")
+        for without_head in (dict(num_classes=2), dict(num_classes=0), dict(features_only=True)):
+            timm.create_model("spatialmamba_micro", tmp_path / "named.pth", **without_head)
 
 
 def test_weights_by_address(tmp_path, monkeypatch):
