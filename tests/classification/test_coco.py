@@ -330,7 +330,7 @@ def test_filtered_images_are_counted(check):
 
 
 def test_images_of_joined_data_sets_have_their_own_ids(tmp_path, monkeypatch):
-    """CocoMetric would compare one's predictions with the other's boxes; and count objects of all images of its file."""
+    """CocoMetric would compare one's predictions with the other's boxes; and it counts objects of all images it has."""
     said = []
     monkeypatch.setattr(checks, "print_log", lambda message, **_: said.append(message))
 
