@@ -242,7 +242,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
     if claimed > sum(held.values()):
         raise UserError(f"{path}: its weights claim {claimed} bytes, of which the file holds {sum(held.values())}")
     for key, value in state.items():
-        if not _finite(value):
+        if not _finite(value.float() if value.is_floating_point() else value):  # the numbers of a model
             raise UserError(f"{path}: its weights hold {key!r}, which is not finite; they are not usable")
         if key.endswith("running_var") and (value.float() < 0).any():  # float8 has no comparison
             raise UserError(f"{path}: its weights hold {key!r}, a variance below 0; they are not usable")

@@ -1,6 +1,7 @@
 """Write what a run measures, while it runs, as JSON lines and TensorBoard scalars; and read the JSON lines."""
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from operator import itemgetter
@@ -33,6 +34,7 @@ class MetricsLog:
             for name in (EPOCHS, STEPS):
                 _drop_partial_line(folder / name)
             self.files = {name: (folder / name).open("a") for name in (EPOCHS, STEPS)}
+            _pass_over_errors_of_writers()
             purge_step = None if updates is None else updates + 1
             self.writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step) if tensorboard else None
 
@@ -42,7 +44,7 @@ class MetricsLog:
             yield
         except (OSError, UnicodeError) as error:  # the latter for a folder whose name is no UTF-8
             raise UserError(
-                f"{self.folder}: metrics cannot be written ({error}); the last checkpoint is whole"
+                f"{self.folder}: metrics cannot be written ({error}); the last checkpoint, if any, is whole"
             ) from error
 
     def step(self, values: dict[str, float]) -> None:
@@ -78,6 +80,18 @@ class MetricsLog:
             for key, value in values.items():
                 if isinstance(value, int | float) and key != "update":
                     self.writer.add_scalar(f"{group}/{key}", value, update)
+
+
+def _pass_over_errors_of_writers() -> None:
+    """Keep TensorBoard's thread from printing tracebacks: the next call to the writer raises its errors again."""
+    otherwise = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        of_writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_writer and isinstance(args.exc_value, OSError)):
+            otherwise(args)
+
+    threading.excepthook = report
 
 
 def read_lines(path: Path, *keys: str) -> list[dict]:

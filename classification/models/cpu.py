@@ -36,6 +36,8 @@ class CpuLinear(nn.Linear):
     """`nn.Linear` by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if nn.Linear.forward is not _LINEAR:
+            return super().forward(x)
         return linear(x, self.weight, self.bias)
 
 
@@ -126,7 +128,9 @@ class CpuStructureAwareSSM(StructureAwareSSM):
         return to_planes(linear(to_tokens(x), weight))
 
 
-_PROJECT = StructureAwareSSM.project
+# Methods as they are at import: others, which somebody puts in their place, are called.
+_PROJECT, _LINEAR, _CONV = StructureAwareSSM.project, nn.Linear.forward, nn.Conv2d.forward
+_CONV_FORWARD = nn.Conv2d._conv_forward
 STRIP = 512  # columns of a result
 LARGE = 150_000  # numbers; in smaller planes this repository's depthwise convolution is as fast in bfloat16
 
@@ -141,6 +145,8 @@ class PrepackedLinear(Prepacked, CpuLinear):
         fits = x.shape[-1:] == self.weight.shape[1:] and _fits(self.bias, self.weight)
         dtype = prepacked_dtype(x, self.weight, self.bias) if fits else None
         if dtype is None:
+            return super().forward(x)
+        if nn.Linear.forward is not _LINEAR:
             return super().forward(x)
         packed = self.prepacked(dtype, lambda: pack(self.weight, self.bias, dtype, x), self.weight, self.bias)
         return product(x.to(dtype), *packed)
@@ -403,7 +409,8 @@ _WATCHED = [
     (kind, name)
     for kind in _CLASSES
     for name, value in inspect.getmembers(kind, inspect.isfunction)
-    if name == "forward" or (name in vars(kind) and value.__module__ == Block.__module__ and name != "__init__")
+    if name in ("forward", "_conv_forward")
+    or (name in vars(kind) and value.__module__ == Block.__module__ and name != "__init__")
 ]
 _WATCHED_METHODS = [getattr(*place) for place in _WATCHED]
 _OF_BLOCK = (  # layers of a block in the order of `PrepackedBlock._sources`
@@ -485,6 +492,8 @@ def _class_for(module: nn.Module) -> type[nn.Module] | None:
 def class_by_geometry(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
     """Return the class above that computes such a convolution. Tools change the geometry of a layer at any time."""
     if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:  # an own one may pad otherwise
+        return None
+    if nn.Conv2d.forward is not _CONV or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return None
     if conv.stride != (1, 1):
         strided = (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (2, 2), (1, 1))

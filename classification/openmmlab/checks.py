@@ -488,9 +488,10 @@ def _check_save_best(cfg: Config) -> None:
     if not isinstance(wanted, list | tuple) or not metrics or not known or apart:
         return
     prefixes = [metric.get("prefix") or kind.default_prefix or "" for metric, kind in zip(metrics, kinds, strict=True)]
-    for name in wanted:
-        start, _, last = str(name).rpartition("/")
-        if name != "auto" and start not in prefixes:
+    for name in map(str, wanted):
+        last = name.rpartition("/")[2]
+        fits = any(name.startswith(f"{prefix}/") if prefix else "/" not in name for prefix in prefixes)
+        if name != "auto" and not fits:
             raise UserError(
                 f"default_hooks.checkpoint.save_best is {name!r}, but the values of {kind_of(metrics[0])} are called "
                 f"{'/'.join(filter(None, (prefixes[0], last)))!r} and the like; write that, or 'auto'"

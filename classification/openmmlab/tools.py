@@ -215,20 +215,22 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
         _warn_of_unused_options(args)
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--cfg-options: do not fit {args.config} ({error})") from error
-    warn_of_unread_variables(args.config, settings_of(cfg))
+    with _reading(args.config):
+        warn_of_unread_variables(args.config, settings_of(cfg))
+        _warn_of_misspelt_settings(cfg)
     for split in ("train", "val", "test"):
         loader = cfg.get(f"{split}_dataloader")
         if isinstance(loader, dict) and loader.get("num_workers") == 0:  # customary while one looks for an error
             loader.persistent_workers = False  # PyTorch refuses True, which configs inherit
-    _warn_of_misspelt_settings(cfg)
     for key in ("model", *NEEDED.get(getattr(args, "tool", None), ())):
         if not isinstance(cfg.get(key), dict | list):
             raise UserError(f"{args.config}: has no {key}; write it, or inherit a config that has by _base_")
     with _reading(args.config):
         check_channels(cfg.model)
-    _check_training(cfg)
-    saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
-    if getattr(args, "tool", None) == "train" and saver.get("max_keep_ckpts") == 1:
+        _check_training(cfg)
+        saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+        keeps_one = getattr(args, "tool", None) == "train" and saver.get("max_keep_ckpts") == 1
+    if keeps_one:
         print_log(
             "default_hooks.checkpoint.max_keep_ckpts is 1: mmengine removes the last checkpoint before it writes the "
             "next, so a full disk or a kill loses the run; set 2",

@@ -119,6 +119,14 @@ class CheckLabels:
         if self.warned_of_greys:
             return
         greys = _greys_of(path, labels, reduced)
+        if greys == WHITE_IS_ONE and self.num_classes > 2:  # with two classes, it is the usual mask
+            self.warned_of_greys = True
+            print_log(
+                f"{path}: is a map of 1 bit, whose white is read as label 1; if a tool (oxipng) made it of a grey map, "
+                f"in which it was {LARGEST}, write such maps as PNG of 8 bits anew",
+                logger="current",
+                level=logging.WARNING,
+            )
         others = {label: grey for label, grey in greys.items() if label != grey}
         meant = {*range(self.num_classes + reduced), self.ignore_index}
         of_a_map = len({*greys.values()}) == len(greys)  # in which each label has a grey of its own
@@ -322,20 +330,30 @@ def _check_one_bit(path: str, labels: np.ndarray, reduced: bool) -> None:
 
 
 def _greys_of(path: str, labels: np.ndarray, reduced: bool) -> dict[int, int]:
-    """Return the greys of a map's labels, if it has a palette in which these are greys; {} for other maps."""
+    """Return the greys of a map's labels, if it has 1 bit or a palette in which these are greys; {} for other maps."""
     try:
         with Image.open(path, formats=image_formats()) as image:
             colours = image.getpalette("RGB") if image.mode == "P" else None
+            has_one_bit = image.mode == "1"
     except Exception:  # LoadAnnotations has read the file by other means
         return {}
+    if has_one_bit:
+        return WHITE_IS_ONE if (labels == 1 - reduced).any() else {}
     if not colours:
         return {}
+    table = np.array(colours).reshape(-1, 3)
+    some = labels[::SPARSE, ::SPARSE].astype(int) + reduced
+    some = table[some[some < len(table)]]
+    if (some != some[:, :1]).any():  # most palettes have colours, which a few pixels show
+        return {}
     found = np.flatnonzero(np.bincount(labels.ravel(), minlength=LARGEST + 1)[:LARGEST]) + reduced
-    found = found[found < len(colours) // 3]
-    values = np.array(colours).reshape(-1, 3)[found]
+    found = found[found < len(table)]
+    values = table[found]
     return dict(zip(found.tolist(), values[:, 0].tolist(), strict=True)) if (values == values[:, :1]).all() else {}
 
 
+SPARSE = 8  # pixels, of which one is looked at first
+WHITE_IS_ONE = {1: LARGEST}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 KIND_OF_PAGE, REDUCED, MASK = 254, 1, 4  # of TIFF: a tag, and bits of its value
 LOSSY = ("AVIF", "JPEG", "MPO")

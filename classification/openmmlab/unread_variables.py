@@ -64,7 +64,10 @@ def warn_of_unread_variables(path: str, read: frozenset[str]) -> None:
 
 def _of_data(path: str) -> _Variables:
     """Return the variables of a JSON or YAML config."""
-    content = load(path)
+    try:
+        content = load(path)
+    except Exception:  # mmengine replaces `{{ ... }}` before it parses the file
+        return _Variables(set(), set(), set(), [], False)
     bases = content.pop("_base_", [])
     used = set(re.findall(r"{{\s*_base_\.(\w+)", Path(path).read_text(encoding="utf-8")))
     given = {name for name, value in content.items() if value is not None}

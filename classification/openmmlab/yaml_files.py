@@ -84,7 +84,7 @@ def import_modules(cfg: Config, path: str) -> None:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError("custom_imports is no dict(imports=[...], allow_failed_imports=False)")
-    others = [name for name in names if not name.startswith((OURS, *(f"{scope}." for scope in SCOPES)))]
+    others = [name for name in names if f"{name}.".partition(".")[0] not in (OURS.rstrip("."), *SCOPES)]
     if others and not set(others) <= _imports_of_programs(path):
         raise UserError(
             f"custom_imports has {others[0]!r}, which is no module of this repository or of the toolchains, and could "
@@ -95,11 +95,15 @@ def import_modules(cfg: Config, path: str) -> None:
 
 def _imports_of_programs(path: str) -> set[str]:
     """Return the names in `custom_imports` of the configs in Python that a config of data inherits."""
-    content = load(path)
+    try:
+        content = load(path)
+    except Exception:  # mmengine replaces `{{ ... }}` before it parses the file
+        content = None
     bases = content.get("_base_", []) if isinstance(content, dict) else []
     found = set()
     for base in [bases] if isinstance(bases, str) else bases:
-        file = os.path.join(os.path.dirname(path), base)
+        folder = os.path.dirname(path)
+        file = os.path.join(folder, re.sub(r"{{\s*fileDirname\s*}}", re.escape(folder or "."), base))
         if "::" not in base and not base.lower().endswith(OF_DATA):
             names = (Config.fromfile(file, import_custom_modules=False).get("custom_imports") or {}).get("imports", [])
             found |= {names} if isinstance(names, str) else set(names)

@@ -1,5 +1,6 @@
 """States, the matrix and receptive fields by value, the model as it was afterwards, and the figures of the command."""
 
+import argparse
 import copy
 import gc
 import json
@@ -534,7 +535,9 @@ def test_options_of_the_command(explain, pictures, tmp_path, monkeypatch):
     explain(*common, "--figures", "states", "--colour", "pca", "--stage", -1)
     assert imread(tmp_path / "states.png").shape[0] < tall.shape[0]  # a row for each image, not for each channel
     peer = timm.create_model("convnext_atto", num_classes=3)  # fine-tuned
-    torch.save(peer.state_dict(), tmp_path / "peer.pth")
+    torch.save(
+        {"state_dict": peer.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "peer.pth"
+    )  # as timm does
     explain(*common, "--figures", "erf", "--position", 1, 2, "--beside", f"convnext_atto={tmp_path / 'peer.pth'}")
     stored = np.load(tmp_path / "erf.npz")
     assert set(stored) == {"images", "spatialmamba_micro_at_initialisation", "convnext_atto_trained"}

@@ -662,6 +662,12 @@ CONFIGS = {
         '{"model": {}, "custom_imports": {"imports": ["classification.models", "on_path"]}}',
         "custom_imports has 'on_path', which is no module of this repository or of the toolchains",
     ),
+    "package.yaml": ("{model: {}, custom_imports: {imports: [mmengine]}}", "is a config of None, this is a tool for"),
+    "hooks.json": (
+        '{"default_scope": "mmdet", "model": {}, "train_cfg": {}, "train_dataloader": {}, "optim_wrapper": '
+        '{"optimizer": 3}}',
+        "a part of it is not what configs have there (AttributeError",
+    ),
     "module.yaml": ("model: {type: on_path}", "model.type is 'on_path', which is no registered name"),
     "scope.yaml": ("model: {type: A, _scope_: on_path}", "model._scope_ is 'on_path', which mmengine may import"),
     "constructor.json": (
@@ -1013,7 +1019,7 @@ def test_iou_needs_maps():
     ("metric", "named", "message"),
     [
         (dict(type="mmdet.CocoMetric"), "bbox_mAP", "but the values of CocoMetric are called 'coco/bbox_mAP' and"),
-        (dict(type="mmdet.CocoMetric"), ["auto", "coco/bbox_mAP"], None),
+        (dict(type="mmdet.CocoMetric"), ["auto", "coco/bbox_mAP", "coco/cat/dog_precision"], None),
         (dict(type="mmdet.CocoMetric", prefix="own"), "coco/bbox_mAP", "are called 'own/bbox_mAP'"),
         ([dict(type="mmdet.VOCMetric"), dict(type="mmdet.CocoMetric")], "coco/bbox_mAP", None),
         (dict(type="MultiDatasetsEvaluator", metrics=[dict(type="mmdet.CocoMetric")]), "a/coco/bbox_mAP", None),
@@ -2526,23 +2532,32 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         ([0, 2, 2], False, False),  # no grey map has one grey for two labels
         ([0, 80, 160], False, False),  # to look at: these are no labels
         (None, False, False),
+        ("1", False, True),  # of 0 and 255
+        ("1", True, True),
     ],
 )
 def test_a_palette_of_greys_that_could_be_labels(greys, reduced, suspicious, tmp_path, monkeypatch):
     """Labels are then numbers of colours, other ones in each file."""
     said = []
     monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
-    indices = np.arange(4, dtype=np.uint8).reshape(2, 2) % len(greys or "abcd")
+    indices = np.arange(4, dtype=np.uint8).reshape(2, 2) % (2 if greys == "1" else len(greys or "abcd"))
     image = Image.fromarray(indices, "P")
-    image.putpalette([band for grey in greys for band in [grey] * 3] if greys else range(30))
+    if greys == "1":
+        image, text = (
+            Image.fromarray(indices * 255).convert("1"),
+            "a.png: is a map of 1 bit, whose white is read as label",
+        )
+    else:
+        image.putpalette([band for grey in greys for band in [grey] * 3] if greys else range(30))
+        label = int(greys is not None and greys[1] != 1)
+        grey = greys and greys[1]
+        text = f"a.png: has a palette in which label {label} is the grey {grey}, and {label} is what is read"
     image.save(tmp_path / "a.png")
     labels = indices - np.uint8(1) if reduced else indices
     results = dict(seg_map_path=str(tmp_path / "a.png"), gt_seg_map=labels, reduce_zero_label=reduced)
     check = CheckLabels(7)
     for _ in range(2):
         assert check(dict(results))
-    label = int(greys is not None and greys[1] != 1)
-    text = f"a.png: has a palette in which label {label} is the grey {greys and greys[1]}, and {label} is what is read"
     assert [text in one for one in said] == [True] * suspicious
 
 

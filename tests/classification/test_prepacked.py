@@ -278,6 +278,24 @@ def test_changes_are_seen(monkeypatch):
     assert type(fast[3]) is nn.Linear
 
 
+@pytest.mark.parametrize("prepack_weights", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(nn.Linear, "forward"), (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.ReLU, "forward")],
+)
+def test_methods_that_were_replaced_on_a_class(kind, name, prepack_weights, monkeypatch):
+    """By whoever instruments all layers of a kind, after the model was optimised or before."""
+    torch.manual_seed(0)
+    model, x = randomised(spatialmamba_micro(num_classes=7)).eval(), torch.randn(1, 3, 33, 47)
+    fast, own = optimise_for_cpu(copy.deepcopy(model), prepack_weights), getattr(kind, name)
+    before = infer(fast, x)
+    monkeypatch.setattr(kind, name, lambda module, *inputs: 0.5 * own(module, *inputs))
+    expected = infer(model, x).double()
+    assert error(before, expected) > 0.06
+    assert error(infer(fast, x), expected) < 0.03
+    assert error(infer(optimise_for_cpu(model, prepack_weights), x), expected) < 0.03
+
+
 def test_not_where_it_would_be_missed():
     """Gradients, other dtypes, transforms, what counts or traces, and hooks of layers that would be left out."""
     torch.manual_seed(0)

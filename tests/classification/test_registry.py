@@ -198,7 +198,11 @@ def test_weights_by_address(tmp_path, monkeypatch):
     assert len(list((tmp_path / "hub/checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("spoil", [lambda t: t / 0, lambda t: t.to(torch.int8)], ids=["infinite", "int8"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda t: t / 0, lambda t: t.double() + 1e300, lambda t: t.to(torch.int8)],
+    ids=["infinite", "large", "int8"],
+)
 @pytest.mark.parametrize("by", ["overlay", "hub"])
 def test_unusable_weights_are_refused(spoil, by, monkeypatch):
     state = seeded().state_dict()
