@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from classification.data.images import EIGHT_BITS_A_BAND, image_formats, misread_planes, misread_samples
 from classification.errors import UserError
 from classification.openmmlab.messages import print_log
+from classification.openmmlab.palettes import Palettes
 
 LARGEST = 255  # of 8 bits
 TURNED = range(2, 9)  # orientations of EXIF by which an image is turned or mirrored
@@ -71,7 +72,8 @@ class CheckLabels:
         of_file: bool = True,
     ):
         self.num_classes, self.class_weight, self.ignore_index = num_classes, class_weight, ignore_index
-        self.turned, self.of_file, self.warned_of_greys = turned, of_file, False
+        self.turned, self.of_file = turned, of_file
+        self.palettes: Palettes | None = Palettes()  # None after a warning
 
     def __call__(self, results: dict) -> dict:
         if "gt_seg_map" not in results:  # mmseg's inferencer takes LoadAnnotations out of a pipeline
@@ -93,7 +95,10 @@ class CheckLabels:
         wrong = _not_of_a_byte(path) if self.of_file else None
         if self.of_file and wrong is None and not results.get("label_map"):
             _check_one_bit(path, labels, reduced)
-            self._warn_of_greys(path, labels, reduced)
+            meant = {*range(self.num_classes + reduced), self.ignore_index}
+            if self.palettes and (fault := self.palettes.fault(path, labels, reduced, meant)):
+                self.palettes = None
+                print_log(f"{path}: {fault}", logger="current", level=logging.WARNING)
         if wrong is None:
             outside = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
             wrong = np.max(outside) + reduced if outside.size else None
@@ -110,36 +115,6 @@ class CheckLabels:
             )
         self.turned = self.turned and not _warn_if_turned(results.get("img_path"))
         return results
-
-    def _warn_of_greys(self, path: str, labels: np.ndarray, reduced: bool) -> None:
-        """Warn once of a palette of greys that could be the labels that were meant, and are others than are read.
-
-        Tools that make image files smaller give a grey map such a palette, and so does Pillow in a GIF.
-        """
-        if self.warned_of_greys:
-            return
-        greys = _greys_of(path, labels, reduced)
-        if greys == WHITE_IS_ONE and self.num_classes > 2:  # with two classes, it is the usual mask
-            self.warned_of_greys = True
-            print_log(
-                f"{path}: is a map of 1 bit, whose white is read as label 1; if a tool (oxipng) made it of a grey map, "
-                f"in which it was {LARGEST}, write such maps as PNG of 8 bits anew",
-                logger="current",
-                level=logging.WARNING,
-            )
-        others = {label: grey for label, grey in greys.items() if label != grey}
-        meant = {*range(self.num_classes + reduced), self.ignore_index}
-        of_a_map = len({*greys.values()}) == len(greys)  # in which each label has a grey of its own
-        black_and_white = {*greys.values()} <= {0, LARGEST}  # as masks often are, and classes in colourful palettes
-        if others and meant.issuperset(greys.values()) and of_a_map and not black_and_white:
-            self.warned_of_greys = True
-            label, grey = next(iter(others.items()))
-            print_log(
-                f"{path}: has a palette in which label {label} is the grey {grey}, and {label} is what is read; if a "
-                f"tool (oxipng, GIF) made it of a grey map, in which it was {grey}, write such maps as grey PNG anew",
-                logger="current",
-                level=logging.WARNING,
-            )
 
 
 @TRANSFORMS.register_module()
@@ -329,31 +304,6 @@ def _check_one_bit(path: str, labels: np.ndarray, reduced: bool) -> None:
         )
 
 
-def _greys_of(path: str, labels: np.ndarray, reduced: bool) -> dict[int, int]:
-    """Return the greys of a map's labels, if it has 1 bit or a palette in which these are greys; {} for other maps."""
-    try:
-        with Image.open(path, formats=image_formats()) as image:
-            colours = image.getpalette("RGB") if image.mode == "P" else None
-            has_one_bit = image.mode == "1"
-    except Exception:  # LoadAnnotations has read the file by other means
-        return {}
-    if has_one_bit:
-        return WHITE_IS_ONE if (labels == 1 - reduced).any() else {}
-    if not colours:
-        return {}
-    table = np.array(colours).reshape(-1, 3)
-    some = labels[::SPARSE, ::SPARSE].astype(int) + reduced
-    some = table[some[some < len(table)]]
-    if (some != some[:, :1]).any():  # most palettes have colours, which a few pixels show
-        return {}
-    found = np.flatnonzero(np.bincount(labels.ravel(), minlength=LARGEST + 1)[:LARGEST]) + reduced
-    found = found[found < len(table)]
-    values = table[found]
-    return dict(zip(found.tolist(), values[:, 0].tolist(), strict=True)) if (values == values[:, :1]).all() else {}
-
-
-SPARSE = 8  # pixels, of which one is looked at first
-WHITE_IS_ONE = {1: LARGEST}
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 KIND_OF_PAGE, REDUCED, MASK = 254, 1, 4  # of TIFF: a tag, and bits of its value
 LOSSY = ("AVIF", "JPEG", "MPO")

@@ -2561,6 +2561,29 @@ def test_a_palette_of_greys_that_could_be_labels(greys, reduced, suspicious, tmp
     assert [text in one for one in said] == [True] * suspicious
 
 
+def test_palettes_of_other_maps(tmp_path, monkeypatch):
+    """Tools that make files smaller renumber the colours of each map: VOC's (128, 0, 0) is no longer label 1."""
+    said, check = [], CheckLabels(7)
+    monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
+    voc = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+    filled = [0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 9, 9]  # with black, for labels that are not drawn
+    for name, colours, indices in (
+        ("a", voc, [[0, 1]]),
+        ("b", voc, [[2, 3]]),
+        ("c", voc[:6], [[1, 0]]),
+        ("d", filled, [[0, 2]]),
+        ("e", [*voc[:3], *voc[6:9]], [[0, 1]]),
+    ):
+        assert said == []
+        labels = np.repeat(np.repeat(np.array(indices, np.uint8), 9, 0), 9, 1)
+        image = Image.fromarray(labels, "P")
+        image.putpalette(colours)
+        image.save(tmp_path / f"{name}.png")
+        check(dict(seg_map_path=str(tmp_path / f"{name}.png"), gt_seg_map=labels))
+    (said,) = said
+    assert f"e.png: has the colour (0, 128, 0) for label 1, and {tmp_path / 'b.png'} for 2; labels are read as" in said
+
+
 def test_maps_of_labels_beyond_a_byte(tmp_path):
     """LoadAnnotations takes them modulo 256: 259 would be 3."""
     path = tmp_path / "map.png"
