@@ -144,14 +144,25 @@ def saved_config(text: str, source: str, keys: Sequence[str] = ()) -> CfgNode:
     return config
 
 
+def config_text(content: dict) -> str | None:
+    """Return the text of main.py's config in a checkpoint; None without one, or for another text, as a file's name."""
+    text = content.get("config")
+    if not isinstance(text, str):
+        return None
+    try:
+        return None if isinstance(yaml.load(text, _TextLoader), str | list | int | float) else text
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # of a damaged one, which `saved_config` reports
+        return text
+
+
 def trained_with(content: dict, path: str) -> CfgNode:
     """Return the default config with the evaluation keys that a checkpoint of main.py holds; else the defaults alone.
 
     Raises:
         UserError: the text that the checkpoint holds as its config is not a config.
     """
-    text = content.get("config")
-    return saved_config(text, f"{path}: its config", SAVED_WITH_WEIGHTS) if isinstance(text, str) else default_config()
+    text = config_text(content)
+    return default_config() if text is None else saved_config(text, f"{path}: its config", SAVED_WITH_WEIGHTS)
 
 
 # Keys that change no number, or that may change when a run is resumed.
@@ -200,8 +211,8 @@ SAVED_WITH_WEIGHTS = ("MODEL.NAME", *EVALUATION_KEYS)
 
 def changed_evaluation_keys(content: dict, config: CfgNode, path: str | Path) -> list[str]:
     """Return KEY OLD -> NEW for each evaluation key that differs between a checkpoint of main.py and `config`."""
-    text = content.get("config")
-    return changed_keys(text, config, path, EVALUATION_KEYS) if isinstance(text, str) else []
+    text = config_text(content)
+    return [] if text is None else changed_keys(text, config, path, EVALUATION_KEYS)
 
 
 def evaluation_config_text(content: dict, path: str | Path) -> str | None:
@@ -209,7 +220,7 @@ def evaluation_config_text(content: dict, path: str | Path) -> str | None:
 
     The text is for weights that are passed on to others, so it holds no paths and the like.
     """
-    if not isinstance(content.get("config"), str):
+    if config_text(content) is None:
         return None
     values = dict(_flatten(trained_with(content, str(path))))
     tree: dict[str, dict] = {}

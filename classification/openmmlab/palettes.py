@@ -36,8 +36,8 @@ class Palettes:
             return None
         if mode == "1" and len(meant) > 3 and (labels == 1 - reduced).any():  # with two classes, it is the usual mask
             return (
-                f"is a map of 1 bit, whose white is read as label 1; if a tool (oxipng) made it of a grey map, in which "
-                f"it was {WHITE}, write such maps as PNG of 8 bits anew"
+                f"is a map of 1 bit, whose white is read as label 1; if a tool (oxipng) made it of a grey map, in "
+                f"which it was {WHITE}, write such maps as PNG of 8 bits anew"
             )
         if not colours:
             return None

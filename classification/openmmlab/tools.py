@@ -22,7 +22,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from PIL import EpsImagePlugin
 
 from classification.checkpoint_folder import lock_folder
-from classification.errors import UserError, end_with, escape_on_streams, is_file, refuse_empty
+from classification.errors import UserError, end_with, escape_on_streams, is_dir, is_file, refuse_empty
 from classification.models import optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
 
@@ -694,6 +694,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise UserError(f"{args.config}: has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs")
         cfg.auto_scale_lr.enable = True
+    _check_can_be_written(_work_dir(args, cfg))
     as_read = _as_read(args, cfg)
     finds = args.resume or (cfg.get("resume") and not cfg.get("load_from"))
     looked = _find_what_to_resume(args, cfg) if finds else None
@@ -869,7 +870,7 @@ def _latest_checkpoint(work_dir: str) -> str | None:
 def _check_can_be_written(path: str | None, folder: bool = True) -> None:
     """Raise a UserError if a folder or a file cannot be made, so that no result is lost after the work is done."""
     whole = Path(path).expanduser().absolute() if path else None
-    place = next(one for one in (whole, *whole.parents) if one.exists()) if whole else None
+    place = next(one for one in (whole, *whole.parents) if is_dir(one) or one.exists()) if whole else None
     if place and (place.is_dir() != (folder or place != whole) or not os.access(place, os.W_OK)):
         raise UserError(f"{path}: cannot be written, because {place} is in the way or may not be written to")
 

@@ -172,7 +172,7 @@ def _warn_if_turned(path: str | None) -> bool:
     return turned
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(name=["CheckImage", "CheckBits"])  # the second in configs that earlier versions saved
 class CheckImage:
     """Checks an image file before LoadImageFromFile, which clips or misreads some, and names no file that is empty.
 

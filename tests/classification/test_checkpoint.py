@@ -650,6 +650,11 @@ def test_bounds_of_training_do_not_bind_weights():
     assert "DECAY: 1.0" in text
     assert trained_with({"config": text}, "a.pth").DATA.IMG_SIZE == config.DATA.IMG_SIZE
     assert changed_evaluation_keys({"config": text}, config, "a.pth") == []
+    for others in ("mine.yaml", "3", "[1, 2]", ""):  # another project's text
+        assert trained_with({"config": others}, "a.pth") == default_config()
+        assert changed_evaluation_keys({"config": others}, config, "a.pth") == []
+    with pytest.raises(UserError, match=r"a\.pth: its config: not a YAML file"):
+        trained_with({"config": "DATA: {"}, "a.pth")
     with pytest.raises(UserError, match=r"TRAIN\.EMA\.DECAY must be at most"):
         changed_keys(text, config, "a.pth")
 
