@@ -968,7 +968,7 @@ def test_results_that_could_not_be_written(tmp_path):
                 tools._check_can_be_written(path, folder)
         else:
             tools._check_can_be_written(path, folder)
-    with pytest.raises(UserError, match="cannot be looked at .File name too long"):
+    with pytest.raises(UserError, match=r"cannot be looked at .File name too long"):
         tools._check_can_be_written("a" * 300)
     with pytest.raises(UserError, match="runner_type is FlexibleRunner, which is no kind of mmengine's Runner"):
         tools._build(Config(dict(model={}, runner_type="FlexibleRunner")), Config())
