@@ -1,6 +1,7 @@
 """AdamW with its parameter groups and saved moments, and the learning rate: per update, linear warm-up, then cosine."""
 
-from itertools import permutations
+from collections import Counter
+from itertools import chain, permutations
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -41,6 +42,8 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
     parameters = [group["params"] for group in optimizer.param_groups]
     if len(groups) != len(parameters):
         raise ValueError(f"it has {len(groups)} groups, not {len(parameters)}")
+    if twice := [index for index, count in Counter(chain(*groups)).items() if count > 1]:
+        raise ValueError(f"its groups list parameter {twice[0]} twice")
     in_order = next((g for g in permutations(groups) if _fit(g, parameters, state)), None)
     if in_order is None:
         _complain(groups, parameters, state)
@@ -55,6 +58,8 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
     }
     if any(m["step"] < 0 for m in moments.values()):
         raise ValueError("a step count is negative")
+    if any((m["exp_avg_sq"] < 0).any() for m in moments.values()):
+        raise ValueError("a mean of squared gradients (exp_avg_sq) is negative")
     new = [{**mine, "params": theirs} for mine, theirs in zip(own, in_order, strict=True)]
     optimizer.load_state_dict({"state": moments, "param_groups": new})
 

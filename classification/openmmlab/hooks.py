@@ -531,6 +531,8 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
             state = saved["state"].get(i, {})
             if not torch.as_tensor(state.get("step", 0)).ge(0).all():
                 raise ValueError(f"state[{i}].step is {state['step']!r}")
+            if isinstance(squares := state.get("exp_avg_sq"), torch.Tensor) and not squares.ge(0).all():
+                raise ValueError(f"state[{i}].exp_avg_sq, a mean of squares, is negative or no number")
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     state[name] = in_layout_of(parameter, value, f"state[{i}].{name}")

@@ -931,6 +931,7 @@ ADVICE = {
     "the padding of images that are smaller than data_preprocessor.size; leave class_weight out",
     "Invalid beta parameter": "correct optim_wrapper.optimizer.betas",
     "Invalid weight_decay value": "correct optim_wrapper.optimizer.weight_decay",
+    "inv_scale_x > 0": "an image is so thin that no pixel is left once it is resized: leave it out",
     "failed to load image": "replace it, or take it out of the data",
     "Unable to locate Ghostscript": "an image is an EPS file, which is not read for safety; convert or remove it",
     "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
@@ -944,7 +945,7 @@ ADVICE = {
 def _with_advice() -> Iterator[None]:
     try:
         yield
-    except (AssertionError, IndexError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of any type, as OpenCV's own
         advice = next((advice for part, advice in ADVICE.items() if part in str(error)), None)
         if advice is None:
             raise

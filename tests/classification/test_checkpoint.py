@@ -573,6 +573,7 @@ def test_moments_take_the_parameters_layout(few_digits, tmp_path, run_main, caps
         "plain dense ones are read": lambda s: s.update(exp_avg=torch.nested.nested_tensor([s["step"]])),
         "step of parameter 3 is of type str": lambda s: s.update(step="4"),
         "a step count is negative": lambda s: s["step"].fill_(-1),
+        "a mean of squared gradients (exp_avg_sq) is negative": lambda s: s["exp_avg_sq"].fill_(-1),
         "step of parameter 3 is not finite": lambda s: s.update(step=float("nan")),
         "exp_avg of parameter 3 is a tensor without values": lambda s: s.update(exp_avg=s["exp_avg"].to("meta")),
     }.items():
@@ -580,6 +581,11 @@ def test_moments_take_the_parameters_layout(few_digits, tmp_path, run_main, caps
             resumed(lambda i, s, c=change: c(s) if i == 3 else None)
         assert message in stop.value.code or "moments of parameter 3" in stop.value.code
         assert not (run / "on").exists()
+    content = read_checkpoint(run / "default/epoch_1.pth")
+    content["optimizer"]["param_groups"][0]["params"][1] = content["optimizer"]["param_groups"][0]["params"][0]
+    torch.save(content, path)
+    with pytest.raises(SystemExit, match="its groups list parameter 0 twice"):
+        run_main("--tag", "on", "--resume", path, *arguments, "2")
     capsys.readouterr()
 
 

@@ -1918,6 +1918,7 @@ def test_misspelt_options_are_named(monkeypatch):
 
 
 def test_advice_beside_the_libraries_errors(tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="make install-openmmlab")
     images = [torch.zeros(3, 4, 5), torch.zeros(3, 5, 4)]
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(path := tmp_path / "map.png")
     results = dict(seg_map_path=str(path), reduce_zero_label=False, seg_fields=[])
@@ -1927,6 +1928,7 @@ def test_advice_beside_the_libraries_errors(tmp_path):
         (lambda: torch.nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1)), "batch_size to 2 or more"),
         (lambda: preprocess(dict(inputs=images, data_samples=None)), "set batch_size=1 of the data loader"),
         (lambda: load(results), "make that of LoadAnnotations, too, equal to it"),
+        (lambda: cv2.resize(np.zeros((8, 3000)), (128, 0)), "an image is so thin that no pixel is left"),
         (lambda: torch.ones(11)[torch.tensor(255)], "of images that are smaller than data_preprocessor.size"),
     ):
         with pytest.raises(UserError, match=advice), tools._with_advice():
