@@ -234,7 +234,7 @@ class CheckImage:
 PPM = (b"P2", b"P3", b"P5", b"P6")  # the beginnings of PGM and PPM files with more than one bit
 PFM, TIFF = (b"PF", b"Pf"), (b"II", b"MM")
 PLAIN = "ppm_plain"  # Pillow's decoder of the two that are text
-SAMPLE_FORMAT, UNSIGNED, BIG = 339, 1, 43  # of TIFF: a tag, its value, and the version of a BigTIFF
+SAMPLE_FORMAT, SIGNED, BIG = 339, 2, 43  # of TIFF: a tag, its value for integers with a sign, and BigTIFF's version
 
 
 def _dark_in_opencv(path: str, kind: bytes) -> str | None:
@@ -252,9 +252,9 @@ def _dark_in_opencv(path: str, kind: bytes) -> str | None:
             tags = TiffImagePlugin.ImageFileDirectory_v2(header)
             file.seek(tags.next)
             tags.load(file)
-        kinds = tags.get(SAMPLE_FORMAT, (UNSIGNED,))
-        wrong = {*(kinds if isinstance(kinds, tuple) else (kinds,))} - {UNSIGNED}
-        return f"has numbers with a sign (SampleFormat {min(wrong)}), which OpenCV reads as without" if wrong else None
+        kinds = tags.get(SAMPLE_FORMAT)
+        signed = SIGNED in (kinds if isinstance(kinds, tuple) else (kinds,))
+        return f"has numbers with a sign (SampleFormat {SIGNED}), which OpenCV reads as without" if signed else None
     if kind not in PPM:
         return None
     with Image.open(path, formats=("PPM",)) as image:

@@ -102,8 +102,8 @@ def _imports_of_programs(path: str) -> set[str]:
     bases = content.get("_base_", []) if isinstance(content, dict) else []
     found = set()
     for base in [bases] if isinstance(bases, str) else bases:
-        folder = os.path.dirname(path)
-        file = os.path.join(folder, re.sub(r"{{\s*fileDirname\s*}}", re.escape(folder or "."), base))
+        folder = os.path.dirname(os.path.abspath(path))
+        file = os.path.join(folder, re.sub(r"{{\s*fileDirname\s*}}", lambda _, here=folder: here, base))
         if "::" not in base and not base.lower().endswith(OF_DATA):
             names = (Config.fromfile(file, import_custom_modules=False).get("custom_imports") or {}).get("imports", [])
             found |= {names} if isinstance(names, str) else set(names)
