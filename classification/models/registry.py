@@ -105,7 +105,12 @@ def _given(cfg: object) -> dict:
 def _is_ours(cfg: object) -> bool:
     """Whether we read the weights that `cfg` names. timm reads them if it names a source, such as `local-dir:`."""
     given = _given(cfg)
-    return any(given.get(key) for key in ("file", "state_dict", "url")) and not given.get("source")
+    ours = given.get("file") or given.get("state_dict") or _is_address(given.get("url"))
+    return bool(ours) and not given.get("source")
+
+
+def _is_address(url: object) -> bool:
+    return isinstance(url, str) and url.startswith(SCHEMES)
 
 
 def _take_source(overlay: dict) -> str | None:
@@ -114,7 +119,7 @@ def _take_source(overlay: dict) -> str | None:
         return str(overlay.pop("file"))
     if overlay.get("hf_hub_id"):
         return None if overlay.get("hf_hub_filename") else f"{HUB}{overlay.pop('hf_hub_id')}"
-    return overlay.pop("url", None)
+    return overlay.pop("url") if _is_address(overlay.get("url")) else None
 
 
 def _classes_of(state: dict) -> dict[str, int]:

@@ -164,7 +164,8 @@ def _warn_of_files_left_out(dataset: ConfigDict, names: set[str], key: str, cfg:
         return
     sharing = {_folder(one, "img_path") for one in _all_datasets(cfg) if _folder(one, "seg_map_path") == maps}
     stems = {os.path.splitext(name)[0] for other in sharing - {None} for name in _files_in(other)[0]}
-    previews = {stem for stem in lone if any(stem[:end] in stems for end in range(len(stem)))}  # as a_colour of a
+    ends = {stem: [i for i, character in enumerate(stem) if character in "_-. "] for stem in lone}
+    previews = {stem for stem, places in ends.items() if any(stem[:i] in stems for i in places)}  # as a_colour of a
     if alone := sorted(lone - stems - previews):
         print_log(
             f"{key}: {len(alone)} label maps of {maps}, for example {alone[0]}{end}, are left out, for there is no "

@@ -215,7 +215,7 @@ class CheckImage:
                 )
         elif by_opencv:
             if dark:
-                self._warn(f"{path}: {dark}, so it and others like it are read too dark; convert them to PNG")
+                self._warn(f"{path}: {dark}: it and others like it may be read too dark; convert them to PNG")
         elif fault:
             raise UserError(f"{path}: {fault}; or leave imdecode_backend='pillow' out of LoadImageFromFile")
         elif mode not in EIGHT_BITS_A_BAND:

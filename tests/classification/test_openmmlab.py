@@ -1201,7 +1201,7 @@ def test_label_maps_without_an_image_are_counted(images, labels, found, tmp_path
     """As of images that were lost in a copy; but not maps of another split, nor maps in colour to look at."""
     said = []
     monkeypatch.setattr(label_maps, "print_log", lambda message, level: said.append(message))
-    maps = [f"{labels}/{name}" for name in ("a.png", "a_colour.png", "b.png", "c.png", "b.txt") if labels]
+    maps = [f"{labels}/{name}" for name in ("a.png", "a_colour.png", "a1.png", "c.png", "a1.txt") if labels]
     for name in (f"{images}/a.jpg", f"{images}/d.jpeg", "others/c.jpg", *maps):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -1216,7 +1216,7 @@ def test_label_maps_without_an_image_are_counted(images, labels, found, tmp_path
     suffix = [one for one in said if "for example d.jpeg, are left out, for img_suffix is '.jpg'" in one]
     assert len(suffix) == (labels != "images/")
     alone = (
-        f"1 label maps of {tmp_path / (labels or '')}, for example b.png, are left out, for there is no such image in "
+        f"1 label maps of {tmp_path / (labels or '')}, for example a1.png, are left out, for there is no such image in "
     )
     assert [alone in message for message in said if message not in suffix] == [True] * found
 
@@ -1340,7 +1340,7 @@ def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
         assert [f"{path}: has numbers with a sign (SampleFormat 2)" in one for one in said] == [True] * misread
     (tmp_path / "a.pfm").write_bytes(b"Pf\n1 1\n-1\n" + np.float32(0.4).tobytes())
     CheckImage()({"img_path": str(tmp_path / "a.pfm")})
-    assert "a.pfm: is a PFM, whose numbers OpenCV rounds to 0 to 255, so it and others" in said[-1]
+    assert "a.pfm: is a PFM, whose numbers OpenCV rounds to 0 to 255: it and others" in said[-1]
     with pytest.raises(UserError, match=r"P5-4095\.ppm: is of mode I, .* clips to 8 bits: convert the image"):
         CheckImage("pillow")({"img_path": str(tmp_path / "P5-4095.ppm")})
     (tmp_path / "empty.jpg").touch()
