@@ -129,11 +129,11 @@ def _without_functions(state: object) -> object:
 
 @CheckpointLoader.register_scheme(prefixes=SCHEMES, force=True)
 def load_from_http(filename: str, map_location: str | torch.device | None = None) -> dict:
-    """Download a file once, in the first process of each machine, and load it by `load_from_local`."""
+    """Download a file in the first process, and where that one's folder is not shared; load it by `load_from_local`."""
     if get_dist_info()[0] == 0:
         download(filename)
     barrier()
-    path = download(filename)  # it is there, but on a machine without the first process
+    path = download(filename)  # it is there, but on a machine that does not share the folder
     try:
         return load_from_local(str(path), map_location)
     except UserError as error:  # as of half a file, if the server does not tell how much is to come, or a login page

@@ -8,7 +8,13 @@ import numpy as np
 from mmengine.registry import TRANSFORMS
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from classification.data.images import EIGHT_BITS_A_BAND, image_formats, misread_planes, misread_samples
+from classification.data.images import (
+    EIGHT_BITS_A_BAND,
+    SAMPLE_FORMAT,
+    image_formats,
+    misread_planes,
+    misread_samples,
+)
 from classification.errors import UserError
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.palettes import Palettes
@@ -234,7 +240,7 @@ class CheckImage:
 PPM = (b"P2", b"P3", b"P5", b"P6")  # the beginnings of PGM and PPM files with more than one bit
 PFM, TIFF = (b"PF", b"Pf"), (b"II", b"MM")
 PLAIN = "ppm_plain"  # Pillow's decoder of the two that are text
-SAMPLE_FORMAT, SIGNED, BIG = 339, 2, 43  # of TIFF: a tag, its value for integers with a sign, and BigTIFF's version
+SIGNED, BIG = 2, 43  # of TIFF: a SampleFormat for integers with a sign, and BigTIFF's version
 
 
 def _dark_in_opencv(path: str, kind: bytes) -> str | None:

@@ -1289,6 +1289,7 @@ def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
         pipeline = cfg.train_dataloader.dataset.pipeline
         assert pipeline[:-1] == [dict(type="CheckImage", unchanged=False, ignore_empty=False) | check]
         assert pipeline[-1].type == "LoadImageFromFile"
+    assert isinstance(TRANSFORMS.build(dict(type="CheckBits", unchanged=True)), CheckImage)  # of an older saved config
     assert tools.transforms  # where these steps are registered, whatever the config imports
     results = {"img_path": str(path)}
     loading = pytest.importorskip("mmcv.transforms", reason="make install-openmmlab")
