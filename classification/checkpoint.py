@@ -92,7 +92,7 @@ def read_checkpoint(
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: str | Path) -> Iterator[None]:
     """Turn a momentary error, which is no fault of the file, into a UserError."""
     try:
         yield
@@ -241,11 +241,12 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
         claimed += 0 if tied else size
     if claimed > sum(held.values()):
         raise UserError(f"{path}: its weights claim {claimed} bytes, of which the file holds {sum(held.values())}")
-    for key, value in state.items():
-        if not _finite(value.float() if value.is_floating_point() else value):  # the numbers of a model
-            raise UserError(f"{path}: its weights hold {key!r}, which is not finite; they are not usable")
-        if key.endswith("running_var") and (value.float() < 0).any():  # float8 has no comparison
-            raise UserError(f"{path}: its weights hold {key!r}, a variance below 0; they are not usable")
+    with _reading(path):  # copies of the largest weights may be too much for the memory that is left
+        for key, value in state.items():
+            if not _finite(value.float() if value.is_floating_point() else value):  # the numbers of a model
+                raise UserError(f"{path}: its weights hold {key!r}, which is not finite; they are not usable")
+            if key.endswith("running_var") and (value.float() < 0).any():  # float8 has no comparison
+                raise UserError(f"{path}: its weights hold {key!r}, a variance below 0; they are not usable")
 
 
 def num_classes(state: StateDict) -> int | None:
@@ -277,11 +278,12 @@ def load_weights(
         state = {**state, **{key: own[key] for key in HEAD}}
     if found := differences(own, state):
         raise UserError(f"{path}: its weights are of another model: {found}{_hint(state)}")
-    try:
-        # A plain dict, without the file's _metadata.
-        weights = {key: in_layout_of(value, state[key], key) for key, value in own.items()}
-    except ValueError as error:
-        raise UserError(f"{path}: its weights hold what is no weight: {error}") from error
+    with _reading(path):
+        try:
+            # A plain dict, without the file's _metadata.
+            weights = {key: in_layout_of(value, state[key], key) for key, value in own.items()}
+        except ValueError as error:
+            raise UserError(f"{path}: its weights hold what is no weight: {error}") from error
     model.load_state_dict(weights)
     return other_head
 

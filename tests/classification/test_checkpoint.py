@@ -25,6 +25,7 @@ from torch._tensor import _rebuild_from_type_v2
 from yacs.config import CfgNode
 
 from classification.checkpoint import (
+    check_weights,
     in_layout_of,
     load_weights,
     read_checkpoint,
@@ -263,6 +264,24 @@ def test_what_keeps_a_file_from_being_read_now_is_no_damage(fault, place, tmp_pa
             folder.read_last(lambda *_: None)
     assert sorted(f.name for f in tmp_path.iterdir()) == files
     assert folder.read_last(lambda *_: None)[1].name == "latest.pth"
+
+
+@pytest.mark.parametrize("fault", ["memory", "torch"])
+def test_memory_that_runs_out_while_weights_are_checked_or_loaded(fault, monkeypatch):
+    """Weights that fit into memory once may not fit twice."""
+    model = spatialmamba_micro(num_classes=4)
+    state = model.state_dict()
+
+    def fail(*_, **__):
+        raise MOMENTARY[fault]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "isfinite", fail)
+        with pytest.raises(UserError, match=r"mine\.pth: cannot be read now .* it was left as it is"):
+            check_weights(state, "mine.pth")
+        with pytest.raises(UserError, match=r"mine\.pth: cannot be read now .* it was left as it is"):
+            load_weights(model, state, "mine.pth")
+    check_weights(state, "mine.pth")
 
 
 def test_checkpoints_are_ordered_by_the_run_and_not_by_the_clock(tmp_path):
