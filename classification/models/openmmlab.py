@@ -130,7 +130,10 @@ class MM_SpatialMamba(SpatialMambaBackbone, BaseModule):
             for config in checkpoints:
                 self._load(config["checkpoint"], config.get("prefix", ""))
             if not checkpoints and not self.loaded_later:
-                _say("pretrained names no checkpoint: initialised from scratch", logging.WARNING)
+                _say(
+                    "pretrained names no checkpoint: initialised from scratch; weights of load_from replace these",
+                    logging.WARNING,
+                )
 
     def _load(self, path: str, prefix: str) -> None:
         state, source = _backbone_weights(load_from_local(path), path, prefix)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
+    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     load_model_config_from_hf,
@@ -72,8 +73,8 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         check_weights(overlay["state_dict"], source or "state_dict")
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
         _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
-        # timm expects 1000 classes, and would drop another head.
-        overlay = _classes_of(overlay["state_dict"]) | overlay
+        if not overlay.get("label_offset"):  # with which timm cuts off the first classes
+            overlay |= _classes_of(overlay["state_dict"])  # timm drops a head of another number than it expects
     # timm's own models also take a device and a dtype.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
 
@@ -97,9 +98,18 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
 
 
 def _given(cfg: object) -> dict:
-    """Return the entries of timm's PretrainedCfg, or of a dict, that are not None."""
+    """Return the entries of timm's PretrainedCfg, or of a dict, that are not None.
+
+    Of a PretrainedCfg, or a dict with all its entries, those that hold its default values or this registry's are left
+    out: nobody gave them, and what a checkpoint says goes before them.
+    """
     entries = cfg if isinstance(cfg, dict) else vars(cfg) if cfg is not None and not isinstance(cfg, str) else {}
-    return {key: value for key, value in entries.items() if value is not None}
+    given = {key: value for key, value in entries.items() if value is not None}
+    defaults = {key: value for key, value in vars(PretrainedCfg()).items() if value is not None}
+    if not defaults.keys() <= given.keys():
+        return given
+    ours = [defaults, PRETRAINED_CFG]
+    return {key: value for key, value in given.items() if not any(d.get(key) == value for d in ours)}
 
 
 def _is_ours(cfg: object) -> bool:

@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 from running import ROOT
-from timm.models import group_parameters, save_for_hf
+from timm.models import PretrainedCfg, group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -106,6 +106,17 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     assert (found["input_size"], found["interpolation"], found["crop_pct"]) == ((3, 70, 70), "bilinear", 1.0)
     assert of_main.pretrained_cfg["pool_size"] == (3, 3)  # tokens that are left of it
     assert "label_names" not in of_main.pretrained_cfg
+    registered = timm.get_pretrained_cfg("spatialmamba_micro")
+    registered.file = str(tmp_path / "of_main.pth")
+    whole = registered, registered.to_dict(), {**of_main.pretrained_cfg, "file": registered.file, "num_classes": 1000}
+    for cfg in (PretrainedCfg(file=registered.file), *whole):  # a thousand classes at 224 are their defaults
+        found = timm.create_model("spatialmamba_micro", pretrained=True, pretrained_cfg=cfg, num_classes=7).eval()
+        torch.testing.assert_close(found(IMAGES), expected)
+        at = found.pretrained_cfg
+        assert (at["num_classes"], at["input_size"], at["crop_pct"]) == (7, (3, 70, 70), 1.0)
+    registered.mean = (0.5, 0.5, 0.5)
+    found = timm.create_model("spatialmamba_micro", pretrained=True, pretrained_cfg=registered)
+    assert found.pretrained_cfg["mean"] == registered.mean
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
     monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, weights_only: model.state_dict())
