@@ -6,6 +6,8 @@ timm's arguments have timm's meaning. timm finds no published weights, so `pretr
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -115,12 +117,12 @@ def _given(cfg: object) -> dict:
 def _is_ours(cfg: object) -> bool:
     """Whether we read the weights that `cfg` names. timm reads them if it names a source, such as `local-dir:`."""
     given = _given(cfg)
-    ours = given.get("file") or given.get("state_dict") or _is_address(given.get("url"))
+    ours = given.get("file") or given.get("state_dict") or _is_url(given.get("url"))
     return bool(ours) and not given.get("source")
 
 
-def _is_address(url: object) -> bool:
-    return isinstance(url, str) and url.startswith(SCHEMES)
+def _is_url(url: object) -> bool:
+    return isinstance(url, str) and bool(url)
 
 
 def _take_source(overlay: dict) -> str | None:
@@ -129,7 +131,7 @@ def _take_source(overlay: dict) -> str | None:
         return str(overlay.pop("file"))
     if overlay.get("hf_hub_id"):
         return None if overlay.get("hf_hub_filename") else f"{HUB}{overlay.pop('hf_hub_id')}"
-    return overlay.pop("url") if _is_address(overlay.get("url")) else None
+    return overlay.pop("url") if _is_url(overlay.get("url")) else None
 
 
 def _classes_of(state: dict) -> dict[str, int]:
@@ -149,6 +151,8 @@ def _source(pretrained: str, name: str) -> tuple[dict, dict]:
         return {**config, **_classes_of(state), "state_dict": state}, dict(model_args or {})
     if pretrained.startswith(SCHEMES):
         return _from_address(pretrained, name)
+    if pretrained.startswith("file:"):  # timm would keep a copy under the base name, and read that from then on
+        pretrained = url2pathname(urlparse(pretrained).path)
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
     # Imported here, because it imports the models. timm's own loader cannot read the configs in our checkpoints.

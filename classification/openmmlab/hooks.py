@@ -594,9 +594,14 @@ def _check_rates(saved: dict, schedules: list, path: str) -> None:
 def _check_settings(group: dict, ours: dict) -> None:
     """Raise a ValueError if a saved group lacks a number, or has another switch than ours, for example `maximize`."""
     for name, value in group.items():
-        numbers = value if isinstance(value, list | tuple) else [value]
         if name == "params" or value is None:
             continue
+        numbers = list(value) if isinstance(value, list | tuple) else [value]
+        wanted = ours.get(name)
+        if isinstance(wanted, tuple):  # of which PyTorch's Adafactor leaves a part None
+            if [one is None for one in numbers] != [one is None for one in wanted]:
+                raise ValueError(f"its {name} is {value!r}, the config's {wanted!r}")
+            numbers = [one for one in numbers if one is not None]
         if isinstance(ours.get(name), bool) and name not in HOW and value != ours[name]:
             raise ValueError(f"its {name} is {value!r}, the config's {ours[name]!r}")
         if isinstance(ours.get(name), int | float | tuple) and not all(
@@ -608,7 +613,7 @@ def _check_settings(group: dict, ours: dict) -> None:
 
 
 def _plain(value: object) -> object:
-    return [float(one) for one in value] if isinstance(value, list | tuple) else value
+    return [one if one is None else float(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 HOW = ("capturable", "differentiable", "foreach", "fused")  # how an optimizer computes, not what

@@ -165,13 +165,21 @@ def _warn_of_files_left_out(dataset: ConfigDict, names: set[str], key: str, cfg:
     sharing = {_folder(one, "img_path") for one in _all_datasets(cfg) if _folder(one, "seg_map_path") == maps}
     stems = {os.path.splitext(name)[0] for other in sharing - {None} for name in _files_in(other)[0]}
     ends = {stem: [i for i, character in enumerate(stem) if character in "_-. "] for stem in lone}
-    previews = {stem for stem, places in ends.items() if any(stem[:i] in stems for i in places)}  # as a_colour of a
+    named = {stem for stem, places in ends.items() if any(stem[:i] in stems for i in places)}  # as a_colour of a
+    previews = {stem for stem in named if _is_in_colour(os.path.join(maps, stem + end))}
     if alone := sorted(lone - stems - previews):
         print_log(
             f"{key}: {len(alone)} label maps of {maps}, for example {alone[0]}{end}, are left out, for there is no "
             f"such image in {folder}",
             level=logging.WARNING,
         )
+
+
+def _is_in_colour(path: str) -> bool:
+    """Whether a file is a picture to look at, which label maps are not; a palette's numbers may be labels."""
+    with suppress(Exception), Image.open(path, formats=image_formats()) as image:
+        return image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "F")
+    return False
 
 
 def _folder(dataset: ConfigDict, name: str) -> str | None:

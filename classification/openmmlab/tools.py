@@ -930,6 +930,8 @@ ADVICE = {
     "index 255 is out of bounds": "a loss with class_weight cannot weigh ignored pixels (255): of label maps, and of "
     "the padding of images that are smaller than data_preprocessor.size; leave class_weight out",
     "Invalid beta parameter": "correct optim_wrapper.optimizer.betas",
+    "base_wd should not be None": "optim_wrapper.paramwise_cfg scales the weight decay: set "
+    "optim_wrapper.optimizer.weight_decay (0.0 for none)",
     "Invalid weight_decay value": "correct optim_wrapper.optimizer.weight_decay",
     "inv_scale_x > 0": "an image is so thin that no pixel is left once it is resized: leave it out",
     "failed to load image": "replace it, or take it out of the data",

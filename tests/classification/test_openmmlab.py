@@ -1,6 +1,7 @@
 """`MM_SpatialMamba`: the backbone as mmengine builds it, what it loads, and what mmengine reads safely."""
 
 import argparse
+import copy
 import inspect
 import itertools
 import json
@@ -42,6 +43,7 @@ from mmengine.optim import (
     OptimWrapper,
     OptimWrapperDict,
     PolyLR,
+    build_optim_wrapper,
 )
 from mmengine.registry import HOOKS, METRICS, MODELS, TRANSFORMS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
@@ -1201,10 +1203,11 @@ def test_label_maps_without_an_image_are_counted(images, labels, found, tmp_path
     """As of images that were lost in a copy; but not maps of another split, nor maps in colour to look at."""
     said = []
     monkeypatch.setattr(label_maps, "print_log", lambda message, level: said.append(message))
-    maps = [f"{labels}/{name}" for name in ("a.png", "a_colour.png", "a1.png", "c.png", "a1.txt") if labels]
-    for name in (f"{images}/a.jpg", f"{images}/d.jpeg", "others/c.jpg", *maps):
+    modes = {"a.png": "L", "a_colour.png": "RGB", "a1.png": "L", "a_flip.png": "P", "c.png": "L", "a1.txt": "L"}
+    maps = {f"{labels}/{name}": mode for name, mode in modes.items() if labels}
+    for name, mode in {f"{images}/a.jpg": "RGB", f"{images}/d.jpeg": "RGB", "others/c.jpg": "RGB", **maps}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+        Image.new(mode, (4, 4)).save(tmp_path / name, format="JPEG" if "jp" in name else "PNG")
 
     def loader(folder: str) -> dict:
         prefix = dict(img_path=folder, **({"seg_map_path": labels} if labels else {}))
@@ -1216,7 +1219,7 @@ def test_label_maps_without_an_image_are_counted(images, labels, found, tmp_path
     suffix = [one for one in said if "for example d.jpeg, are left out, for img_suffix is '.jpg'" in one]
     assert len(suffix) == (labels != "images/")
     alone = (
-        f"1 label maps of {tmp_path / (labels or '')}, for example a1.png, are left out, for there is no such image in "
+        f"2 label maps of {tmp_path / (labels or '')}, for example a1.png, are left out, for there is no such image in "
     )
     assert [alone in message for message in said if message not in suffix] == [True] * found
 
@@ -1925,12 +1928,14 @@ def test_advice_beside_the_libraries_errors(tmp_path):
     results = dict(seg_map_path=str(path), reduce_zero_label=False, seg_fields=[])
     load = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations", reduce_zero_label=True))
     preprocess = MODELS.build(dict(type="mmseg.SegDataPreProcessor", test_cfg=dict(size_divisor=32)))
+    no_decay = dict(optimizer=dict(type="SGD", lr=0.1), paramwise_cfg=dict(norm_decay_mult=0.0))
     for call, advice in (
         (lambda: torch.nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1)), "batch_size to 2 or more"),
         (lambda: preprocess(dict(inputs=images, data_samples=None)), "set batch_size=1 of the data loader"),
         (lambda: load(results), "make that of LoadAnnotations, too, equal to it"),
         (lambda: cv2.resize(np.zeros((8, 3000)), (128, 0)), "an image is so thin that no pixel is left"),
         (lambda: torch.ones(11)[torch.tensor(255)], "of images that are smaller than data_preprocessor.size"),
+        (lambda: build_optim_wrapper(LAYER, no_decay), "set optim_wrapper.optimizer.weight_decay"),
     ):
         with pytest.raises(UserError, match=advice), tools._with_advice():
             call()
@@ -2456,6 +2461,22 @@ def test_a_schedule_of_momentum_goes_on(monkeypatch):
     saved["optimizer"]["param_groups"][0] |= {"betas": (0.5, 0.999), "momentum": 0.5, "lr": 1e-3}
     hooks.CheckResumed().after_load_checkpoint(runner, saved)
     assert said == []
+
+
+def test_an_optimizer_whose_settings_are_none_in_part_goes_on():
+    """PyTorch's Adafactor has eps=(None, 1e-3)."""
+    layer = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.Adafactor(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[], model=layer)
+    runner.optim_wrapper = OptimWrapper(optimizer)
+    hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=optimizer.state_dict()))
+    for eps in ((1e-30, 1e-3), (None, None), [None], (None, math.inf), 1e-3):
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["eps"] = eps
+        with pytest.raises(UserError, match=NOT_ITS_OWN + "its eps is "):
+            hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=saved))
 
 
 def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):
