@@ -713,7 +713,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         insert_size_checks(cfg)
     _prepare(cfg, args)
     if is_kind(cfg.optim_wrapper, "AmpOptimWrapper") and not torch.cuda.is_available():
-        raise UserError("mixed precision (--amp) needs a GPU, and there is none; leave it out")
+        raise UserError("mixed precision (--amp, or AmpOptimWrapper) needs a GPU, and there is none; leave it out")
     lock = _lock(args, cfg, looked)  # held until training ends
     runner = _build(cfg, as_read)
     _warn_of_unknown_keys(cfg, _unwrapped(runner))
