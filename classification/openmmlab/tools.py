@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import EpsImagePlugin
 
 from classification.checkpoint_folder import lock_folder
 from classification.errors import UserError, end_with, escape_on_streams, is_dir, is_file, refuse_empty
-from classification.models import optimise_for_cpu
+from classification.models import SpatialMamba, optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
 
 # Imported for what they register: readers of pickles and YAML, and the checks that pipelines call.
@@ -83,7 +84,8 @@ EpsImagePlugin.gs_binary = False  # or an EPS file among the data, with any suff
 class _Options(DictAction):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values:
-            if "=" not in value:
+            key, equals, _ = value.partition("=")
+            if not equals or not all(key.split(".")):
                 parser.error(f"{option_string} takes KEY=VALUE, got {value!r}")
         super().__call__(parser, namespace, values, option_string)
 
@@ -670,7 +672,9 @@ def _build(cfg: Config, as_read: Config, keep: bool = False) -> Runner:
     try:
         runner = type(kind.__name__, (kind,), {"dump_config": dump_config}).from_cfg(cfg)
     except (TypeError, ValueError) as error:
-        if MM_SpatialMamba.__name__ not in str(error):
+        ours = inspect.getfile(SpatialMamba), inspect.getfile(MM_SpatialMamba)
+        by_us = any(frame.filename in ours for frame in traceback.extract_tb(error.__traceback__))
+        if isinstance(error, UserError) or not (by_us or MM_SpatialMamba.__name__ in str(error)):
             raise
         raise UserError(f"model.backbone does not fit: {error!s:.300}") from error
     for handler in runner.logger.handlers:

@@ -769,10 +769,11 @@ def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
     assert stop.value.code.startswith("error: ")
     assert message in stop.value.code
     assert not (tmp_path / "ran").exists()
-    monkeypatch.setattr("sys.argv", ["train.py", name, "--cfg-options", "abc"])
-    with pytest.raises(SystemExit):
-        tools.train("mmdet")
-    assert "--cfg-options takes KEY=VALUE, got 'abc'" in capsys.readouterr().err
+    for option in ("abc", "=3", "model..type=3"):
+        monkeypatch.setattr("sys.argv", ["train.py", name, "--cfg-options", option])
+        with pytest.raises(SystemExit):
+            tools.train("mmdet")
+        assert f"--cfg-options takes KEY=VALUE, got {option!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -955,7 +956,7 @@ def test_one_run_trains_in_a_folder(tmp_path):
         tools._lock(argparse.Namespace(work_dir=str(tmp_path / "file" / "run"), config="c.py"), cfg)
 
 
-def test_results_that_could_not_be_written(tmp_path):
+def test_results_that_could_not_be_written(tmp_path, monkeypatch):
     """A test takes hours, and is lost if its results cannot be written in the end."""
     (tmp_path / "file").touch()
     for path, folder, refused in (
@@ -974,6 +975,16 @@ def test_results_that_could_not_be_written(tmp_path):
         tools._check_can_be_written("a" * 300)
     with pytest.raises(UserError, match="runner_type is FlexibleRunner, which is no kind of mmengine's Runner"):
         tools._build(Config(dict(model={}, runner_type="FlexibleRunner")), Config())
+    monkeypatch.setattr(tools.Runner, "from_cfg", classmethod(lambda cls, cfg: MODELS.build(cfg.model)))
+    for argument, message in (
+        (dict(drop_path_rate=1), r"drop_rate and drop_path_rate must be in \[0, 1\), got 0\.0 and 1"),
+        (dict(frozen_stages=9), r"frozen_stages must be in \[-1, 2\], got 9"),
+        (dict(out_indices=(7,)), r"stage indices must lie in \[-2, 1\]"),
+        (dict(sizes=3), "MM_SpatialMamba"),
+    ):
+        backbone = dict(type="MM_SpatialMamba", dims=16, depths=(1, 1), **{"out_indices": (0, 1), **argument})
+        with pytest.raises(UserError, match=f"^model.backbone does not fit: .*{message}"):
+            tools._build(Config(dict(model=backbone)), Config())
     cfg = Config(dict(default_scope="mmdet", test_evaluator=dict(type="mmdet.MultiDatasetsEvaluator", metrics=[])))
     with pytest.raises(UserError, match=r"--out a\.pkl: a MultiDatasetsEvaluator passes predictions to one metric"):
         tools._test(argparse.Namespace(out="a.pkl"), cfg)
