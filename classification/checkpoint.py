@@ -209,7 +209,9 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
     if "model" not in named:
         keys = ", ".join(map(str, list(content)[:8]))
         raise UserError(f"{path}: holds no weights under 'model' and is no state dict; its keys are {keys}")
-    for state in named.values():
+    for name, state in named.items():
+        if not state:
+            raise UserError(f"{path}: its {name!r} holds no weights")
         check_weights(state, path)
     return named
 

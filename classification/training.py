@@ -331,8 +331,10 @@ class Training:
         others = shares.get(IMAGE_NAMES, self.training_digest) != self.training_digest
         if others and shares.get("images") == own["images"]:
             changed.append("other training images")
-        if COMPILED in content and content[COMPILED] != (self.compile_mode or ""):
-            changed.append(f"--compile {content.get(COMPILED) or 'off'} -> {self.compile_mode or 'off'}")
+        compiled = content.get(COMPILED)
+        compiled = compiled if isinstance(compiled, str) else reprlib.repr(compiled)  # of a file that was altered
+        if COMPILED in content and compiled != (self.compile_mode or ""):
+            changed.append(f"--compile {compiled or 'off'} -> {self.compile_mode or 'off'}")
         if changed:
             self.notes.append(f"{path}: training goes on with another config: {', '.join(changed)}")
         self._note_other_start(content, path)

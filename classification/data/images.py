@@ -160,8 +160,12 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def escaped(name: str) -> str:
-    """Return a folder's name as a checkpoint holds it: valid Unicode, whatever bytes the file system has."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """Return a folder's name as a checkpoint holds it: valid Unicode, whatever bytes the file system has.
+
+    Under an ASCII locale, Python has each byte of a name in UTF-8 as a surrogate; the name is the same as elsewhere.
+    """
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def class_names(data_path: str, split: str, ignored: Counter[str] | None = None) -> list[str]:

@@ -602,9 +602,9 @@ def _check_settings(group: dict, ours: dict) -> None:
             if [one is None for one in numbers] != [one is None for one in wanted]:
                 raise ValueError(f"its {name} is {value!r}, the config's {wanted!r}")
             numbers = [one for one in numbers if one is not None]
-        if isinstance(ours.get(name), bool) and name not in HOW and value != ours[name]:
-            raise ValueError(f"its {name} is {value!r}, the config's {ours[name]!r}")
-        if isinstance(ours.get(name), int | float | tuple) and not all(
+        if isinstance(wanted, bool) and name not in HOW and value != wanted:
+            raise ValueError(f"its {name} is {value!r}, the config's {wanted!r}")
+        if isinstance(wanted, int | float | tuple) and not all(
             isinstance(one, int | float | torch.Tensor) and math.isfinite(one) for one in numbers
         ):
             raise ValueError(f"its {name} is {value!r}, not finite numbers")

@@ -25,6 +25,7 @@ from classification.data.images import (
     ImageFolder,
     UnreadableImageError,
     class_names,
+    escaped,
     misread_samples,
     read_image,
 )
@@ -379,6 +380,13 @@ def test_names_that_look_the_same_are_said_to(few_digits, tmp_path):
     names = [name if name != "3" else "caf\u00e9" for name in map(str, range(10))]
     with pytest.raises(UserError, match=rf"c\.pth: its classes are not those of .*{hint}"):
         build_eval_loader(config(data), 0, 1).renumber(names, "c.pth")
+
+
+def test_a_name_does_not_depend_on_the_locale():
+    """Under an ASCII locale, Python reads names as ASCII and keeps other bytes as surrogates."""
+    for name in ("3", "\u732b", "caf\u00e9", "a\\udcff"):
+        assert escaped(name) == escaped(name.encode().decode("ascii", "surrogateescape")) == name
+    assert escaped("a\udcff") == "a\\udcff"  # bytes that are no UTF-8 at all
 
 
 def test_a_folder_that_may_not_be_entered_is_named(few_digits, monkeypatch):

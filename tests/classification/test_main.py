@@ -467,9 +467,11 @@ def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
     )
     assert printed.count(f"{line}processes 4 -> 1, images 41 -> 40, validation_images 34 -> 33\n") == 1
     content["config"] = "TRAIN: {EPOCHS: many}"
+    content["compile"] = torch.ones(2)  # altered
     save_checkpoint(content, tmp_path / "earlier.pth")
     printed = run_main(*arguments, "--tag", "c", "--resume", tmp_path / "earlier.pth", "--opts", *free)
     assert "earlier.pth: its config: TRAIN.EPOCHS must be of type int, got 'many'" in printed
+    assert "--compile tensor([1., 1.]) -> off" in printed
 
 
 def test_optimizer_state_that_was_not_fused_is_resumed(few_digits, tmp_path, run_main):
