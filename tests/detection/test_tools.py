@@ -603,7 +603,7 @@ def test_fine_tuning_for_other_classes(scenes, tmp_path, here):
 
 def test_mixed_precision_without_a_gpu(monkeypatch, scenes, tmp_path):
     said = message(monkeypatch, tools.train, MICRO, "--amp", "--work-dir", tmp_path / "w", *options(scenes))
-    assert "--amp) needs a GPU" in said
+    assert "mixed precision (--amp, or AmpOptimWrapper) needs a GPU, and there is none" in said
 
 
 def test_an_optimizer_wrapper_without_a_type(monkeypatch, scenes, tmp_path):
