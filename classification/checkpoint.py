@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,8 @@ def read_checkpoint(
     """
     path = Path(path)
     if not is_file(path):
-        raise UserError(f"{path}: no such checkpoint file")
+        is_address = re.match(r"\w\w+:/", str(path))  # of whose two slashes Path leaves one
+        raise UserError(f"{path}: no such checkpoint file" + "; download it first" * bool(is_address))
     with _reading(path):
         if path.suffix == SAFETENSORS:
             return _read_safetensors(path)

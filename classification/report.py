@@ -225,14 +225,14 @@ def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tupl
     model = SpatialMamba(num_classes=num_classes(state) or 0, **VARIANTS[config.MODEL.NAME]).eval()
     load_weights(model, state, path)
     dataset = ImageFolder(data_path, "val", eval_transform(config))
+    names = class_names_of(checkpoint, path)
+    if names is not None and (difference := names_differ(names, dataset.classes)):
+        raise UserError(f"{path}: its classes are not those of {dataset.root}: {difference}")
     if len(dataset.classes) != model.num_classes:
         raise UserError(f"{data_path}: has {len(dataset.classes)} classes, the checkpoint {model.num_classes}")
-    names = class_names_of(checkpoint, path)
     if names is None:
         print(printable(f"{path}: holds no names of classes; they are taken in the order of the folders"))
         names = dataset.classes
-    elif difference := names_differ(names, dataset.classes):
-        raise UserError(f"{path}: its classes are not those of {dataset.root}: {difference}")
     if dataset.left_out:
         print(printable(dataset.left_out))
     return model, dataset, names

@@ -450,6 +450,8 @@ def test_missing_checkpoint(refuse, few_digits, tmp_path):
     for flags in (["--pretrained"], ["--resume"], ["--finetune", "--pretrained"]):
         message = refuse("--data-path", few_digits, "--batch-size", 8, *flags, tmp_path / "none.pth")
         assert f"{tmp_path / 'none.pth'}: no such checkpoint file" in message
+    message = refuse("--data-path", few_digits, "--eval", "--pretrained", "https://host/c.pth")
+    assert "c.pth: no such checkpoint file; download it first" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"text, not tensors", b"PK\x03\x04 half a zip", pickle.dumps([1])])

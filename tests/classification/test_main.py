@@ -21,7 +21,9 @@ from classification import main as main_module
 from classification import training as training_module
 from classification.checkpoint import read_checkpoint, save_checkpoint
 from classification.checkpoint_folder import CheckpointFolder
+from classification.errors import UserError
 from classification.metrics import read_lines
+from classification.report import report
 from classification.run import Preemption
 
 
@@ -213,6 +215,7 @@ OTHER_RUN = """
 import sys, time
 from pathlib import Path
 from classification.checkpoint_folder import CheckpointFolder
+from classification.errors import UserError
 folder = CheckpointFolder(Path(sys.argv[1]), keep=3)
 folder.lock()
 print("locked", flush=True)
@@ -263,6 +266,9 @@ def test_classes_are_matched_by_name(few_digits, tmp_path, run_main, capsys):
     tune = ["--pretrained", run / "best.pth", "--finetune", "--tag", "tuned", "--opts", *epochs, "1"]
     assert "its head is for other classes, a new one has 10 classes" in run_main(*arguments, *tune)
     assert read_checkpoint(run.with_name("tuned") / "best.pth")["classes"][0] == "eight"
+    (words / "val" / "eight").unlink()
+    with pytest.raises(UserError, match=r"it has '0', the folder has 'five' \(10 and 9 classes\)"):
+        report(run, words)
 
 
 def test_one_class_is_said_to_say_nothing(few_digits, tmp_path, run_main):
