@@ -75,7 +75,8 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         check_weights(overlay["state_dict"], source or "state_dict")
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
         _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
-        if not overlay.get("label_offset"):  # with which timm cuts off the first classes
+        # Of a label_offset, timm cuts off the first classes; -1 is how timm's train.py says that it wants a new head.
+        if not overlay.get("label_offset") and (overlay.get("num_classes") or 0) >= 0:
             overlay |= _classes_of(overlay["state_dict"])  # timm drops a head of another number than it expects
     # timm's own models also take a device and a dtype.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)

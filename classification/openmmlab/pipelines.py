@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
 
 from mmengine.config import Config, ConfigDict
 
@@ -57,8 +57,9 @@ def pass_class_weights(cfg: Config) -> None:
 
 
 def insert_image_checks(cfg: Config) -> None:
-    """Put CheckImage before each step that loads an image file."""
+    """Put CheckImage before each step that loads an image file, and CheckValues after one that leaves values alone."""
     for _, dataset in _all_datasets(cfg):
+        _insert(dataset.pipeline, _leaves_values, ConfigDict(type="CheckValues"), after=True)
         for backend, unchanged, ignores_empty in product(BACKENDS, (True, False), (True, False)):
             check = ConfigDict(type="CheckImage", backend=backend, unchanged=unchanged, ignore_empty=ignores_empty)
             _insert(dataset.pipeline, partial(_loads_image, backend, unchanged, ignores_empty), check, after=False)
@@ -108,8 +109,15 @@ BACKENDS = ("cv2", "pillow")  # which decode images
 
 def _loads_image(backend: str, unchanged: bool, ignores_empty: bool, step: ConfigDict) -> bool:
     own = step.get("imdecode_backend") or "cv2", step.get("color_type") == "unchanged", bool(step.get("ignore_empty"))
-    loads = is_kind(step, "LoadImageFromFile") or "LoadImage" in kind_of(step)
-    return loads and own == (backend, unchanged, ignores_empty)
+    return _is_loader(step) and own == (backend, unchanged, ignores_empty)
+
+
+def _leaves_values(step: ConfigDict) -> bool:
+    return _is_loader(step) and step.get("color_type") == "unchanged"
+
+
+def _is_loader(step: ConfigDict) -> bool:
+    return is_kind(step, "LoadImageFromFile") or "LoadImage" in kind_of(step)
 
 
 def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigDict, after: bool) -> None:
@@ -118,10 +126,11 @@ def _insert(pipeline: list, wanted: Callable[[ConfigDict], bool], check: ConfigD
         step = pipeline[i]
         inner = step.get("transforms")
         if wanted(step):
-            beside = i + 1 if after else i - 1
-            if 0 <= beside < len(pipeline) and kind_of(pipeline[beside]) == kind_of(check):
+            beside = pipeline[i + 1 :] if after else pipeline[:i][::-1]
+            checks = takewhile(lambda one: kind_of(one).startswith("Check"), beside)
+            if there := next((one for one in checks if kind_of(one) == kind_of(check)), None):
                 for key, value in check.items():
-                    pipeline[beside].setdefault(key, value)
+                    there.setdefault(key, value)
             else:
                 pipeline.insert(i + after, check)
         elif inner and is_kind(step, "TestTimeAug"):  # each item lists the alternatives for one place

@@ -185,8 +185,9 @@ class CheckImage:
     Args:
         backend: the loader's imdecode_backend. "pillow" clips 16 bits to white and misreads some TIFFs. "cv2" misreads
             a PPM or PGM whose white is neither 255 nor 65535, numbers with a sign and PFM; a warning says so once.
-        unchanged: for color_type="unchanged", which loads values as they are: more than 8 bits are a warning, given
-            once, as the normalisation may be for these.
+        unchanged: for color_type="unchanged", which loads values as they are: "pillow" does not clip then, but gives
+            numbers that are no greys or colours for some modes, as a palette's; a warning says so once. For more than
+            8 bits, see `CheckValues`.
         ignore_empty: whether the loader leaves out what it cannot read.
 
     Raises:
@@ -204,8 +205,8 @@ class CheckImage:
             return results
         try:
             kind = _head(path, 2)
-            by_opencv = self.backend != "pillow" and not self.unchanged
-            mode, fault, dark = "L", None, by_opencv and _dark_in_opencv(path, kind)
+            by_opencv = self.backend != "pillow"
+            mode, fault, dark = "L", None, by_opencv and _dark_in_opencv(path, kind, self.unchanged)
             if kind and not by_opencv:
                 with Image.open(path, formats=image_formats()) as image:
                     mode, fault = image.mode, misread_samples(image)
@@ -213,17 +214,16 @@ class CheckImage:
             return results
         if not kind and not self.ignore_empty:
             raise UserError(f"{path}: is empty; replace it, or take it out of the data")
-        if self.unchanged:
-            if mode not in EIGHT_BITS_A_BAND:
-                self._warn(
-                    f"{path}: is of mode {mode}, and color_type='unchanged' loads its values as they are: mean and std "
-                    "of the data_preprocessor must be for these, not for 8 bits"
-                )
-        elif by_opencv:
-            if dark:
-                self._warn(f"{path}: {dark}: it and others like it may be read too dark; convert them to PNG")
+        if dark:
+            self._warn(f"{path}: {dark}: it and others like it may be read too dark; convert them to PNG")
         elif fault:
             raise UserError(f"{path}: {fault}; or leave imdecode_backend='pillow' out of LoadImageFromFile")
+        elif self.unchanged:
+            if mode in EIGHT_BITS_A_BAND and mode not in AS_LOADED:
+                self._warn(
+                    f"{path}: is of mode {mode}, and color_type='unchanged' loads its values as they are: mean and std "
+                    "of the data_preprocessor must be for these; leave color_type out, or convert it to RGB"
+                )
         elif mode not in EIGHT_BITS_A_BAND:
             other = "" if _dark_in_opencv(path, kind) else "leave it out of LoadImageFromFile (cv2 scales 16 bits), or "
             raise UserError(
@@ -237,20 +237,51 @@ class CheckImage:
             print_log(message, logger="current", level=logging.WARNING)
 
 
+AS_LOADED = ("L", "LA", "RGB", "RGBA")  # modes of Pillow whose numbers are greys or colours of 8 bits
+
+
+@TRANSFORMS.register_module()
+class CheckValues:
+    """Checks an image after a LoadImageFromFile with color_type="unchanged", which leaves 16 bits as they are.
+
+    If values are not of 8 bits, a warning says so once, as the normalisation must be for these. Whole numbers from 0 to
+    255 in floating point (`to_float32`) count as 8 bits.
+    """
+
+    def __init__(self):
+        self.warned = False
+
+    def __call__(self, results: dict) -> dict:
+        image = results.get("img")
+        if not self.warned and isinstance(image, np.ndarray) and image.dtype != np.uint8:
+            small = image.dtype.kind == "f" and ((image >= 0) & (image <= LARGEST) & (image % 1 == 0)).all()
+            self.warned = not small
+            if self.warned:
+                print_log(
+                    f"{results.get('img_path')}: is not of 8 bits, and color_type='unchanged' loads its values as they "
+                    f"are ({image.dtype}, up to {image.max(initial=0):g}): mean and std of the data_preprocessor must "
+                    "be for these",
+                    logger="current",
+                    level=logging.WARNING,
+                )
+        return results
+
+
 PPM = (b"P2", b"P3", b"P5", b"P6")  # the beginnings of PGM and PPM files with more than one bit
 PFM, TIFF = (b"PF", b"Pf"), (b"II", b"MM")
 PLAIN = "ppm_plain"  # Pillow's decoder of the two that are text
 SIGNED, BIG = 2, 43  # of TIFF: a SampleFormat for integers with a sign, and BigTIFF's version
 
 
-def _dark_in_opencv(path: str, kind: bytes) -> str | None:
+def _dark_in_opencv(path: str, kind: bytes, unchanged: bool = False) -> str | None:
     """Say why OpenCV reads an image too dark; None if it does not, or if that is not known.
 
     Args:
         kind: its first two bytes.
+        unchanged: whether OpenCV leaves values as they are.
     """
     if kind in PFM:
-        return "is a PFM, whose numbers OpenCV rounds to 0 to 255"
+        return None if unchanged else "is a PFM, whose numbers OpenCV rounds to 0 to 255"
     if kind in TIFF:
         with open(path, "rb") as file:
             header = file.read(8)

@@ -1300,9 +1300,10 @@ def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
         cfg = Config(dict(train_dataloader=dict(dataset=dict(pipeline=[dict(step)]))))
         for _ in range(2):
             pipelines.insert_image_checks(cfg)
-        pipeline = cfg.train_dataloader.dataset.pipeline
-        assert pipeline[:-1] == [dict(type="CheckImage", unchanged=False, ignore_empty=False) | check]
-        assert pipeline[-1].type == "LoadImageFromFile"
+        first, load, *after = cfg.train_dataloader.dataset.pipeline
+        assert first == dict(type="CheckImage", unchanged=False, ignore_empty=False) | check
+        assert load == step
+        assert after == [dict(type="CheckValues")] * ("color_type" in step)
     assert isinstance(TRANSFORMS.build(dict(type="CheckBits", unchanged=True)), CheckImage)  # of an older saved config
     assert tools.transforms  # where these steps are registered, whatever the config imports
     results = {"img_path": str(path)}
@@ -1311,21 +1312,51 @@ def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
     assert (read == 255).all()  # the reason for this
     with pytest.raises(UserError, match=r"deep\.png: is of mode I;16, which imdecode_backend='pillow' clips"):
         CheckImage("pillow")(results)
-    said, unchanged = [], CheckImage(unchanged=True)
-    monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
-    for _ in range(2):
-        assert unchanged(results) is results
     grey = Image.fromarray(np.full((4, 4), 30, np.uint8))
     grey.save(path)
-    for check in (CheckImage("pillow"), CheckImage(unchanged=True)):
-        assert check(results) is results
-    assert len(said) == 1
-    assert "deep.png: is of mode I;16, and color_type='unchanged' loads its values as they are" in said[0]
+    assert CheckImage("pillow")(results) is results
     grey.save(tmp_path / "white.tif", tiffinfo={262: 0, 284: 2})
     with pytest.raises(
         UserError, match=r"white\.tif: its bands are stored one after another .*; or leave imdecode_backend"
     ):
         CheckImage("pillow")({"img_path": str(tmp_path / "white.tif")})
+
+
+def test_values_that_are_loaded_as_they_are(tmp_path, monkeypatch):
+    """color_type="unchanged" gives 16 bits, floats and numbers of palettes to a normalisation that is for 8 bits."""
+    loading = pytest.importorskip("mmcv.transforms", reason="make install-openmmlab")
+    cv2 = pytest.importorskip("cv2")
+    path, said = tmp_path / "a.png", []
+    monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
+    step = dict(type="LoadImageFromFile", color_type="unchanged")
+    cases = [(step | dict(to_float32=floats), deep, ".png") for floats in (False, True) for deep in (1, 257)]
+    cases += [(step, 1 / 256, ".tiff"), (step | dict(imdecode_backend="pillow"), "P", ".png")]
+    for kwargs, factor, suffix in cases:
+        cfg = Config(dict(train_dataloader=dict(dataset=dict(pipeline=[dict(kwargs)]))))
+        pipelines.insert_image_checks(cfg)
+        before, _, after = map(TRANSFORMS.build, cfg.train_dataloader.dataset.pipeline)
+        load = loading.LoadImageFromFile(**{key: value for key, value in kwargs.items() if key != "type"})
+        image = Image.fromarray(np.arange(75, dtype=np.uint8).reshape(5, 5, 3))
+        if factor == "P":
+            image.quantize(8).save(path)
+        else:
+            kind = np.uint8 if factor == 1 else np.uint16 if factor > 1 else np.float32
+            values = (np.asarray(image, float) * factor).astype(kind)
+            cv2.imwrite(str(path.with_suffix(suffix)), values)
+        for _ in range(2):
+            results = after(load(before({"img_path": str(path.with_suffix(suffix))})))
+        loaded = results["img"]
+        if factor == "P":
+            assert loaded.ndim == 2  # indices
+            expected = f"{path}: is of mode P, and color_type='unchanged' loads its values as they are"
+        else:
+            np.testing.assert_allclose(loaded, values)  # the reason for this
+            expected = f"{path.with_suffix(suffix)}: is not of 8 bits, and color_type='unchanged' loads its values as"
+        assert [one[: len(expected)] for one in said] == [expected] * (factor != 1)
+        said.clear()
+    (tmp_path / "dark.pgm").write_bytes(b"P5 1 1 100\nd")
+    CheckImage(unchanged=True)({"img_path": str(tmp_path / "dark.pgm")})
+    assert "dark.pgm: has 100 for white, but OpenCV takes 255" in said[0]
 
 
 def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):

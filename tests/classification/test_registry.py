@@ -128,6 +128,12 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     for arguments in named:
         found = timm.create_model("spatialmamba_micro", num_classes=7, **arguments).eval()
         torch.testing.assert_close(found(IMAGES), expected)  # its head too
+    for number in ({}, {"num_classes": 7}):
+        new = {"file": path, "num_classes": -1}  # of timm's train.py --pretrained-path
+        found = timm.create_model("spatialmamba_micro", True, pretrained_cfg_overlay=new, **number).eval()
+        assert found.num_classes == number.get("num_classes", 1000)
+        torch.testing.assert_close(found.forward_features(IMAGES), model.forward_features(IMAGES))
+        assert (found(IMAGES)[:, :7] - expected).abs().max() > 0.01
     made_with = dict(global_pool="max", num_classes=7)
     monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", made_with))
     other = seeded(**made_with)
