@@ -204,6 +204,8 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
         UserError: there are no weights, or they are not dense tensors of real numbers.
     """
     named = {key: content[key] for key in ("model", "model_ema") if isinstance(content.get(key), dict)}
+    if not named.get("model_ema"):  # it may be empty
+        named.pop("model_ema", None)
     if "model" in named and not isinstance(content.get("model_ema"), dict | None):
         raise UserError(f"{path}: its 'model_ema' is of type {type(content['model_ema']).__name__}, not weights")
     if not named and all(isinstance(value, Tensor) for value in content.values()):
@@ -211,9 +213,9 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
     if "model" not in named:
         keys = ", ".join(map(str, list(content)[:8]))
         raise UserError(f"{path}: holds no weights under 'model' and is no state dict; its keys are {keys}")
-    for name, state in named.items():
-        if not state:
-            raise UserError(f"{path}: its {name!r} holds no weights")
+    if not named["model"]:
+        raise UserError(f"{path}: its 'model' holds no weights")
+    for state in named.values():
         check_weights(state, path)
     return named
 

@@ -21,6 +21,11 @@ from classification.errors import UserError
 SCHEMES = ("http://", "https://")
 
 
+def is_address(text: str) -> bool:
+    """Whether `text` is an address that `download` takes."""
+    return text.lower().startswith((*SCHEMES, "ftp://"))
+
+
 def place_of(address: str) -> Path:
     """Return the file in which a download is kept. Its name depends on the whole address."""
     name = os.path.basename(urlparse(address).path)[-100:]

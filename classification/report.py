@@ -232,7 +232,7 @@ def _best_model_and_images(checkpoint: dict, path: Path, data_path: str) -> tupl
         raise UserError(f"{data_path}: has {len(dataset.classes)} classes, the checkpoint {model.num_classes}")
     if names is None:
         print(printable(f"{path}: holds no names of classes; they are taken in the order of the folders"))
-        names = dataset.classes
+        names = [escaped(name) for name in dataset.classes]
     if dataset.left_out:
         print(printable(dataset.left_out))
     return model, dataset, names

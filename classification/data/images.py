@@ -162,9 +162,9 @@ def image_suffixes() -> tuple[str, ...]:
 def escaped(name: str) -> str:
     """Return a folder's name as a checkpoint holds it: valid Unicode, whatever bytes the file system has.
 
-    Under an ASCII locale, Python has each byte of a name in UTF-8 as a surrogate; the name is the same as elsewhere.
+    Under another locale than UTF-8, Python has the bytes of a name otherwise; the name is the same as elsewhere.
     """
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    text = os.fsencode(name).decode("utf-8", "surrogateescape")
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
@@ -21,7 +22,7 @@ from timm.models import (
 )
 from timm.utils import natural_key
 
-from classification.download import SCHEMES, discard, download
+from classification.download import discard, download, is_address
 from classification.errors import UserError
 from classification.models.spatialmamba import VARIANTS, SpatialMamba
 
@@ -60,9 +61,9 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if pretrained is True and _is_ours(kwargs.get("pretrained_cfg")):
         overlay = _given(kwargs.pop("pretrained_cfg")) | overlay
-    source = pretrained if isinstance(pretrained, str) else _take_source(overlay) if pretrained else None
+    source, file = (pretrained, None) if isinstance(pretrained, str) or not pretrained else _take_source(overlay)
     if source:
-        found, model_args = _source(source, name)
+        found, model_args = _source(source, name, file)
         overlay, kwargs = found | overlay, model_args | kwargs
     elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
         raise ValueError(
@@ -73,10 +74,14 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         from classification.checkpoint import check_weights
 
         check_weights(overlay["state_dict"], source or "state_dict")
+        if _given(kwargs.get("pretrained_cfg")).get(
+            "source"
+        ):  # as of local-dir:, whose weights are not used
+            overlay = {"source": None, "label_names": None, "label_descriptions": None} | overlay
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
         _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
         # Of a label_offset, timm cuts off the first classes; -1 is how timm's train.py says that it wants a new head.
-        if not overlay.get("label_offset") and (overlay.get("num_classes") or 0) >= 0:
+        if pretrained and not overlay.get("label_offset") and (overlay.get("num_classes") or 0) >= 0:
             overlay |= _classes_of(overlay["state_dict"])  # timm drops a head of another number than it expects
     # timm's own models also take a device and a dtype.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
@@ -112,27 +117,28 @@ def _given(cfg: object) -> dict:
     if not defaults.keys() <= given.keys():
         return given
     ours = [defaults, PRETRAINED_CFG]
-    return {key: value for key, value in given.items() if not any(d.get(key) == value for d in ours)}
+    return {key: value for key, value in given.items() if not any(np.array_equal(d.get(key), value) for d in ours)}
 
 
 def _is_ours(cfg: object) -> bool:
     """Whether we read the weights that `cfg` names. timm reads them if it names a source, such as `local-dir:`."""
     given = _given(cfg)
-    ours = given.get("file") or given.get("state_dict") or _is_url(given.get("url"))
-    return bool(ours) and not given.get("source")
+    return any(given.get(key) for key in ("file", "state_dict", "hf_hub_id", "url")) and not given.get("source")
 
 
-def _is_url(url: object) -> bool:
-    return isinstance(url, str) and bool(url)
+def _take_source(overlay: dict) -> tuple[str | None, str | None]:
+    """Remove the checkpoint from an overlay.
 
-
-def _take_source(overlay: dict) -> str | None:
-    """Remove the checkpoint from an overlay and return it in the form of `_create`'s argument `pretrained`."""
+    Returns: it, in the form of `_create`'s argument `pretrained`; and the name of the hub's file, if one is given. Both
+        are None if timm reads the weights.
+    """
+    if overlay.get("state_dict") or overlay.get("source"):
+        return None, None
     if overlay.get("file"):
-        return str(overlay.pop("file"))
+        return str(overlay.pop("file")), None
     if overlay.get("hf_hub_id"):
-        return None if overlay.get("hf_hub_filename") else f"{HUB}{overlay.pop('hf_hub_id')}"
-    return overlay.pop("url") if _is_url(overlay.get("url")) else None
+        return f"{HUB}{overlay.pop('hf_hub_id')}", overlay.pop("hf_hub_filename", None)
+    return overlay.pop("url", None) or None, None
 
 
 def _classes_of(state: dict) -> dict[str, int]:
@@ -141,19 +147,28 @@ def _classes_of(state: dict) -> dict[str, int]:
     return dict(num_classes=num_classes(state) or 0)
 
 
-def _source(pretrained: str, name: str) -> tuple[dict, dict]:
-    """Return entries for timm's pretrained_cfg, including the weights, and arguments for the model."""
+def _source(pretrained: str, name: str, file: str | None = None) -> tuple[dict, dict]:
+    """Return entries for timm's pretrained_cfg, including the weights, and arguments for the model.
+
+    Args:
+        pretrained: where the weights are.
+        name: the size of the model.
+        file: the name of the hub's file, if it is not timm's; a config that lies beside it is not of it.
+    """
     if pretrained.startswith(HUB):
         repository = pretrained.removeprefix(HUB)
-        config, architecture, model_args = load_model_config_from_hf(repository)
+        config, architecture, model_args = load_model_config_from_hf(repository) if not file else ({}, None, None)
         if architecture not in (None, name):
             raise ValueError(f"{pretrained}: is a {architecture}, not a {name}: create that one")
-        state = load_state_dict_from_hf(repository, weights_only=True)
+        state = load_state_dict_from_hf(repository, *([file] if file else []), weights_only=True)
         return {**config, **_classes_of(state), "state_dict": state}, dict(model_args or {})
-    if pretrained.startswith(SCHEMES):
+    if is_address(pretrained):
         return _from_address(pretrained, name)
-    if pretrained.startswith("file:"):  # timm would keep a copy under the base name, and read that from then on
-        pretrained = url2pathname(urlparse(pretrained).path)
+    if pretrained.lower().startswith("file:"):  # timm would keep a copy under the base name, and read that from then on
+        parts = urlparse(pretrained)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"{pretrained}: names another machine, {parts.netloc!r}; write file:///path")
+        pretrained = url2pathname(parts.path)
     if not Path(pretrained).is_file():
         raise FileNotFoundError(f"{pretrained}: no such checkpoint; a hub id is written {HUB}user/repository")
     # Imported here, because it imports the models. timm's own loader cannot read the configs in our checkpoints.

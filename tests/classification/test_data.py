@@ -382,10 +382,12 @@ def test_names_that_look_the_same_are_said_to(few_digits, tmp_path):
         build_eval_loader(config(data), 0, 1).renumber(names, "c.pth")
 
 
-def test_a_name_does_not_depend_on_the_locale():
+def test_a_name_does_not_depend_on_the_locale(monkeypatch):
     """Under an ASCII locale, Python reads names as ASCII and keeps other bytes as surrogates."""
-    for name in ("3", "\u732b", "caf\u00e9", "a\\udcff"):
-        assert escaped(name) == escaped(name.encode().decode("ascii", "surrogateescape")) == name
+    for locale in ("utf-8", "ascii", "latin-1"):
+        monkeypatch.setattr(os, "fsencode", lambda name, locale=locale: name.encode(locale, "surrogateescape"))
+        for name in ("3", "\u732b", "caf\u00e9", "a\\udcff"):
+            assert escaped(name.encode().decode(locale, "surrogateescape")) == name
     assert escaped("a\udcff") == "a\\udcff"  # bytes that are no UTF-8 at all
 
 

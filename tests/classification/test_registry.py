@@ -1,10 +1,12 @@
 """The models under timm's names and arguments, in torch.hub, and under the tools that trace, hook and count modules."""
 
 import copy
+import dataclasses
 import warnings
 from urllib.parse import urlparse
 from urllib.response import addinfourl
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -109,7 +111,8 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     registered = timm.get_pretrained_cfg("spatialmamba_micro")
     registered.file = str(tmp_path / "of_main.pth")
     whole = registered, registered.to_dict(), {**of_main.pretrained_cfg, "file": registered.file, "num_classes": 1000}
-    for cfg in (PretrainedCfg(file=registered.file), *whole):  # a thousand classes at 224 are their defaults
+    array = PretrainedCfg(file=registered.file, mean=np.array([0.485, 0.456, 0.406]))
+    for cfg in (PretrainedCfg(file=registered.file), array, *whole):  # a thousand classes at 224 are their defaults
         found = timm.create_model("spatialmamba_micro", pretrained=True, pretrained_cfg=cfg, num_classes=7).eval()
         torch.testing.assert_close(found(IMAGES), expected)
         at = found.pretrained_cfg
@@ -119,10 +122,12 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     assert found.pretrained_cfg["mean"] == registered.mean
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
-    monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, weights_only: model.state_dict())
+    monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, *_, weights_only: model.state_dict())
     monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", None))
     overlays = [{"file": path}, {"hf_hub_id": "me/it"}, {"state_dict": model.state_dict()}]
-    named = [{"pretrained": True, "pretrained_cfg_overlay": overlay} for overlay in overlays]
+    of_hub = dataclasses.replace(timm.get_pretrained_cfg("spatialmamba_micro"), hf_hub_id="me/it")
+    overlays += [of_hub, {"hf_hub_id": "me/it", "hf_hub_filename": "it.bin"}]
+    named = [{"pretrained": True, "pretrained_cfg" + "_overlay" * isinstance(one, dict): one} for one in overlays]
     named += [{"pretrained": "hf-hub:me/it"}, {"pretrained": tmp_path / "micro.pth"}]
     named += [{"pretrained": True, "pretrained_cfg": {"file": path}}]
     for arguments in named:
@@ -147,6 +152,17 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     torch.testing.assert_close(hub.eval()(IMAGES), expected)
     save_for_hf(model, tmp_path / "folder")
     torch.testing.assert_close(timm.create_model(f"local-dir:{tmp_path}/folder", True).eval()(IMAGES), expected)
+    third = timm.create_model("spatialmamba_micro", num_classes=7).eval()
+    save_checkpoint({"model": third.state_dict()}, tmp_path / "third.pth")
+    for arguments in (
+        {"pretrained": tmp_path / "third.pth"},
+        *(
+            {"pretrained": True, "pretrained_cfg_overlay": {key: value}}
+            for key, value in (("url", str(tmp_path / "third.pth")), ("state_dict", third.state_dict()))
+        ),
+    ):  # before the folder that the name names
+        found = timm.create_model(f"local-dir:{tmp_path}/folder", **arguments).eval()
+        torch.testing.assert_close(found(IMAGES), third(IMAGES))
     whole = seeded()
     save_checkpoint({"model": whole.state_dict()}, tmp_path / "imagenet.pth")
     whole.reset_classifier(0)
@@ -211,10 +227,12 @@ def test_weights_by_address(tmp_path, monkeypatch):
                 assert torch.equal(found(IMAGES), model(IMAGES))
     for folder, model in models.items():  # which timm would read, and keep by name
         path = tmp_path / folder / "epoch_12.pth"
-        for url in (path.as_uri(), str(path)):
+        for url in (path.as_uri(), path.as_uri().replace("file", "FILE"), str(path)):
             for way in ("pretrained_cfg", "pretrained_cfg_overlay"):
                 found = timm.create_model("spatialmamba_micro", True, num_classes=3, **{way: dict(url=url)}).eval()
                 assert torch.equal(found(IMAGES), model(IMAGES))
+    with pytest.raises(ValueError, match=r"file://a/b\.pth: names another machine, 'a'; write file:///path"):
+        timm.create_model("spatialmamba_micro", "file://a/b.pth")
     (tmp_path / "page.pth").write_text("log in")
     with pytest.raises(ValueError, match=r"http://host/page\.pth: what has come is of no use, and is not kept"):
         timm.create_model("spatialmamba_micro", "http://host/page.pth")
