@@ -74,9 +74,7 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         from classification.checkpoint import check_weights
 
         check_weights(overlay["state_dict"], source or "state_dict")
-        if _given(kwargs.get("pretrained_cfg")).get(
-            "source"
-        ):  # as of local-dir:, whose weights are not used
+        if _given(kwargs.get("pretrained_cfg")).get("source"):  # as of local-dir:, whose weights are not used
             overlay = {"source": None, "label_names": None, "label_descriptions": None} | overlay
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
         _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
