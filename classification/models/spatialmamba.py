@@ -442,7 +442,7 @@ class SpatialMamba(nn.Module):
     ):
         super().__init__()
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        _check_sizes(in_chans, num_classes, depths, dims, d_state, expand)
+        _check_sizes(in_chans, num_classes, depths, dims, d_state, expand, mlp_ratio)
         if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
             raise ValueError(f"drop_rate and drop_path_rate must be in [0, 1), got {drop_rate} and {drop_path_rate}")
         self.in_chans = in_chans
@@ -672,7 +672,13 @@ for _name in ("selective_scan_state", "state_fusion_output", "_at_least_float32"
 
 
 def _check_sizes(
-    in_chans: int, num_classes: int, depths: Sequence[int], dims: Sequence[int], d_state: int, expand: int
+    in_chans: int,
+    num_classes: int,
+    depths: Sequence[int],
+    dims: Sequence[int],
+    d_state: int,
+    expand: int,
+    mlp_ratio: float,
 ) -> None:
     if len(depths) != len(dims) or not depths or min(depths) < 1:
         raise ValueError(f"depths and dims must name as many stages, each of at least one block: {depths}, {dims}")
@@ -683,6 +689,8 @@ def _check_sizes(
             "in_chans, d_state and expand must be at least 1, num_classes at least 0, "
             f"got {in_chans}, {d_state}, {expand} and {num_classes}"
         )
+    if not 1 <= dims[0] * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio must leave each MLP a hidden channel, got {mlp_ratio}")
 
 
 def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:

@@ -22,7 +22,7 @@ from mmengine.optim import (
 )
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
-from torch import nn
+from torch import Tensor, nn
 
 from classification.checkpoint import differences, in_layout_of
 from classification.errors import UserError
@@ -526,19 +526,22 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
                     other.setdefault(name, (group[name], ours[name]))
         for name, (there_is, ours) in sorted(other.items()):
             _warn(f"{path}: its optimizer goes on with {name}={there_is!r}, whatever the config says ({ours!r})")
-        _check_has_moments(saved["state"], groups, list(zip(chain(*there), chain(*own), strict=True)), path)
+        parameters = list(zip(chain(*there), chain(*own), strict=True))
+        _check_has_moments(saved["state"], _keeps_moments(wrapper.optimizer, groups), parameters, path)
         for i, parameter in zip(chain(*there), chain(*own), strict=True):
             state = saved["state"].get(i, {})
             if not torch.as_tensor(state.get("step", 0)).ge(0).all():
                 raise ValueError(f"state[{i}].step is {state['step']!r}")
-            if isinstance(squares := state.get("exp_avg_sq"), torch.Tensor) and not squares.ge(0).all():
-                raise ValueError(f"state[{i}].exp_avg_sq, a mean of squares, is negative or no number")
+            for name in SQUARES:
+                if isinstance(squares := state.get(name), torch.Tensor) and not squares.ge(0).all():
+                    raise ValueError(f"state[{i}].{name}, a mean of squares, is negative or no number")
+            from_start = isinstance(wrapper.optimizer, torch.optim.Adagrad)  # others make them at the first update
+            moments = _moments(wrapper.optimizer, parameter) if state or from_start else {}
             for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    state[name] = in_layout_of(parameter, value, f"state[{i}].{name}")
+                if isinstance(value, torch.Tensor) and (value.shape == parameter.shape or name in moments):
+                    state[name] = in_layout_of(moments.get(name, parameter), value, f"state[{i}].{name}")
                 elif isinstance(value, torch.Tensor) and (name in OF_EACH_WEIGHT or not value.isfinite().all()):
                     in_layout_of(parameter, value, f"state[{i}].{name}")  # raises an error that says what is wrong
-            moments = ("exp_avg", "exp_avg_sq") if isinstance(wrapper.optimizer, torch.optim.Adam) and state else ()
             if lacking := [name for name in moments if not isinstance(state.get(name), torch.Tensor)]:
                 raise ValueError(f"state[{i}] has no {lacking[0]}")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -548,15 +551,41 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
         ) from error
 
 
-def _check_has_moments(states: dict, groups: list[dict], parameters: list[tuple], path: str) -> None:
+def _keeps_moments(optimizer: torch.optim.Optimizer, groups: list[dict]) -> bool:
+    """Return whether an optimizer keeps moments of each parameter that it has updated."""
+    if isinstance(optimizer, torch.optim.Adadelta | torch.optim.Adafactor | torch.optim.Adagrad | torch.optim.Rprop):
+        return True
+    return any("betas" in group or group.get("momentum") or "alpha" in group for group in groups)
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return tensors like the moments that an optimizer keeps of a parameter, where these are known."""
+    if isinstance(optimizer, torch.optim.Adagrad):
+        return {"sum": parameter}
+    if isinstance(optimizer, torch.optim.Adam):
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter)
+    if isinstance(optimizer, torch.optim.Adafactor):
+        if parameter.dim() < 2:
+            return {"variance": parameter}
+        # Means over the last side, and over the one before.
+        return {"row_var": parameter[..., :1], "col_var": parameter[..., :1, :]}
+    return {}
+
+
+def _check_has_moments(states: dict, keeps: bool, parameters: list[tuple], path: str) -> None:
     """Warn of parameters without moments, which begin anew; those that nothing trains have none.
+
+    Args:
+        states: the saved moments.
+        keeps: whether the optimizer keeps some.
+        parameters: the saved numbers of the parameters, and the parameters.
+        path: the checkpoint.
 
     Raises:
         ValueError: there are no moments at all, or some of no parameter.
     """
     if others := states.keys() - {i for i, _ in parameters}:
         raise ValueError(f"its state has the keys {sorted(map(repr, others))[:3]}, which are no parameters")
-    keeps = any("betas" in group or group.get("momentum") or "alpha" in group for group in groups)
     trained = [i for i, parameter in parameters if parameter.requires_grad]
     if keeps and trained and not states:
         raise ValueError("its state is empty, so that all moments would begin anew")
@@ -594,17 +623,17 @@ def _check_rates(saved: dict, schedules: list, path: str) -> None:
 def _check_settings(group: dict, ours: dict) -> None:
     """Raise a ValueError if a saved group lacks a number, or has another switch than ours, for example `maximize`."""
     for name, value in group.items():
-        if name == "params" or value is None:
+        wanted = ours.get(name)
+        if name == "params" or (value is None and not isinstance(wanted, float | list | tuple)):
             continue
         numbers = list(value) if isinstance(value, list | tuple) else [value]
-        wanted = ours.get(name)
-        if isinstance(wanted, tuple):  # of which PyTorch's Adafactor leaves a part None
+        if isinstance(wanted, list | tuple):  # of which PyTorch's Adafactor leaves a part None
             if [one is None for one in numbers] != [one is None for one in wanted]:
                 raise ValueError(f"its {name} is {value!r}, the config's {wanted!r}")
             numbers = [one for one in numbers if one is not None]
         if isinstance(wanted, bool) and name not in HOW and value != wanted:
             raise ValueError(f"its {name} is {value!r}, the config's {wanted!r}")
-        if isinstance(wanted, int | float | tuple) and not all(
+        if isinstance(wanted, int | float | list | tuple) and not all(
             isinstance(one, int | float | torch.Tensor) and math.isfinite(one) for one in numbers
         ):
             raise ValueError(f"its {name} is {value!r}, not finite numbers")
@@ -617,6 +646,7 @@ def _plain(value: object) -> object:
 
 
 HOW = ("capturable", "differentiable", "foreach", "fused")  # how an optimizer computes, not what
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "row_var", "col_var", "variance", "square_avg", "acc_delta")
 OF_EACH_WEIGHT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
 

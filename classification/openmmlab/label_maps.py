@@ -167,10 +167,11 @@ def _warn_of_files_left_out(dataset: ConfigDict, names: set[str], key: str, cfg:
     ends = {stem: [i for i, character in enumerate(stem) if character in "_-. "] for stem in lone}
     named = {stem for stem, places in ends.items() if any(stem[:i] in stems for i in places)}  # as a_colour of a
     previews = {stem for stem in named if _is_in_colour(os.path.join(maps, stem + end))}
-    if alone := sorted(lone - stems - previews):
+    if alone := sorted(lone - stems - previews, key=lambda stem: (stem in named, stem)):
+        what = "label maps (or other pictures of their images)" if alone[0] in named else "label maps"
         print_log(
-            f"{key}: {len(alone)} label maps of {maps}, for example {alone[0]}{end}, are left out, for there is no "
-            f"such image in {folder}",
+            f"{key}: {len(alone)} {what} of {maps}, for example {alone[0]}{end}, are left out, for there is no such "
+            f"image in {folder}",
             level=logging.WARNING,
         )
 

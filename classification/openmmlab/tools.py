@@ -5,6 +5,7 @@ import copy
 import difflib
 import gc
 import inspect
+import keyword
 import logging
 import math
 import os
@@ -85,7 +86,8 @@ class _Options(DictAction):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values:
             key, equals, _ = value.partition("=")
-            if not equals or not all(key.split(".")):
+            first, *others = key.split(".")
+            if not equals or not all(others) or not first.isidentifier() or keyword.iskeyword(first):
                 parser.error(f"{option_string} takes KEY=VALUE, got {value!r}")
         super().__call__(parser, namespace, values, option_string)
 
@@ -492,7 +494,9 @@ def _warn_of_misspelt_settings(cfg: Config) -> None:
     parts["model.test_cfg"] = cfg.model.get("test_cfg") if isinstance(cfg.get("model"), dict) else None
     for key, part in parts.items():
         names = NAMES[key.rpartition(".")[2]]
-        for name in part if isinstance(part, dict) else ():
+        if not isinstance(part, dict | None):
+            raise UserError(f"{key} is {part!r:.300}, not a dict")
+        for name in part or ():
             if name not in names and (close := difflib.get_close_matches(str(name), names, 1, 0.8)):
                 print_log(f"{key} has a {name}, which nothing reads; is {close[0]} meant?", level=logging.WARNING)
 

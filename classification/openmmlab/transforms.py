@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 
 import numpy as np
@@ -184,7 +185,8 @@ class CheckImage:
 
     Args:
         backend: the loader's imdecode_backend. "pillow" clips 16 bits to white and misreads some TIFFs. "cv2" misreads
-            a PPM or PGM whose white is neither 255 nor 65535, numbers with a sign and PFM; a warning says so once.
+            a PPM or PGM whose white is neither 255 nor 65535, numbers with a sign, PFM, the colours of PAM, and TIFFs
+            with alpha; a warning says so once.
         unchanged: for color_type="unchanged", which loads values as they are: "pillow" does not clip then, but gives
             numbers that are no greys or colours for some modes, as a palette's; a warning says so once. For more than
             8 bits, see `CheckValues`.
@@ -206,7 +208,7 @@ class CheckImage:
         try:
             kind = _head(path, 2)
             by_opencv = self.backend != "pillow"
-            mode, fault, dark = "L", None, by_opencv and _dark_in_opencv(path, kind, self.unchanged)
+            mode, fault, misread = "L", None, by_opencv and _misread_by_opencv(path, kind, self.unchanged)
             if kind and not by_opencv:
                 with Image.open(path, formats=image_formats()) as image:
                     mode, fault = image.mode, misread_samples(image)
@@ -214,8 +216,8 @@ class CheckImage:
             return results
         if not kind and not self.ignore_empty:
             raise UserError(f"{path}: is empty; replace it, or take it out of the data")
-        if dark:
-            self._warn(f"{path}: {dark}: it and others like it may be read too dark; convert them to PNG")
+        if misread:
+            self._warn(f"{path}: {misread}: convert it, and others like it, to PNG")
         elif fault:
             raise UserError(f"{path}: {fault}; or leave imdecode_backend='pillow' out of LoadImageFromFile")
         elif self.unchanged:
@@ -225,7 +227,8 @@ class CheckImage:
                     "of the data_preprocessor must be for these; leave color_type out, or convert it to RGB"
                 )
         elif mode not in EIGHT_BITS_A_BAND:
-            other = "" if _dark_in_opencv(path, kind) else "leave it out of LoadImageFromFile (cv2 scales 16 bits), or "
+            scaled = not _misread_by_opencv(path, kind)
+            other = "leave it out of LoadImageFromFile (cv2 scales 16 bits), or " if scaled else ""
             raise UserError(
                 f"{path}: is of mode {mode}, which imdecode_backend='pillow' clips to 8 bits: {other}convert the image"
             )
@@ -268,13 +271,14 @@ class CheckValues:
 
 
 PPM = (b"P2", b"P3", b"P5", b"P6")  # the beginnings of PGM and PPM files with more than one bit
-PFM, TIFF = (b"PF", b"Pf"), (b"II", b"MM")
+PFM, TIFF, PAM = (b"PF", b"Pf"), (b"II", b"MM"), b"P7"
 PLAIN = "ppm_plain"  # Pillow's decoder of the two that are text
 SIGNED, BIG = 2, 43  # of TIFF: a SampleFormat for integers with a sign, and BigTIFF's version
+EXTRA_SAMPLES, ALPHA = 338, 2  # of TIFF: a tag, and its value for an alpha that colours are not multiplied by
 
 
-def _dark_in_opencv(path: str, kind: bytes, unchanged: bool = False) -> str | None:
-    """Say why OpenCV reads an image too dark; None if it does not, or if that is not known.
+def _misread_by_opencv(path: str, kind: bytes, unchanged: bool = False) -> str | None:
+    """Say why OpenCV reads an image too dark, or in other colours; None if it does not, or if that is not known.
 
     Args:
         kind: its first two bytes.
@@ -282,6 +286,9 @@ def _dark_in_opencv(path: str, kind: bytes, unchanged: bool = False) -> str | No
     """
     if kind in PFM:
         return None if unchanged else "is a PFM, whose numbers OpenCV rounds to 0 to 255"
+    if kind == PAM:
+        bands = re.search(rb"^DEPTH\s+(\d+)", _head(path, 500), re.MULTILINE)
+        return "is a PAM, whose colours OpenCV mixes up" if bands and int(bands[1]) > 2 else None
     if kind in TIFF:
         with open(path, "rb") as file:
             header = file.read(8)
@@ -289,9 +296,13 @@ def _dark_in_opencv(path: str, kind: bytes, unchanged: bool = False) -> str | No
             tags = TiffImagePlugin.ImageFileDirectory_v2(header)
             file.seek(tags.next)
             tags.load(file)
-        kinds = tags.get(SAMPLE_FORMAT)
-        signed = SIGNED in (kinds if isinstance(kinds, tuple) else (kinds,))
-        return f"has numbers with a sign (SampleFormat {SIGNED}), which OpenCV reads as without" if signed else None
+        if SIGNED in _values(tags, SAMPLE_FORMAT):
+            return f"has numbers with a sign (SampleFormat {SIGNED}), which OpenCV reads as without"
+        if ALPHA in _values(tags, EXTRA_SAMPLES) and set(_values(tags, BITS)) == {8}:
+            with Image.open(path, formats=("TIFF",)) as image:
+                if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < LARGEST:
+                    return "has an alpha band, by which OpenCV multiplies its colours"
+        return None
     if kind not in PPM:
         return None
     with Image.open(path, formats=("PPM",)) as image:
@@ -300,6 +311,11 @@ def _dark_in_opencv(path: str, kind: bytes, unchanged: bool = False) -> str | No
     if not isinstance(white, int) or white in (255, 65535) or (decoder == PLAIN and white < 255):
         return None
     return f"has {white} for white, but OpenCV takes {255 if white < 255 else 65535}"
+
+
+def _values(tags: TiffImagePlugin.ImageFileDirectory_v2, tag: int) -> tuple:
+    value = tags.get(tag)
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _not_of_a_byte(path: str) -> int | None:

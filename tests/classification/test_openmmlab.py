@@ -769,7 +769,7 @@ def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
     assert stop.value.code.startswith("error: ")
     assert message in stop.value.code
     assert not (tmp_path / "ran").exists()
-    for option in ("abc", "=3", "model..type=3"):
+    for option in ("abc", "=3", "model..type=3", "data-root=a", "3=4", " model.type=3"):
         monkeypatch.setattr("sys.argv", ["train.py", name, "--cfg-options", option])
         with pytest.raises(SystemExit):
             tools.train("mmdet")
@@ -977,6 +977,7 @@ def test_results_that_could_not_be_written(tmp_path, monkeypatch):
         tools._build(Config(dict(model={}, runner_type="FlexibleRunner")), Config())
     monkeypatch.setattr(tools.Runner, "from_cfg", classmethod(lambda cls, cfg: MODELS.build(cfg.model)))
     for argument, message in (
+        (dict(mlp_ratio=-1), "mlp_ratio must leave each MLP a hidden channel, got -1"),
         (dict(drop_path_rate=1), r"drop_rate and drop_path_rate must be in \[0, 1\), got 0\.0 and 1"),
         (dict(frozen_stages=9), r"frozen_stages must be in \[-1, 2\], got 9"),
         (dict(out_indices=(7,)), r"stage indices must lie in \[-2, 1\]"),
@@ -1386,7 +1387,19 @@ def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
         assert [f"{path}: has numbers with a sign (SampleFormat 2)" in one for one in said] == [True] * misread
     (tmp_path / "a.pfm").write_bytes(b"Pf\n1 1\n-1\n" + np.float32(0.4).tobytes())
     CheckImage()({"img_path": str(tmp_path / "a.pfm")})
-    assert "a.pfm: is a PFM, whose numbers OpenCV rounds to 0 to 255: it and others" in said[-1]
+    assert "a.pfm: is a PFM, whose numbers OpenCV rounds to 0 to 255: convert it, and others like it" in said.pop()
+    for alpha in (255, 128):
+        path = tmp_path / f"alpha{alpha}.tif"
+        Image.new("RGBA", (1, 1), (200, 100, 50, alpha)).save(path)
+        CheckImage()({"img_path": str(path)})
+        misread = read({"img_path": str(path)})["img"].tolist() != [[[50, 100, 200]]]
+        assert misread == (alpha == 128)
+        assert [f"{path}: has an alpha band, by which OpenCV multiplies" in one for one in said] == [True] * misread
+    header = "P7\nWIDTH 1\nHEIGHT 1\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n"
+    (tmp_path / "a.pam").write_bytes(header.encode() + bytes([200, 100, 50]))
+    assert read({"img_path": str(tmp_path / "a.pam")})["img"].tolist() != [[[50, 100, 200]]]
+    CheckImage()({"img_path": str(tmp_path / "a.pam")})
+    assert "a.pam: is a PAM, whose colours OpenCV mixes up: convert it" in said[-1]
     with pytest.raises(UserError, match=r"P5-4095\.ppm: is of mode I, .* clips to 8 bits: convert the image"):
         CheckImage("pillow")({"img_path": str(tmp_path / "P5-4095.ppm")})
     (tmp_path / "empty.jpg").touch()
@@ -2016,6 +2029,9 @@ def test_misspelt_settings_are_named(monkeypatch):
     assert [one.rpartition("; is ")[2] for one in said] == [
         *("norm_decay_mult meant?", "enable meant?", "mode meant?", "'backbone' meant?")
     ]
+    cfg.optim_wrapper.paramwise_cfg = 3
+    with pytest.raises(UserError, match=r"optim_wrapper\.paramwise_cfg is 3, not a dict"):
+        tools._warn_of_misspelt_settings(cfg)
 
 
 def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
@@ -2505,6 +2521,9 @@ def test_a_schedule_of_momentum_goes_on(monkeypatch):
     assert said == []
 
 
+OTHER_EPS = ((1e-30, 1e-3), (None, None), [None], (None, math.inf), 1e-3)
+
+
 def test_an_optimizer_whose_settings_are_none_in_part_goes_on():
     """PyTorch's Adafactor has eps=(None, 1e-3)."""
     layer = torch.nn.Linear(2, 3)
@@ -2514,10 +2533,21 @@ def test_an_optimizer_whose_settings_are_none_in_part_goes_on():
     runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[], model=layer)
     runner.optim_wrapper = OptimWrapper(optimizer)
     hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=optimizer.state_dict()))
-    for eps in ((1e-30, 1e-3), (None, None), [None], (None, math.inf), 1e-3):
+    for name, value in (*(("eps", one) for one in OTHER_EPS), ("weight_decay", None)):
         saved = copy.deepcopy(optimizer.state_dict())
-        saved["param_groups"][0]["eps"] = eps
-        with pytest.raises(UserError, match=NOT_ITS_OWN + "its eps is "):
+        saved["param_groups"][0][name] = value
+        with pytest.raises(UserError, match=NOT_ITS_OWN + f"its {name} is "):
+            hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=saved))
+    for spoil, message in (
+        (lambda states: states.clear(), "its state is empty"),
+        (lambda states: states[0].pop("row_var"), r"state\[0\] has no row_var"),
+        (lambda states: states[0].update(row_var=torch.ones(1, 1)), r"state\[0\]\.row_var is \(1, 1\), not \(3, 1\)"),
+        (lambda states: states[0]["col_var"].neg_(), r"state\[0\]\.col_var, a mean of squares, is negative"),
+        (lambda states: states[1]["variance"].fill_(math.nan), r"state\[1\]\.variance, .* is negative or no number"),
+    ):
+        saved = copy.deepcopy(optimizer.state_dict())
+        spoil(saved["state"])
+        with pytest.raises(UserError, match=NOT_ITS_OWN + message):
             hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=saved))
 
 
