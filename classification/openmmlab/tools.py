@@ -699,7 +699,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
             raise UserError(f"--amp takes an AmpOptimWrapper in place of OptimWrapper, not of {kind}; leave it out")
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if args.auto_scale_lr:
-        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+        if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError(f"{args.config}: has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs")
         cfg.auto_scale_lr.enable = True
     _check_can_be_written(_work_dir(args, cfg))

@@ -669,8 +669,12 @@ def test_arguments(monkeypatch, scenes, tmp_path):
     assert "found.json: predictions are written as a pickle; name a .pkl file" in said
     (tmp_path / "seg.py").write_text("default_scope = 'mmseg'\nmodel = dict(backbone=dict(type='ResNet'))\n")
     assert "a config of mmseg, this is a tool for mmdet" in message(monkeypatch, tools.train, tmp_path / "seg.py")
-    said = message(monkeypatch, tools.train, MICRO, "--auto-scale-lr", *options(scenes, "auto_scale_lr=dict(a=1)"))
-    assert "needs" in said
+    for value, expected in (
+        ("None", "has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs"),
+        ("3", "not a"),
+    ):
+        said = message(monkeypatch, tools.train, MICRO, "--auto-scale-lr", *options(scenes, f"auto_scale_lr={value}"))
+        assert expected in said
 
 
 @pytest.mark.parametrize(
