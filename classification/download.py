@@ -39,10 +39,10 @@ def download(address: str) -> Path:
     Raises:
         UserError: the file cannot be downloaded.
     """
-    path = place_of(address)
-    if path.exists():
-        return path
     try:
+        path = place_of(address)
+        if path.exists():
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             response = stack.enter_context(urlopen(address))

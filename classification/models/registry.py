@@ -55,8 +55,10 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: `pretrained=True` without weights, or weights that are not of this model.
+        ValueError: `pretrained=True` without weights, an empty path, or weights that are not of this model.
     """
+    if pretrained == "":  # as of a variable that is not set
+        raise ValueError("pretrained is empty: name a checkpoint, or leave it out")
     pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if pretrained is True and _is_ours(kwargs.get("pretrained_cfg")):

@@ -231,6 +231,9 @@ def test_weights_by_address(tmp_path, monkeypatch):
             for way in ("pretrained_cfg", "pretrained_cfg_overlay"):
                 found = timm.create_model("spatialmamba_micro", True, num_classes=3, **{way: dict(url=url)}).eval()
                 assert torch.equal(found(IMAGES), model(IMAGES))
+    for address, message in (("http://[::1/b.pth", "cannot be downloaded"), ("", "pretrained is empty: name a")):
+        with pytest.raises(ValueError, match=message):
+            timm.create_model("spatialmamba_micro", address)
     with pytest.raises(ValueError, match=r"file://a/b\.pth: names another machine, 'a'; write file:///path"):
         timm.create_model("spatialmamba_micro", "file://a/b.pth")
     (tmp_path / "page.pth").write_text("log in")
