@@ -121,18 +121,20 @@ def _given(cfg: object) -> dict:
 
 
 def _is_ours(cfg: object) -> bool:
-    """Whether we read the weights that `cfg` names. timm reads them if it names a source, such as `local-dir:`."""
+    """Whether we read the weights that `cfg` names. timm reads them if it is of a name such as `local-dir:`."""
     given = _given(cfg)
-    return any(given.get(key) for key in ("file", "state_dict", "hf_hub_id", "url")) and not given.get("source")
+    of_name = given.get("source") and (given["source"] != "hf-hub" or "num_classes" in given)
+    return any(given.get(key) for key in ("file", "state_dict", "hf_hub_id", "url")) and not of_name
 
 
 def _take_source(overlay: dict) -> tuple[str | None, str | None]:
     """Remove the checkpoint from an overlay.
 
     Returns: it, in the form of `_create`'s argument `pretrained`; and the name of the hub's file, if one is given. Both
-        are None if timm reads the weights.
+        are None if the overlay holds the weights themselves.
     """
-    if overlay.get("state_dict") or overlay.get("source"):
+    overlay.pop("source", None)
+    if overlay.get("state_dict"):
         return None, None
     if overlay.get("file"):
         return str(overlay.pop("file")), None
@@ -161,7 +163,8 @@ def _source(pretrained: str, name: str, file: str | None = None) -> tuple[dict, 
         if architecture not in (None, name):
             raise ValueError(f"{pretrained}: is a {architecture}, not a {name}: create that one")
         state = load_state_dict_from_hf(repository, *([file] if file else []), weights_only=True)
-        return {**config, **_classes_of(state), "state_dict": state}, dict(model_args or {})
+        found = {**config, **_classes_of(state), "source": None, "state_dict": state}
+        return found, dict(model_args or {})
     if is_address(pretrained):
         return _from_address(pretrained, name)
     if pretrained.lower().startswith("file:"):  # timm would keep a copy under the base name, and read that from then on

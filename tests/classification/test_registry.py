@@ -27,6 +27,7 @@ from classification.models.spatialmamba import Stage
 
 PLAIN = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
 BARE = ("StructureAwareSSM", "StateFusion")  # whose parameters are none of a layer's, by the published names
+HUB = ("source", "hf-hub")  # of timm, which would read the weights itself
 IMAGES = torch.randn(2, 3, 70, 97, generator=torch.Generator().manual_seed(0))
 
 
@@ -123,13 +124,15 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
     monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, *_, weights_only: model.state_dict())
-    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", None))
+    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: (dict([HUB]), "spatialmamba_micro", None))
     overlays = [{"file": path}, {"hf_hub_id": "me/it"}, {"state_dict": model.state_dict()}]
     of_hub = dataclasses.replace(timm.get_pretrained_cfg("spatialmamba_micro"), hf_hub_id="me/it")
-    overlays += [of_hub, {"hf_hub_id": "me/it", "hf_hub_filename": "it.bin"}]
+    overlays += [of_hub, *({"hf_hub_id": "me/it", one: two} for one, two in (("hf_hub_filename", "it.bin"), HUB))]
     named = [{"pretrained": True, "pretrained_cfg" + "_overlay" * isinstance(one, dict): one} for one in overlays]
     named += [{"pretrained": "hf-hub:me/it"}, {"pretrained": tmp_path / "micro.pth"}]
-    named += [{"pretrained": True, "pretrained_cfg": {"file": path}}]
+    named += [
+        {"pretrained": True, "pretrained_cfg": one} for one in ({"file": path}, dict([HUB, ("hf_hub_id", "me/it")]))
+    ]
     for arguments in named:
         found = timm.create_model("spatialmamba_micro", num_classes=7, **arguments).eval()
         torch.testing.assert_close(found(IMAGES), expected)  # its head too
