@@ -64,6 +64,8 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     if pretrained is True and _is_ours(kwargs.get("pretrained_cfg")):
         overlay = _given(kwargs.pop("pretrained_cfg")) | overlay
     source, file = (pretrained, None) if isinstance(pretrained, str) or not pretrained else _take_source(overlay)
+    if source and overlay.get("state_dict"):
+        raise ValueError(f"{source}: a state_dict is given too; name one of them")
     if source:
         found, model_args = _source(source, name, file)
         overlay, kwargs = found | overlay, model_args | kwargs

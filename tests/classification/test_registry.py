@@ -149,6 +149,8 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", "hf-hub:me/it").eval()(IMAGES), other(IMAGES))
     own = timm.create_model("spatialmamba_micro", "hf-hub:me/it", global_pool="avg")  # over what it was made with
     torch.testing.assert_close(own.eval()(IMAGES), expected)
+    with pytest.raises(ValueError, match=r"micro\.pth: a state_dict is given too; name one of them"):
+        timm.create_model("spatialmamba_micro", path, pretrained_cfg_overlay={"state_dict": model.state_dict()})
     with pytest.raises(ValueError, match="hf-hub:me/it: is a spatialmamba_micro, not a spatialmamba_tiny"):
         timm.create_model("spatialmamba_tiny", "hf-hub:me/it")
     hub = torch.hub.load(ROOT, "spatialmamba_micro", source="local", pretrained=path, num_classes=7)
