@@ -624,7 +624,8 @@ def _check_settings(group: dict, ours: dict) -> None:
     """Raise a ValueError if a saved group lacks a number, or has another switch than ours, for example `maximize`."""
     for name, value in group.items():
         wanted = ours.get(name)
-        if name == "params" or (value is None and not isinstance(wanted, float | list | tuple)):
+        of_words = isinstance(wanted, list | tuple) and any(isinstance(one, str) for one in wanted)  # as param_names
+        if name == "params" or of_words or (value is None and not isinstance(wanted, float | list | tuple)):
             continue
         numbers = list(value) if isinstance(value, list | tuple) else [value]
         if isinstance(wanted, list | tuple):  # of which PyTorch's Adafactor leaves a part None
@@ -642,7 +643,9 @@ def _check_settings(group: dict, ours: dict) -> None:
 
 
 def _plain(value: object) -> object:
-    return [one if one is None else float(one) for one in value] if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    return [float(one) if isinstance(one, int | float | Tensor) else one for one in value]
 
 
 HOW = ("capturable", "differentiable", "foreach", "fused")  # how an optimizer computes, not what

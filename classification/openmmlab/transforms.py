@@ -202,8 +202,8 @@ class CheckImage:
         self.warned = False
 
     def __call__(self, results: dict) -> dict:
-        path = results.get("img_path")
-        if not isinstance(path, str):  # an inferencer was given an array
+        path = results.get("img_path") if isinstance(results, dict) else None
+        if not isinstance(path, str):  # an inferencer has an array, or takes files and arrays themselves
             return results
         try:
             kind = _head(path, 2)
@@ -287,8 +287,9 @@ def _misread_by_opencv(path: str, kind: bytes, unchanged: bool = False) -> str |
     if kind in PFM:
         return None if unchanged else "is a PFM, whose numbers OpenCV rounds to 0 to 255"
     if kind == PAM:
-        bands = re.search(rb"^DEPTH\s+(\d+)", _head(path, 500), re.MULTILINE)
-        return "is a PAM, whose colours OpenCV mixes up" if bands and int(bands[1]) > 2 else None
+        header = dict(re.findall(rb"^(DEPTH|MAXVAL)\s+(\d+)", _head(path, 500), re.MULTILINE))
+        right = header.get(b"DEPTH") == b"1" and header.get(b"MAXVAL") in (b"255", b"65535")
+        return None if right else "is a PAM, of which OpenCV reads greys of 255 or 65535 alone rightly"
     if kind in TIFF:
         with open(path, "rb") as file:
             header = file.read(8)
@@ -296,11 +297,11 @@ def _misread_by_opencv(path: str, kind: bytes, unchanged: bool = False) -> str |
             tags = TiffImagePlugin.ImageFileDirectory_v2(header)
             file.seek(tags.next)
             tags.load(file)
-        if SIGNED in _values(tags, SAMPLE_FORMAT):
+        if SIGNED in _values(tags, SAMPLE_FORMAT) and not unchanged:
             return f"has numbers with a sign (SampleFormat {SIGNED}), which OpenCV reads as without"
-        if ALPHA in _values(tags, EXTRA_SAMPLES) and set(_values(tags, BITS)) == {8}:
+        if ALPHA in _values(tags, EXTRA_SAMPLES) and set(_values(tags, BITS)) in ({8}, {8 if unchanged else 16}):
             with Image.open(path, formats=("TIFF",)) as image:
-                if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < LARGEST:
+                if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < LARGEST:
                     return "has an alpha band, by which OpenCV multiplies its colours"
         return None
     if kind not in PPM:
@@ -309,6 +310,8 @@ def _misread_by_opencv(path: str, kind: bytes, unchanged: bool = False) -> str |
         decoder, arguments = image.tile[0][0], image.tile[0][3]
     white = arguments[-1] if isinstance(arguments, tuple) else 255  # otherwise, Pillow does not scale either
     if not isinstance(white, int) or white in (255, 65535) or (decoder == PLAIN and white < 255):
+        return None
+    if unchanged and white > 255:  # see CheckValues
         return None
     return f"has {white} for white, but OpenCV takes {255 if white < 255 else 65535}"
 

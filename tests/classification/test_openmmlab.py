@@ -1388,19 +1388,34 @@ def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
     (tmp_path / "a.pfm").write_bytes(b"Pf\n1 1\n-1\n" + np.float32(0.4).tobytes())
     CheckImage()({"img_path": str(tmp_path / "a.pfm")})
     assert "a.pfm: is a PFM, whose numbers OpenCV rounds to 0 to 255: convert it, and others like it" in said[-1]
-    for alpha in (255, 128):
+    for mode, factor, alpha in (("RGBA", 1, 255), ("RGBA", 1, 128), ("RGBA", 257, 128), ("LA", 1, 128)):
         said.clear()
-        path = tmp_path / f"alpha{alpha}.tif"
-        Image.new("RGBA", (1, 1), (200, 100, 50, alpha)).save(path)
+        path = tmp_path / f"{mode}{factor}-{alpha}.tif"
+        if factor == 1:
+            Image.new(mode, (1, 1), (200, 100, 50, alpha)[-len(mode) :]).save(path)
+        else:
+            tags = {256: 1, 257: 1, 258: 134, 259: 1, 262: 2, 273: 142, 277: 4, 278: 1, 279: 8, 338: 2}
+            entries = [struct.pack("<HHII", tag, 3, 4 if tag == 258 else 1, value) for tag, value in tags.items()]
+            values = np.uint16([16] * 4 + [257 * one for one in (200, 100, 50, alpha)])
+            path.write_bytes(struct.pack("<2sHIH", b"II", 42, 8, 10) + b"".join(entries) + bytes(4) + values.tobytes())
         CheckImage()({"img_path": str(path)})
-        misread = read({"img_path": str(path)})["img"].tolist() != [[[50, 100, 200]]]
-        assert misread == (alpha == 128)
+        truth = [50, 100, 200] if mode == "RGBA" else [50, 50, 50]
+        misread = read({"img_path": str(path)})["img"].tolist() != [[truth]]
+        assert misread == (mode == "RGBA" and alpha == 128)
         assert [f"{path}: has an alpha band, by which OpenCV multiplies" in one for one in said] == [True] * misread
-    header = "P7\nWIDTH 1\nHEIGHT 1\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n"
-    (tmp_path / "a.pam").write_bytes(header.encode() + bytes([200, 100, 50]))
-    assert read({"img_path": str(tmp_path / "a.pam")})["img"].tolist() != [[[50, 100, 200]]]
-    CheckImage()({"img_path": str(tmp_path / "a.pam")})
-    assert "a.pam: is a PAM, whose colours OpenCV mixes up: convert it" in said[-1]
+    grey = [200, 200, 200]
+    for bands, white, truth in ((1, 255, grey), (1, 100, [255, 255, 255]), (2, 255, grey), (3, 255, [50, 100, 200])):
+        said.clear()
+        path = tmp_path / f"{bands}-{white}.pam"
+        kind = ("GRAYSCALE", "GRAYSCALE_ALPHA", "RGB")[bands - 1]
+        header = f"P7\nWIDTH 2\nHEIGHT 1\nDEPTH {bands}\nMAXVAL {white}\nTUPLTYPE {kind}\nENDHDR\n"
+        path.write_bytes(header.encode() + bytes([min(200, white), 100, 50][:bands] * 2))
+        CheckImage()({"img_path": str(path)})
+        misread = read({"img_path": str(path)})["img"].tolist() != [[truth] * 2]
+        assert [f"{path}: is a PAM, of which OpenCV reads greys" in one for one in said] == [True] * misread
+    for name in ("int16.tif", "P5-4095.ppm"):  # `CheckValues` says what they are
+        CheckImage(unchanged=True)({"img_path": str(tmp_path / name)})
+    assert len(said) == 1
     with pytest.raises(UserError, match=r"P5-4095\.ppm: is of mode I, .* clips to 8 bits: convert the image"):
         CheckImage("pillow")({"img_path": str(tmp_path / "P5-4095.ppm")})
     (tmp_path / "empty.jpg").touch()
@@ -2534,6 +2549,8 @@ def test_an_optimizer_whose_settings_are_none_in_part_goes_on():
     runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[], model=layer)
     runner.optim_wrapper = OptimWrapper(optimizer)
     hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=optimizer.state_dict()))
+    optimizer.param_groups[0]["param_names"] = ["weight", "bias"]  # as mmdet's and mmseg's decay by layers
+    hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=optimizer.state_dict()))
     for name, value in (*(("eps", one) for one in OTHER_EPS), ("weight_decay", None)):
         saved = copy.deepcopy(optimizer.state_dict())
         saved["param_groups"][0][name] = value
@@ -2618,6 +2635,7 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         (CheckImage(), {"img": labels}),
     ):  # of an inferencer
         assert check(dict(results)) == results
+    assert CheckImage()("a.png") == "a.png"  # which mmseg's loader takes
 
 
 @pytest.mark.parametrize(
