@@ -86,8 +86,8 @@ class _Options(DictAction):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values:
             key, equals, _ = value.partition("=")
-            first, *others = key.split(".")
-            if not equals or not all(others) or not first.isidentifier() or keyword.iskeyword(first):
+            parts = key.split(".")  # mmengine writes them as Python
+            if not equals or not all(parts) or not parts[0].isidentifier() or any(map(keyword.iskeyword, parts)):
                 parser.error(f"{option_string} takes KEY=VALUE, got {value!r}")
         super().__call__(parser, namespace, values, option_string)
 

@@ -769,7 +769,7 @@ def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
     assert stop.value.code.startswith("error: ")
     assert message in stop.value.code
     assert not (tmp_path / "ran").exists()
-    for option in ("abc", "=3", "model..type=3", "data-root=a", "3=4", " model.type=3"):
+    for option in ("abc", "=3", "model..type=3", "data-root=a", "3=4", " model.type=3", "a.class=3"):
         monkeypatch.setattr("sys.argv", ["train.py", name, "--cfg-options", option])
         with pytest.raises(SystemExit):
             tools.train("mmdet")
