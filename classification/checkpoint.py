@@ -64,7 +64,7 @@ def read_checkpoint(
     """
     path = Path(path)
     if not is_file(path):
-        is_address = re.match(r"\w\w+:/", str(path))  # of whose two slashes Path leaves one
+        is_address = re.match(r"(?!file:)\w\w+:/", str(path))  # of whose two slashes Path leaves one
         raise UserError(f"{path}: no such checkpoint file" + "; download it first" * bool(is_address))
     with _reading(path):
         if path.suffix == SAFETENSORS:

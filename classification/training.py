@@ -34,7 +34,6 @@ from classification.data import (
     build_eval_loader,
     build_mixup,
     build_train_loader,
-    escaped,
     names_differ,
 )
 from classification.engine import EpochProgress, TrainContext, evaluate, train_one_epoch
@@ -176,7 +175,7 @@ class Training:
                 f"{path}: training starts from its model, not from its model_ema (python -m classification.convert "
                 "--weights model_ema writes a file of the average alone)"
             )
-        others = names is not None and bool(names_differ(names, self.train_loader.classes))
+        others = names is not None and bool(names_differ(names, self.train_loader.dataset.folder.classes))
         if names is not None and not others:
             self._renumber(names, path)
         elif names is None:
@@ -575,7 +574,7 @@ class Training:
             "optimizer": self.context.optimizer.state_dict(),
             "scaler": self.context.scaler.state_dict(),
             "config": self.config.dump(),
-            CLASSES: [escaped(name) for name in self.train_loader.classes],
+            CLASSES: list(self.train_loader.classes),
             "shares": self._batch_facts(),
             VALIDATION_IMAGES: len(self.eval_loader.dataset),
             VALIDATION_DIGEST: self.validation_digest,

@@ -97,14 +97,14 @@ class ImageLoader(DataLoader):
     """A DataLoader of an image folder that can renumber its labels to the order in a checkpoint.
 
     Attributes:
-        classes: names in the order of the labels.
+        classes: names in the order of the labels, as a checkpoint holds them.
     """
 
     labels: Tensor | None = None  # the new label for each label of the folder
 
     def __init__(self, dataset: "TrainImages | EvalImages", **arguments: object):
         super().__init__(dataset, **arguments)
-        self.classes: list[str] = dataset.folder.classes
+        self.classes = [escaped(name) for name in dataset.folder.classes]
 
     def renumber(self, names: list[str], source: str) -> None:
         """Give each class the label that its name has in `names`.
@@ -112,12 +112,12 @@ class ImageLoader(DataLoader):
         Raises:
             UserError: `names`, which come from `source`, are not the names of the folder's classes.
         """
-        own = self.dataset.folder.classes
-        if difference := names_differ(names, own):
+        if difference := names_differ(names, self.dataset.folder.classes):
             raise UserError(f"{source}: its classes are not those of {self.dataset.folder.root}: {difference}")
+        own = [escaped(name) for name in self.dataset.folder.classes]
         if list(names) != own:
             places = {name: label for label, name in enumerate(names)}
-            self.labels = torch.tensor([*(places[escaped(name)] for name in own), -1])  # -1: unreadable
+            self.labels = torch.tensor([*(places[name] for name in own), -1])  # -1: unreadable
             self.classes = list(names)
 
     def __iter__(self) -> Iterator[tuple]:

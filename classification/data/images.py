@@ -160,7 +160,7 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def escaped(name: str) -> str:
-    """Return a folder's name as a checkpoint holds it: valid Unicode, whatever bytes the file system has.
+    """Return the name of a folder, as Python has it, as a checkpoint holds it: valid Unicode, whatever bytes it has.
 
     Under another locale than UTF-8, Python has the bytes of a name otherwise; the name is the same as elsewhere.
     """

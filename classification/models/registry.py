@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
@@ -61,13 +62,19 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         raise ValueError("pretrained is empty: name a checkpoint, or leave it out")
     pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    if pretrained is True and _is_ours(kwargs.get("pretrained_cfg")):
-        overlay = _given(kwargs.pop("pretrained_cfg")) | overlay
-    source, file = (pretrained, None) if isinstance(pretrained, str) or not pretrained else _take_source(overlay)
+    given = _given(kwargs.get("pretrained_cfg"))
+    new_head = any((one.get("num_classes") or 0) < 0 for one in (given, overlay))
+    if pretrained and given and not _is_of_a_name(given):  # over the registry's, which names the layers
+        kwargs.pop("pretrained_cfg")
+        overlay = given | overlay
+    if pretrained is True:
+        source, file = _take_source(overlay)
+    else:
+        source, file = pretrained, overlay.get("hf_hub_filename")
     if source and overlay.get("state_dict"):
         raise ValueError(f"{source}: a state_dict is given too; name one of them")
     if source:
-        found, model_args = _source(source, name, file)
+        found, model_args = _source(source, name, file, kwargs.get("cache_dir"))
         overlay, kwargs = found | overlay, model_args | kwargs
     elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
         raise ValueError(
@@ -78,12 +85,16 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         from classification.checkpoint import check_weights
 
         check_weights(overlay["state_dict"], source or "state_dict")
-        if _given(kwargs.get("pretrained_cfg")).get("source"):  # as of local-dir:, whose weights are not used
+        if given.get("source"):  # as of local-dir:, whose weights are not used
             overlay = {"source": None, "label_names": None, "label_descriptions": None} | overlay
+            for key, value in (kwargs.pop("pretrained_model_args", None) or {}).items():
+                if kwargs.get(key) == value:
+                    del kwargs[key]
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
         _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
-        # Of a label_offset, timm cuts off the first classes; -1 is how timm's train.py says that it wants a new head.
-        if pretrained and not overlay.get("label_offset") and (overlay.get("num_classes") or 0) >= 0:
+        if new_head:  # timm's train.py says -1
+            overlay["num_classes"] = -1
+        elif pretrained and not overlay.get("label_offset"):  # with which timm cuts off the first classes
             overlay |= _classes_of(overlay["state_dict"])  # timm drops a head of another number than it expects
     # timm's own models also take a device and a dtype.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
@@ -102,7 +113,8 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     )
     model.pretrained_cfg.pop("state_dict", None)
     names = model.pretrained_cfg.get("label_names")
-    if pretrained and isinstance(names, list | tuple) and getattr(model, "num_classes", 0) == len(names):
+    numbers = {getattr(model, "num_classes", 0), model.pretrained_cfg.get("num_classes")}
+    if pretrained and isinstance(names, list | tuple) and numbers == {len(names)}:
         _warn_of_timms_order(names, source or model.pretrained_cfg.get("file") or name)
     return model
 
@@ -122,11 +134,9 @@ def _given(cfg: object) -> dict:
     return {key: value for key, value in given.items() if not any(np.array_equal(d.get(key), value) for d in ours)}
 
 
-def _is_ours(cfg: object) -> bool:
-    """Whether we read the weights that `cfg` names. timm reads them if it is of a name such as `local-dir:`."""
-    given = _given(cfg)
-    of_name = given.get("source") and (given["source"] != "hf-hub" or "num_classes" in given)
-    return any(given.get(key) for key in ("file", "state_dict", "hf_hub_id", "url")) and not of_name
+def _is_of_a_name(given: dict) -> bool:
+    """Whether entries are those of a model's name such as `local-dir:folder`, whose weights timm reads."""
+    return bool(given.get("source")) and (given["source"] != "hf-hub" or "num_classes" in given)
 
 
 def _take_source(overlay: dict) -> tuple[str | None, str | None]:
@@ -151,27 +161,35 @@ def _classes_of(state: dict) -> dict[str, int]:
     return dict(num_classes=num_classes(state) or 0)
 
 
-def _source(pretrained: str, name: str, file: str | None = None) -> tuple[dict, dict]:
+def _source(
+    pretrained: str, name: str, file: str | None = None, cache_dir: str | Path | None = None
+) -> tuple[dict, dict]:
     """Return entries for timm's pretrained_cfg, including the weights, and arguments for the model.
 
     Args:
         pretrained: where the weights are.
         name: the size of the model.
         file: the name of the hub's file, if it is not timm's; a config that lies beside it is not of it.
+        cache_dir: where a hub's files are kept, if not at its usual place.
     """
     if pretrained.startswith(HUB):
         repository = pretrained.removeprefix(HUB)
-        config, architecture, model_args = load_model_config_from_hf(repository) if not file else ({}, None, None)
+        config, architecture, model_args = {}, None, None
+        if not file:
+            try:
+                config, architecture, model_args = load_model_config_from_hf(repository, cache_dir=cache_dir)
+            except EntryNotFoundError as error:
+                warnings.warn(f"{pretrained}: its config.json is not found ({error}); it is done without", stacklevel=2)
         if architecture not in (None, name):
             raise ValueError(f"{pretrained}: is a {architecture}, not a {name}: create that one")
-        state = load_state_dict_from_hf(repository, *([file] if file else []), weights_only=True)
+        state = load_state_dict_from_hf(repository, *([file] if file else []), weights_only=True, cache_dir=cache_dir)
         found = {**config, **_classes_of(state), "source": None, "state_dict": state}
         return found, dict(model_args or {})
     if is_address(pretrained):
         return _from_address(pretrained, name)
     if pretrained.lower().startswith("file:"):  # timm would keep a copy under the base name, and read that from then on
         parts = urlparse(pretrained)
-        if parts.netloc not in ("", "localhost"):
+        if parts.netloc.lower() not in ("", "localhost"):
             raise ValueError(f"{pretrained}: names another machine, {parts.netloc!r}; write file:///path")
         pretrained = url2pathname(parts.path)
     if not Path(pretrained).is_file():

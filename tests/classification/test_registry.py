@@ -123,8 +123,11 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     assert found.pretrained_cfg["mean"] == registered.mean
     path = str(tmp_path / "micro.pth")
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", path, num_classes=7).eval()(IMAGES), expected)
-    monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, *_, weights_only: model.state_dict())
-    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: (dict([HUB]), "spatialmamba_micro", None))
+    hub = dict.fromkeys(((), ("it.bin",)), model.state_dict())
+    monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, *file, **_: hub[file])
+    monkeypatch.setattr(
+        registry, "load_model_config_from_hf", lambda name, **_: (dict([HUB]), "spatialmamba_micro", None)
+    )
     overlays = [{"file": path}, {"hf_hub_id": "me/it"}, {"state_dict": model.state_dict()}]
     of_hub = dataclasses.replace(timm.get_pretrained_cfg("spatialmamba_micro"), hf_hub_id="me/it")
     overlays += [of_hub, *({"hf_hub_id": "me/it", one: two} for one, two in (("hf_hub_filename", "it.bin"), HUB))]
@@ -136,19 +139,26 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     for arguments in named:
         found = timm.create_model("spatialmamba_micro", num_classes=7, **arguments).eval()
         torch.testing.assert_close(found(IMAGES), expected)  # its head too
-    for number in ({}, {"num_classes": 7}):
+    for number in ({}, {"num_classes": 7}, {"num_classes": 7, "pretrained_cfg": {"num_classes": -1}}):
         new = {"file": path, "num_classes": -1}  # of timm's train.py --pretrained-path
+        new = {"file": path} if len(number) == 2 else new
         found = timm.create_model("spatialmamba_micro", True, pretrained_cfg_overlay=new, **number).eval()
         assert found.num_classes == number.get("num_classes", 1000)
         torch.testing.assert_close(found.forward_features(IMAGES), model.forward_features(IMAGES))
         assert (found(IMAGES)[:, :7] - expected).abs().max() > 0.01
     made_with = dict(global_pool="max", num_classes=7)
-    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", made_with))
+    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name, **_: ({}, "spatialmamba_micro", made_with))
     other = seeded(**made_with)
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", "hf-hub:me/it").eval()(IMAGES), other(IMAGES))
     own = timm.create_model("spatialmamba_micro", "hf-hub:me/it", global_pool="avg")  # over what it was made with
     torch.testing.assert_close(own.eval()(IMAGES), expected)
+    five = seeded(num_classes=5)
+    hub["other.bin",] = five.state_dict()
+    for way in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        named = {way: {"hf_hub_filename": "other.bin"}}
+        found = timm.create_model("spatialmamba_micro", "hf-hub:me/it", num_classes=5, **named).eval()
+        torch.testing.assert_close(found(IMAGES), five(IMAGES))
     with pytest.raises(ValueError, match=r"micro\.pth: a state_dict is given too; name one of them"):
         timm.create_model("spatialmamba_micro", path, pretrained_cfg_overlay={"state_dict": model.state_dict()})
     with pytest.raises(ValueError, match="hf-hub:me/it: is a spatialmamba_micro, not a spatialmamba_tiny"):
@@ -157,7 +167,7 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     torch.testing.assert_close(hub.eval()(IMAGES), expected)
     save_for_hf(model, tmp_path / "folder")
     torch.testing.assert_close(timm.create_model(f"local-dir:{tmp_path}/folder", True).eval()(IMAGES), expected)
-    third = timm.create_model("spatialmamba_micro", num_classes=7).eval()
+    third = timm.create_model("spatialmamba_micro", num_classes=8).eval()
     save_checkpoint({"model": third.state_dict()}, tmp_path / "third.pth")
     for arguments in (
         {"pretrained": tmp_path / "third.pth"},
@@ -256,8 +266,8 @@ def test_weights_by_address(tmp_path, monkeypatch):
 def test_unusable_weights_are_refused(spoil, by, monkeypatch):
     state = seeded().state_dict()
     state["head.weight"] = spoil(state["head.weight"])
-    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name: ({}, "spatialmamba_micro", {}))
-    monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, weights_only: state)
+    monkeypatch.setattr(registry, "load_model_config_from_hf", lambda name, **_: ({}, "spatialmamba_micro", {}))
+    monkeypatch.setattr(registry, "load_state_dict_from_hf", lambda name, **_: state)
     given = dict(pretrained="hf-hub:me/it") if by == "hub" else dict(pretrained=True)
     overlay = None if by == "hub" else {"state_dict": state}
     with pytest.raises(ValueError, match=r"its weights hold 'head\.weight', which is"):
