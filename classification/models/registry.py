@@ -60,7 +60,7 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     """
     if pretrained == "":  # as of a variable that is not set
         raise ValueError("pretrained is empty: name a checkpoint, or leave it out")
-    pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
+    pretrained = str(pretrained) if isinstance(pretrained, str | Path) else bool(pretrained)
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     given = _given(kwargs.get("pretrained_cfg"))
     new_head = any((one.get("num_classes") or 0) < 0 for one in (given, overlay))

@@ -521,6 +521,8 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
         other: dict[str, tuple] = {}
         for group, ours in zip(groups, wrapper.optimizer.param_groups, strict=True):
             _check_settings(group, ours)
+            if group.get("capturable") and not all(parameter.is_cuda for parameter in ours["params"]):
+                group["capturable"] = False  # of a run on a GPU; PyTorch asserts that there is one
             for name in ours.keys() & group.keys() - {"params", *scheduled, *HOW}:
                 if not isinstance(ours[name], bool) and _plain(group[name]) != _plain(ours[name]):
                     other.setdefault(name, (group[name], ours[name]))

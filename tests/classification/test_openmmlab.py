@@ -2537,6 +2537,20 @@ def test_a_schedule_of_momentum_goes_on(monkeypatch):
     assert said == []
 
 
+def test_a_capturable_optimizer_goes_on_without_a_gpu():
+    layer = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[], model=layer)
+    runner.optim_wrapper = OptimWrapper(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["capturable"] = True
+    hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=saved))
+    optimizer.load_state_dict(saved)
+    optimizer.step()  # PyTorch asserts that there is a GPU
+
+
 OTHER_EPS = ((1e-30, 1e-3), (None, None), [None], (None, math.inf), 1e-3)
 
 

@@ -133,6 +133,7 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     overlays += [of_hub, *({"hf_hub_id": "me/it", one: two} for one, two in (("hf_hub_filename", "it.bin"), HUB))]
     named = [{"pretrained": True, "pretrained_cfg" + "_overlay" * isinstance(one, dict): one} for one in overlays]
     named += [{"pretrained": "hf-hub:me/it"}, {"pretrained": tmp_path / "micro.pth"}]
+    named += [{"pretrained": 1, "pretrained_cfg_overlay": {"file": path}}]
     named += [
         {"pretrained": True, "pretrained_cfg": one} for one in ({"file": path}, dict([HUB, ("hf_hub_id", "me/it")]))
     ]
