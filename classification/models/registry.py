@@ -64,18 +64,20 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     given = _given(kwargs.get("pretrained_cfg"))
     new_head = any((one.get("num_classes") or 0) < 0 for one in (given, overlay))
+    base = {}
     if pretrained and given and not _is_of_a_name(given):  # over the registry's, which names the layers
         kwargs.pop("pretrained_cfg")
-        overlay = given | overlay
+        base = given
     if pretrained is True:
+        base, overlay = {}, base | overlay
         source, file = _take_source(overlay)
     else:
-        source, file = pretrained, overlay.get("hf_hub_filename")
-    if source and overlay.get("state_dict"):
+        source, file = pretrained, {**base, **overlay}.get("hf_hub_filename")
+    if source and (base.get("state_dict") or overlay.get("state_dict")):
         raise ValueError(f"{source}: a state_dict is given too; name one of them")
     if source:
         found, model_args = _source(source, name, file, kwargs.get("cache_dir"))
-        overlay, kwargs = found | overlay, model_args | kwargs
+        overlay, kwargs = base | found | overlay, model_args | kwargs
     elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
         raise ValueError(
             f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "

@@ -217,6 +217,8 @@ def test_class_names_go_with_the_weights(tmp_path):
     mapped = timm.data.create_dataset(**arguments, class_map=str(tmp_path / "classes.txt"))
     assert mapped.reader.class_to_idx == dict(zip(names, range(4), strict=True))
     save_checkpoint({"model": seeded(num_classes=4).state_dict(), "classes": sorted("abcd")}, tmp_path / "plain.pth")
+    other = timm.create_model("spatialmamba_micro", tmp_path / "plain.pth", pretrained_cfg=dict(model.pretrained_cfg))
+    assert other.pretrained_cfg["label_names"] == sorted("abcd")  # of the file that is named
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         timm.create_model("spatialmamba_micro", tmp_path / "plain.pth")
