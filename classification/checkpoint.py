@@ -22,6 +22,7 @@ from classification.checkpoint_archive import (
     damaged,
     first_line,
     is_momentary,
+    unreadable_now,
     unsafe_names,
 )
 from classification.errors import UserError, is_file
@@ -99,9 +100,11 @@ def _reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and not is_momentary(error):
+            raise damaged(Path(path)) from error
         if isinstance(error, UserError) or not is_momentary(error):
             raise
-        raise UserError(f"{path}: cannot be read now ({first_line(error)}); it was left as it is") from error
+        raise unreadable_now(path, error) from error
 
 
 DEEPEST, MOST = 64, 10**7  # levels of containers; objects in them, where each object counts wherever it occurs

@@ -20,7 +20,7 @@ class DamagedCheckpointError(UserError):
 def is_momentary(error: BaseException | None) -> bool:
     """Return whether memory, the disk or the network caused the error.
 
-    EINVAL does not count: the system reports EINVAL when a damaged file holds wrong offsets.
+    EINVAL does not count: the system reports EINVAL when a damaged file holds wrong offsets. See `damaged`.
     """
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
@@ -38,7 +38,18 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def damaged(path: Path) -> DamagedCheckpointError:
+def unreadable_now(path: str | Path, error: BaseException) -> UserError:
+    return UserError(f"{path}: cannot be read now ({first_line(error)}); it was left as it is")
+
+
+def damaged(path: Path) -> UserError:
+    """Return the error for a damaged file, a DamagedCheckpointError; another if the file cannot be read to its end."""
+    try:
+        with path.open("rb") as file:
+            while file.read(2**20):
+                pass
+    except (MemoryError, OSError) as error:  # EINVAL, which may also come from the system
+        return unreadable_now(path, error)
     return DamagedCheckpointError(f"{path}: is not a checkpoint saved by torch.save, or is damaged")
 
 

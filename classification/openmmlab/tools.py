@@ -870,7 +870,14 @@ def _best_checkpoint(work_dir: str) -> str | None:
 
 def _latest_checkpoint(work_dir: str) -> str | None:
     """Return the work dir's latest checkpoint. mmengine notes its full path, which is wrong if the folder has moved."""
-    noted = find_latest_checkpoint(work_dir)
+    try:
+        noted = find_latest_checkpoint(work_dir)
+        if noted and "\0" in noted:  # which a power failure may leave
+            raise ValueError("it holds NUL bytes")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{work_dir}/last_checkpoint: names no checkpoint ({error}); name one by --resume, or remove that file"
+        ) from error
     moved = os.path.join(work_dir, os.path.basename(noted)) if noted else None
     return moved if moved and os.path.isfile(moved) else noted
 

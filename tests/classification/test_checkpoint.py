@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import json
 import lzma
 import os
@@ -13,6 +14,7 @@ import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,6 +266,34 @@ def test_what_keeps_a_file_from_being_read_now_is_no_damage(fault, place, tmp_pa
             folder.read_last(lambda *_: None)
     assert sorted(f.name for f in tmp_path.iterdir()) == files
     assert folder.read_last(lambda *_: None)[1].name == "latest.pth"
+
+
+def test_an_invalid_argument_is_damage_only_if_the_file_can_be_read(tmp_path, monkeypatch):
+    """The system reports EINVAL for the wrong offsets of a damaged file, but some file systems for a read."""
+    folder = CheckpointFolder(tmp_path, keep=3)
+    folder.save({"model": spatialmamba_micro(num_classes=4).state_dict()}, 1, 0, ["latest.pth"])
+    files = sorted(f.name for f in tmp_path.iterdir())
+
+    def fail(*_, **__):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    class Unreadable(io.FileIO):
+        readinto = read = fail
+
+    def opened(path, *args, real=Path.open, **kwargs):
+        return Unreadable(path) if path.suffix == ".pth" else real(path, *args, **kwargs)
+
+    for place in ("torch.load", "zipfile.ZipFile.testzip", "torch._C.PyTorchFileReader", "zipfile.ZipFile.__init__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            patch.setattr(Path, "open", opened)
+            with pytest.raises(UserError, match=r"latest\.pth: cannot be read now .* it was left as it is"):
+                folder.read_last(lambda *_: None)
+        assert sorted(f.name for f in tmp_path.iterdir()) == files
+    with monkeypatch.context() as patch:
+        patch.setattr("torch._C.PyTorchFileReader", fail)
+        with pytest.raises(DamagedCheckpointError, match=r"latest\.pth: is not a checkpoint .* or is damaged"):
+            read_checkpoint(tmp_path / "latest.pth")
 
 
 @pytest.mark.parametrize("fault", ["memory", "torch"])

@@ -1816,6 +1816,10 @@ def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
     for more in ({}, {"load_from": "a.pth"}):  # of a run that was copied without it
         with pytest.raises(UserError, match=r"holds epoch_10\.pth, but no last_checkpoint .* --resume .*epoch_10\.pth"):
             found("auto", **more)
+    for content, said in ((b"\0" * 9, "NUL bytes"), (b"\xff\xfe", "can't decode byte")):
+        (tmp_path / "last_checkpoint").write_bytes(content)
+        with pytest.raises(UserError, match=rf"last_checkpoint: names no checkpoint \(.*{said}.*name one by --resume"):
+            tools._latest_checkpoint(str(tmp_path))
     (tmp_path / "last_checkpoint").write_text("/elsewhere/epoch_9.pth")
     latest = str(tmp_path / "epoch_9.pth")
     assert found("auto", load_from="a.pth") == found(None, resume=True) == (True, latest)
