@@ -287,7 +287,7 @@ def _check_entries(
     reasons = [_reason_against(one, known, wanted, use) for one in annotations]
     _count_passed_over(path, images, Counter(reasons))
     left = _without_filtered(path, images, annotations, wanted, use.filters)
-    _check_file_names(path, left, annotations)
+    _check_file_names(path, left, annotations, use.compared)
     _warn_of_repeated(path, annotations)
     if use.folder is not None:
         _check_images_exist(path, left, use.folder)
@@ -549,10 +549,11 @@ def report_filtered(path: str, images: int, empty: int, small: int, smallest: fl
 # ----- its images and masks
 
 
-def _check_file_names(path: str, images: list[dict], annotations: list[dict]) -> None:
+def _check_file_names(path: str, images: list[dict], annotations: list[dict], compared: bool) -> None:
     """Raise a UserError if an image is listed twice, with other objects: each entry would lack the other's objects.
 
-    A file may repeat an image with all its objects, so that it is seen more often.
+    A file may repeat an image with all its objects, so that it is seen more often; where results are
+    compared, that is a warning.
     """
     same = defaultdict(list)
     for image in images:
@@ -569,6 +570,13 @@ def _check_file_names(path: str, images: list[dict], annotations: list[dict]) ->
                     f"{path}: the images of the ids {ids[0]!r} and {other!r} are both {name}, with other annotations: "
                     "each would count as without the other's objects; give them one id"
                 )
+    repeated = [(name, len(ids)) for name, ids in same.items() if len(ids) > 1]
+    if repeated and compared:
+        print_log(
+            f"{path}: {len(repeated)} images are listed more than once, for example {repeated[0][0]} "
+            f"{repeated[0][1]} times, and count as often",
+            level=logging.WARNING,
+        )
 
 
 def _warn_of_repeated(path: str, annotations: list[dict]) -> None:

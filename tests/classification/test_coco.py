@@ -211,6 +211,9 @@ def test_valid_files(check):
     # An image that is seen twice as often.
     twice = coco(annotation(), annotation(image_id=2), images=[image(1), image(2, file_name="1.png")])
     assert check(twice, pipeline=[]) == []
+    objects = [annotation(segmentation=triangle(), id=i, image_id=i) for i in (1, 2)]
+    (said,) = check({**twice, "annotations": objects}, "val", compared=True)
+    assert said == "1 images are listed more than once, for example 1.png 2 times, and count as often"
     # Without masks, they do not matter; nor does what only pycocotools reads.
     assert check(coco(annotation(segmentation=compressed(40, 64))), pipeline=[]) == []
     assert check(coco(without("iscrowd", annotation())), pipeline=[]) == []
