@@ -65,8 +65,8 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     given = _given(kwargs.get("pretrained_cfg"))
     new_head = any((one.get("num_classes") or 0) < 0 for one in (given, overlay))
     base = {}
-    if pretrained and given and not _is_of_a_name(given):  # over the registry's, which names the layers
-        kwargs.pop("pretrained_cfg")
+    if pretrained and given and not _is_of_a_name(kwargs["pretrained_cfg"]):
+        kwargs.pop("pretrained_cfg")  # it goes over the registry's, which names the layers
         base = given
     if pretrained is True:
         base, overlay = {}, base | overlay
@@ -77,6 +77,8 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         raise ValueError(f"{source}: a state_dict is given too; name one of them")
     if source:
         found, model_args = _source(source, name, file, kwargs.get("cache_dir"))
+        if overlay.get("label_offset"):
+            model_args.pop("num_classes", None)
         overlay, kwargs = base | found | overlay, model_args | kwargs
     elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
         raise ValueError(
@@ -87,11 +89,18 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         from classification.checkpoint import check_weights
 
         check_weights(overlay["state_dict"], source or "state_dict")
-        if given.get("source"):  # as of local-dir:, whose weights are not used
-            overlay = {"source": None, "label_names": None, "label_descriptions": None} | overlay
-            for key, value in (kwargs.pop("pretrained_model_args", None) or {}).items():
-                if kwargs.get(key) == value:
-                    del kwargs[key]
+        if pretrained and given.get("source"):  # as of local-dir:, whose weights are not used
+            overlay = {"label_names": None, "label_descriptions": None} | overlay
+            of_name = (kwargs.get("pretrained_model_args") or {}).get("num_classes")
+            classes = _classes_of(overlay["state_dict"])["num_classes"]
+            differs = of_name == kwargs.get("num_classes") != classes
+            if of_name and classes and differs and not new_head and not kwargs.get("features_only"):
+                raise ValueError(  # timm mixes the arguments of the name with those that the user gives
+                    f"{source or 'state_dict'}: has {classes} classes, but the model's name says {of_name}: pass "
+                    f"num_classes={classes}, or pretrained_cfg_overlay=dict(num_classes=-1) for a new head"
+                )
+        if pretrained:
+            overlay["source"] = None
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
         _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
         if new_head:  # timm's train.py says -1
@@ -136,9 +145,10 @@ def _given(cfg: object) -> dict:
     return {key: value for key, value in given.items() if not any(np.array_equal(d.get(key), value) for d in ours)}
 
 
-def _is_of_a_name(given: dict) -> bool:
-    """Whether entries are those of a model's name such as `local-dir:folder`, whose weights timm reads."""
-    return bool(given.get("source")) and (given["source"] != "hf-hub" or "num_classes" in given)
+def _is_of_a_name(cfg: object) -> bool:
+    """Whether a pretrained_cfg is that of a model's name such as `local-dir:folder`, whose weights timm reads."""
+    source = _given(cfg).get("source")
+    return bool(source) and (source != "hf-hub" or (isinstance(cfg, dict) and "num_classes" in cfg))
 
 
 def _take_source(overlay: dict) -> tuple[str | None, str | None]:

@@ -1045,17 +1045,17 @@ def check_checkpoint(
     """
     content = load_from_local(path)
     state, own = weights_of(content, path), model.state_dict()
+    for key, value in state.items():
+        if key in own and value.is_floating_point() != own[key].is_floating_point():
+            raise UserError(
+                f"{path}: its weights hold {key!r} as {value.dtype}, which is {own[key].dtype} in the model"
+            )
     if only_backbone:
         state, own = ({k: v for k, v in names.items() if k.startswith(BACKBONE)} for names in (state, own))
         if not state:
             raise UserError(
                 f"{path}: has no weights of a backbone; a classification checkpoint is loaded by "
                 "model.backbone.pretrained instead"
-            )
-    for key, value in state.items():
-        if key in own and value.is_floating_point() != own[key].is_floating_point():
-            raise UserError(
-                f"{path}: its weights hold {key!r} as {value.dtype}, which is {own[key].dtype} in the model"
             )
     if found := differences(own, state):
         backbone = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}

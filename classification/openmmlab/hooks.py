@@ -534,10 +534,10 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
             state = saved["state"].get(i, {})
             if not torch.as_tensor(state.get("step", 0)).ge(0).all():
                 raise ValueError(f"state[{i}].step is {state['step']!r}")
-            for name in SQUARES:
+            from_start = isinstance(wrapper.optimizer, torch.optim.Adagrad)  # others make them at the first update
+            for name in (*SQUARES, *(["sum"] if from_start else [])):
                 if isinstance(squares := state.get(name), torch.Tensor) and not squares.ge(0).all():
                     raise ValueError(f"state[{i}].{name}, a mean of squares, is negative or no number")
-            from_start = isinstance(wrapper.optimizer, torch.optim.Adagrad)  # others make them at the first update
             moments = _moments(wrapper.optimizer, parameter) if state or from_start else {}
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and (value.shape == parameter.shape or name in moments):

@@ -2081,6 +2081,10 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
     assert "holds no names" not in log.text
     checks.check_checkpoint(model, nameless, classes=["cat"])
     assert log.text.count("n.pth: holds no names of classes; they are taken in the order of the data set's") == 1
+    both = torch.nn.ModuleDict({"backbone": model, "head": torch.nn.Linear(2, 3)})
+    whole = both.state_dict() | {"head.weight": torch.ones(3, 2, dtype=torch.int64)}
+    with pytest.raises(UserError, match=r"hold 'head\.weight' as torch\.int64, which is torch\.float32 in the model"):
+        checks.check_checkpoint(both, save({"meta": {}, "state_dict": whole}, tmp_path / "i.pth"), only_backbone=True)
     meta = {"dataset_meta": {"reduce_zero_label": True}}
     path = save({"meta": meta, "state_dict": model.state_dict()}, tmp_path / "r.pth")
     for reduces, number in ((True, 0), (None, 0), (False, 1)):

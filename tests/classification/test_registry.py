@@ -177,8 +177,18 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
             for key, value in (("url", str(tmp_path / "third.pth")), ("state_dict", third.state_dict()))
         ),
     ):  # before the folder that the name names
-        found = timm.create_model(f"local-dir:{tmp_path}/folder", **arguments).eval()
+        found = timm.create_model(f"local-dir:{tmp_path}/folder", num_classes=8, **arguments).eval()
         torch.testing.assert_close(found(IMAGES), third(IMAGES))
+        with pytest.raises(ValueError, match="has 8 classes, but the model's name says 7: pass num_classes=8"):
+            timm.create_model(f"local-dir:{tmp_path}/folder", **arguments)
+        timm.create_model(f"local-dir:{tmp_path}/folder", features_only=True, **arguments)
+    whole_config = PretrainedCfg(source="hf-hub", hf_hub_id="me/it", label_names=list("ab" * 500)).to_dict()
+    monkeypatch.setattr(
+        "timm.models._factory.load_model_config_from_hf", lambda name, **_: (whole_config, "spatialmamba_micro", {})
+    )
+    found = timm.create_model("hf-hub:me/it", tmp_path / "third.pth", num_classes=8).eval()
+    torch.testing.assert_close(found(IMAGES), third(IMAGES))
+    assert not found.pretrained_cfg.get("label_names")
     whole = seeded()
     save_checkpoint({"model": whole.state_dict()}, tmp_path / "imagenet.pth")
     whole.reset_classifier(0)
