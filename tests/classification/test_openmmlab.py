@@ -2545,13 +2545,19 @@ def test_a_schedule_of_momentum_goes_on(monkeypatch):
     assert said == []
 
 
-def test_a_capturable_optimizer_goes_on_without_a_gpu():
+def after_an_update(kind: type[torch.optim.Optimizer]) -> tuple[torch.optim.Optimizer, argparse.Namespace]:
+    """An optimizer of a layer that it has updated once, and a runner that is to go on with it."""
     layer = torch.nn.Linear(2, 3)
-    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer = kind(layer.parameters())
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[], model=layer)
     runner.optim_wrapper = OptimWrapper(optimizer)
+    return optimizer, runner
+
+
+def test_a_capturable_optimizer_goes_on_without_a_gpu():
+    optimizer, runner = after_an_update(torch.optim.AdamW)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["capturable"] = True
     hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=saved))
@@ -2564,12 +2570,7 @@ OTHER_EPS = ((1e-30, 1e-3), (None, None), [None], (None, math.inf), 1e-3)
 
 def test_an_optimizer_whose_settings_are_none_in_part_goes_on():
     """PyTorch's Adafactor has eps=(None, 1e-3)."""
-    layer = torch.nn.Linear(2, 3)
-    optimizer = torch.optim.Adafactor(layer.parameters())
-    layer(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    runner = argparse.Namespace(_resume=True, _load_from="c.pth", param_schedulers=[COSINE], hooks=[], model=layer)
-    runner.optim_wrapper = OptimWrapper(optimizer)
+    optimizer, runner = after_an_update(torch.optim.Adafactor)
     hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=optimizer.state_dict()))
     optimizer.param_groups[0]["param_names"] = ["weight", "bias"]  # as mmdet's and mmseg's decay by layers
     hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=optimizer.state_dict()))
