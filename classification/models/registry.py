@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
@@ -190,8 +190,10 @@ def _source(
         if not file:
             try:
                 config, architecture, model_args = load_model_config_from_hf(repository, cache_dir=cache_dir)
+            except LocalEntryNotFoundError:  # the hub cannot be reached
+                raise
             except EntryNotFoundError as error:
-                warnings.warn(f"{pretrained}: its config.json is not found ({error}); it is done without", stacklevel=2)
+                warnings.warn(f"{pretrained}: has no config.json ({error}); it is done without", stacklevel=2)
         if architecture not in (None, name):
             raise ValueError(f"{pretrained}: is a {architecture}, not a {name}: create that one")
         state = load_state_dict_from_hf(repository, *([file] if file else []), weights_only=True, cache_dir=cache_dir)

@@ -297,7 +297,7 @@ def _digest(state: dict) -> str:
 
 
 def _counts(value: object) -> bool:
-    return isinstance(value, int) and value >= 0
+    return isinstance(value, int) and 0 <= value < 2**31
 
 
 class CheckLabelsOfCategories(Hook):

@@ -2379,6 +2379,7 @@ RESUMED = {
     "meta": (dict(meta=None), "has no meta.epoch, meta.iter, so training cannot go on from it; resume an epoch_"),
     "message_hub": (dict(message_hub=None), "has no message_hub, so"),
     "a negative iteration": (dict(meta={"epoch": 1, "iter": -5}), "has no meta.iter, so"),
+    "a late iteration": (dict(meta={"epoch": 1, "iter": 10**20}), "has no meta.iter, so"),
     "a schedule's text": (dict(param_schedulers=[{"last_step": "a"}]), "has no param_schedulers, so"),
     "of message_hub": (dict(message_hub={"log_scalars": {}}), "has no message_hub.runtime_info, message_hub.resumed_k"),
     "seed": (dict(meta={"epoch": 1, "iter": 3, "seed": "7"}), "has no meta.seed that is a number, so"),

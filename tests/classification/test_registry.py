@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import warnings
+from unittest import mock
 from urllib.parse import urlparse
 from urllib.response import addinfourl
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from running import ROOT
 from timm.models import PretrainedCfg, group_parameters, save_for_hf
@@ -154,6 +156,14 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     torch.testing.assert_close(timm.create_model("spatialmamba_micro", "hf-hub:me/it").eval()(IMAGES), other(IMAGES))
     own = timm.create_model("spatialmamba_micro", "hf-hub:me/it", global_pool="avg")  # over what it was made with
     torch.testing.assert_close(own.eval()(IMAGES), expected)
+    for error, said in (
+        (LocalEntryNotFoundError("no network"), pytest.raises(LocalEntryNotFoundError, match="no network")),
+        (EntryNotFoundError("none"), pytest.warns(UserWarning, match=r"hf-hub:me/it: has no config\.json \(none\)")),
+    ):
+        with monkeypatch.context() as patch, said:
+            patch.setattr(registry, "load_model_config_from_hf", mock.Mock(side_effect=error))
+            found = timm.create_model("spatialmamba_micro", "hf-hub:me/it", num_classes=7).eval()
+            torch.testing.assert_close(found(IMAGES), model(IMAGES))
     five = seeded(num_classes=5)
     hub["other.bin",] = five.state_dict()
     for way in ("pretrained_cfg", "pretrained_cfg_overlay"):
