@@ -144,6 +144,7 @@ def test_updates_of_other_batches_are_on_the_way(tmp_path):
     [
         *('{"epoch": null}', '{"epoch": 0, "loss": null}', '{"epoch": 0}', '{"epoch": "0"}', "[" * 9999, "\x1b[31m"),
         f'{{"epoch": 2, "loss": 1{"0" * 400}, "seconds": 1}}',
+        '{"epoch": 2, "loss": 1, "seconds": 1, "model": {"top1": "97"}}',
     ],
 )
 def test_damaged_metrics_are_one_line(line, tmp_path):
