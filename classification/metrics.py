@@ -129,3 +129,11 @@ def _drop_partial_line(path: Path) -> None:
     with path.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
+
+
+COUNT_AS_WRONG = "images that could not be read count as wrong"
+
+
+def any_unreadable(metrics: dict) -> bool:
+    """Whether validation of an epoch lacked images."""
+    return any(metrics.get(name, {}).get("unreadable") for name in ("model", "model_ema"))

@@ -34,7 +34,7 @@ from classification.data import escaped, names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
 from classification.errors import UserError, escape_on_streams, printable, refuse_empty
-from classification.metrics import EPOCHS, STEPS, read_lines
+from classification.metrics import COUNT_AS_WRONG, EPOCHS, STEPS, any_unreadable, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
 WEIGHTS = {"model": "model", "model_ema": "EMA"}  # the weights that are validated every epoch, and their labels
@@ -61,10 +61,12 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str,
     """Return the run as a table: the result of training, and of a second evaluation of these weights and images."""
     weights = state_dicts(checkpoint, folder / "best.pth")["model"]
     trained = float(checkpoint["max_accuracy"])  # from the checkpoint: a resumed run may have repeated the epoch
+    epoch = checkpoint["epoch"]
+    of_all = "".join(f", {COUNT_AS_WRONG}" for m in metrics if m["epoch"] == epoch and any_unreadable(m))
     rows = [
         ("parameters", f"{sum(v.numel() for k, v in weights.items() if _is_parameter(k)):,}"),
         ("epochs", f"{len(metrics)} in {sum(m['seconds'] for m in metrics):.0f} s of training"),
-        (f"top-1 in training, epoch {checkpoint['epoch']}", f"{trained:.3f} %"),
+        (f"top-1 in training, epoch {epoch}{of_all}", f"{trained:.3f} %"),
     ]
     evaluation = folder / "evaluation.json"
     try:
@@ -206,7 +208,7 @@ def report(folder: Path, data_path: str | None) -> None:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
-    if partly := [m["epoch"] for m in metrics if any(m.get(key, {}).get("unreadable") for key in WEIGHTS)]:
+    if partly := [m["epoch"] for m in metrics if any_unreadable(m)]:
         said.append(
             f"in {len(partly)} of {len(metrics)} epochs, for example epoch {int(partly[0])}, not all validation images "
             "could be read: crosses in learning_curve.png"

@@ -91,14 +91,8 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         check_weights(overlay["state_dict"], source or "state_dict")
         if pretrained and given.get("source"):  # as of local-dir:, whose weights are not used
             overlay = {"label_names": None, "label_descriptions": None} | overlay
-            of_name = (kwargs.get("pretrained_model_args") or {}).get("num_classes")
-            classes = _classes_of(overlay["state_dict"])["num_classes"]
-            differs = of_name == kwargs.get("num_classes") != classes
-            if of_name and classes and differs and not new_head and not kwargs.get("features_only"):
-                raise ValueError(  # timm mixes the arguments of the name with those that the user gives
-                    f"{source or 'state_dict'}: has {classes} classes, but the model's name says {of_name}: pass "
-                    f"num_classes={classes}, or pretrained_cfg_overlay=dict(num_classes=-1) for a new head"
-                )
+            if not new_head:
+                _check_head(source or "state_dict", overlay["state_dict"], kwargs)
         if pretrained:
             overlay["source"] = None
         sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
@@ -272,6 +266,24 @@ def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:
     other_channels = stem in state and state[stem].shape[1] != model.in_chans
     if found := differences(own, state, ignore=(*HEAD, *([stem] if other_channels else []))):
         raise ValueError(f"{path}: its weights are none of a {name}: {found}")
+
+
+def _check_head(path: str, state: dict, kwargs: dict) -> None:
+    """Check that weights have the classes of a model's name such as `local-dir:folder`, unless the user says otherwise.
+
+    timm mixes the arguments of the name with those that the user gives, so that equal ones may be either's.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
+    of_name = (kwargs.get("pretrained_model_args") or {}).get("num_classes")
+    classes = _classes_of(state)["num_classes"]
+    differs = of_name == kwargs.get("num_classes") != classes
+    if of_name and classes and differs and not kwargs.get("features_only"):
+        raise ValueError(
+            f"{path}: has {classes} classes, but the model's name says {of_name}: pass num_classes={classes}, or "
+            "pretrained_cfg_overlay=dict(num_classes=-1) for a new head"
+        )
 
 
 def _names_weights(cfg: object) -> bool:

@@ -393,7 +393,7 @@ def _check_ids(path: str, what: str, ids: list) -> None:
 
 def _check_plain(path: str, entry: str, ids: list) -> None:
     for i, one in enumerate(ids):
-        if isinstance(one, list | dict):
+        if one is None or isinstance(one, list | dict):
             raise UserError(f"{path}: {entry.format(i)} is {one!r:.100}; write a number")
 
 

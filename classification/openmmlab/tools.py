@@ -488,7 +488,11 @@ NAMES = {
 
 
 def _warn_of_misspelt_settings(cfg: Config) -> None:
-    """Warn of names that are nearly those of settings, where the toolchains take any name and look for some."""
+    """Warn of names that are nearly those of settings, where the toolchains take any name and look for some.
+
+    Raises:
+        UserError: a part that holds such names is no dict.
+    """
     wrapper = cfg.get("optim_wrapper") or {}
     parts = {"optim_wrapper.paramwise_cfg": wrapper.get("paramwise_cfg"), "auto_scale_lr": cfg.get("auto_scale_lr")}
     parts["model.test_cfg"] = cfg.model.get("test_cfg") if isinstance(cfg.get("model"), dict) else None

@@ -117,6 +117,7 @@ BAD = {
     "ids of images": (coco(images=[image(1)] * 2), "2 of its images have the id 1; give each its own"),
     "ids of annotations": (coco(annotations=[annotation()] * 2), "2 of its annotations have the id 1; give each its"),
     "list as image_id": (coco(annotation(image_id=[1])), "a.json: annotations[0].image_id is [1]; write a number"),
+    "no id": (coco(images=[image(1), image(None)]), "a.json: images[1].id is None; write a number"),
     "list as id": (coco(images=[image(1), image([1])]), "a.json: images[1].id is [1]; write a number"),
     "list of a category": (coco(categories=[dict(id=[1], name="cat")]), "a.json: categories[0].id is [1]; write a"),
     "category_id": (coco(annotation(category_id=0)), "annotations have a category_id, for example 0, that none"),

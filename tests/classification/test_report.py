@@ -1,6 +1,7 @@
 """The report reads what a run wrote, draws the two pictures, and says the accuracies as they are."""
 
 import json
+import shutil
 from itertools import cycle
 
 import numpy as np
@@ -127,6 +128,22 @@ def test_epochs_that_could_not_read_all_images_are_no_part_of_the_curve(tmp_path
     assert (
         "in 1 of 3 epochs, for example epoch 1, not all validation images could be read: crosses in"
         in capsys.readouterr().out
+    )
+
+
+def test_an_accuracy_that_counts_unreadable_images_says_so(few_digits, tmp_path, run_main, capsys):
+    """It chooses the best epoch, and is lower than what validation says."""
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    next((data / "val" / "4").iterdir()).write_bytes(b"")
+    printed = run_main("--data-path", data, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS", "1")
+    assert "(images that could not be read count as wrong)" in printed
+    run = tmp_path / "spatialmamba_micro/default"
+    (line,) = read_metrics(run)
+    best = torch.load(run / "best.pth", weights_only=True)["max_accuracy"]
+    assert best == pytest.approx(line["model"]["top1"] * 32 / 33)
+    report(run, data)
+    assert f"top-1 in training, epoch 0, images that could not be read count as wrong {best:.3f} %" in " ".join(
+        capsys.readouterr().out.split()
     )
 
 
