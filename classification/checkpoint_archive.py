@@ -17,13 +17,19 @@ class DamagedCheckpointError(UserError):
     """A file that provably differs from the file that was written."""
 
 
+class UnreadableNowError(UserError):
+    """Memory, the disk or the network prevents the reading of a file, which may be whole."""
+
+
 def is_momentary(error: BaseException | None) -> bool:
     """Return whether memory, the disk or the network caused the error.
 
     EINVAL does not count: the system reports EINVAL when a damaged file holds wrong offsets. See `damaged`.
     """
     while error is not None:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+        if isinstance(error, MemoryError | UnreadableNowError) or (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):
             return True
         if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
             return True
@@ -38,8 +44,8 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def unreadable_now(path: str | Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: cannot be read now ({first_line(error)}); it was left as it is")
+def unreadable_now(path: str | Path, error: BaseException) -> UnreadableNowError:
+    return UnreadableNowError(f"{path}: cannot be read now ({first_line(error)}); it was left as it is")
 
 
 def damaged(path: Path) -> UserError:

@@ -143,7 +143,9 @@ def write(program: ExportedProgram, target: Path, names: list[str] | None = None
     """Write a program and its class names to `target`, .onnx or .pt2. Return a function that runs the file."""
     text = json.dumps(names or [])
     if target.suffix == PT2:
-        torch.export.save(program, target, extra_files={f"{CLASSES}.json": text})
+        content = io.BytesIO()  # on a full disk, torch.export's own writer aborts the process
+        torch.export.save(program, content, extra_files={f"{CLASSES}.json": text})
+        target.write_bytes(content.getbuffer())
         return torch.export.load(target).module()
     write_onnx(program, target, {CLASSES: text})
     import onnxruntime  # optional

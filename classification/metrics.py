@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from classification.errors import UserError, is_file
 
 EPOCHS, STEPS, TENSORBOARD = "metrics.jsonl", "steps.jsonl", "tensorboard"
+COUNT_AS_WRONG = "images that could not be read count as wrong"  # where the best epoch is chosen
 
 
 class MetricsLog:
@@ -129,9 +130,6 @@ def _drop_partial_line(path: Path) -> None:
     with path.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
-
-
-COUNT_AS_WRONG = "images that could not be read count as wrong"
 
 
 def any_unreadable(metrics: dict) -> bool:

@@ -39,7 +39,7 @@ from classification.data import (
 from classification.engine import EpochProgress, TrainContext, evaluate, train_one_epoch
 from classification.errors import UserError, is_file
 from classification.guards import NonFiniteError, NonFiniteGuard
-from classification.metrics import COUNT_AS_WRONG, MetricsLog, any_unreadable
+from classification.metrics import COUNT_AS_WRONG, MetricsLog
 from classification.models import VARIANTS, SpatialMamba
 from classification.optim import build_optimizer, build_scheduler, load_moments
 from classification.run import Preempted, Preemption, Run
@@ -534,14 +534,17 @@ class Training:
                 continue
             log_accuracy(f"epoch {metrics['epoch']} {name}", metrics[name])
             accuracy = accuracy_on_all(metrics[name])
+            if metrics[name].get("unreadable"):
+                logger.info(
+                    "epoch %d %s: %.3f%% if %s, as for %s", metrics["epoch"], name, accuracy, COUNT_AS_WRONG, file
+                )
             if accuracy > getattr(self.state, key):
                 setattr(self.state, key, accuracy)
                 best.append(file)
         of_ema = f", of the EMA {self.state.max_accuracy_ema:.3f}%" if "model_ema" in metrics else ""
         logger.info(
-            "epoch %d: train loss %.4f, %.1f s; best top-1 %.3f%%%s%s",
+            "epoch %d: train loss %.4f, %.1f s; best top-1 %.3f%%%s",
             metrics["epoch"], metrics["loss"], metrics["seconds"], self.state.max_accuracy, of_ema,
-            f" ({COUNT_AS_WRONG})" if any_unreadable(metrics) else "",
         )  # fmt: skip
         return best
 

@@ -45,6 +45,8 @@ def write_digits(root: Path) -> bool:
         _write_splits(staging)
         staging.chmod(0o755)
         staging.replace(root)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return True

@@ -161,6 +161,8 @@ def write_digits_scenes(root: Path, layout: str = "coco") -> bool:
             write(staging, split)
         staging.chmod(0o755)
         staging.replace(root)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return True

@@ -21,7 +21,7 @@ from torchvision import transforms
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from classification.checkpoint import CFG_NODE, read_checkpoint, variant_of, write_atomically
+from classification.checkpoint import CFG_NODE, check_weights, read_checkpoint, variant_of, write_atomically
 from classification.config import LARGEST_SIZE, default_config
 from classification.data.build import eval_transform
 from classification.data.images import read_image
@@ -196,12 +196,16 @@ def _classes_of(name: str, weights: str) -> int | None:
     """The number of classes of a file of weights under timm's names; None if its head has another name.
 
     Raises:
-        UserError: the file is damaged, or its objects claim more memory than it has data for.
+        UserError: the file is damaged, its weights are no finite real numbers, or its objects claim more memory than it
+            has data for.
     """
     # Before timm reads it without these checks; timm's train.py saves its arguments beside the weights.
     read_checkpoint(weights, stand_ins=(CFG_NODE, (argparse.Namespace, "argparse.Namespace")))
     head = timm.get_pretrained_cfg_value(name, "classifier")
-    bias = timm.models.load_state_dict(weights, weights_only=True).get(f"{head}.bias")  # a tuple of heads: none
+    state = timm.models.load_state_dict(weights, weights_only=True)
+    counts = "index", "tracked", "ids"  # of positions, of batches
+    check_weights({key: value for key, value in state.items() if not key.endswith(counts)}, weights, tied=True)
+    bias = state.get(f"{head}.bias")  # a tuple of heads: none
     return None if bias is None else bias.shape[0]
 
 

@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
@@ -27,7 +28,8 @@ from classification.download import discard, download, is_address
 from classification.errors import UserError
 from classification.models.spatialmamba import VARIANTS, SpatialMamba
 
-HUB = "hf-hub:"
+HUB, LOCAL = "hf-hub:", "local-dir:"
+WEIGHTS = ("source", "state_dict", "file", "hf_hub_id", "url")  # entries of a pretrained_cfg that name weights
 SIZES = ("depths", "dims", "d_state", "expand", "mlp_ratio")
 PRETRAINED_CFG = dict(
     input_size=(3, 224, 224),
@@ -56,51 +58,16 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: `pretrained=True` without weights, an empty path, or weights that are not of this model.
+        ValueError: `pretrained=True` without weights, an empty path, weights that are named twice or are not of this
+            model, or a pretrained_cfg that contradicts them.
     """
     if pretrained == "":  # as of a variable that is not set
         raise ValueError("pretrained is empty: name a checkpoint, or leave it out")
-    pretrained = str(pretrained) if isinstance(pretrained, str | Path) else bool(pretrained)
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    given = _given(kwargs.get("pretrained_cfg"))
-    new_head = any((one.get("num_classes") or 0) < 0 for one in (given, overlay))
-    base = {}
-    if pretrained and given and not _is_of_a_name(kwargs["pretrained_cfg"]):
-        kwargs.pop("pretrained_cfg")  # it goes over the registry's, which names the layers
-        base = given
-    if pretrained is True:
-        base, overlay = {}, base | overlay
-        source, file = _take_source(overlay)
-    else:
-        source, file = pretrained, {**base, **overlay}.get("hf_hub_filename")
-    if source and (base.get("state_dict") or overlay.get("state_dict")):
-        raise ValueError(f"{source}: a state_dict is given too; name one of them")
-    if source:
-        found, model_args = _source(source, name, file, kwargs.get("cache_dir"))
-        if overlay.get("label_offset"):
-            model_args.pop("num_classes", None)
-        overlay, kwargs = base | found | overlay, model_args | kwargs
-    elif pretrained and not _names_weights(kwargs.get("pretrained_cfg")) and not _names_weights(overlay):
-        raise ValueError(
-            f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "
-            "pretrained='hf-hub:user/repository', or checkpoint_path"
-        )
-    if "state_dict" in overlay:  # timm loads without strictness if the number of classes differs
-        from classification.checkpoint import check_weights
-
-        check_weights(overlay["state_dict"], source or "state_dict")
-        if pretrained and given.get("source"):  # as of local-dir:, whose weights are not used
-            overlay = {"label_names": None, "label_descriptions": None} | overlay
-            if not new_head:
-                _check_head(source or "state_dict", overlay["state_dict"], kwargs)
-        if pretrained:
-            overlay["source"] = None
-        sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
-        _check_trunk(name, source or "state_dict", overlay["state_dict"], {**VARIANTS[name], **sizes})
-        if new_head:  # timm's train.py says -1
-            overlay["num_classes"] = -1
-        elif pretrained and not overlay.get("label_offset"):  # with which timm cuts off the first classes
-            overlay |= _classes_of(overlay["state_dict"])  # timm drops a head of another number than it expects
+    source = None
+    if pretrained:
+        named = str(pretrained) if isinstance(pretrained, str | Path) else None
+        source, overlay, kwargs = _with_weights(name, named, overlay, kwargs)
     # timm's own models also take a device and a dtype.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
 
@@ -120,8 +87,95 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     names = model.pretrained_cfg.get("label_names")
     numbers = {getattr(model, "num_classes", 0), model.pretrained_cfg.get("num_classes")}
     if pretrained and isinstance(names, list | tuple) and numbers == {len(names)}:
-        _warn_of_timms_order(names, source or model.pretrained_cfg.get("file") or name)
+        _warn_of_timms_order(names, source)
     return model
+
+
+def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> tuple[str, dict, dict]:
+    """Read a model's weights, so that timm need not.
+
+    Args:
+        name: the size of the model.
+        named: the argument `pretrained` of `timm.create_model`, if it names weights.
+        overlay: timm's pretrained_cfg_overlay.
+        kwargs: the other arguments, with timm's pretrained_cfg.
+
+    Returns: where the weights are, for messages; a pretrained_cfg_overlay that holds them and what describes them; and
+        the other arguments.
+    """
+    from classification.checkpoint import HEAD, check_weights, num_classes
+
+    given = _given(kwargs.get("pretrained_cfg"))
+    new_head = any((one.get("num_classes") or 0) < 0 for one in (given, overlay))  # timm's train.py says -1
+    of_given = _take_place(given)
+    places = [place for place in (named, of_given, _take_place(overlay)) if place]
+    if len(places) > 1:
+        first, second = (place if isinstance(place, str) else "a state_dict" for place in places[:2])
+        raise ValueError(f"weights are named twice, by {first} and by {second}: name one of them")
+    if not places:
+        raise ValueError(
+            f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "
+            "pretrained='hf-hub:user/repository', or checkpoint_path"
+        )
+    place = places[0]
+    if place != named and isinstance(place, str) and place.startswith(LOCAL):  # of a model's name; timm reads it
+        return place, overlay, kwargs
+    file = overlay.pop("hf_hub_filename", None) or given.pop("hf_hub_filename", None)
+    if isinstance(place, str):
+        found, model_args = _read(place, name, file, kwargs.get("cache_dir"))
+    else:
+        place, found, model_args = "state_dict", dict(state_dict=place), {}
+    kwargs = model_args | kwargs
+    if given:  # else it is None, or the tag of one of the registry's
+        kwargs.pop("pretrained_cfg")  # it goes over the registry's, which names the layers
+    # timm loads without strictness if the number of classes differs.
+    state = found["state_dict"]
+    check_weights(state, place)
+    sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
+    _check_trunk(name, place, state, {**VARIANTS[name], **sizes})
+
+    classes = num_classes(state) or 0
+    if not classes and (head := [key for key in HEAD if key in state]):
+        raise ValueError(f"{place}: its {head[0]} of shape {tuple(state[head[0]].shape)} is no head's")
+    offset = {**found, **given, **overlay}.get("label_offset") or 0  # the first classes, which timm cuts off
+    left = max(classes - offset, 0)
+    names = found.get("label_names")
+    if isinstance(names, list | tuple) and len(names) == classes:
+        found["label_names"] = names[offset:]
+    of_saved = model_args or kwargs.get("pretrained_model_args") or {}
+    if of_saved.get("num_classes") == kwargs.get("num_classes") == classes:
+        kwargs["num_classes"] = left
+    for key in ["label_names"] if of_given else found:  # the pretrained_cfg of another model may have been passed
+        if key != "num_classes" and not np.array_equal(given.get(key, found.get(key)), found.get(key)):
+            raise ValueError(
+                f"{place}: its {key} is {found[key]!s:.99}, but pretrained_cfg says {given[key]!s:.99}: leave that "
+                "out, or pass it in pretrained_cfg_overlay"
+            )
+    entries = {**found, **given, **overlay, "source": None}
+    has = f"has {left} classes" + f" without the first {offset}" * bool(offset)
+    stated, names = entries.get("num_classes"), entries.get("label_names")
+    if not new_head and stated not in (None, left):
+        raise ValueError(
+            f"{place}: {has}, but its pretrained_cfg says num_classes={stated}: leave that out; for a new head, pass "
+            "num_classes to create_model"
+        )
+    if isinstance(names, list | tuple) and classes and len(names) != left:
+        raise ValueError(f"{place}: {has}, but its pretrained_cfg holds {len(names)} label_names")
+    entries["num_classes"] = -1 if new_head else left  # timm drops a head of another number than it expects
+    return place, entries, kwargs
+
+
+def _take_place(entries: dict) -> str | dict | None:
+    """Remove from a pretrained_cfg what names weights. Return the first in timm's order, or None.
+
+    Returns: a state dict; or a string, in the form of `_create`'s argument `pretrained`, or of a model's name.
+    """
+    source, state, file, hub, url = (entries.pop(key, None) for key in WEIGHTS)
+    if source == "local-dir" and file:
+        return f"{LOCAL}{file}"
+    if source == "hf-hub" and hub:
+        return f"{HUB}{hub}"
+    return state or (str(file) if file else f"{HUB}{hub}" if hub else url)
 
 
 def _given(cfg: object) -> dict:
@@ -139,35 +193,7 @@ def _given(cfg: object) -> dict:
     return {key: value for key, value in given.items() if not any(np.array_equal(d.get(key), value) for d in ours)}
 
 
-def _is_of_a_name(cfg: object) -> bool:
-    """Whether a pretrained_cfg is that of a model's name such as `local-dir:folder`, whose weights timm reads."""
-    source = _given(cfg).get("source")
-    return bool(source) and (source != "hf-hub" or (isinstance(cfg, dict) and "num_classes" in cfg))
-
-
-def _take_source(overlay: dict) -> tuple[str | None, str | None]:
-    """Remove the checkpoint from an overlay.
-
-    Returns: it, in the form of `_create`'s argument `pretrained`; and the name of the hub's file, if one is given. Both
-        are None if the overlay holds the weights themselves.
-    """
-    overlay.pop("source", None)
-    if overlay.get("state_dict"):
-        return None, None
-    if overlay.get("file"):
-        return str(overlay.pop("file")), None
-    if overlay.get("hf_hub_id"):
-        return f"{HUB}{overlay.pop('hf_hub_id')}", overlay.pop("hf_hub_filename", None)
-    return overlay.pop("url", None) or None, None
-
-
-def _classes_of(state: dict) -> dict[str, int]:
-    from classification.checkpoint import num_classes
-
-    return dict(num_classes=num_classes(state) or 0)
-
-
-def _source(
+def _read(
     pretrained: str, name: str, file: str | None = None, cache_dir: str | Path | None = None
 ) -> tuple[dict, dict]:
     """Return entries for timm's pretrained_cfg, including the weights, and arguments for the model.
@@ -184,15 +210,15 @@ def _source(
         if not file:
             try:
                 config, architecture, model_args = load_model_config_from_hf(repository, cache_dir=cache_dir)
-            except LocalEntryNotFoundError:  # the hub cannot be reached
-                raise
             except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and not _is_known_to_lack_config(repository, cache_dir):
+                    raise  # the hub cannot be reached
                 warnings.warn(f"{pretrained}: has no config.json ({error}); it is done without", stacklevel=2)
         if architecture not in (None, name):
             raise ValueError(f"{pretrained}: is a {architecture}, not a {name}: create that one")
         state = load_state_dict_from_hf(repository, *([file] if file else []), weights_only=True, cache_dir=cache_dir)
-        found = {**config, **_classes_of(state), "source": None, "state_dict": state}
-        return found, dict(model_args or {})
+        described = {key: value for key, value in config.items() if value is not None and key != "source"}
+        return {**described, "state_dict": state}, dict(model_args or {})
     if is_address(pretrained):
         return _from_address(pretrained, name)
     if pretrained.lower().startswith("file:"):  # timm would keep a copy under the base name, and read that from then on
@@ -211,7 +237,6 @@ def _source(
     stem = state.get(f"{PRETRAINED_CFG['first_conv']}.weight")
     channels, size, method = 3 if stem is None else stem.shape[1], config.DATA.IMG_SIZE, config.DATA.INTERPOLATION
     found = dict(
-        **_classes_of(state),
         state_dict=state,
         input_size=(channels, size, size),
         pool_size=(-(-size // 32),) * 2,
@@ -223,12 +248,19 @@ def _source(
     return found, {}
 
 
+def _is_known_to_lack_config(repository: str, cache_dir: str | Path | None) -> bool:
+    """Whether the hub said earlier that this repository has no config.json."""
+    repository, _, revision = repository.partition("@")
+    found = try_to_load_from_cache(repository, "config.json", cache_dir=cache_dir, revision=revision or None)
+    return found is _CACHED_NO_EXIST
+
+
 def _from_address(address: str, name: str) -> tuple[dict, dict]:
     from classification.checkpoint_archive import is_momentary
 
     path = download(address)
     try:
-        return _source(str(path), name)
+        return _read(str(path), name)
     except UserError as error:
         if is_momentary(error):
             raise
@@ -266,29 +298,6 @@ def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:
     other_channels = stem in state and state[stem].shape[1] != model.in_chans
     if found := differences(own, state, ignore=(*HEAD, *([stem] if other_channels else []))):
         raise ValueError(f"{path}: its weights are none of a {name}: {found}")
-
-
-def _check_head(path: str, state: dict, kwargs: dict) -> None:
-    """Check that weights have the classes of a model's name such as `local-dir:folder`, unless the user says otherwise.
-
-    timm mixes the arguments of the name with those that the user gives, so that equal ones may be either's.
-
-    Raises:
-        ValueError: the numbers differ.
-    """
-    of_name = (kwargs.get("pretrained_model_args") or {}).get("num_classes")
-    classes = _classes_of(state)["num_classes"]
-    differs = of_name == kwargs.get("num_classes") != classes
-    if of_name and classes and differs and not kwargs.get("features_only"):
-        raise ValueError(
-            f"{path}: has {classes} classes, but the model's name says {of_name}: pass num_classes={classes}, or "
-            "pretrained_cfg_overlay=dict(num_classes=-1) for a new head"
-        )
-
-
-def _names_weights(cfg: object) -> bool:
-    given = _given(cfg)
-    return any(given.get(key) for key in ("url", "file", "state_dict", "hf_hub_id", "source"))
 
 
 @register_model

@@ -1046,7 +1046,7 @@ def check_checkpoint(
     content = load_from_local(path)
     state, own = weights_of(content, path), model.state_dict()
     for key, value in state.items():
-        if key in own and value.is_floating_point() != own[key].is_floating_point():
+        if key in own and own[key].is_floating_point() and not value.is_floating_point():
             raise UserError(
                 f"{path}: its weights hold {key!r} as {value.dtype}, which is {own[key].dtype} in the model"
             )

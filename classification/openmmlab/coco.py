@@ -384,6 +384,8 @@ def _is_number(value: object) -> bool:
 
 def _check_ids(path: str, what: str, ids: list) -> None:
     _check_plain(path, f"{what}[{{}}].id", ids)
+    if what == "images" and None in ids:  # which pycocotools cannot sort
+        raise UserError(f"{path}: images[{ids.index(None)}].id is None; write a number")
     if what != "annotations" and len({isinstance(one, str) for one in ids}) > 1:  # pycocotools sorts the others
         raise UserError(f"{path}: some ids of its {what} are texts, others numbers; write numbers")
     for one, number in Counter(ids).items():
@@ -393,7 +395,7 @@ def _check_ids(path: str, what: str, ids: list) -> None:
 
 def _check_plain(path: str, entry: str, ids: list) -> None:
     for i, one in enumerate(ids):
-        if one is None or isinstance(one, list | dict):
+        if isinstance(one, list | dict):
             raise UserError(f"{path}: {entry.format(i)} is {one!r:.100}; write a number")
 
 

@@ -324,6 +324,10 @@ def _check_training(cfg: Config) -> None:
             numbers = value if isinstance(value, list | tuple) else [value]
             if name != "end" and any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
                 raise UserError(f"{key}.{name} is {value!r}, with which nothing is learnt")
+    scaling = cfg.get("auto_scale_lr")
+    base = scaling.get("base_batch_size") if isinstance(scaling, dict) else None
+    if base is not None and not _is_count(base):
+        raise UserError(f"auto_scale_lr.base_batch_size is {base!r}, but must be a whole number above 0")
     clip = (cfg.get("optim_wrapper") or {}).get("clip_grad")
     for name in ("max_norm", "clip_value"):  # by norm; by value
         largest = clip.get(name, 1) if isinstance(clip, dict) else 1
@@ -878,9 +882,14 @@ def _latest_checkpoint(work_dir: str) -> str | None:
         noted = find_latest_checkpoint(work_dir)
         if noted and "\0" in noted:  # which a power failure may leave
             raise ValueError("it holds NUL bytes")
+    except UnicodeError as error:
+        raise UserError(
+            f"{work_dir}/last_checkpoint: holds other characters than this locale's ({error}): set PYTHONUTF8=1, or "
+            "name the checkpoint by --resume"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{work_dir}/last_checkpoint: names no checkpoint ({error}); name one by --resume, or remove that file"
+            f"{work_dir}/last_checkpoint: cannot be read ({error}): name the checkpoint by --resume"
         ) from error
     moved = os.path.join(work_dir, os.path.basename(noted)) if noted else None
     return moved if moved and os.path.isfile(moved) else noted

@@ -1,7 +1,10 @@
-"""Real images, and main.py in this process."""
+"""Real images, a full disk, and main.py in this process."""
 
+import resource
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,22 @@ def few_digits(digits, tmp_path_factory) -> Path:
             for file in sorted((digits / split / str(label)).iterdir())[:count]:
                 shutil.copy(file, root / split / str(label))
     return root
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager]:
+    """A context in which no file may grow beyond a number of bytes, as on a full disk."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from classification.data import digits_scenes
-from classification.data.digits import split_digits
+from classification.data.digits import split_digits, write_digits
 from classification.data.digits_scenes import ANNOTATIONS, SIZE, scenes, write_digits_scenes
 from classification.errors import UserError
 
@@ -83,6 +83,13 @@ def test_maps_for_segmentation(few, tmp_path):
         assert (labels[np.all([digit.opacity <= 0.5 for digit in digits], axis=0)] == 0).all()
     with pytest.raises(UserError, match="as for coco"):
         write_digits_scenes(root, "coco")
+
+
+@pytest.mark.parametrize("write", [write_digits, write_digits_scenes])
+def test_a_full_disk(write, few, tmp_path, full_disk):
+    with full_disk(200), pytest.raises(UserError, match=r"data: cannot be written \(.*File too large"):
+        write(tmp_path / "data")
+    assert not list(tmp_path.iterdir())
 
 
 def digest(root: Path) -> str:

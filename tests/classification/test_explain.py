@@ -609,6 +609,9 @@ BAD = {  # further images, options, and the message
     "peer of more memory than its file": (
         [], [*ERF, "--beside", "convnext_atto={folder}/claims.pth"], r"claims\.pth: holds pickled objects, which",
     ),
+    "peer's booleans": (
+        [], [*ERF, "--beside", "convnext_atto={folder}/bool.pth"], r"bool\.pth: its weights hold 'stem\.0\.weight', ",
+    ),
     "peer of other strides": (
         [], [*ERF, "--beside", "vit_tiny_patch16_224", "--size", "224"], r"has no map of stride 32, only of \[16, 16",
     ),
@@ -635,6 +638,7 @@ def test_bad_input(images, options, message, explain, checkpoint, pictures, tmp_
     (tmp_path / "taken/states.png").mkdir(parents=True)
     Image.new("RGB", (30, 20)).save(tmp_path / "wide.png")
     torch.save({"head.fc.bias": Claims()}, tmp_path / "claims.pth")
+    torch.save({"stem.0.weight": torch.ones(40, 3, 4, 4, dtype=torch.bool)}, tmp_path / "bool.pth")
     images, options = (
         [word.format(checkpoint=checkpoint, folder=tmp_path) for word in words] for words in (images, options)
     )

@@ -60,11 +60,14 @@ def test_after_optimise_for_cpu():
         torch.testing.assert_close(run(images), model(images), rtol=1e-5, atol=1e-5)
 
 
-def test_a_checkpoint_of_a_fixed_size(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_a_fixed_size(tmp_path, monkeypatch, capsys, full_disk):
     torch.manual_seed(0)
     config = "DATA: {IMG_SIZE: 32}"  # which is its size then, as the demo's: the last map is one token
     content = {"model": spatialmamba_micro(num_classes=10).state_dict(), "config": config}
     save_checkpoint(content, tmp_path / "micro.pth")
+    with full_disk(100_000), pytest.raises(UserError, match=r"micro\.pt2: cannot be written \(.*File too large"):
+        export_checkpoint(tmp_path / "micro.pth", tmp_path / "micro.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["micro.pth"]
     arguments = ["export", str(tmp_path / "micro.pth"), str(tmp_path / "micro.pt2")]
     monkeypatch.setattr(sys, "argv", arguments)
     exporting.main()

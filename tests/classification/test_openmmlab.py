@@ -721,6 +721,11 @@ CONFIGS = {
         '"train_dataloader": {}}',
         "train_cfg.val_interval is 0, but must be a whole number above 0",
     ),
+    "scaling.json": (
+        '{"default_scope": "mmdet", "model": {}, "train_cfg": {}, "train_dataloader": {}, "optim_wrapper": {}, '
+        '"auto_scale_lr": {"base_batch_size": Infinity}}',
+        "auto_scale_lr.base_batch_size is inf, but must be a whole number above 0",
+    ),
     "memcached.yaml": (
         "{model: {}, test_dataloader: {dataset: {backend_args: {backend: memcached, sys_path: evil}}}}",
         "test_dataloader.dataset.backend_args.backend is 'memcached', which may import a module",
@@ -1816,9 +1821,9 @@ def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
     for more in ({}, {"load_from": "a.pth"}):  # of a run that was copied without it
         with pytest.raises(UserError, match=r"holds epoch_10\.pth, but no last_checkpoint .* --resume .*epoch_10\.pth"):
             found("auto", **more)
-    for content, said in ((b"\0" * 9, "NUL bytes"), (b"\xff\xfe", "can't decode byte")):
+    for content, said in ((b"\0" * 9, r"NUL bytes\): "), (b"\xff\xfe", r"can't decode byte .*: set PYTHONUTF8=1, or ")):
         (tmp_path / "last_checkpoint").write_bytes(content)
-        with pytest.raises(UserError, match=rf"last_checkpoint: names no checkpoint \(.*{said}.*name one by --resume"):
+        with pytest.raises(UserError, match=rf"last_checkpoint: .* \(.*{said}name the checkpoint by --resume"):
             tools._latest_checkpoint(str(tmp_path))
     (tmp_path / "last_checkpoint").write_text("/elsewhere/epoch_9.pth")
     latest = str(tmp_path / "epoch_9.pth")
@@ -2085,6 +2090,8 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
     whole = both.state_dict() | {"head.weight": torch.ones(3, 2, dtype=torch.int64)}
     with pytest.raises(UserError, match=r"hold 'head\.weight' as torch\.int64, which is torch\.float32 in the model"):
         checks.check_checkpoint(both, save({"meta": {}, "state_dict": whole}, tmp_path / "i.pth"), only_backbone=True)
+    cast = {key: value.double() for key, value in both.state_dict().items()}  # the counts of batches as well
+    checks.check_checkpoint(both, save({"meta": {}, "state_dict": cast}, tmp_path / "d.pth"))
     meta = {"dataset_meta": {"reduce_zero_label": True}}
     path = save({"meta": meta, "state_dict": model.state_dict()}, tmp_path / "r.pth")
     for reduces, number in ((True, 0), (None, 0), (False, 1)):
@@ -2591,6 +2598,15 @@ def test_an_optimizer_whose_settings_are_none_in_part_goes_on():
         spoil(saved["state"])
         with pytest.raises(UserError, match=NOT_ITS_OWN + message):
             hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=saved))
+
+
+def test_adagrads_sums_of_squares():
+    optimizer, runner = after_an_update(torch.optim.Adagrad)
+    hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=optimizer.state_dict()))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["sum"].neg_()
+    with pytest.raises(UserError, match=NOT_ITS_OWN + r"state\[0\]\.sum, .* of squares, is negative"):
+        hooks.CheckResumed().after_load_checkpoint(runner, resumable(optimizer=saved))
 
 
 def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):

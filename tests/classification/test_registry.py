@@ -164,41 +164,67 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
             patch.setattr(registry, "load_model_config_from_hf", mock.Mock(side_effect=error))
             found = timm.create_model("spatialmamba_micro", "hf-hub:me/it", num_classes=7).eval()
             torch.testing.assert_close(found(IMAGES), model(IMAGES))
+    for known in (False, True):  # without a network, to have no config.json, as the hub's cache notes it
+        at = tmp_path / "cache/models--me--it"
+        for name, text in (("refs/main", "c0"), (".no_exist/c0/config.json", ""))[: 1 + known]:
+            (at / name).parent.mkdir(parents=True, exist_ok=True)
+            (at / name).write_text(text)
+        (at / "snapshots/c0").mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), at / "snapshots/c0/pytorch_model.bin")
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            patch.setattr(registry, "load_model_config_from_hf", timm.models.load_model_config_from_hf)
+            patch.setattr(registry, "load_state_dict_from_hf", timm.models.load_state_dict_from_hf)
+            arguments = dict(pretrained="hf-hub:me/it", cache_dir=tmp_path / "cache")
+            if known:
+                with pytest.warns(UserWarning, match=r"hf-hub:me/it: has no config\.json"):
+                    found = timm.create_model("spatialmamba_micro", **arguments).eval()
+                torch.testing.assert_close(found(IMAGES), expected)
+            else:
+                with pytest.raises(LocalEntryNotFoundError):
+                    timm.create_model("spatialmamba_micro", **arguments)
     five = seeded(num_classes=5)
     hub["other.bin",] = five.state_dict()
     for way in ("pretrained_cfg", "pretrained_cfg_overlay"):
         named = {way: {"hf_hub_filename": "other.bin"}}
         found = timm.create_model("spatialmamba_micro", "hf-hub:me/it", num_classes=5, **named).eval()
         torch.testing.assert_close(found(IMAGES), five(IMAGES))
-    with pytest.raises(ValueError, match=r"micro\.pth: a state_dict is given too; name one of them"):
-        timm.create_model("spatialmamba_micro", path, pretrained_cfg_overlay={"state_dict": model.state_dict()})
     with pytest.raises(ValueError, match="hf-hub:me/it: is a spatialmamba_micro, not a spatialmamba_tiny"):
         timm.create_model("spatialmamba_tiny", "hf-hub:me/it")
     hub = torch.hub.load(ROOT, "spatialmamba_micro", source="local", pretrained=path, num_classes=7)
     torch.testing.assert_close(hub.eval()(IMAGES), expected)
     save_for_hf(model, tmp_path / "folder")
     torch.testing.assert_close(timm.create_model(f"local-dir:{tmp_path}/folder", True).eval()(IMAGES), expected)
-    third = timm.create_model("spatialmamba_micro", num_classes=8).eval()
-    save_checkpoint({"model": third.state_dict()}, tmp_path / "third.pth")
-    for arguments in (
-        {"pretrained": tmp_path / "third.pth"},
-        *(
-            {"pretrained": True, "pretrained_cfg_overlay": {key: value}}
-            for key, value in (("url", str(tmp_path / "third.pth")), ("state_dict", third.state_dict()))
-        ),
-    ):  # before the folder that the name names
-        found = timm.create_model(f"local-dir:{tmp_path}/folder", num_classes=8, **arguments).eval()
-        torch.testing.assert_close(found(IMAGES), third(IMAGES))
-        with pytest.raises(ValueError, match="has 8 classes, but the model's name says 7: pass num_classes=8"):
-            timm.create_model(f"local-dir:{tmp_path}/folder", **arguments)
-        timm.create_model(f"local-dir:{tmp_path}/folder", features_only=True, **arguments)
-    whole_config = PretrainedCfg(source="hf-hub", hf_hub_id="me/it", label_names=list("ab" * 500)).to_dict()
-    monkeypatch.setattr(
-        "timm.models._factory.load_model_config_from_hf", lambda name, **_: (whole_config, "spatialmamba_micro", {})
-    )
-    found = timm.create_model("hf-hub:me/it", tmp_path / "third.pth", num_classes=8).eval()
-    torch.testing.assert_close(found(IMAGES), third(IMAGES))
-    assert not found.pretrained_cfg.get("label_names")
+    state = model.state_dict()
+    for place, cfg, overlay in (
+        (path, {}, {"state_dict": state}),
+        (path, {"file": path}, {}),
+        (True, of_hub, {"url": path}),
+        *((one, None, {}) for one in (path, "hf-hub:me/it")),
+        *((True, None, {key: value}) for key, value in (("file", path), ("state_dict", state), ("hf_hub_id", "it"))),
+    ):
+        name = f"local-dir:{tmp_path}/folder" if cfg is None else "spatialmamba_micro"
+        with pytest.raises(ValueError, match=r"weights are named twice, by .* and by .*: name one of them"):
+            timm.create_model(name, place, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay)
+    with pytest.raises(
+        ValueError, match=r"of_main\.pth: its crop_pct is 1\.0, but pretrained_cfg says 0\.5: leave that"
+    ):
+        timm.create_model("spatialmamba_micro", tmp_path / "of_main.pth", pretrained_cfg={"crop_pct": 0.5})
+    odd = state | {"head.weight": state["head.weight"][..., None, None]}
+    for one, said in ((odd, r"head\.weight of shape \(7, \d+, 1, 1\)"), (odd | {"head.weight": None}, "head.bias")):
+        save_checkpoint({"model": {k: v for k, v in one.items() if v is not None}}, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match=rf"odd\.pth: its {said}.* is no head's"):
+            timm.create_model("spatialmamba_micro", tmp_path / "odd.pth", num_classes=7)
+    for way in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        with pytest.raises(ValueError, match=r"micro\.pth: has 7 classes, but its pretrained_cfg says num_classes=9: "):
+            timm.create_model("spatialmamba_micro", path, **{way: {"num_classes": 9}})
+        for said in ({"label_offset": 2}, {"label_offset": 2, "num_classes": 5}):
+            for number in ({}, {"num_classes": 5}):
+                found = timm.create_model("spatialmamba_micro", path, **{way: said}, **number).eval()
+                torch.testing.assert_close(found(IMAGES), expected[:, 2:])
+        own = {"file": tmp_path / "of_main.pth", "crop_pct": 0.5}  # the caller's word on the file that it names
+        found = timm.create_model("spatialmamba_micro", True, **{way: own})
+        assert found.pretrained_cfg["crop_pct"] == 0.5
     whole = seeded()
     save_checkpoint({"model": whole.state_dict()}, tmp_path / "imagenet.pth")
     whole.reset_classifier(0)
@@ -237,8 +263,18 @@ def test_class_names_go_with_the_weights(tmp_path):
     mapped = timm.data.create_dataset(**arguments, class_map=str(tmp_path / "classes.txt"))
     assert mapped.reader.class_to_idx == dict(zip(names, range(4), strict=True))
     save_checkpoint({"model": seeded(num_classes=4).state_dict(), "classes": sorted("abcd")}, tmp_path / "plain.pth")
-    other = timm.create_model("spatialmamba_micro", tmp_path / "plain.pth", pretrained_cfg=dict(model.pretrained_cfg))
-    assert other.pretrained_cfg["label_names"] == sorted("abcd")  # of the file that is named
+    plain = {"file": tmp_path / "plain.pth"}
+    cfg = dict(model.pretrained_cfg)  # of another file
+    for named in (dict(pretrained_cfg=cfg, pretrained_cfg_overlay=plain), dict(pretrained_cfg=cfg | plain)):
+        with pytest.raises(
+            ValueError, match=r"plain\.pth: its label_names is \['a', .* pretrained_cfg says \['1', '10',"
+        ):
+            timm.create_model("spatialmamba_micro", True, **named)
+    for offset, found in ((0, "abcd"), (1, "bcd")):
+        cut = timm.create_model("spatialmamba_micro", plain["file"], pretrained_cfg_overlay={"label_offset": offset})
+        assert cut.pretrained_cfg["label_names"] == list(found)
+    with pytest.raises(ValueError, match=r"plain\.pth: has 4 classes, but its pretrained_cfg holds 2 label_names"):
+        timm.create_model("spatialmamba_micro", plain["file"], pretrained_cfg_overlay={"label_names": ["a", "b"]})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         timm.create_model("spatialmamba_micro", tmp_path / "plain.pth")

@@ -136,15 +136,20 @@ def test_an_accuracy_that_counts_unreadable_images_says_so(few_digits, tmp_path,
     data = shutil.copytree(few_digits, tmp_path / "data")
     next((data / "val" / "4").iterdir()).write_bytes(b"")
     printed = run_main("--data-path", data, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS", "1")
-    assert "(images that could not be read count as wrong)" in printed
     run = tmp_path / "spatialmamba_micro/default"
     (line,) = read_metrics(run)
     best = torch.load(run / "best.pth", weights_only=True)["max_accuracy"]
     assert best == pytest.approx(line["model"]["top1"] * 32 / 33)
+    assert f"epoch 0 model: {best:.3f}% if images that could not be read count as wrong, as for best.pth" in printed
     report(run, data)
     assert f"top-1 in training, epoch 0, images that could not be read count as wrong {best:.3f} %" in " ".join(
         capsys.readouterr().out.split()
     )
+    whole = {key: {"top1": one["top1"]} if isinstance(one, dict) else one for key, one in line.items()}
+    others = [whole, {**line, "epoch": 1}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in others))
+    report(run, data)
+    assert f"top-1 in training, epoch 0 {best:.3f} %" in " ".join(capsys.readouterr().out.split())
 
 
 def test_updates_of_other_batches_are_on_the_way(tmp_path):
@@ -161,7 +166,10 @@ def test_updates_of_other_batches_are_on_the_way(tmp_path):
     [
         *('{"epoch": null}', '{"epoch": 0, "loss": null}', '{"epoch": 0}', '{"epoch": "0"}', "[" * 9999, "\x1b[31m"),
         f'{{"epoch": 2, "loss": 1{"0" * 400}, "seconds": 1}}',
-        '{"epoch": 2, "loss": 1, "seconds": 1, "model": {"top1": "97"}}',
+        *(
+            f'{{"epoch": 2, "loss": 1, "seconds": 1, "model": {{"top1": {a}}}}}'
+            for a in ('"97"', "true", "100.1", "-1")
+        ),
     ],
 )
 def test_damaged_metrics_are_one_line(line, tmp_path):
