@@ -116,6 +116,9 @@ def read_lines(path: Path, *keys: str) -> list[dict]:
             for key in keys:
                 if type(line[key]) is not int:
                     raise TypeError(f"{key} is {line[key]!r}, not a whole number")
+            for key, value in line.items():  # matplotlib would draw a text as a place of its own
+                if isinstance(value, str | bool | list):
+                    raise TypeError(f"{key} is {value!r:.50}, not a number")
             while lines and place(lines[-1]) >= place(line):
                 lines.pop()
             lines.append(line)

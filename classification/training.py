@@ -375,9 +375,15 @@ class Training:
             self.notes.append(f"{path}: has no batch norm statistics of each process; all go on with the first one's")
             return
         try:
-            for mine, theirs in zip(own, saved[self.run.rank], strict=False):  # the file may lack the EMA's
+            of_process = saved[self.run.rank]
+            if len(of_process) not in (1, len(own)):  # 1: the file lacks the EMA's
+                raise ValueError(f"it holds {len(of_process)} sets of them for process {self.run.rank}")
+            for mine, theirs in zip(own, of_process, strict=False):
                 for name, buffer in mine.items():
-                    buffer.copy_(in_layout_of(buffer, theirs[name], name))
+                    value = in_layout_of(buffer, theirs[name], name)
+                    if name.endswith("running_var") and (value < 0).any():
+                        raise ValueError(f"{name} is negative")
+                    buffer.copy_(value)
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: its batch norm statistics are not of this model ({error}); {START_OVER}"

@@ -203,8 +203,9 @@ def _classes_of(name: str, weights: str) -> int | None:
     read_checkpoint(weights, stand_ins=(CFG_NODE, (argparse.Namespace, "argparse.Namespace")))
     head = timm.get_pretrained_cfg_value(name, "classifier")
     state = timm.models.load_state_dict(weights, weights_only=True)
-    counts = "index", "tracked", "ids"  # of positions, of batches
-    check_weights({key: value for key, value in state.items() if not key.endswith(counts)}, weights, tied=True)
+    whole = [key for key, value in state.items() if not (value.is_floating_point() or value.is_complex())]
+    others = {key for key in whole if not key.endswith(("weight", "bias", "gamma", "running_mean", "running_var"))}
+    check_weights({key: value for key, value in state.items() if key not in others}, weights, tied=True)  # or indices
     bias = state.get(f"{head}.bias")  # a tuple of heads: none
     return None if bias is None else bias.shape[0]
 

@@ -64,10 +64,10 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     if pretrained == "":  # as of a variable that is not set
         raise ValueError("pretrained is empty: name a checkpoint, or leave it out")
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    source = None
+    source, stored = None, {}
     if pretrained:
         named = str(pretrained) if isinstance(pretrained, str | Path) else None
-        source, overlay, kwargs = _with_weights(name, named, overlay, kwargs)
+        source, overlay, kwargs, stored = _with_weights(name, named, overlay, kwargs)
     # timm's own models also take a device and a dtype.
     device, dtype = torch.device(kwargs.pop("device", None) or torch.get_default_device()), kwargs.pop("dtype", None)
 
@@ -84,6 +84,7 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
         **kwargs,
     )
     model.pretrained_cfg.pop("state_dict", None)
+    model._model_args = dict(stored)  # timm adds those that the caller names, and save_for_hf stores all
     names = model.pretrained_cfg.get("label_names")
     numbers = {getattr(model, "num_classes", 0), model.pretrained_cfg.get("num_classes")}
     if pretrained and isinstance(names, list | tuple) and numbers == {len(names)}:
@@ -91,7 +92,7 @@ def _create(name: str, pretrained: bool | str | Path = False, **kwargs) -> torch
     return model
 
 
-def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> tuple[str, dict, dict]:
+def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> tuple[str, dict, dict, dict]:
     """Read a model's weights, so that timm need not.
 
     Args:
@@ -100,15 +101,14 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
         overlay: timm's pretrained_cfg_overlay.
         kwargs: the other arguments, with timm's pretrained_cfg.
 
-    Returns: where the weights are, for messages; a pretrained_cfg_overlay that holds them and what describes them; and
-        the other arguments.
+    Returns: where the weights are, for messages; a pretrained_cfg_overlay that holds them and what describes them; the
+        other arguments; and those of them that are stored with the weights.
     """
-    from classification.checkpoint import HEAD, check_weights, num_classes
-
-    given = _given(kwargs.get("pretrained_cfg"))
+    cfg = kwargs.get("pretrained_cfg")
+    given, overlay = _given(cfg), dict(overlay)
     new_head = any((one.get("num_classes") or 0) < 0 for one in (given, overlay))  # timm's train.py says -1
-    of_given = _take_place(given)
-    places = [place for place in (named, of_given, _take_place(overlay)) if place]
+    of_given, of_overlay = _take_places(given), _take_places(overlay)
+    places = [*([named] if named else []), *of_given, *of_overlay]
     if len(places) > 1:
         first, second = (place if isinstance(place, str) else "a state_dict" for place in places[:2])
         raise ValueError(f"weights are named twice, by {first} and by {second}: name one of them")
@@ -117,9 +117,11 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
             f"no weights are published for {name} where timm finds them: pass pretrained='/path/to/checkpoint.pth', "
             "pretrained='hf-hub:user/repository', or checkpoint_path"
         )
-    place = places[0]
-    if place != named and isinstance(place, str) and place.startswith(LOCAL):  # of a model's name; timm reads it
-        return place, overlay, kwargs
+    (place,) = places
+    if of_given and _is_of_a_name(cfg):
+        return place, overlay, kwargs, {}
+    if of_overlay and isinstance(place, str) and place.startswith(LOCAL):
+        raise ValueError(f"{place}: pass it as the model's name: timm.create_model({place!r}, pretrained=True)")
     file = overlay.pop("hf_hub_filename", None) or given.pop("hf_hub_filename", None)
     if isinstance(place, str):
         found, model_args = _read(place, name, file, kwargs.get("cache_dir"))
@@ -128,54 +130,86 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
     kwargs = model_args | kwargs
     if given:  # else it is None, or the tag of one of the registry's
         kwargs.pop("pretrained_cfg")  # it goes over the registry's, which names the layers
-    # timm loads without strictness if the number of classes differs.
     state = found["state_dict"]
-    check_weights(state, place)
-    sizes = {key: kwargs[key] for key in ("in_chans", *SIZES) if key in kwargs}
-    _check_trunk(name, place, state, {**VARIANTS[name], **sizes})
-
-    classes = num_classes(state) or 0
-    if not classes and (head := [key for key in HEAD if key in state]):
-        raise ValueError(f"{place}: its {head[0]} of shape {tuple(state[head[0]].shape)} is no head's")
-    offset = {**found, **given, **overlay}.get("label_offset") or 0  # the first classes, which timm cuts off
-    left = max(classes - offset, 0)
-    names = found.get("label_names")
-    if isinstance(names, list | tuple) and len(names) == classes:
-        found["label_names"] = names[offset:]
-    of_saved = model_args or kwargs.get("pretrained_model_args") or {}
-    if of_saved.get("num_classes") == kwargs.get("num_classes") == classes:
+    _check_trunk(name, place, state, {**VARIANTS[name], **{k: kwargs[k] for k in ("in_chans", *SIZES) if k in kwargs}})
+    # timm drops a head of another number of classes than it expects, and then loads without strictness.
+    classes, offset = _classes_of(state, place), {**found, **given, **overlay}.get("label_offset") or 0
+    if not isinstance(offset, int) or (classes and not 0 <= offset < classes):
+        raise ValueError(f"{place}: label_offset is {offset!r}, of {classes} classes")
+    left = max(classes - offset, 0)  # timm cuts off the first ones
+    if model_args.get("num_classes") == kwargs.get("num_classes") == classes:
         kwargs["num_classes"] = left
-    for key in ["label_names"] if of_given else found:  # the pretrained_cfg of another model may have been passed
-        if key != "num_classes" and not np.array_equal(given.get(key, found.get(key)), found.get(key)):
+    for one in (found, given, overlay):
+        names = one.get("label_names")
+        if isinstance(names, list | tuple) and len(names) == classes:
+            one["label_names"] = names[offset:]
+    kept = not new_head and kwargs.get("num_classes", left) == left and not kwargs.get("features_only")
+    if not new_head:
+        _check_number(place, {**given, **overlay}.get("num_classes"), left)
+    _check_description(place, found, given, kept, bool(of_given))
+    entries = {**found, **given, **overlay, "source": None, "num_classes": -1 if new_head else left}
+    names = entries.get("label_names")
+    if kept and classes and isinstance(names, list | tuple) and len(names) != left:
+        raise ValueError(
+            f"{place}: has {left} classes, but its pretrained_cfg holds {len(names)} label_names: correct them in "
+            "pretrained_cfg_overlay, or pass label_names=None there"
+        )
+    return place, entries, kwargs, model_args
+
+
+def _check_number(place: str, stated: int | None, classes: int) -> None:
+    if stated not in (None, classes):
+        raise ValueError(
+            f"{place}: has {classes} classes, but pretrained_cfg or its overlay says num_classes={stated}: leave that "
+            "out; for a new head, pass num_classes to create_model"
+        )
+
+
+def _check_description(place: str, found: dict, given: dict, kept: bool, names_alone: bool) -> None:
+    """Check that a pretrained_cfg, which may have come from another model, agrees with what was found at a place.
+
+    Args:
+        place: where the weights are.
+        found: what lies beside the weights.
+        given: the pretrained_cfg.
+        kept: whether the model has the weights' head.
+        names_alone: whether the names of classes alone must agree, since the pretrained_cfg names the weights itself.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for key in found.keys() & given.keys() - {"num_classes"}:
+        if (kept if key == "label_names" else not names_alone) and not np.array_equal(given[key], found[key]):
             raise ValueError(
                 f"{place}: its {key} is {found[key]!s:.99}, but pretrained_cfg says {given[key]!s:.99}: leave that "
                 "out, or pass it in pretrained_cfg_overlay"
             )
-    entries = {**found, **given, **overlay, "source": None}
-    has = f"has {left} classes" + f" without the first {offset}" * bool(offset)
-    stated, names = entries.get("num_classes"), entries.get("label_names")
-    if not new_head and stated not in (None, left):
-        raise ValueError(
-            f"{place}: {has}, but its pretrained_cfg says num_classes={stated}: leave that out; for a new head, pass "
-            "num_classes to create_model"
-        )
-    if isinstance(names, list | tuple) and classes and len(names) != left:
-        raise ValueError(f"{place}: {has}, but its pretrained_cfg holds {len(names)} label_names")
-    entries["num_classes"] = -1 if new_head else left  # timm drops a head of another number than it expects
-    return place, entries, kwargs
 
 
-def _take_place(entries: dict) -> str | dict | None:
-    """Remove from a pretrained_cfg what names weights. Return the first in timm's order, or None.
+def _take_places(entries: dict) -> list[str | dict]:
+    """Remove from a pretrained_cfg what names weights, and return it.
 
-    Returns: a state dict; or a string, in the form of `_create`'s argument `pretrained`, or of a model's name.
+    Returns: state dicts; and strings, in the form of `_create`'s argument `pretrained`, or of a model's name.
     """
     source, state, file, hub, url = (entries.pop(key, None) for key in WEIGHTS)
-    if source == "local-dir" and file:
-        return f"{LOCAL}{file}"
-    if source == "hf-hub" and hub:
-        return f"{HUB}{hub}"
-    return state or (str(file) if file else f"{HUB}{hub}" if hub else url)
+    file = f"{LOCAL}{file}" if file and source == "local-dir" else file and str(file)
+    return [place for place in (state, file, hub and f"{HUB}{hub}", url and str(url)) if place]
+
+
+def _is_of_a_name(cfg: object) -> bool:
+    """Whether a pretrained_cfg is that of a model's name such as `local-dir:folder`, whose weights timm reads."""
+    entries = cfg if isinstance(cfg, dict) else vars(cfg)
+    source = entries.get("source")
+    return source == "local-dir" or (source == "hf-hub" and bool(entries.get("classifier")))
+
+
+def _classes_of(state: dict, place: str) -> int:
+    from classification.checkpoint import HEAD, num_classes
+
+    classes = num_classes(state)
+    if classes is None and (head := [key for key in HEAD if key in state]):
+        raise ValueError(f"{place}: its {head[0]} of shape {tuple(state[head[0]].shape)} is no head's")
+    return classes or 0
 
 
 def _given(cfg: object) -> dict:
@@ -284,13 +318,14 @@ def _warn_of_timms_order(names: Sequence[str], path: str) -> None:
 
 
 def _check_trunk(name: str, path: str, state: dict, sizes: dict) -> None:
-    """Check that weights fit a model of these sizes. The head and the number of image channels may differ.
+    """Check that weights are usable and fit a model of these sizes. The head and the image channels may differ.
 
     Raises:
-        ValueError: the weights are of another model.
+        ValueError: the weights are of another model, or no finite real numbers.
     """
-    from classification.checkpoint import HEAD, differences
+    from classification.checkpoint import HEAD, check_weights, differences
 
+    check_weights(state, path)
     with torch.device("meta"):
         model = SpatialMamba(**sizes)
     own = model.state_dict()

@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import list_from_file
 from PIL import Image
 
-from classification.data.images import image_formats, image_suffixes
+from classification.data.images import image_suffixes
 from classification.errors import UserError, is_file
 from classification.openmmlab.config_parts import (
     argument_of,
@@ -178,7 +178,7 @@ def _warn_of_files_left_out(dataset: ConfigDict, names: set[str], key: str, cfg:
 
 def _is_in_colour(path: str) -> bool:
     """Whether a file is a picture to look at, which label maps are not; a palette's numbers may be labels."""
-    with suppress(Exception), Image.open(path, formats=image_formats()) as image:
+    with suppress(Exception), Image.open(path) as image:
         return image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "F")
     return False
 
@@ -237,7 +237,7 @@ def check_foreground(dataset: ConfigDict, root: str, key: str, cfg: Config) -> N
 
 def _labels_in(path: str) -> set[int]:
     """Return the labels in a map. It is empty if the file is no map: LoadAnnotations or CheckLabels reports that."""
-    with suppress(Exception), Image.open(path, formats=image_formats()) as image:
+    with suppress(Exception), Image.open(path) as image:
         labels = np.asarray(image)
         return {int(label) for label in np.unique(labels)} if labels.dtype.kind in "bui" and labels.ndim == 2 else set()
     return set()

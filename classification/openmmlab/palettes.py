@@ -8,8 +8,6 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from classification.data.images import image_formats
-
 WHITE = 255
 SPARSE = 8  # pixels, of which one is looked at first
 
@@ -30,7 +28,7 @@ class Palettes:
             meant: the labels that a map may have.
         """
         try:
-            with Image.open(path, formats=image_formats()) as image:
+            with Image.open(path) as image:
                 mode, colours = image.mode, image.getpalette("RGB") if image.mode == "P" else None
         except Exception:  # LoadAnnotations has read the file by other means
             return None

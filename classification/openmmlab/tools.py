@@ -21,7 +21,6 @@ from mmengine import registry as root
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import METRICS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
-from PIL import EpsImagePlugin
 
 from classification.checkpoint_folder import lock_folder
 from classification.errors import UserError, end_with, escape_on_streams, is_dir, is_file, refuse_empty
@@ -75,11 +74,11 @@ from classification.openmmlab.pipelines import (
     pass_class_weights,
 )
 from classification.openmmlab.saved_config import warn_of_other_config, warn_of_other_start, warn_of_what_goes_on
+from classification.openmmlab.shared_memory import sharing
 from classification.openmmlab.unread_variables import settings_of, warn_of_unread_variables
 from classification.run import lost_another, meeting, whole_numbers
 
 RESUME_LATEST = "auto"
-EpsImagePlugin.gs_binary = False  # or an EPS file among the data, with any suffix, makes Pillow start Ghostscript
 
 
 class _Options(DictAction):
@@ -681,8 +680,9 @@ def _build(cfg: Config, as_read: Config, keep: bool = False) -> Runner:
         if runner.rank == 0 and path != source and not (keep and path.exists()):
             as_read.dump(path)
 
+    own = {"dump_config": dump_config, "build_dataloader": staticmethod(sharing(kind.build_dataloader))}
     try:
-        runner = type(kind.__name__, (kind,), {"dump_config": dump_config}).from_cfg(cfg)
+        runner = type(kind.__name__, (kind,), own).from_cfg(cfg)
     except (TypeError, ValueError) as error:
         ours = inspect.getfile(SpatialMamba), inspect.getfile(MM_SpatialMamba)
         by_us = any(frame.filename in ours for frame in traceback.extract_tb(error.__traceback__))
@@ -731,7 +731,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     if is_kind(cfg.optim_wrapper, "AmpOptimWrapper") and not torch.cuda.is_available():
         raise UserError("mixed precision (--amp, or AmpOptimWrapper) needs a GPU, and there is none; leave it out")
     lock = _lock(args, cfg, looked)  # held until training ends
-    runner = _build(cfg, as_read)
+    with _with_advice():
+        runner = _build(cfg, as_read)
     _warn_of_unknown_keys(cfg, _unwrapped(runner))
     own = (
         *(NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckLabelsOfCategories, CheckResumed, CheckSameData),
@@ -836,7 +837,7 @@ def _lock(args: argparse.Namespace, cfg: Config, looked: str | None = None) -> T
     Args:
         looked: the checkpoint that was found to be the folder's latest; None if none was looked for.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if args.launcher != "none" and os.environ["RANK"] != "0":
         return None
     lock, note = lock_folder(Path(_saving_folder(args, cfg)), "--work-dir", "--work-dir")
     if note:
@@ -882,14 +883,11 @@ def _latest_checkpoint(work_dir: str) -> str | None:
         noted = find_latest_checkpoint(work_dir)
         if noted and "\0" in noted:  # which a power failure may leave
             raise ValueError("it holds NUL bytes")
-    except UnicodeError as error:
-        raise UserError(
-            f"{work_dir}/last_checkpoint: holds other characters than this locale's ({error}): set PYTHONUTF8=1, or "
-            "name the checkpoint by --resume"
-        ) from error
     except (OSError, ValueError) as error:
+        of_locale = isinstance(error, UnicodeDecodeError) and error.encoding != "utf-8"
+        hint = "set PYTHONUTF8=1, or " * of_locale
         raise UserError(
-            f"{work_dir}/last_checkpoint: cannot be read ({error}): name the checkpoint by --resume"
+            f"{work_dir}/last_checkpoint: cannot be read ({error}): {hint}name the checkpoint by --resume"
         ) from error
     moved = os.path.join(work_dir, os.path.basename(noted)) if noted else None
     return moved if moved and os.path.isfile(moved) else noted
@@ -934,7 +932,8 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
         insert_image_checks(cfg)
         insert_size_checks(cfg)
     _prepare(cfg, args)
-    runner = _build(cfg, as_read, keep=True)
+    with _with_advice():
+        runner = _build(cfg, as_read, keep=True)
     for hook in (NameAbsentClasses, CheckLabelsOfCategories, CheckSameData):
         runner.register_hook(hook())
     meta = check_checkpoint(
@@ -963,6 +962,12 @@ ADVICE = {
     "Invalid weight_decay value": "correct optim_wrapper.optimizer.weight_decay",
     "inv_scale_x > 0": "an image is so thin that no pixel is left once it is resized: leave it out",
     "failed to load image": "replace it, or take it out of the data",
+    **dict.fromkeys(
+        ("unable to allocate shared memory", "out of shared memory"),
+        "/dev/shm is too small for the batches of the workers: start the container with a larger one (docker's "
+        "--shm-size=16g or --ipc=host), or set num_workers=0 of the data loader",
+    ),
+    "No space left on device": "the disk of the work folder or of --out is full, or /dev/shm is (docker's --shm-size)",
     "Unable to locate Ghostscript": "an image is an EPS file, which is not read for safety; convert or remove it",
     "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
     "Expected to have finished reduction in the prior iteration": "some weights get no gradient, as those of a map "

@@ -1,4 +1,7 @@
-"""Checks for data pipelines that the toolchains lack."""
+"""Checks for data pipelines that the toolchains lack.
+
+They read any format that Pillow reads, for so do the toolchains' loaders.
+"""
 
 import logging
 import os
@@ -7,7 +10,7 @@ import sys
 
 import numpy as np
 from mmengine.registry import TRANSFORMS
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import EpsImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from classification.data.images import (
     EIGHT_BITS_A_BAND,
@@ -20,6 +23,7 @@ from classification.errors import UserError
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.palettes import Palettes
 
+EpsImagePlugin.gs_binary = False  # or an EPS file among the data, with any suffix, makes Pillow start Ghostscript
 LARGEST = 255  # of 8 bits
 TURNED = range(2, 9)  # orientations of EXIF by which an image is turned or mirrored
 
@@ -37,8 +41,11 @@ class CheckMap:
         if path is None:  # an inferencer has no maps
             return results
         try:
-            with Image.open(path, formats=image_formats()) as image:
-                image.verify()  # of a PNG, each chunk's checksum
+            with Image.open(path) as image:
+                if image.format == "PNG":
+                    image.verify()  # each chunk's checksum
+                elif image.format != "TIFF":  # which tifffile may read, where Pillow does not
+                    image.load()
         except FileNotFoundError:  # the loader names it, or reads it from elsewhere
             pass
         except UnidentifiedImageError as error:
@@ -165,7 +172,7 @@ class CheckSize:
 def _warn_if_turned(path: str | None) -> bool:
     """Warn if an image has an EXIF orientation by which it is turned, and return whether it has."""
     try:
-        with Image.open(path, formats=image_formats()) as image:
+        with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
     except Exception:  # an array, or a file that is damaged or too large for Pillow; the loader has read it
         return False
@@ -185,8 +192,8 @@ class CheckImage:
 
     Args:
         backend: the loader's imdecode_backend. "pillow" clips 16 bits to white and misreads some TIFFs. "cv2" misreads
-            a PPM or PGM whose white is neither 255 nor 65535, numbers with a sign, PFM, the colours of PAM, and TIFFs
-            with alpha; a warning says so once.
+            a PPM or PGM whose white is neither 255 nor 65535, numbers with a sign, PFM, Radiance HDR, the colours of
+            PAM, and TIFFs with alpha; a warning says so once.
         unchanged: for color_type="unchanged", which loads values as they are: "pillow" does not clip then, but gives
             numbers that are no greys or colours for some modes, as a palette's; a warning says so once. For more than
             8 bits, see `CheckValues`.
@@ -208,10 +215,11 @@ class CheckImage:
         try:
             kind = _head(path, 2)
             by_opencv = self.backend != "pillow"
-            mode, fault, misread = "L", None, by_opencv and _misread_by_opencv(path, kind, self.unchanged)
+            common, mode, fault, misread = True, "L", None, by_opencv and _misread_by_opencv(path, kind, self.unchanged)
             if kind and not by_opencv:
-                with Image.open(path, formats=image_formats()) as image:
+                with Image.open(path) as image:
                     mode, fault = image.mode, misread_samples(image)
+                    common = image.format in image_formats()  # OpenCV reads no FITS
         except Exception:  # it is not on this disk, or is damaged, which the loader reports
             return results
         if not kind and not self.ignore_empty:
@@ -227,7 +235,7 @@ class CheckImage:
                     "of the data_preprocessor must be for these; leave color_type out, or convert it to RGB"
                 )
         elif mode not in EIGHT_BITS_A_BAND:
-            scaled = not _misread_by_opencv(path, kind)
+            scaled = common and not _misread_by_opencv(path, kind)
             other = "leave it out of LoadImageFromFile (cv2 scales 16 bits), or " if scaled else ""
             raise UserError(
                 f"{path}: is of mode {mode}, which imdecode_backend='pillow' clips to 8 bits: {other}convert the image"
@@ -271,7 +279,7 @@ class CheckValues:
 
 
 PPM = (b"P2", b"P3", b"P5", b"P6")  # the beginnings of PGM and PPM files with more than one bit
-PFM, TIFF, PAM = (b"PF", b"Pf"), (b"II", b"MM"), b"P7"
+PFM, TIFF, PAM, HDR = (b"PF", b"Pf"), (b"II", b"MM"), b"P7", b"#?"
 PLAIN = "ppm_plain"  # Pillow's decoder of the two that are text
 SIGNED, BIG = 2, 43  # of TIFF: a SampleFormat for integers with a sign, and BigTIFF's version
 EXTRA_SAMPLES, ALPHA = 338, 2  # of TIFF: a tag, and its value for an alpha that colours are not multiplied by
@@ -286,6 +294,8 @@ def _misread_by_opencv(path: str, kind: bytes, unchanged: bool = False) -> str |
     """
     if kind in PFM:
         return None if unchanged else "is a PFM, whose numbers OpenCV rounds to 0 to 255"
+    if kind == HDR:
+        return None if unchanged else "is a Radiance HDR, whose white OpenCV takes for 1, and clips what is above"
     if kind == PAM:
         header = dict(re.findall(rb"^(DEPTH|MAXVAL)\s+(\d+)", _head(path, 500), re.MULTILINE))
         right = header.get(b"DEPTH") == b"1" and header.get(b"MAXVAL") in (b"255", b"65535")
@@ -329,7 +339,7 @@ def _not_of_a_byte(path: str) -> int | None:
             read.
     """
     try:
-        with Image.open(path, formats=image_formats()) as image:
+        with Image.open(path) as image:
             fault = _changes_labels(image, path)
             labels = None if fault or image.mode in ("1", "L", "P") else np.asarray(image)
     except Exception:  # LoadAnnotations has read the file by other means
@@ -349,7 +359,7 @@ def _not_of_a_byte(path: str) -> int | None:
 def _check_one_bit(path: str, labels: np.ndarray, reduced: bool) -> None:
     """Raise a UserError if a map of one bit was read as 0 and 255, as cv2 reads it."""
     try:
-        with Image.open(path, formats=image_formats()) as image:
+        with Image.open(path) as image:
             ones = int(np.count_nonzero(image)) if image.mode == "1" else None
     except Exception:  # LoadAnnotations has read the file by other means
         return

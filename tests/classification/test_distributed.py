@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import kill_and_resume
 import pytest
@@ -17,8 +19,10 @@ from running import CLASSIFICATION, MICRO, QUICK, free_port, run_command
 from torch import nn
 
 from classification.checkpoint import read_checkpoint, save_checkpoint
+from classification.errors import UserError
 from classification.models import spatialmamba_micro
-from classification.sync_bn import average_batch_norm
+from classification.sync_bn import average_batch_norm, running_statistics
+from classification.training import Training
 
 RUN = "spatialmamba_micro/default"
 AVERAGED = """
@@ -271,6 +275,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(few_digits, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"resuming from {folder / 'latest.pth'}, {saved}" in (folder / "log.txt").read_text()
     assert kill_and_resume.compare(tmp_path / "whole", tmp_path / "stopped") == []
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([[]], "holds 0 sets of them for process 0"),
+        ([{}], "holds 0 sets of them for process 0"),
+        ([[{"norm.running_mean": torch.zeros(2), "norm.running_var": -torch.ones(2)}]], "norm.running_var is negative"),
+        ([], "list index out of range"),
+    ],
+)
+def test_statistics_of_a_process_that_are_none(saved, message):
+    model = nn.ModuleDict({"norm": nn.BatchNorm2d(2)})
+    own = [running_statistics(model), running_statistics(nn.ModuleDict({"norm": nn.BatchNorm2d(2)}))]
+    training = SimpleNamespace(_own_statistics=lambda: own, run=SimpleNamespace(rank=0), notes=[])
+    with pytest.raises(UserError, match=rf"its batch norm statistics are not of this model \(.*{message}"):
+        Training._load_own_statistics(training, saved, Path("a.pth"))
+    whole = [{name: value + 3 for name, value in own[0].items()}]  # of a run that had no EMA
+    Training._load_own_statistics(training, [whole], Path("a.pth"))
+    assert (model["norm"].running_mean == 3).all()
 
 
 def _stop(command, folder, number, starts, resumed="") -> str:

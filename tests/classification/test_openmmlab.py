@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pickle
 import re
 import struct
@@ -22,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,6 +49,8 @@ from mmengine.optim import (
 )
 from mmengine.registry import HOOKS, METRICS, MODELS, TRANSFORMS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
+from mmengine.structures import BaseDataElement, PixelData
+from torch.utils.data import DataLoader
 
 from classification.checkpoint import read_checkpoint
 from classification.errors import UserError
@@ -59,6 +63,7 @@ from classification.openmmlab import (
     label_maps,
     pipelines,
     saved_config,
+    shared_memory,
     tools,
     transforms,
     unread_variables,
@@ -937,9 +942,12 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
             resumed[0].before_train(run)
 
 
-def test_one_run_trains_in_a_folder(tmp_path):
-    args, cfg = argparse.Namespace(work_dir=str(tmp_path / "run"), config="c.py", resume=None), Config(dict())
+def test_one_run_trains_in_a_folder(tmp_path, monkeypatch):
+    places = dict(config="c.py", resume=None, launcher="none")
+    args, cfg = argparse.Namespace(work_dir=str(tmp_path / "run"), **places), Config(dict())
+    monkeypatch.setenv("RANK", "1")  # of no launcher: left over
     tools._lock(args, cfg).close()
+    assert tools._lock(argparse.Namespace(work_dir=str(tmp_path), **{**places, "launcher": "pytorch"}), cfg) is None
     code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     command = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -958,7 +966,7 @@ def test_one_run_trains_in_a_folder(tmp_path):
             tools._lock(args, Config(dict(resume=True, load_from=looked or "c.pth")), looked).close()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run: cannot be written to"):
-        tools._lock(argparse.Namespace(work_dir=str(tmp_path / "file" / "run"), config="c.py"), cfg)
+        tools._lock(argparse.Namespace(work_dir=str(tmp_path / "file" / "run"), **places), cfg)
 
 
 def test_results_that_could_not_be_written(tmp_path, monkeypatch):
@@ -1390,6 +1398,11 @@ def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
         misread = bool((read(dict(results))["img"] != 255).any())
         assert misread == (kind is np.int16)
         assert [f"{path}: has numbers with a sign (SampleFormat 2)" in one for one in said] == [True] * misread
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite(str(tmp_path / "a.hdr"), np.full((4, 4, 3), 2, np.float32))
+    assert (read({"img_path": str(tmp_path / "a.hdr")})["img"] == 255).all()
+    CheckImage()({"img_path": str(tmp_path / "a.hdr")})
+    assert "a.hdr: is a Radiance HDR, whose white OpenCV takes for 1, and clips what is above: convert" in said[-1]
     (tmp_path / "a.pfm").write_bytes(b"Pf\n1 1\n-1\n" + np.float32(0.4).tobytes())
     CheckImage()({"img_path": str(tmp_path / "a.pfm")})
     assert "a.pfm: is a PFM, whose numbers OpenCV rounds to 0 to 255: convert it, and others like it" in said[-1]
@@ -1421,6 +1434,10 @@ def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
     for name in ("int16.tif", "P5-4095.ppm"):  # `CheckValues` says what they are
         CheckImage(unchanged=True)({"img_path": str(tmp_path / name)})
     assert len(said) == 1
+    for mode in ("I;16", "F"):  # a format that main.py does not read, but mmcv does
+        Image.new(mode, (2, 2)).save(tmp_path / "a.im")
+        with pytest.raises(UserError, match=rf"a\.im: is of mode {mode}, .* clips to 8 bits: convert the image"):
+            CheckImage("pillow")({"img_path": str(tmp_path / "a.im")})
     with pytest.raises(UserError, match=r"P5-4095\.ppm: is of mode I, .* clips to 8 bits: convert the image"):
         CheckImage("pillow")({"img_path": str(tmp_path / "P5-4095.ppm")})
     (tmp_path / "empty.jpg").touch()
@@ -1806,7 +1823,7 @@ def test_a_config_that_cannot_be_compared_is_named(log):
         log.clear()
 
 
-def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
+def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log, monkeypatch):
     def found(asked, **given):
         cfg = Config(dict(given))
         tools._find_what_to_resume(argparse.Namespace(resume=asked, work_dir=str(tmp_path), config="c.py"), cfg)
@@ -1821,10 +1838,18 @@ def test_resuming_keeps_load_from_until_there_is_a_checkpoint(tmp_path, log):
     for more in ({}, {"load_from": "a.pth"}):  # of a run that was copied without it
         with pytest.raises(UserError, match=r"holds epoch_10\.pth, but no last_checkpoint .* --resume .*epoch_10\.pth"):
             found("auto", **more)
-    for content, said in ((b"\0" * 9, r"NUL bytes\): "), (b"\xff\xfe", r"can't decode byte .*: set PYTHONUTF8=1, or ")):
+    of_ascii = UnicodeDecodeError("ascii", b"\xc3", 0, 1, "no")
+    for content, error, said in (
+        (b"\0" * 9, None, r"NUL bytes\): "),
+        (b"\xff\xfe", None, r"can't decode byte .*\): "),
+        (b"", of_ascii, r"can't decode byte .*\): set PYTHONUTF8=1, or "),
+    ):
         (tmp_path / "last_checkpoint").write_bytes(content)
-        with pytest.raises(UserError, match=rf"last_checkpoint: .* \(.*{said}name the checkpoint by --resume"):
-            tools._latest_checkpoint(str(tmp_path))
+        with monkeypatch.context() as patch:
+            if error:
+                patch.setattr(tools, "find_latest_checkpoint", mock.Mock(side_effect=error))
+            with pytest.raises(UserError, match=rf"last_checkpoint: .* \(.*{said}name the checkpoint by --resume"):
+                tools._latest_checkpoint(str(tmp_path))
     (tmp_path / "last_checkpoint").write_text("/elsewhere/epoch_9.pth")
     latest = str(tmp_path / "epoch_9.pth")
     assert found("auto", load_from="a.pth") == found(None, resume=True) == (True, latest)
@@ -2016,6 +2041,7 @@ def test_advice_beside_the_libraries_errors(tmp_path):
         (lambda: cv2.resize(np.zeros((8, 3000)), (128, 0)), "an image is so thin that no pixel is left"),
         (lambda: torch.ones(11)[torch.tensor(255)], "of images that are smaller than data_preprocessor.size"),
         (lambda: build_optim_wrapper(LAYER, no_decay), "set optim_wrapper.optimizer.weight_decay"),
+        (lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"."), "the disk of the work folder or of --out is full"),
     ):
         with pytest.raises(UserError, match=advice), tools._with_advice():
             call()
@@ -2811,6 +2837,35 @@ def test_a_damaged_map_is_named(tmp_path):
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     with pytest.raises(UserError, match=r"map\.png: is damaged"):
         CheckMap()(results)
+    for suffix in (".tga", ".bmp", ".im"):
+        path = tmp_path / f"map{suffix}"
+        Image.new("L", (50, 50)).save(path)
+        assert CheckMap()({"seg_map_path": str(path)})
+        path.write_bytes(path.read_bytes()[:-900])
+        with pytest.raises(UserError, match=rf"map{suffix}: is damaged"):
+            CheckMap()({"seg_map_path": str(path)})
+
+
+def test_batches_that_shared_memory_does_not_hold(monkeypatch):
+    """A thread of the worker would note it, and the run would wait."""
+    mask = PixelData(sem_seg=torch.ones(1, 4, 4))
+    batch = dict(inputs=[torch.ones(3)], data_samples=[BaseDataElement(boxes=argparse.Namespace(tensor=torch.ones(2)))])
+    batch["data_samples"][0].set_data(dict(mask=mask))
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_memory, "get_worker_info", lambda: object())
+        assert shared_memory.SharingCollate(lambda samples: batch)([]) is batch
+    for one in (batch["inputs"][0], batch["data_samples"][0].boxes.tensor, mask.sem_seg):
+        assert one.is_shared()
+
+    def fails(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: Success (0)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fails)
+    build = shared_memory.sharing(lambda **more: DataLoader([torch.ones(3)] * 2, collate_fn=list, **more))
+    assert len(list(build(num_workers=0))) == 2
+    message = r"allocate shared memory.*docker's --shm-size=16g.*num_workers=0"
+    with pytest.raises(UserError, match=message), tools._with_advice():
+        list(build(num_workers=1, timeout=60))
 
 
 def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeypatch):

@@ -200,12 +200,41 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
         (path, {}, {"state_dict": state}),
         (path, {"file": path}, {}),
         (True, of_hub, {"url": path}),
+        (True, {"file": path, "url": path}, {}),
+        (True, {"hf_hub_id": "me/it", "source": "hf-hub", "classifier": "head", "file": path}, {}),
         *((one, None, {}) for one in (path, "hf-hub:me/it")),
         *((True, None, {key: value}) for key, value in (("file", path), ("state_dict", state), ("hf_hub_id", "it"))),
     ):
         name = f"local-dir:{tmp_path}/folder" if cfg is None else "spatialmamba_micro"
         with pytest.raises(ValueError, match=r"weights are named twice, by .* and by .*: name one of them"):
             timm.create_model(name, place, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay)
+    for number in ("1", -1, 7):
+        with pytest.raises(ValueError, match=rf"micro\.pth: label_offset is {number!r}, of 7 classes"):
+            timm.create_model("spatialmamba_micro", path, pretrained_cfg_overlay={"label_offset": number})
+    of_folder = {"source": "local-dir", "file": f"{tmp_path}/folder"}
+    with pytest.raises(ValueError, match=rf"pass it as the model's name: timm\.create_model\('local-dir:{tmp_path}"):
+        timm.create_model("spatialmamba_micro", True, pretrained_cfg_overlay=of_folder)
+    described = {**registered.to_dict(), "mean": (0.5, 0.5, 0.5), "num_classes": 7, "file": None}  # by config.json
+    described |= dict([HUB, ("hf_hub_id", "me/it")])
+    sizes = dict(depths=[1, 1], dims=8, num_classes=7)
+    of_sizes = seeded(**sizes)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: state)
+    monkeypatch.setattr(
+        "timm.models._factory.load_model_config_from_hf", lambda *_, **__: (dict(described), "spatialmamba_micro", {})
+    )
+    for mean in ((0.485, 0.456, 0.406), (0.4, 0.4, 0.4)):  # the first is everyone's default
+        way = dict(pretrained_cfg_overlay={"mean": mean})
+        resolved = timm.models._factory.resolve_model_input_args("hf-hub:me/it", **way)  # as timm's scripts do
+        for arguments in (resolved, dict(model_name="hf-hub:me/it", **way)):
+            found = timm.create_model(pretrained=True, **arguments).eval()
+            torch.testing.assert_close(found(IMAGES), expected)
+            assert found.pretrained_cfg["mean"] == mean
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "load_model_config_from_hf", lambda *_, **__: ({}, "spatialmamba_micro", sizes))
+        patch.setattr(registry, "load_state_dict_from_hf", lambda *_, **__: of_sizes.state_dict())
+        save_for_hf(timm.create_model("spatialmamba_micro", "hf-hub:me/it"), tmp_path / "sizes")
+    found = timm.create_model(f"local-dir:{tmp_path}/sizes", pretrained=True).eval()
+    torch.testing.assert_close(found(IMAGES), of_sizes(IMAGES))
     with pytest.raises(
         ValueError, match=r"of_main\.pth: its crop_pct is 1\.0, but pretrained_cfg says 0\.5: leave that"
     ):
@@ -216,7 +245,7 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=rf"odd\.pth: its {said}.* is no head's"):
             timm.create_model("spatialmamba_micro", tmp_path / "odd.pth", num_classes=7)
     for way in ("pretrained_cfg", "pretrained_cfg_overlay"):
-        with pytest.raises(ValueError, match=r"micro\.pth: has 7 classes, but its pretrained_cfg says num_classes=9: "):
+        with pytest.raises(ValueError, match=r"micro\.pth: has 7 classes, but .* says num_classes=9: leave that out"):
             timm.create_model("spatialmamba_micro", path, **{way: {"num_classes": 9}})
         for said in ({"label_offset": 2}, {"label_offset": 2, "num_classes": 5}):
             for number in ({}, {"num_classes": 5}):
@@ -273,6 +302,15 @@ def test_class_names_go_with_the_weights(tmp_path):
     for offset, found in ((0, "abcd"), (1, "bcd")):
         cut = timm.create_model("spatialmamba_micro", plain["file"], pretrained_cfg_overlay={"label_offset": offset})
         assert cut.pretrained_cfg["label_names"] == list(found)
+    new = dict(pretrained_cfg_overlay={"label_names": ["a", "b"]})
+    for more in (dict(num_classes=2), dict(num_classes=2, pretrained_cfg={"num_classes": -1})):  # of the new head
+        assert timm.create_model("spatialmamba_micro", plain["file"], **new, **more).pretrained_cfg["label_names"] == [
+            *"ab"
+        ]
+    bare = {"state_dict": seeded(num_classes=4).state_dict(), "label_names": sorted("abcd")}
+    for described in (bare, PretrainedCfg(**bare)):
+        found = timm.create_model("spatialmamba_micro", True, pretrained_cfg=described)
+        assert found.pretrained_cfg["label_names"] == sorted("abcd")
     with pytest.raises(ValueError, match=r"plain\.pth: has 4 classes, but its pretrained_cfg holds 2 label_names"):
         timm.create_model("spatialmamba_micro", plain["file"], pretrained_cfg_overlay={"label_names": ["a", "b"]})
     with warnings.catch_warnings():

@@ -425,11 +425,12 @@ def test_labels_are_named_as_in_the_file(reduced, wrong, right):
 )
 def test_labels_that_a_byte_does_not_hold(labels, message, tmp_path):
     """LoadAnnotations has made classes of them by then."""
-    path = tmp_path / "map.tiff"
-    Image.fromarray(labels).save(path)
-    results = dict(gt_seg_map=np.full((4, 4), 2, np.uint8), seg_map_path=str(path), reduce_zero_label=False)
-    with pytest.raises(UserError, match=message):
-        CheckLabels(3)(results)
+    for name in ("map.tiff", "map.im"):  # the second is read by mmcv alone
+        path = tmp_path / name
+        Image.fromarray(labels).save(path)
+        results = dict(gt_seg_map=np.full((4, 4), 2, np.uint8), seg_map_path=str(path), reduce_zero_label=False)
+        with pytest.raises(UserError, match=message):
+            CheckLabels(3)(results)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

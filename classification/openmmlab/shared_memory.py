@@ -1,0 +1,50 @@
+"""Batches in shared memory, through which a data loader's workers hand them over."""
+
+from collections.abc import Callable
+
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+
+class SharingCollate:
+    """A collate function whose batches are in shared memory already.
+
+    Otherwise a thread of the worker moves them there. If /dev/shm is too small, no one hears of that thread's error,
+    and the run waits for ever. Here, the error ends the run.
+    """
+
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, samples: list) -> object:
+        batch = self.collate(samples)
+        if get_worker_info():
+            _share(batch)
+        return batch
+
+
+def _share(part: object) -> None:
+    """Move the tensors in a batch to shared memory. Boxes of mmdet have theirs as an attribute."""
+    if isinstance(part, Tensor):
+        part.share_memory_()
+    elif isinstance(part, dict):
+        _share(list(part.values()))
+    elif isinstance(part, list | tuple):
+        for one in part:
+            _share(one)
+    elif isinstance(part, BaseDataElement):
+        _share(part.all_values())
+    elif isinstance(tensor := getattr(part, "tensor", None), Tensor):
+        _share(tensor)
+
+
+def sharing(build: Callable[..., DataLoader]) -> Callable[..., DataLoader]:
+    """Return mmengine's `build_dataloader`, but for loaders whose batches are shared so."""
+
+    def build_dataloader(*args, **kwargs) -> DataLoader:
+        loader = build(*args, **kwargs)
+        loader.collate_fn = SharingCollate(loader.collate_fn)
+        return loader
+
+    return build_dataloader
