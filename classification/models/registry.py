@@ -119,7 +119,9 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
         )
     (place,) = places
     if of_given and _is_of_a_name(cfg):
-        return place, overlay, kwargs, {}
+        described = cfg if isinstance(cfg, dict) else vars(cfg)
+        layers = {key: PRETRAINED_CFG[key] for key in ("first_conv", "classifier") if not described.get(key)}
+        return place, layers | overlay, kwargs, {}
     if of_overlay and isinstance(place, str) and place.startswith(LOCAL):
         raise ValueError(f"{place}: pass it as the model's name: timm.create_model({place!r}, pretrained=True)")
     file = overlay.pop("hf_hub_filename", None) or given.pop("hf_hub_filename", None)
@@ -127,7 +129,7 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
         found, model_args = _read(place, name, file, kwargs.get("cache_dir"))
     else:
         place, found, model_args = "state_dict", dict(state_dict=place), {}
-    kwargs = model_args | kwargs
+    own_number, kwargs = "num_classes" in kwargs, model_args | kwargs
     if given:  # else it is None, or the tag of one of the registry's
         kwargs.pop("pretrained_cfg")  # it goes over the registry's, which names the layers
     state = found["state_dict"]
@@ -137,7 +139,9 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
     if not isinstance(offset, int) or (classes and not 0 <= offset < classes):
         raise ValueError(f"{place}: label_offset is {offset!r}, of {classes} classes")
     left = max(classes - offset, 0)  # timm cuts off the first ones
-    if model_args.get("num_classes") == kwargs.get("num_classes") == classes:
+    if "num_classes" in model_args and not own_number:
+        if model_args["num_classes"] not in (classes, left):
+            raise ValueError(f"{place}: has {classes} classes, but its config.json says {model_args['num_classes']}")
         kwargs["num_classes"] = left
     for one in (found, given, overlay):
         names = one.get("label_names")
@@ -198,9 +202,8 @@ def _take_places(entries: dict) -> list[str | dict]:
 
 def _is_of_a_name(cfg: object) -> bool:
     """Whether a pretrained_cfg is that of a model's name such as `local-dir:folder`, whose weights timm reads."""
-    entries = cfg if isinstance(cfg, dict) else vars(cfg)
-    source = entries.get("source")
-    return source == "local-dir" or (source == "hf-hub" and bool(entries.get("classifier")))
+    source = cfg.get("source") if isinstance(cfg, dict) else cfg.source
+    return source == "local-dir" or (source == "hf-hub" and isinstance(cfg, dict) and "num_classes" in cfg)
 
 
 def _classes_of(state: dict, place: str) -> int:

@@ -201,7 +201,7 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
         (path, {"file": path}, {}),
         (True, of_hub, {"url": path}),
         (True, {"file": path, "url": path}, {}),
-        (True, {"hf_hub_id": "me/it", "source": "hf-hub", "classifier": "head", "file": path}, {}),
+        (True, {"hf_hub_id": "me/it", "source": "hf-hub", "num_classes": 7, "file": path}, {}),
         *((one, None, {}) for one in (path, "hf-hub:me/it")),
         *((True, None, {key: value}) for key, value in (("file", path), ("state_dict", state), ("hf_hub_id", "it"))),
     ):
@@ -222,7 +222,8 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "timm.models._factory.load_model_config_from_hf", lambda *_, **__: (dict(described), "spatialmamba_micro", {})
     )
-    for mean in ((0.485, 0.456, 0.406), (0.4, 0.4, 0.4)):  # the first is everyone's default
+    for mean, classifier in (((0.485, 0.456, 0.406), "head"), ((0.4, 0.4, 0.4), None)):  # the first is a default
+        described["classifier"] = classifier  # a config.json may lack it
         way = dict(pretrained_cfg_overlay={"mean": mean})
         resolved = timm.models._factory.resolve_model_input_args("hf-hub:me/it", **way)  # as timm's scripts do
         for arguments in (resolved, dict(model_name="hf-hub:me/it", **way)):
@@ -233,6 +234,13 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
         patch.setattr(registry, "load_model_config_from_hf", lambda *_, **__: ({}, "spatialmamba_micro", sizes))
         patch.setattr(registry, "load_state_dict_from_hf", lambda *_, **__: of_sizes.state_dict())
         save_for_hf(timm.create_model("spatialmamba_micro", "hf-hub:me/it"), tmp_path / "sizes")
+        patch.setattr(
+            registry,
+            "load_model_config_from_hf",
+            lambda *_, **__: ({}, "spatialmamba_micro", {**sizes, "num_classes": 5}),
+        )
+        with pytest.raises(ValueError, match=r"hf-hub:me/it: has 7 classes, but its config\.json says 5"):
+            timm.create_model("spatialmamba_micro", "hf-hub:me/it")
     found = timm.create_model(f"local-dir:{tmp_path}/sizes", pretrained=True).eval()
     torch.testing.assert_close(found(IMAGES), of_sizes(IMAGES))
     with pytest.raises(
