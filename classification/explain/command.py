@@ -203,9 +203,12 @@ def _classes_of(name: str, weights: str) -> int | None:
     read_checkpoint(weights, stand_ins=(CFG_NODE, (argparse.Namespace, "argparse.Namespace")))
     head = timm.get_pretrained_cfg_value(name, "classifier")
     state = timm.models.load_state_dict(weights, weights_only=True)
-    whole = [key for key, value in state.items() if not (value.is_floating_point() or value.is_complex())]
-    others = {key for key in whole if not key.endswith(("weight", "bias", "gamma", "running_mean", "running_var"))}
-    check_weights({key: value for key, value in state.items() if key not in others}, weights, tied=True)  # or indices
+    with torch.device("meta"):
+        own = timm.create_model(name).state_dict()
+    indices = {key for key, value in own.items() if not value.is_floating_point()}
+    indices |= {key for key in state.keys() - own.keys() if not key.endswith(("weight", "bias"))}  # which timm drops
+    whole = {key for key, value in state.items() if not (value.is_floating_point() or value.is_complex())}
+    check_weights({key: value for key, value in state.items() if key not in whole & indices}, weights, tied=True)
     bias = state.get(f"{head}.bias")  # a tuple of heads: none
     return None if bias is None else bias.shape[0]
 

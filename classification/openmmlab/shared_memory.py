@@ -6,6 +6,8 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+LARGE = 2**16  # bytes; each tensor that is shared has a file descriptor until its batch is taken
+
 
 class SharingCollate:
     """A collate function whose batches are in shared memory already.
@@ -25,9 +27,10 @@ class SharingCollate:
 
 
 def _share(part: object) -> None:
-    """Move the tensors in a batch to shared memory. Boxes of mmdet have theirs as an attribute."""
+    """Move the large tensors in a batch, images and maps, to shared memory."""
     if isinstance(part, Tensor):
-        part.share_memory_()
+        if part.nbytes >= LARGE:
+            part.share_memory_()
     elif isinstance(part, dict):
         _share(list(part.values()))
     elif isinstance(part, list | tuple):
@@ -35,8 +38,6 @@ def _share(part: object) -> None:
             _share(one)
     elif isinstance(part, BaseDataElement):
         _share(part.all_values())
-    elif isinstance(tensor := getattr(part, "tensor", None), Tensor):
-        _share(tensor)
 
 
 def sharing(build: Callable[..., DataLoader]) -> Callable[..., DataLoader]:

@@ -54,7 +54,7 @@ class CheckMap:
         except Image.DecompressionBombError:  # too large for Pillow alone
             pass
         except Exception as error:  # on a damaged file, Pillow's plugins raise any error
-            raise UserError(f"{path}: is damaged ({error}); replace it") from error
+            raise UserError(f"{path}: is damaged, or of a kind that is not read ({error}); replace it") from error
         return results
 
 

@@ -27,7 +27,7 @@ def _is_box(box: ElementTree.Element, size: dict[str, int]) -> bool:
 def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence[str], key: str) -> None:
     """Warn of objects whose name is no class, and of classes without an object. mmdet leaves such objects out.
 
-    Warn of images that filter_cfg leaves out, too.
+    Warn of images that filter_cfg leaves out, and of those that are listed more than once, too.
 
     Args:
         dataset: its `ann_file` names the images, one a line.
@@ -39,6 +39,13 @@ def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence
             boxes that are empty or outside, or no image is left.
     """
     images = list_from_file(os.path.join(root, dataset.ann_file))
+    twice = [name for name, count in Counter(map(os.path.normpath, images)).items() if count > 1]
+    if twice:
+        print_log(
+            f"{dataset.ann_file}: {len(twice)} images are there more than once, and count as often, for example "
+            f"{twice[0]} ({key})",
+            level=logging.WARNING,
+        )
     folder = os.path.join(root, (dataset.get("data_prefix") or {}).get("sub_data_root", ""), folder)
     filters = {} if dataset.get("test_mode") else dataset.get("filter_cfg") or {}
     found: Counter[str | None] = Counter()

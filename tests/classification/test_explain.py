@@ -610,7 +610,7 @@ BAD = {  # further images, options, and the message
         [], [*ERF, "--beside", "convnext_atto={folder}/claims.pth"], r"claims\.pth: holds pickled objects, which",
     ),
     "peer's booleans": (
-        [], [*ERF, "--beside", "convnext_atto={folder}/bool.pth"], r"bool\.pth: its weights hold 'stem\.0\.weight', ",
+        [], [*ERF, "--beside", "test_vit={folder}/bool.pth"], r"bool\.pth: its weights hold 'pos_embed', which is of",
     ),
     "peer of other strides": (
         [], [*ERF, "--beside", "vit_tiny_patch16_224", "--size", "224"], r"has no map of stride 32, only of \[16, 16",
@@ -638,7 +638,7 @@ def test_bad_input(images, options, message, explain, checkpoint, pictures, tmp_
     (tmp_path / "taken/states.png").mkdir(parents=True)
     Image.new("RGB", (30, 20)).save(tmp_path / "wide.png")
     torch.save({"head.fc.bias": Claims()}, tmp_path / "claims.pth")
-    torch.save({"stem.0.weight": torch.ones(40, 3, 4, 4, dtype=torch.bool)}, tmp_path / "bool.pth")
+    torch.save({"pos_embed": torch.ones(1, 5, 64, dtype=torch.bool)}, tmp_path / "bool.pth")
     images, options = (
         [word.format(checkpoint=checkpoint, folder=tmp_path) for word in words] for words in (images, options)
     )

@@ -2848,20 +2848,20 @@ def test_a_damaged_map_is_named(tmp_path):
 
 def test_batches_that_shared_memory_does_not_hold(monkeypatch):
     """A thread of the worker would note it, and the run would wait."""
-    mask = PixelData(sem_seg=torch.ones(1, 4, 4))
-    batch = dict(inputs=[torch.ones(3)], data_samples=[BaseDataElement(boxes=argparse.Namespace(tensor=torch.ones(2)))])
-    batch["data_samples"][0].set_data(dict(mask=mask))
+    mask = PixelData(sem_seg=torch.ones(1, 128, 128))
+    batch = dict(inputs=[torch.ones(3, 128, 128)], data_samples=[BaseDataElement(mask=mask, labels=torch.ones(9))])
     with monkeypatch.context() as patch:
         patch.setattr(shared_memory, "get_worker_info", lambda: object())
         assert shared_memory.SharingCollate(lambda samples: batch)([]) is batch
-    for one in (batch["inputs"][0], batch["data_samples"][0].boxes.tensor, mask.sem_seg):
-        assert one.is_shared()
+    assert batch["inputs"][0].is_shared()
+    assert mask.sem_seg.is_shared()
+    assert not batch["data_samples"][0].labels.is_shared()  # each has a file descriptor
 
     def fails(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: Success (0)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", fails)
-    build = shared_memory.sharing(lambda **more: DataLoader([torch.ones(3)] * 2, collate_fn=list, **more))
+    build = shared_memory.sharing(lambda **more: DataLoader([torch.ones(3, 128, 128)] * 2, collate_fn=list, **more))
     assert len(list(build(num_workers=0))) == 2
     message = r"allocate shared memory.*docker's --shm-size=16g.*num_workers=0"
     with pytest.raises(UserError, match=message), tools._with_advice():

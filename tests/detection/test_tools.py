@@ -508,6 +508,12 @@ def test_objects_of_voc_that_are_no_class(tmp_path, capsys):
     dataset = cfg.train_dataloader.dataset
     dataset.filter_cfg = dict(filter_empty_gt=True)
     assert "filter_cfg leaves out 1 of its 2 images: 1 have no annotation" in check("cat", None).replace("\n", " ")
+    assert "more than once" not in check("cat", "dog")
+    (tmp_path / "list.txt").write_text("a\nb\n./b\n")
+    assert "1 images are there more than once, and count as often, for example b" in check("cat", "dog").replace(
+        "\n", " "
+    )
+    (tmp_path / "list.txt").write_text("a\nb\n")
     dataset.filter_cfg = dict(min_size=32)
     xml = tmp_path / "Annotations" / "a.xml"
     xml.write_text("<annotation><size><width>0</width><height>0</height></size></annotation>")
