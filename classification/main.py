@@ -36,6 +36,7 @@ from classification.engine import evaluate
 from classification.errors import UserError, end_with, escape_on_streams, printable, refuse_empty
 from classification.flops import flops_table
 from classification.guards import NonFiniteError
+from classification.metrics import ONE_CLASS
 from classification.run import Preempted, Run, lost_another
 from classification.training import Training, build_model, log_accuracy
 
@@ -188,7 +189,7 @@ def evaluate_checkpoint(config: CfgNode, run: Run, path: str, compile_mode: str 
     if run.is_main and loader.dataset.folder.left_out:
         logger.warning("%s", loader.dataset.folder.left_out)
     if run.is_main and num_classes == 1:
-        logger.warning("there is one class, so every prediction is right: accuracy says nothing")
+        logger.warning(ONE_CLASS)
     results = {
         "checkpoint": str(path),
         "sha256": tensors_digest(weights["model"]),

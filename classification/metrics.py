@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from classification.errors import UserError, is_file
 
 EPOCHS, STEPS, TENSORBOARD = "metrics.jsonl", "steps.jsonl", "tensorboard"
+ONE_CLASS = "there is one class, so every prediction is right: accuracy says nothing"
 COUNT_AS_WRONG = "images that could not be read count as wrong"  # where the best epoch is chosen
 
 

@@ -34,7 +34,7 @@ from classification.data import escaped, names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
 from classification.errors import UserError, escape_on_streams, printable, refuse_empty
-from classification.metrics import COUNT_AS_WRONG, EPOCHS, STEPS, any_unreadable, read_lines
+from classification.metrics import COUNT_AS_WRONG, EPOCHS, ONE_CLASS, STEPS, any_unreadable, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
 WEIGHTS = {"model": "model", "model_ema": "EMA"}  # the weights that are validated every epoch, and their labels
@@ -208,6 +208,7 @@ def report(folder: Path, data_path: str | None) -> None:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: it or {EPOCHS} does not hold what a run writes ({error!r})") from error
+        said += [ONE_CLASS] * (len(names) == 1)
     if partly := [m["epoch"] for m in metrics if any_unreadable(m)]:
         said.append(
             f"in {len(partly)} of {len(metrics)} epochs, for example epoch {int(partly[0])}, not all validation images "

@@ -39,7 +39,7 @@ from classification.data import (
 from classification.engine import EpochProgress, TrainContext, evaluate, train_one_epoch
 from classification.errors import UserError, is_file
 from classification.guards import NonFiniteError, NonFiniteGuard
-from classification.metrics import COUNT_AS_WRONG, MetricsLog
+from classification.metrics import COUNT_AS_WRONG, ONE_CLASS, MetricsLog
 from classification.models import VARIANTS, SpatialMamba
 from classification.optim import build_optimizer, build_scheduler, load_moments
 from classification.run import Preempted, Preemption, Run
@@ -618,9 +618,8 @@ class Training:
         how = f"{run.describe()}{f', compiled ({self.compile_mode})' if self.compile_mode else ''}"
         logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, how, run.folder)
         left_out = [loader.dataset.folder.left_out for loader in (self.train_loader, self.eval_loader)]
-        one = "there is one class, so every prediction is right: accuracy says nothing"
         messages = [*self.checkpoints.damage_messages, *self.checkpoints.notes, *self.notes, *left_out]
-        for message in filter(None, [*messages, one if self.model.num_classes == 1 else ""]):
+        for message in filter(None, [*messages, ONE_CLASS if self.model.num_classes == 1 else ""]):
             logger.log(logging.WARNING if run.is_main else logging.DEBUG, "%s", message)
         if self.resumed_from:
             flag, given = self._start()
