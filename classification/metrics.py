@@ -1,6 +1,7 @@
 """Write what a run measures, while it runs, as JSON lines and TensorBoard scalars; and read the JSON lines."""
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -117,15 +118,24 @@ def read_lines(path: Path, *keys: str) -> list[dict]:
             for key in keys:
                 if type(line[key]) is not int:
                     raise TypeError(f"{key} is {line[key]!r}, not a whole number")
-            for key, value in line.items():  # matplotlib would draw a text as a place of its own
-                if isinstance(value, str | bool | list):
-                    raise TypeError(f"{key} is {value!r:.50}, not a number")
+            _check_numbers(line)
             while lines and place(lines[-1]) >= place(line):
                 lines.pop()
             lines.append(line)
-    except (OSError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (OSError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({error!r}); main.py writes one JSON object a line") from error
     return lines
+
+
+def _check_numbers(values: dict) -> None:
+    """Raise a TypeError unless all are finite: matplotlib draws a text as a place of its own, and infinity nowhere."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_numbers(value)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise TypeError(f"{key} is {value!r:.50}, not a finite number")
+    if values.get("steps", 1) < 1:
+        raise TypeError(f"steps is {values['steps']!r}, not a number above 0")
 
 
 def _drop_partial_line(path: Path) -> None:

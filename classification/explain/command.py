@@ -205,12 +205,16 @@ def _classes_of(name: str, weights: str) -> int | None:
     state = timm.models.load_state_dict(weights, weights_only=True)
     with torch.device("meta"):
         own = timm.create_model(name).state_dict()
-    indices = {key for key, value in own.items() if not value.is_floating_point()}
+    indices = {key for key, value in own.items() if _is_whole(value)}
     indices |= {key for key in state.keys() - own.keys() if not key.endswith(("weight", "bias"))}  # which timm drops
-    whole = {key for key, value in state.items() if not (value.is_floating_point() or value.is_complex())}
-    check_weights({key: value for key, value in state.items() if key not in whole & indices}, weights, tied=True)
+    passed = {key for key in indices & state.keys() if isinstance(state[key], Tensor) and _is_whole(state[key])}
+    check_weights({key: value for key, value in state.items() if key not in passed}, weights, tied=True)
     bias = state.get(f"{head}.bias")  # a tuple of heads: none
     return None if bias is None else bias.shape[0]
+
+
+def _is_whole(value: Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex())
 
 
 def _map_of_stride(model: nn.Module, stride: int, name: str) -> int:

@@ -136,7 +136,7 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
     _check_trunk(name, place, state, {**VARIANTS[name], **{k: kwargs[k] for k in ("in_chans", *SIZES) if k in kwargs}})
     # timm drops a head of another number of classes than it expects, and then loads without strictness.
     classes, offset = _classes_of(state, place), {**found, **given, **overlay}.get("label_offset") or 0
-    if not isinstance(offset, int) or (classes and not 0 <= offset < classes):
+    if not isinstance(offset, int) or not 0 <= offset < (classes or 1):
         raise ValueError(f"{place}: label_offset is {offset!r}, of {classes} classes")
     left = max(classes - offset, 0)  # timm cuts off the first ones
     if "num_classes" in model_args and not own_number:

@@ -605,6 +605,7 @@ BAD = {  # further images, options, and the message
         [], [*ERF, "--beside", "convnext_atto", "convnext_atto"], "convnext_atto at initialisation is there twice"
     ),
     "peer's weights": ([], [*ERF, "--beside", "convnext_atto=no.pth"], r"no\.pth: no such file of weights"),
+    "no state dict": ([], [*ERF, "--beside", "test_vit={folder}/net.pth"], r"net\.pth: its weights hold 'net', which is"),
     "other weights": ([], [*ERF, "--beside", "convnext_atto={checkpoint}"], "--beside convnext_atto: cannot be made"),
     "peer of more memory than its file": (
         [], [*ERF, "--beside", "convnext_atto={folder}/claims.pth"], r"claims\.pth: holds pickled objects, which",
@@ -638,6 +639,7 @@ def test_bad_input(images, options, message, explain, checkpoint, pictures, tmp_
     (tmp_path / "taken/states.png").mkdir(parents=True)
     Image.new("RGB", (30, 20)).save(tmp_path / "wide.png")
     torch.save({"head.fc.bias": Claims()}, tmp_path / "claims.pth")
+    torch.save({"net": {"pos_embed": torch.ones(1)}, "epoch": 3}, tmp_path / "net.pth")
     torch.save({"pos_embed": torch.ones(1, 5, 64, dtype=torch.bool)}, tmp_path / "bool.pth")
     images, options = (
         [word.format(checkpoint=checkpoint, folder=tmp_path) for word in words] for words in (images, options)

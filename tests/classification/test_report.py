@@ -161,12 +161,14 @@ def test_updates_of_other_batches_are_on_the_way(tmp_path):
     assert [line["update"] for line in kept] == [150, 200, 110]
 
 
-@pytest.mark.parametrize("value", ['"9.0"', "true", "[1]"])
-def test_steps_that_are_no_numbers(value, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value"), [("loss", one) for one in ('"9.0"', "true", "[1]", "null", "-1e400")] + [("steps", "-2")]
+)
+def test_steps_that_are_no_numbers(key, value, tmp_path):
     """matplotlib would draw a text as a place of its own."""
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "loss": 1.0, "seconds": 1.0}\n')
-    (tmp_path / "steps.jsonl").write_text(f'{{"epoch": 0, "step": 1, "loss": {value}}}\n')
-    with pytest.raises(UserError, match=r"steps\.jsonl: is damaged \(TypeError.*loss is .*not a number"):
+    (tmp_path / "steps.jsonl").write_text(f'{{"epoch": 0, "step": 1, "{key}": {value}}}\n')
+    with pytest.raises(UserError, match=rf"steps\.jsonl: is damaged \(TypeError.*{key} is .*not a (finite )?number"):
         report(tmp_path, None)
 
 
