@@ -968,6 +968,8 @@ ADVICE = {
         "--shm-size=16g or --ipc=host), or set num_workers=0 of the data loader",
     ),
     "No space left on device": "the disk of the work folder or of --out is full, or /dev/shm is (docker's --shm-size)",
+    "'NoneType' object has no attribute 'squeeze'": "imdecode_backend of LoadAnnotations does not read a label map: "
+    "write it as PNG",
     "Unable to locate Ghostscript": "an image is an EPS file, which is not read for safety; convert or remove it",
     "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
     "Expected to have finished reduction in the prior iteration": "some weights get no gradient, as those of a map "

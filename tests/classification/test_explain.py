@@ -605,7 +605,7 @@ BAD = {  # further images, options, and the message
         [], [*ERF, "--beside", "convnext_atto", "convnext_atto"], "convnext_atto at initialisation is there twice"
     ),
     "peer's weights": ([], [*ERF, "--beside", "convnext_atto=no.pth"], r"no\.pth: no such file of weights"),
-    "no state dict": ([], [*ERF, "--beside", "test_vit={folder}/net.pth"], r"net\.pth: its weights hold 'net', which is"),
+    "no state dict": ([], [*ERF, "--beside", "test_vit={folder}/net.pth"], r"net\.pth: its weights hold 'net', which"),
     "other weights": ([], [*ERF, "--beside", "convnext_atto={checkpoint}"], "--beside convnext_atto: cannot be made"),
     "peer of more memory than its file": (
         [], [*ERF, "--beside", "convnext_atto={folder}/claims.pth"], r"claims\.pth: holds pickled objects, which",

@@ -2032,12 +2032,15 @@ def test_advice_beside_the_libraries_errors(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(path := tmp_path / "map.png")
     results = dict(seg_map_path=str(path), reduce_zero_label=False, seg_fields=[])
     load = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations", reduce_zero_label=True))
+    by_opencv = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations", imdecode_backend="cv2"))
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(odd := tmp_path / "map.im")
     preprocess = MODELS.build(dict(type="mmseg.SegDataPreProcessor", test_cfg=dict(size_divisor=32)))
     no_decay = dict(optimizer=dict(type="SGD", lr=0.1), paramwise_cfg=dict(norm_decay_mult=0.0))
     for call, advice in (
         (lambda: torch.nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1)), "batch_size to 2 or more"),
         (lambda: preprocess(dict(inputs=images, data_samples=None)), "set batch_size=1 of the data loader"),
         (lambda: load(results), "make that of LoadAnnotations, too, equal to it"),
+        (lambda: by_opencv({**results, "seg_map_path": str(odd)}), "does not read a label map: write it as PNG"),
         (lambda: cv2.resize(np.zeros((8, 3000)), (128, 0)), "an image is so thin that no pixel is left"),
         (lambda: torch.ones(11)[torch.tensor(255)], "of images that are smaller than data_preprocessor.size"),
         (lambda: build_optim_wrapper(LAYER, no_decay), "set optim_wrapper.optimizer.weight_decay"),
