@@ -130,8 +130,8 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
     else:
         place, found, model_args = "state_dict", dict(state_dict=place), {}
     own_number, kwargs = "num_classes" in kwargs, model_args | kwargs
-    if given:  # else it is None, or the tag of one of the registry's
-        kwargs.pop("pretrained_cfg")  # it goes over the registry's, which names the layers
+    if not isinstance(cfg, str):  # the tag of one of the registry's
+        kwargs.pop("pretrained_cfg", None)  # it goes over the registry's, which names the layers
     state = found["state_dict"]
     _check_trunk(name, place, state, {**VARIANTS[name], **{k: kwargs[k] for k in ("in_chans", *SIZES) if k in kwargs}})
     # timm drops a head of another number of classes than it expects, and then loads without strictness.

@@ -142,6 +142,8 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
     for arguments in named:
         found = timm.create_model("spatialmamba_micro", num_classes=7, **arguments).eval()
         torch.testing.assert_close(found(IMAGES), expected)  # its head too
+        new = timm.create_model("spatialmamba_micro", num_classes=3, in_chans=1, **arguments)
+        torch.testing.assert_close(new.layers.state_dict(), model.layers.state_dict())
     for number in ({}, {"num_classes": 7}, {"num_classes": 7, "pretrained_cfg": {"num_classes": -1}}):
         new = {"file": path, "num_classes": -1}  # of timm's train.py --pretrained-path
         new = {"file": path} if len(number) == 2 else new
