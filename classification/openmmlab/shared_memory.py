@@ -6,7 +6,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-LARGE = 2**16  # bytes; each tensor that is shared has a file descriptor until its batch is taken
+LARGE = 2**12  # bytes; each tensor that is shared has a file descriptor until its batch is taken, so boxes are left out
 
 
 class SharingCollate:
