@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -29,7 +30,7 @@ class SharingCollate:
 def _share(part: object) -> None:
     """Move the large tensors in a batch, images and maps, to shared memory."""
     if isinstance(part, Tensor):
-        if part.nbytes >= LARGE:
+        if part.layout == torch.strided and part.nbytes >= LARGE:
             part.share_memory_()
     elif isinstance(part, dict):
         _share(list(part.values()))

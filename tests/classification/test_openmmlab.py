@@ -2852,7 +2852,10 @@ def test_a_damaged_map_is_named(tmp_path):
 def test_batches_that_shared_memory_does_not_hold(monkeypatch):
     """A thread of the worker would note it, and the run would wait."""
     mask = PixelData(sem_seg=torch.ones(1, 128, 128))
-    batch = dict(inputs=[torch.ones(3, 128, 128)], data_samples=[BaseDataElement(mask=mask, labels=torch.ones(9))])
+    batch = dict(
+        inputs=[torch.ones(3, 128, 128), torch.eye(128).to_sparse()],
+        data_samples=[BaseDataElement(mask=mask, labels=torch.ones(9))],
+    )
     with monkeypatch.context() as patch:
         patch.setattr(shared_memory, "get_worker_info", lambda: object())
         assert shared_memory.SharingCollate(lambda samples: batch)([]) is batch
