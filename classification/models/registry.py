@@ -138,7 +138,7 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
     classes, offset = _classes_of(state, place), {**found, **given, **overlay}.get("label_offset") or 0
     if not isinstance(offset, int) or not 0 <= offset < (classes or 1):
         raise ValueError(f"{place}: label_offset is {offset!r}, of {classes} classes")
-    left = max(classes - offset, 0)  # timm cuts off the first ones
+    left = classes - offset  # timm cuts off the first ones
     if "num_classes" in model_args and not own_number:
         if model_args["num_classes"] not in (classes, left):
             raise ValueError(f"{place}: has {classes} classes, but its config.json says {model_args['num_classes']}")

@@ -11,10 +11,10 @@ LARGE = 2**12  # bytes; each tensor that is shared has a file descriptor until i
 
 
 class SharingCollate:
-    """A collate function whose batches are in shared memory already.
+    """A collate function that moves the large tensors of its batches, images and maps, to shared memory.
 
-    Otherwise a thread of the worker moves them there. If /dev/shm is too small, no one hears of that thread's error,
-    and the run waits for ever. Here, the error ends the run.
+    Otherwise a thread of the worker does. If /dev/shm is too small, no one hears of that thread's error, and the run
+    waits for ever. Here, the error ends the run.
     """
 
     def __init__(self, collate: Callable):
@@ -28,7 +28,6 @@ class SharingCollate:
 
 
 def _share(part: object) -> None:
-    """Move the large tensors in a batch, images and maps, to shared memory."""
     if isinstance(part, Tensor):
         if part.layout == torch.strided and part.nbytes >= LARGE:
             part.share_memory_()
