@@ -223,11 +223,16 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
     return named
 
 
-def check_weights(state: dict, path: str | Path, counts: str = "num_batches_tracked", tied: bool = False) -> None:
+FLOATING = ("weight", "bias", "gamma", "running_mean", "running_var", "embed", "embedding", "token")  # in any model
+
+
+def check_weights(
+    state: dict, path: str | Path, counts: str | tuple[str, ...] = "num_batches_tracked", tied: bool = False
+) -> None:
     """Check that a state dict holds usable weights.
 
     Args:
-        counts: how the names of the tensors of whole numbers end.
+        counts: how the names of the tensors of whole numbers end. Those that end as parameters do are none.
         tied: whether several names may share the same numbers, as in the heads of some detectors.
 
     Raises:
@@ -238,7 +243,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
     claimed = 0
     for key, value in state.items():
         fault = _fault(value) if isinstance(key, str) and key.isprintable() else "is not a name"
-        if not fault and not value.is_floating_point() and not key.endswith(counts):
+        if not fault and not value.is_floating_point() and (not key.endswith(counts) or key.endswith(FLOATING)):
             fault = f"is of dtype {_dtype_name(value.dtype)}, not of floating point"
         if fault:
             raise UserError(f"{path}: its weights hold {key!r}, which {fault}")

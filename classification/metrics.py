@@ -118,7 +118,9 @@ def read_lines(path: Path, *keys: str) -> list[dict]:
             for key in keys:
                 if type(line[key]) is not int:
                     raise TypeError(f"{key} is {line[key]!r}, not a whole number")
-            _check_numbers(line)
+            _check_numbers({key: value for key, value in line.items() if not isinstance(value, dict)})
+            for scalars in (value for value in line.values() if isinstance(value, dict)):
+                _check_numbers(scalars)
             while lines and place(lines[-1]) >= place(line):
                 lines.pop()
             lines.append(line)
@@ -130,9 +132,7 @@ def read_lines(path: Path, *keys: str) -> list[dict]:
 def _check_numbers(values: dict) -> None:
     """Raise a TypeError unless all are finite: matplotlib draws a text as a place of its own, and infinity nowhere."""
     for key, value in values.items():
-        if isinstance(value, dict):
-            _check_numbers(value)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise TypeError(f"{key} is {value!r:.50}, not a finite number")
     if values.get("steps", 1) < 1:
         raise TypeError(f"steps is {values['steps']!r}, not a number above 0")

@@ -215,7 +215,12 @@ def report(folder: Path, data_path: str | None) -> None:
             "could be read: crosses in learning_curve.png"
         )
     for name, figure in figures.items():
-        write_atomically(folder / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=120))
+        try:
+            write_atomically(folder / name, lambda file, figure=figure: figure.savefig(file, format="png", dpi=120))
+        except (ArithmeticError, ValueError) as error:  # a loss of 1e308 leaves no room for an axis
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{folder / name}: cannot be drawn of what {EPOCHS} and {STEPS} hold ({error})") from error
         said.append(printable(f"wrote {folder / name}"))
     print("\n".join(said), flush=True)
 

@@ -51,6 +51,7 @@ from classification.models import VARIANTS, SpatialMamba
 PEERS = ("convnext_tiny", "swin_tiny_patch4_window7_224")
 BATCH = 8
 LARGEST_PORT = 65535
+INDICES = ("index", "indices", "idx", "idxs", "ids", "mask", "num_batches_tracked")  # ends of names of whole numbers
 
 
 class Loaded(NamedTuple):
@@ -206,7 +207,7 @@ def _classes_of(name: str, weights: str) -> int | None:
     with torch.device("meta"):
         own = timm.create_model(name).state_dict()
     indices = {key for key, value in own.items() if _is_whole(value)}
-    indices |= {key for key in state.keys() - own.keys() if not key.endswith(("weight", "bias"))}  # which timm drops
+    indices |= {key for key in state.keys() - own.keys() if key.endswith(INDICES)}  # timm renames or drops them
     passed = {key for key in indices & state.keys() if isinstance(state[key], Tensor) and _is_whole(state[key])}
     check_weights({key: value for key, value in state.items() if key not in passed}, weights, tied=True)
     bias = state.get(f"{head}.bias")  # a tuple of heads: none

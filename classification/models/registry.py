@@ -139,9 +139,14 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
     if not isinstance(offset, int) or not 0 <= offset < (classes or 1):
         raise ValueError(f"{place}: label_offset is {offset!r}, of {classes} classes")
     left = classes - offset  # timm cuts off the first ones
-    if "num_classes" in model_args and not own_number:
+    if offset and own_number and kwargs["num_classes"] == classes and not new_head:  # a head that timm would make anew
+        raise ValueError(f"{place}: label_offset={offset} leaves {left} of {classes} classes: pass num_classes={left}")
+    if model_args.get("num_classes") and not (own_number or new_head or kwargs.get("features_only")):
         if model_args["num_classes"] not in (classes, left):
-            raise ValueError(f"{place}: has {classes} classes, but its config.json says {model_args['num_classes']}")
+            raise ValueError(
+                f"{place}: has {classes} classes, but its config.json says {model_args['num_classes']}: correct that, "
+                "or pass num_classes to create_model"
+            )
         kwargs["num_classes"] = left
     for one in (found, given, overlay):
         names = one.get("label_names")
@@ -149,7 +154,7 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
             one["label_names"] = names[offset:]
     kept = not new_head and kwargs.get("num_classes", left) == left and not kwargs.get("features_only")
     if not new_head:
-        _check_number(place, {**given, **overlay}.get("num_classes"), left)
+        _check_number(place, {**given, **overlay}.get("num_classes"), left, offset)
     _check_description(place, found, given, kept, bool(of_given))
     entries = {**found, **given, **overlay, "source": None, "num_classes": -1 if new_head else left}
     names = entries.get("label_names")
@@ -161,11 +166,11 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
     return place, entries, kwargs, model_args
 
 
-def _check_number(place: str, stated: int | None, classes: int) -> None:
+def _check_number(place: str, stated: int | None, classes: int, offset: int) -> None:
     if stated not in (None, classes):
         raise ValueError(
-            f"{place}: has {classes} classes, but pretrained_cfg or its overlay says num_classes={stated}: leave that "
-            "out; for a new head, pass num_classes to create_model"
+            f"{place}: has {classes} classes{f' after label_offset={offset}' if offset else ''}, but pretrained_cfg or "
+            f"its overlay says num_classes={stated}: leave that out; for a new head, pass num_classes to create_model"
         )
 
 
@@ -201,9 +206,13 @@ def _take_places(entries: dict) -> list[str | dict]:
 
 
 def _is_of_a_name(cfg: object) -> bool:
-    """Whether a pretrained_cfg is that of a model's name such as `local-dir:folder`, whose weights timm reads."""
+    """Whether a pretrained_cfg is that of a model's name such as `local-dir:folder`, whose weights timm reads.
+
+    Of a hub's id, it is a whole config.json. One that lacks an entry may be the caller's, so config.json is read.
+    """
     source = cfg.get("source") if isinstance(cfg, dict) else cfg.source
-    return source == "local-dir" or (source == "hf-hub" and isinstance(cfg, dict) and "num_classes" in cfg)
+    whole = isinstance(cfg, dict) and cfg.keys() >= {"num_classes", "input_size", "crop_pct", "interpolation", "mean"}
+    return source == "local-dir" or (source == "hf-hub" and whole)
 
 
 def _classes_of(state: dict, place: str) -> int:

@@ -41,6 +41,9 @@ class StopAtInvalidLoss(Hook):
     With float16, infinite gradients are normal: the scaler lowers its scale until they are finite. A loss does not
     recover, and batch norm's statistics already hold what made it NaN. All processes stop together, so that one of them
     can print the reason.
+
+    A loss is that of the weights before the update. So the weights themselves are checked before they are validated or
+    saved: in a validation, NaN can look like a better model, and the new checkpoint would take the place of a good one.
     """
 
     priority = "HIGH"  # before the hooks that average or save the weights
@@ -51,13 +54,15 @@ class StopAtInvalidLoss(Hook):
         named = {k: v for k, v in outputs.items() if "loss" in k and isinstance(v, torch.Tensor | int | float)}
         sums = [outputs["loss"]] if "loss" in outputs else named.values()
         bad = not all(_number(value).isfinite().all() for value in sums)
-        anywhere = torch.tensor(int(bad))
+        invalid = _invalid_weights(runner.model) if _validates_or_saves(self, runner, batch_idx) else []
+        anywhere = torch.tensor([bad, bool(invalid)], dtype=torch.int64)
         all_reduce(anywhere, "max")
-        if anywhere:
+        if anywhere.any():
             losses = {name: _number(value) for name, value in named.items() if bad}
             parts = [f"{name} is {value.sum().item()}" for name, value in losses.items() if not value.isfinite().all()]
+            what, which = ("the loss is", parts) if anywhere[0] else ("its update made weights that are", invalid[:1])
             raise UserError(
-                f"iteration {runner.iter + 1}: the loss is not finite ({', '.join(parts) or 'in another process'}), so "
+                f"iteration {runner.iter + 1}: {what} not finite ({', '.join(which) or 'in another process'}), so "
                 "nothing more is learnt; go on from an earlier checkpoint with a lower optim_wrapper.optimizer.lr, "
                 "gradients that are clipped (optim_wrapper.clip_grad), or without --amp"
             )
@@ -65,6 +70,23 @@ class StopAtInvalidLoss(Hook):
 
 def _number(value: torch.Tensor | float) -> torch.Tensor:
     return torch.as_tensor(value).detach()
+
+
+def _invalid_weights(model: nn.Module) -> list[str]:
+    """Return the names of parameters and of statistics of batch norm that are not finite."""
+    statistics = ((k, v) for k, v in model.named_buffers() if k.endswith(("running_mean", "running_var")))
+    return [name for name, value in chain(model.named_parameters(), statistics) if not value.isfinite().all()]
+
+
+def _validates_or_saves(hook: Hook, runner, batch_idx: int) -> bool:
+    """Whether a validation or a checkpoint follows this iteration."""
+    saved = [one for one in runner.hooks if isinstance(one, CheckpointHook) and not one.by_epoch]
+    if any(hook.every_n_train_iters(runner, one.interval, one.save_begin) for one in saved):
+        return True
+    if isinstance(runner.train_loop, IterBasedTrainLoop):
+        every = runner.train_loop.val_interval
+        return hook.every_n_train_iters(runner, every) or hook.is_last_train_iter(runner)
+    return hook.end_of_epoch(runner.train_dataloader, batch_idx)
 
 
 @HOOKS.register_module()
@@ -78,20 +100,11 @@ class AverageBatchNorm(Hook):
     priority = "HIGH"  # before EMAHook
 
     def after_train_iter(self, runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None) -> None:
-        if get_world_size() > 1 and self._is_due(runner, batch_idx):
+        if get_world_size() > 1 and _validates_or_saves(self, runner, batch_idx):
             average_batch_norm(runner.model)
             # With update_buffers=True, EMAHook has averaged each process's own statistics.
             for hook in (hook for hook in runner.hooks if isinstance(hook, EMAHook)):
                 average_batch_norm(hook.ema_model)
-
-    def _is_due(self, runner, batch_idx: int) -> bool:
-        saved = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and not hook.by_epoch]
-        if any(self.every_n_train_iters(runner, hook.interval, hook.save_begin) for hook in saved):
-            return True
-        if isinstance(runner.train_loop, IterBasedTrainLoop):
-            every = runner.train_loop.val_interval
-            return self.every_n_train_iters(runner, every) or self.is_last_train_iter(runner)
-        return self.end_of_epoch(runner.train_dataloader, batch_idx)
 
 
 class CheckLength(Hook):

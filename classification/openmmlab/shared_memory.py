@@ -1,6 +1,9 @@
 """Batches in shared memory, through which a data loader's workers hand them over."""
 
+import os
+import sys
 from collections.abc import Callable
+from multiprocessing.queues import Queue
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -13,8 +16,9 @@ LARGE = 2**12  # bytes; each tensor that is shared has a file descriptor until i
 class SharingCollate:
     """A collate function that moves the large tensors of its batches, images and maps, to shared memory.
 
-    Otherwise a thread of the worker does. If /dev/shm is too small, no one hears of that thread's error, and the run
-    waits for ever. Here, the error ends the run.
+    Otherwise a thread of the worker does. If /dev/shm is too small, that thread prints its error and goes on without
+    the batch, for which the run waits for ever. Here, the error ends the run. If a small tensor does not fit, or a
+    batch cannot be pickled, the worker says so and ends, and the run with it.
     """
 
     def __init__(self, collate: Callable):
@@ -23,8 +27,15 @@ class SharingCollate:
     def __call__(self, samples: list) -> object:
         batch = self.collate(samples)
         if get_worker_info():
+            Queue._on_queue_feeder_error = staticmethod(_end)  # in this worker; its thread begins with the first batch
             _share(batch)
         return batch
+
+
+def _end(error: Exception, batch: object) -> None:
+    text = " ".join(str(error).split())
+    print(f"a worker cannot hand over a batch: {type(error).__name__}: {text}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _share(part: object) -> None:

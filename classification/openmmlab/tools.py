@@ -88,7 +88,13 @@ class _Options(DictAction):
             parts = key.split(".")  # mmengine writes them as Python
             if not equals or not all(parts) or not parts[0].isidentifier() or any(map(keyword.iskeyword, parts)):
                 parser.error(f"{option_string} takes KEY=VALUE, got {value!r}")
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (AssertionError, RecursionError):  # brackets that are not balanced, and dict(...)
+                parser.error(
+                    f"{option_string} {value!r}: mmengine reads KEY=V1,V2, KEY=[(V1,V2),V3] and KEY.NAME=V; write "
+                    "anything else in a config of your own"
+                )
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -312,6 +318,9 @@ def _check_training(cfg: Config) -> None:
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
             raise UserError(f"optim_wrapper.optimizer.{name} is {value!r}, with which nothing is learnt")
+    eps = optimizer.get("eps")
+    if isinstance(eps, int | float) and not 0 <= eps <= 1:
+        raise UserError(f"optim_wrapper.optimizer.eps is {eps!r}, but must be from 0 to 1: else, nothing is learnt")
     counts = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
     if not _is_count(counts):
         raise UserError(f"optim_wrapper.accumulative_counts is {counts!r}, but must be a whole number above 0")
@@ -967,6 +976,8 @@ ADVICE = {
         "/dev/shm is too small for the batches of the workers: start the container with a larger one (docker's "
         "--shm-size=16g or --ipc=host), or set num_workers=0 of the data loader",
     ),
+    "exited unexpectedly": "if the worker could not share a batch, /dev/shm is too small (docker's --shm-size=16g or "
+    "--ipc=host); if it was killed, memory is: set a smaller num_workers or batch_size",
     "No space left on device": "the disk of the work folder or of --out is full, or /dev/shm is (docker's --shm-size)",
     "'NoneType' object has no attribute 'squeeze'": "imdecode_backend of LoadAnnotations does not read a label map: "
     "write it as PNG",

@@ -613,6 +613,9 @@ BAD = {  # further images, options, and the message
     "peer's booleans": (
         [], [*ERF, "--beside", "test_vit={folder}/bool.pth"], r"bool\.pth: its weights hold 'pos_embed', which is of",
     ),
+    "peer's integers under its authors' names": (
+        [], [*ERF, "--beside", "convnext_atto={folder}/gamma.pth"], r"weights hold 'stages\.0\.0\.gamma', which is of",
+    ),
     "peer of other strides": (
         [], [*ERF, "--beside", "vit_tiny_patch16_224", "--size", "224"], r"has no map of stride 32, only of \[16, 16",
     ),
@@ -641,6 +644,7 @@ def test_bad_input(images, options, message, explain, checkpoint, pictures, tmp_
     torch.save({"head.fc.bias": Claims()}, tmp_path / "claims.pth")
     torch.save({"net": {"pos_embed": torch.ones(1)}, "epoch": 3}, tmp_path / "net.pth")
     torch.save({"pos_embed": torch.ones(1, 5, 64, dtype=torch.bool)}, tmp_path / "bool.pth")
+    torch.save({"attn.index": torch.ones(2).int(), "stages.0.0.gamma": torch.ones(2).int()}, tmp_path / "gamma.pth")
     images, options = (
         [word.format(checkpoint=checkpoint, folder=tmp_path) for word in words] for words in (images, options)
     )

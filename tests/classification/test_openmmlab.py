@@ -784,6 +784,11 @@ def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             tools.train("mmdet")
         assert f"--cfg-options takes KEY=VALUE, got {option!r}" in capsys.readouterr().err
+    for option in ("a=[[1,2],[3]", "a=(1,2", 'hooks=[dict(type="EMAHook",momentum=0.1)]'):
+        monkeypatch.setattr("sys.argv", ["train.py", name, "--cfg-options", "b=1", option])
+        with pytest.raises(SystemExit):
+            tools.train("mmdet")
+        assert f"--cfg-options {option!r}: mmengine reads KEY=V1,V2, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -883,6 +888,9 @@ def test_what_a_resumed_run_may_not_touch(tmp_path, monkeypatch):
     averaged = {"module.a": torch.tensor([torch.nan])}
     with pytest.raises(UserError, match=r"hold 'module\.a', which is not finite"):
         load_from_local(save({"state_dict": {}, "ema_state_dict": averaged}, tmp_path / "d.pth"))
+    whole = {"neck.index": torch.ones(3).int(), "backbone.fc.weight": torch.ones(3, 3).int()}
+    with pytest.raises(UserError, match=r"hold 'backbone\.fc\.weight', which is of dtype int32, not of floating"):
+        load_from_local(save({"state_dict": whole}, tmp_path / "d.pth"))
     with pytest.raises(UserError, match=r"hold 'a\\x1b\[31m', which is not a name"):
         load_from_local(save({"state_dict": {"a\x1b[31m": torch.ones(1)}}, tmp_path / "d.pth"))
 
@@ -2117,7 +2125,7 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
     assert log.text.count("n.pth: holds no names of classes; they are taken in the order of the data set's") == 1
     both = torch.nn.ModuleDict({"backbone": model, "head": torch.nn.Linear(2, 3)})
     whole = both.state_dict() | {"head.weight": torch.ones(3, 2, dtype=torch.int64)}
-    with pytest.raises(UserError, match=r"hold 'head\.weight' as torch\.int64, which is torch\.float32 in the model"):
+    with pytest.raises(UserError, match=r"hold 'head\.weight', which is of dtype int64, not of floating point"):
         checks.check_checkpoint(both, save({"meta": {}, "state_dict": whole}, tmp_path / "i.pth"), only_backbone=True)
     cast = {key: value.double() for key, value in both.state_dict().items()}  # the counts of batches as well
     checks.check_checkpoint(both, save({"meta": {}, "state_dict": cast}, tmp_path / "d.pth"))
@@ -2303,7 +2311,12 @@ def loop_of(kind: type, **attributes) -> object:
 
 
 def test_a_loss_that_is_not_finite_ends_training_in_all_processes(monkeypatch):
-    hook, runner = hooks.StopAtInvalidLoss(), argparse.Namespace(iter=6)
+    hook = hooks.StopAtInvalidLoss()
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    runner = argparse.Namespace(
+        iter=6, max_iters=10, model=model, hooks=[CheckpointHook(interval=4, by_epoch=False)],
+        train_loop=loop_of(IterBasedTrainLoop, val_interval=10),
+    )  # fmt: skip
     good = {"loss": torch.tensor(1.5), "decode.acc_seg": torch.tensor(float("nan"))}
     for outputs in (good, {}, None):
         hook.after_train_iter(runner, 6, None, outputs)
@@ -2315,6 +2328,17 @@ def test_a_loss_that_is_not_finite_ends_training_in_all_processes(monkeypatch):
     of_two = {"loss_a": torch.tensor([1.0, float("nan")]), "loss_b": torch.tensor(1.0)}  # of several optimizers
     with pytest.raises(UserError, match=r"the loss is not finite \(loss_a is nan\)"):
         hook.after_train_iter(runner, 6, None, of_two)
+    for name, value in (("0.weight", torch.nan), ("1.running_var", torch.inf)):  # the update's, after a good loss
+        part = model.state_dict()[name]
+        kept = part.clone()
+        part.fill_(value)
+        hook.after_train_iter(runner, 6, None, good)  # neither validated nor saved: the next loss tells
+        for runner.iter in (3, 9):  # saved; validated
+            with pytest.raises(UserError, match=rf"its update made weights that are not finite \({name}\), so nothing"):
+                hook.after_train_iter(runner, runner.iter, None, good)
+        part.copy_(kept)
+        hook.after_train_iter(runner, runner.iter, None, good)
+        runner.iter = 6
     with_1 = {"max": lambda value: value.clamp_(min=1), "min": lambda value: value.clamp_(max=1)}
     monkeypatch.setattr(hooks, "all_reduce", lambda value, op: with_1[op](value))
     with pytest.raises(UserError, match=r"is not finite \(in another process\), so"):
@@ -2849,7 +2873,7 @@ def test_a_damaged_map_is_named(tmp_path):
             CheckMap()({"seg_map_path": str(path)})
 
 
-def test_batches_that_shared_memory_does_not_hold(monkeypatch):
+def test_batches_that_shared_memory_does_not_hold(monkeypatch, capfd):
     """A thread of the worker would note it, and the run would wait."""
     mask = PixelData(sem_seg=torch.ones(1, 128, 128))
     batch = dict(
@@ -2872,6 +2896,13 @@ def test_batches_that_shared_memory_does_not_hold(monkeypatch):
     message = r"allocate shared memory.*docker's --shm-size=16g.*num_workers=0"
     with pytest.raises(UserError, match=message), tools._with_advice():
         list(build(num_workers=1, timeout=60))
+    build = shared_memory.sharing(lambda **more: DataLoader([lambda: 0] * 2, collate_fn=list, **more))  # not pickled
+    with (
+        pytest.raises(UserError, match=r"exited unexpectedly.*if the worker could not share a batch"),
+        tools._with_advice(),
+    ):
+        list(build(num_workers=1, timeout=60))
+    assert "a worker cannot hand over a batch: AttributeError: Can't pickle local object" in capfd.readouterr().err
 
 
 def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeypatch):
@@ -2909,6 +2940,9 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeyp
     tools._check_training(Config(dict(train_cfg=dict(max_iters=9e4, val_interval=9e4 / 5))))  # as mmdet's of V3Det
     with pytest.raises(UserError, match=r"train_cfg\.val_interval is 1\.5, but must be a whole number"):
         tools._check_training(Config(dict(train_cfg=dict(val_interval=1.5))))
+    for eps in (1e8, -1e-8):
+        with pytest.raises(UserError, match=r"optimizer\.eps is .*, but must be from 0 to 1: else, nothing is"):
+            tools._check_training(Config(dict(optim_wrapper=dict(optimizer=dict(eps=eps)))))
     logged = dict(type="UPerHead", num_classes=3, loss_decode=[dict(type="DiceLoss"), dict(type="A", loss_name="ce")])
     cfg = Config(dict(model=dict(decode_head=logged), train_dataloader=loader))
     with pytest.raises(UserError, match=r"loss_decode\[1\]\.loss_name is 'ce', without 'loss' in it, .* 'loss_ce'"):

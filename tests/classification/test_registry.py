@@ -241,8 +241,17 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
             "load_model_config_from_hf",
             lambda *_, **__: ({}, "spatialmamba_micro", {**sizes, "num_classes": 5}),
         )
-        with pytest.raises(ValueError, match=r"hf-hub:me/it: has 7 classes, but its config\.json says 5"):
+        with pytest.raises(ValueError, match=r"it: has 7 classes, but its config\.json says 5: .* or pass num_classes"):
             timm.create_model("spatialmamba_micro", "hf-hub:me/it")
+        features = dict(features_only=True, out_indices=(0, 1))
+        for more in (features, dict(pretrained_cfg_overlay={"num_classes": -1}), dict(num_classes=5)):
+            timm.create_model("spatialmamba_micro", "hf-hub:me/it", **more)
+        # Of a hub's id that is no model's name, config.json is read.
+        beside = {"mean": (0.4, 0.4, 0.4), "label_names": list("abcdefg"), "num_classes": 7}
+        patch.setattr(registry, "load_model_config_from_hf", lambda *_, **__: (beside, "spatialmamba_micro", sizes))
+        own = dict([HUB, ("hf_hub_id", "me/it"), ("num_classes", 7)])
+        found = timm.create_model("spatialmamba_micro", True, pretrained_cfg=own).pretrained_cfg
+        assert {key: found[key] for key in beside} == beside
     found = timm.create_model(f"local-dir:{tmp_path}/sizes", pretrained=True).eval()
     torch.testing.assert_close(found(IMAGES), of_sizes(IMAGES))
     with pytest.raises(
@@ -261,6 +270,10 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
             for number in ({}, {"num_classes": 5}):
                 found = timm.create_model("spatialmamba_micro", path, **{way: said}, **number).eval()
                 torch.testing.assert_close(found(IMAGES), expected[:, 2:])
+        with pytest.raises(ValueError, match=r"label_offset=2 leaves 5 of 7 classes: pass num_classes=5"):
+            timm.create_model("spatialmamba_micro", path, num_classes=7, **{way: {"label_offset": 2}})
+        with pytest.raises(ValueError, match=r"has 5 classes after label_offset=2, but .* says num_classes=7"):
+            timm.create_model("spatialmamba_micro", path, **{way: {"label_offset": 2, "num_classes": 7}})
         own = {"file": tmp_path / "of_main.pth", "crop_pct": 0.5}  # the caller's word on the file that it names
         found = timm.create_model("spatialmamba_micro", True, **{way: own})
         assert found.pretrained_cfg["crop_pct"] == 0.5

@@ -162,7 +162,8 @@ def test_updates_of_other_batches_are_on_the_way(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("loss", one) for one in ('"9.0"', "true", "[1]", "null", "-1e400")] + [("steps", "-2")]
+    ("key", "value"),
+    [("loss", one) for one in ('"9.0"', "true", "[1]", "null", "-1e400", '{"loss": "b"}')] + [("steps", "-2")],
 )
 def test_steps_that_are_no_numbers(key, value, tmp_path):
     """matplotlib would draw a text as a place of its own."""
@@ -172,6 +173,15 @@ def test_steps_that_are_no_numbers(key, value, tmp_path):
         report(tmp_path, None)
 
 
+def test_numbers_that_leave_no_room_for_an_axis(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "loss": 1e308, "seconds": 1.0}\n')
+    with pytest.raises(
+        UserError, match=r"learning_curve\.png: cannot be drawn of what metrics\.jsonl and steps\.jsonl"
+    ):
+        report(tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -179,7 +189,7 @@ def test_steps_that_are_no_numbers(key, value, tmp_path):
         f'{{"epoch": 2, "loss": 1{"0" * 400}, "seconds": 1}}',
         *(
             f'{{"epoch": 2, "loss": 1, "seconds": 1, "model": {{"top1": {a}}}}}'
-            for a in ('"97"', "true", "100.1", "-1")
+            for a in ('"97"', "true", "100.1", "-1", "{}")
         ),
     ],
 )
