@@ -223,16 +223,11 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
     return named
 
 
-FLOATING = ("weight", "bias", "gamma", "running_mean", "running_var", "embed", "embedding", "token")  # in any model
-
-
-def check_weights(
-    state: dict, path: str | Path, counts: str | tuple[str, ...] = "num_batches_tracked", tied: bool = False
-) -> None:
+def check_weights(state: dict, path: str | Path, counts: str = "num_batches_tracked", tied: bool = False) -> None:
     """Check that a state dict holds usable weights.
 
     Args:
-        counts: how the names of the tensors of whole numbers end. Those that end as parameters do are none.
+        counts: how the names of the tensors of whole numbers end. A layer's `.weight` of several dimensions is none.
         tied: whether several names may share the same numbers, as in the heads of some detectors.
 
     Raises:
@@ -243,7 +238,7 @@ def check_weights(
     claimed = 0
     for key, value in state.items():
         fault = _fault(value) if isinstance(key, str) and key.isprintable() else "is not a name"
-        if not fault and not value.is_floating_point() and (not key.endswith(counts) or key.endswith(FLOATING)):
+        if not fault and not value.is_floating_point() and not _is_count(key, value, counts):
             fault = f"is of dtype {_dtype_name(value.dtype)}, not of floating point"
         if fault:
             raise UserError(f"{path}: its weights hold {key!r}, which {fault}")
@@ -261,6 +256,10 @@ def check_weights(
                 raise UserError(f"{path}: its weights hold {key!r}, which is not finite; they are not usable")
             if key.endswith("running_var") and (value.float() < 0).any():  # float8 has no comparison
                 raise UserError(f"{path}: its weights hold {key!r}, a variance below 0; they are not usable")
+
+
+def _is_count(key: str, value: Tensor, counts: str) -> bool:
+    return key.endswith(counts) and not (key.endswith(".weight") and value.ndim > 1)
 
 
 def num_classes(state: StateDict) -> int | None:

@@ -139,9 +139,10 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
     if not isinstance(offset, int) or not 0 <= offset < (classes or 1):
         raise ValueError(f"{place}: label_offset is {offset!r}, of {classes} classes")
     left = classes - offset  # timm cuts off the first ones
-    if offset and own_number and kwargs["num_classes"] == classes and not new_head:  # a head that timm would make anew
+    headless = new_head or bool(kwargs.get("features_only"))
+    if offset and own_number and kwargs["num_classes"] == classes and not headless:  # a head that timm would make anew
         raise ValueError(f"{place}: label_offset={offset} leaves {left} of {classes} classes: pass num_classes={left}")
-    if model_args.get("num_classes") and not (own_number or new_head or kwargs.get("features_only")):
+    if model_args.get("num_classes") and not (own_number or headless):
         if model_args["num_classes"] not in (classes, left):
             raise ValueError(
                 f"{place}: has {classes} classes, but its config.json says {model_args['num_classes']}: correct that, "
@@ -152,7 +153,7 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
         names = one.get("label_names")
         if isinstance(names, list | tuple) and len(names) == classes:
             one["label_names"] = names[offset:]
-    kept = not new_head and kwargs.get("num_classes", left) == left and not kwargs.get("features_only")
+    kept = not headless and kwargs.get("num_classes", left) == left
     if not new_head:
         _check_number(place, {**given, **overlay}.get("num_classes"), left, offset)
     _check_description(place, found, given, kept, bool(of_given))
@@ -169,8 +170,9 @@ def _with_weights(name: str, named: str | None, overlay: dict, kwargs: dict) -> 
 def _check_number(place: str, stated: int | None, classes: int, offset: int) -> None:
     if stated not in (None, classes):
         raise ValueError(
-            f"{place}: has {classes} classes{f' after label_offset={offset}' if offset else ''}, but pretrained_cfg or "
-            f"its overlay says num_classes={stated}: leave that out; for a new head, pass num_classes to create_model"
+            f"{place}: has {classes} classes{f' after label_offset={offset}' if offset else ''}, but pretrained_cfg, "
+            f"its overlay or config.json says num_classes={stated}: leave that out, or mend it; for a new head, pass "
+            "num_classes to create_model"
         )
 
 

@@ -5,6 +5,7 @@ import inspect
 import logging
 import math
 import os
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -83,8 +84,9 @@ def _validates_or_saves(hook: Hook, runner, batch_idx: int) -> bool:
     saved = [one for one in runner.hooks if isinstance(one, CheckpointHook) and not one.by_epoch]
     if any(hook.every_n_train_iters(runner, one.interval, one.save_begin) for one in saved):
         return True
-    if isinstance(runner.train_loop, IterBasedTrainLoop):
-        every = runner.train_loop.val_interval
+    loop = runner.train_loop
+    if isinstance(loop, IterBasedTrainLoop):  # its interval changes after this iteration, if dynamic_intervals says so
+        every = loop.dynamic_intervals[bisect(loop.dynamic_milestones, runner.iter + 2) - 1]
         return hook.every_n_train_iters(runner, every) or hook.is_last_train_iter(runner)
     return hook.end_of_epoch(runner.train_dataloader, batch_idx)
 

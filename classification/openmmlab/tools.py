@@ -976,8 +976,8 @@ ADVICE = {
         "/dev/shm is too small for the batches of the workers: start the container with a larger one (docker's "
         "--shm-size=16g or --ipc=host), or set num_workers=0 of the data loader",
     ),
-    "exited unexpectedly": "if the worker could not share a batch, /dev/shm is too small (docker's --shm-size=16g or "
-    "--ipc=host); if it was killed, memory is: set a smaller num_workers or batch_size",
+    "exited unexpectedly": "the lines above may say why; if it could not allocate shared memory, /dev/shm is too small "
+    "(docker's --shm-size=16g or --ipc=host); if it was killed, memory is: set a smaller num_workers or batch_size",
     "No space left on device": "the disk of the work folder or of --out is full, or /dev/shm is (docker's --shm-size)",
     "'NoneType' object has no attribute 'squeeze'": "imdecode_backend of LoadAnnotations does not read a label map: "
     "write it as PNG",

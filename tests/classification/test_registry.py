@@ -246,6 +246,9 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
         features = dict(features_only=True, out_indices=(0, 1))
         for more in (features, dict(pretrained_cfg_overlay={"num_classes": -1}), dict(num_classes=5)):
             timm.create_model("spatialmamba_micro", "hf-hub:me/it", **more)
+        none = {**sizes, "num_classes": 0}
+        patch.setattr(registry, "load_model_config_from_hf", lambda *_, **__: ({}, "spatialmamba_micro", none))
+        assert timm.create_model("spatialmamba_micro", "hf-hub:me/it").num_classes == 0
         # Of a hub's id that is no model's name, config.json is read.
         beside = {"mean": (0.4, 0.4, 0.4), "label_names": list("abcdefg"), "num_classes": 7}
         patch.setattr(registry, "load_model_config_from_hf", lambda *_, **__: (beside, "spatialmamba_micro", sizes))
@@ -272,6 +275,7 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
                 torch.testing.assert_close(found(IMAGES), expected[:, 2:])
         with pytest.raises(ValueError, match=r"label_offset=2 leaves 5 of 7 classes: pass num_classes=5"):
             timm.create_model("spatialmamba_micro", path, num_classes=7, **{way: {"label_offset": 2}})
+        timm.create_model("spatialmamba_micro", path, num_classes=7, features_only=True, **{way: {"label_offset": 2}})
         with pytest.raises(ValueError, match=r"has 5 classes after label_offset=2, but .* says num_classes=7"):
             timm.create_model("spatialmamba_micro", path, **{way: {"label_offset": 2, "num_classes": 7}})
         own = {"file": tmp_path / "of_main.pth", "crop_pct": 0.5}  # the caller's word on the file that it names
