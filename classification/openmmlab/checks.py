@@ -948,21 +948,39 @@ def _compare_labels(meta: object, reduces: object, path: str) -> None:
         )
 
 
-def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
+def _class_names_in(meta: object) -> list[str] | None:
     meta = meta if isinstance(meta, dict) else {}
     known = meta.get("dataset_meta")
     known = known if isinstance(known, dict) else meta  # of mmdet 2 and mmseg 0
     names = next((known[key] for key in ("classes", "CLASSES") if key in known), None)
-    if not isinstance(names, list | tuple) and classes:
+    return list(map(str, names)) if isinstance(names, list | tuple) else None  # a stranger's may be arrays
+
+
+def _first_difference(names: Sequence[str], others: Sequence[str]) -> int:
+    pairs = enumerate(zip(names, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(names), len(others)))
+
+
+def warn_of_a_head_for_other_classes(meta: object, classes: Sequence[str], path: str) -> None:
+    """Warn if training starts from a head that fits, but whose classes are others, or in another order."""
+    names = _class_names_in(meta) or []
+    if len(names) == len(classes) and names != list(classes):
+        at = _first_difference(names, classes)
+        print_log(
+            f"{path}: its class {at} is {names[at]!r}, the data set's {classes[at]!r}: a head of as many classes "
+            "begins with weights for others",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
+    names = _class_names_in(meta)
+    if names is None and classes:
         print_log(f"{path}: holds no names of classes; they are taken in the order of the data set's", logger="current")
-    if not isinstance(names, list | tuple) or not classes:
+    if names is None or not classes or names == list(classes):
         return
-    names = list(map(str, names))  # a stranger's may be arrays
-    if names == list(classes):
-        return
-    at = next(
-        (i for i, (a, b) in enumerate(zip(names, classes, strict=False)) if a != b), min(len(names), len(classes))
-    )
+    at = _first_difference(names, classes)
     advice = "set metainfo.classes to its own"
     if sorted(names) == sorted(map(str, classes)):
         advice += ", and number the data alike (the labels in maps, or the categories' order in the annotation file)"

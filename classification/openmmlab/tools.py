@@ -41,6 +41,7 @@ from classification.openmmlab.checks import (
     data_classes,
     pretrained_of,
     reduces_zero_label,
+    warn_of_a_head_for_other_classes,
     warn_of_other_normalisation,
 )
 from classification.openmmlab.config_parts import (
@@ -760,6 +761,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
             warn_of_what_goes_on(cfg, meta, path)
         else:
             warn_of_other_start(cfg, meta, path)
+            warn_of_a_head_for_other_classes(meta, data_classes(cfg, "train"), path)
         for module in _unwrapped(runner).modules():
             if isinstance(module, MM_SpatialMamba):
                 module.loaded_later = True

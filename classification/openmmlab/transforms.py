@@ -8,6 +8,7 @@ import os
 import re
 import sys
 
+import cv2
 import numpy as np
 from mmengine.registry import TRANSFORMS
 from PIL import EpsImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
@@ -25,6 +26,7 @@ from classification.openmmlab.palettes import Palettes
 
 EpsImagePlugin.gs_binary = False  # or an EPS file among the data, with any suffix, makes Pillow start Ghostscript
 LARGEST = 255  # of 8 bits
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two for large files
 TURNED = range(2, 9)  # orientations of EXIF by which an image is turned or mirrored
 
 
@@ -33,7 +35,7 @@ class CheckMap:
     """Checks that a label map is whole before LoadAnnotations, whose error names no file.
 
     Raises:
-        UserError: the file is empty or damaged.
+        UserError: the file is empty or damaged, or no image.
     """
 
     def __call__(self, results: dict) -> dict:
@@ -49,13 +51,21 @@ class CheckMap:
         except FileNotFoundError:  # the loader names it, or reads it from elsewhere
             pass
         except UnidentifiedImageError as error:
-            if not os.path.getsize(path):  # other files may be read by tifffile
+            if not os.path.getsize(path):
                 raise UserError(f"{path}: is empty; replace it") from error
+            if not _is_read_otherwise(path):
+                raise UserError(f"{path}: is no image; replace it") from error
         except Image.DecompressionBombError:  # too large for Pillow alone
             pass
         except Exception as error:  # on a damaged file, Pillow's plugins raise any error
             raise UserError(f"{path}: is damaged, or of a kind that is not read ({error}); replace it") from error
         return results
+
+
+def _is_read_otherwise(path: str) -> bool:
+    """Whether tifffile or OpenCV, which LoadAnnotations can be set to, may read a file that Pillow does not."""
+    with open(path, "rb") as file:
+        return file.read(4) in TIFF or cv2.haveImageReader(path)
 
 
 @TRANSFORMS.register_module()

@@ -2114,6 +2114,10 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
         ):
             with pytest.raises(UserError, match=re.escape(message)):
                 checks.check_checkpoint(model, path, classes=other)
+            checks.warn_of_a_head_for_other_classes(meta, other, path)
+        started = f"{path}: its class 1 is 'dog', the data set's 'owl': a head of as many classes begins"
+        assert log.text.count(": a head of as many classes") == log.text.count(started) == 1
+        log.clear()
     arrays = {"dataset_meta": {"classes": [np.ones(2), np.ones(2), np.ones(2)]}}
     path = save({"meta": arrays, "state_dict": model.state_dict()}, tmp_path / "m.pth")
     with pytest.raises(UserError, match=r"class 0 is '\[1\. 1\.\]' in it and 'cat' in the data set"):
@@ -2864,10 +2868,14 @@ def test_a_damaged_map_is_named(tmp_path):
     assert CheckMap()(results) is results
     assert CheckMap()({"seg_map_path": str(tmp_path / "none.png")})  # which the loader names
     assert CheckMap()({}) == {}
-    for content, fault in ((whole[:-20], "is damaged"), (whole[:60], "is damaged"), (b"", "is empty")):
+    for content, fault in (
+        (whole[:-20], "is damaged"), (whole[:60], "is damaged"), (b"", "is empty"), (b"<html>", "is no image"),
+    ):  # fmt: skip
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"map\.png: {fault}.*; replace it"):
             CheckMap()(results)
+    path.write_bytes(b"II*\0 of a kind that tifffile alone may read")
+    CheckMap()(results)
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     with pytest.raises(UserError, match=r"map\.png: is damaged"):
         CheckMap()(results)
