@@ -53,6 +53,7 @@ from classification.openmmlab.config_parts import (
     metrics_of,
     parts_of,
     predicting_head,
+    segmentation_heads,
     steps_of,
 )
 from classification.openmmlab.flops import complexity_table
@@ -322,6 +323,10 @@ def _check_training(cfg: Config) -> None:
     eps = optimizer.get("eps")
     if isinstance(eps, int | float) and not 0 <= eps <= 1:
         raise UserError(f"optim_wrapper.optimizer.eps is {eps!r}, but must be from 0 to 1: else, nothing is learnt")
+    for key, part in segmentation_heads(cfg.get("model") or {}):
+        dropped = part.get("dropout_ratio")
+        if isinstance(dropped, int | float) and not dropped < 1:
+            raise UserError(f"{key}.dropout_ratio is {dropped!r}, but must be below 1: else, nothing is learnt there")
     counts = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
     if not _is_count(counts):
         raise UserError(f"optim_wrapper.accumulative_counts is {counts!r}, but must be a whole number above 0")

@@ -2955,6 +2955,11 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeyp
     tools._check_training(Config(dict(train_cfg=dict(max_iters=9e4, val_interval=9e4 / 5))))  # as mmdet's of V3Det
     with pytest.raises(UserError, match=r"train_cfg\.val_interval is 1\.5, but must be a whole number"):
         tools._check_training(Config(dict(train_cfg=dict(val_interval=1.5))))
+    for ratio in (1.0, float("nan")):
+        with pytest.raises(
+            UserError, match=r"model\.decode_head\.dropout_ratio is .*, but must be below 1: else, nothing"
+        ):
+            tools._check_training(Config(dict(model=dict(decode_head=dict(dropout_ratio=ratio)))))
     for eps in (1e8, -1e-8):
         with pytest.raises(UserError, match=r"optimizer\.eps is .*, but must be from 0 to 1: else, nothing is"):
             tools._check_training(Config(dict(optim_wrapper=dict(optimizer=dict(eps=eps)))))
