@@ -50,7 +50,7 @@ def end_with(message: str, rank: str = "RANK") -> NoReturn:
         rank: the environment variable that numbers the processes, over all machines or on each machine.
     """
     if os.environ.get(rank, "0") != "0":
-        time.sleep(10)  # on a busy machine the first process takes seconds to end
+        time.sleep(20)  # on a busy machine the first process takes many seconds to end
     sys.exit(f"error: {printable(message)}")
 
 

@@ -274,7 +274,7 @@ def test_environments_that_name_no_place(kind, refuse, few_digits, monkeypatch):
     waits = []
     monkeypatch.setattr("classification.errors.time.sleep", waits.append)
     assert message in refuse("--data-path", few_digits, "--batch-size", 8)
-    assert waits == ([10] if variables.get("RANK", "0") != "0" else [])  # for process 0 to say it
+    assert waits == ([20] if variables.get("RANK", "0") != "0" else [])  # for process 0 to say it
 
 
 def test_the_port_of_others_is_not_looked_at_by_a_single_process(few_digits, tmp_path, run_main, monkeypatch):

@@ -1189,7 +1189,7 @@ def test_what_another_process_leaves_behind_is_one_line(monkeypatch):
             SystemExit, match=r"another process .* \(Read error \[::1\]:1: Connection reset by peer\); "
         ):
             tools._run(work, argparse.Namespace(), "mmdet")
-    assert waits == [10]  # for the first process of the machine to say it
+    assert waits == [20]  # for the first process of the machine to say it
     error = "of another kind"
     with pytest.raises(RuntimeError, match=error):
         tools._run(work, argparse.Namespace(), "mmdet")
