@@ -653,7 +653,7 @@ def test_more_gpus_than_there_are(monkeypatch, scenes, launcher, environment):
     monkeypatch.setattr("classification.errors.time.sleep", waits.append)
     with pytest.raises(SystemExit) as ended:
         tools.train("mmdet")
-    assert (ended.value.code, waits) == (said, [10])
+    assert (ended.value.code, waits) == (said, [20])
 
 
 @pytest.mark.parametrize(("launcher", "name"), [("pytorch", "RANK"), ("slurm", "SLURM_PROCID"), ("mpi", "OMPI")])
