@@ -25,7 +25,7 @@ from classification.checkpoint_archive import (
     unreadable_now,
     unsafe_names,
 )
-from classification.errors import UserError, is_file
+from classification.errors import UserError, check_utf8, is_file
 from classification.models import VARIANTS, SpatialMamba
 
 logger = logging.getLogger("spatialmamba")
@@ -162,6 +162,7 @@ def tensors_digest(tensors: StateDict, text: str = "") -> str:
 
 
 def _read_safetensors(path: Path) -> dict:
+    check_utf8(path)
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
@@ -227,7 +228,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
     """Check that a state dict holds usable weights.
 
     Args:
-        counts: how the names of the tensors of whole numbers end. A layer's `.weight` of several dimensions is none.
+        counts: how the names of the tensors of whole numbers end. A layer's `.weight` and `.bias` are none.
         tied: whether several names may share the same numbers, as in the heads of some detectors.
 
     Raises:
@@ -238,7 +239,7 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
     claimed = 0
     for key, value in state.items():
         fault = _fault(value) if isinstance(key, str) and key.isprintable() else "is not a name"
-        if not fault and not value.is_floating_point() and not _is_count(key, value, counts):
+        if not fault and not value.is_floating_point() and not _is_count(key, value, state, counts):
             fault = f"is of dtype {_dtype_name(value.dtype)}, not of floating point"
         if fault:
             raise UserError(f"{path}: its weights hold {key!r}, which {fault}")
@@ -258,8 +259,14 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
                 raise UserError(f"{path}: its weights hold {key!r}, a variance below 0; they are not usable")
 
 
-def _is_count(key: str, value: Tensor, counts: str) -> bool:
-    return key.endswith(counts) and not (key.endswith(".weight") and value.ndim > 1)
+def _is_count(key: str, value: Tensor, state: StateDict, counts: str) -> bool:
+    """Return whether an entry may be of whole numbers. A loss can keep such weights in a `weight` without `bias`."""
+    layer, _, name = key.rpartition(".")
+    of_layer = {f"{layer}.weight", f"{layer}.bias"} <= state.keys() or (name == "weight" and value.ndim > 1)
+    return key.endswith(counts) and name not in OF_A_BLOCK and not (name in ("weight", "bias") and of_layer)
+
+
+OF_A_BLOCK = ("A_logs", "Ds", "alpha", "dt_projs_bias", "dt_projs_weight", "x_proj_weight")
 
 
 def num_classes(state: StateDict) -> int | None:

@@ -31,13 +31,13 @@ def is_momentary(error: BaseException | None) -> bool:
             isinstance(error, OSError) and error.errno != errno.EINVAL
         ):
             return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _MOMENTARY):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-_NO_MEMORY = ("DefaultCPUAllocator", "allocate memory", "CUDA out of memory")
+_MOMENTARY = ("DefaultCPUAllocator", "allocate memory", "CUDA out of memory", "Too many open files")
 
 
 def first_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from classification.checkpoint import (
     write_atomically,
 )
 from classification.config import CfgNode, evaluation_config_text, trained_with
-from classification.errors import UserError, escape_on_streams, printable
+from classification.errors import UserError, check_utf8, escape_on_streams, printable
 
 MMPRETRAIN = "mmpretrain"
 THEIRS = {"DATA.IMG_SIZE": 224, "DATA.INTERPOLATION": "bicubic", "TEST.CROP_PCT": 0.875}  # of configs/mmpretrain
@@ -58,6 +58,8 @@ def convert(source: Path, target: Path, weights: str = "model", to: str | None =
     """
     if target.suffix not in (SAFETENSORS, ".pth") or (to and target.suffix != ".pth"):
         raise UserError(f"{target}: must end in {'' if to else f'{SAFETENSORS} or '}.pth")
+    if target.suffix == SAFETENSORS:
+        check_utf8(target)  # or nothing reads it
     if os.path.lexists(target):
         raise UserError(f"{target}: exists; remove it or name another file")
     content = read_checkpoint(source)

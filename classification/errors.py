@@ -1,6 +1,7 @@
 """Errors that the user, not the program, has caused; and how messages print names."""
 
 import argparse
+import contextlib
 import io
 import os
 import stat
@@ -50,7 +51,8 @@ def end_with(message: str, rank: str = "RANK") -> NoReturn:
         rank: the environment variable that numbers the processes, over all machines or on each machine.
     """
     if os.environ.get(rank, "0") != "0":
-        time.sleep(20)  # on a busy machine the first process takes many seconds to end
+        with contextlib.suppress(KeyboardInterrupt):  # who stops the wait is told at once
+            time.sleep(20)  # on a busy machine the first process takes many seconds to end
     sys.exit(f"error: {printable(message)}")
 
 
@@ -82,7 +84,8 @@ def check_utf8(path: str | os.PathLike) -> None:
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{path}: its name is no UTF-8; name another file") from error
+        more = "" if sys.getfilesystemencoding() == "utf-8" else ", or set PYTHONUTF8=1, for the locale is not UTF-8"
+        raise UserError(f"{path}: its name is no UTF-8; name another{more}") from error
 
 
 def is_file(path: str | os.PathLike) -> bool:

@@ -13,7 +13,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from classification.checkpoint import differences
-from classification.errors import UserError, is_dir, is_file, normalisation_hint
+from classification.errors import UserError, check_utf8, is_dir, is_file, normalisation_hint
 from classification.models.openmmlab import BACKBONE, checkpoints_of, size_hint
 from classification.openmmlab.checkpoint import load_from_local, weights_of
 from classification.openmmlab.coco import Use, check_annotations, image_ids
@@ -963,11 +963,11 @@ def _first_difference(names: Sequence[str], others: Sequence[str]) -> int:
 
 def warn_of_a_head_for_other_classes(meta: object, classes: Sequence[str], path: str) -> None:
     """Warn if training starts from a head that fits, but whose classes are others, or in another order."""
-    names = _class_names_in(meta) or []
-    if len(names) == len(classes) and names != list(classes):
+    names, classes = _class_names_in(meta) or [], list(map(str, classes))
+    if len(names) == len(classes) and names != classes:
         at = _first_difference(names, classes)
         print_log(
-            f"{path}: its class {at} is {names[at]!r}, the data set's {classes[at]!r}: a head of as many classes "
+            f"{path}: its class {at} is {names[at]!r}, the data set's {classes[at]!r}: a head that fits "
             "begins with weights for others",
             logger="current",
             level=logging.WARNING,
@@ -975,30 +975,31 @@ def warn_of_a_head_for_other_classes(meta: object, classes: Sequence[str], path:
 
 
 def _compare_classes(meta: object, classes: Sequence[str], path: str) -> None:
-    names = _class_names_in(meta)
+    names, classes = _class_names_in(meta), list(map(str, classes))
     if names is None and classes:
         print_log(f"{path}: holds no names of classes; they are taken in the order of the data set's", logger="current")
-    if names is None or not classes or names == list(classes):
+    if names is None or not classes or names == classes:
         return
     at = _first_difference(names, classes)
     advice = "set metainfo.classes to its own"
-    if sorted(names) == sorted(map(str, classes)):
+    if sorted(names) == sorted(classes):
         advice += ", and number the data alike (the labels in maps, or the categories' order in the annotation file)"
     here, there = (repr(found[at]) if at < len(found) else "missing" for found in (classes, names))
     raise UserError(
         f"{path}: its classes are not the data set's: class {at} is {there} in it and {here} in the data set "
         f"({len(names)} and {len(classes)} classes); {advice}, or train for these"
-        f"{normalisation_hint(names, map(str, classes))}"
+        f"{normalisation_hint(names, classes)}"
     )
 
 
-def check_written_names(dataset: object, suffix: bool, folders: Sequence[str] = ()) -> None:
+def check_written_names(dataset: object, suffix: bool, folders: Sequence[str] = (), by_opencv: bool = False) -> None:
     """Raise a UserError if two results would get the same file name, or a result that of an image or a label map.
 
     Args:
         dataset: of a toolchain.
         suffix: whether the names of results keep the suffix of the image's name.
         folders: in which label maps or drawings are written.
+        by_opencv: whether OpenCV writes files of the images' names. It ends the process if a name is no UTF-8.
     """
     seen: dict[str, str] = {}
     written = {os.path.realpath(folder) for folder in folders}
@@ -1014,6 +1015,8 @@ def check_written_names(dataset: object, suffix: bool, folders: Sequence[str] = 
                     "folder (--out, --show-dir, output_dir)"
                 )
         name = os.path.basename(path)
+        if by_opencv:
+            check_utf8(name)
         other = seen.setdefault(name if suffix else os.path.splitext(name)[0], path)
         if other != path:
             raise UserError(

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -23,6 +23,7 @@ from mmengine.optim import (
 )
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from classification.checkpoint import differences, in_layout_of
@@ -45,6 +46,7 @@ class StopAtInvalidLoss(Hook):
 
     A loss is that of the weights before the update. So the weights themselves are checked before they are validated or
     saved: in a validation, NaN can look like a better model, and the new checkpoint would take the place of a good one.
+    CheckPredictions looks at what finite weights predict.
     """
 
     priority = "HIGH"  # before the hooks that average or save the weights
@@ -61,7 +63,8 @@ class StopAtInvalidLoss(Hook):
         if anywhere.any():
             losses = {name: _number(value) for name, value in named.items() if bad}
             parts = [f"{name} is {value.sum().item()}" for name, value in losses.items() if not value.isfinite().all()]
-            what, which = ("the loss is", parts) if anywhere[0] else ("its update made weights that are", invalid[:1])
+            after = "after its update, the model has weights that are"  # or statistics of batch norm
+            what, which = ("the loss is", parts) if anywhere[0] else (after, invalid[:1])
             raise UserError(
                 f"iteration {runner.iter + 1}: {what} not finite ({', '.join(which) or 'in another process'}), so "
                 "nothing more is learnt; go on from an earlier checkpoint with a lower optim_wrapper.optimizer.lr, "
@@ -89,6 +92,52 @@ def _validates_or_saves(hook: Hook, runner, batch_idx: int) -> bool:
         every = loop.dynamic_intervals[bisect(loop.dynamic_milestones, runner.iter + 2) - 1]
         return hook.every_n_train_iters(runner, every) or hook.is_last_train_iter(runner)
     return hook.end_of_epoch(runner.train_dataloader, batch_idx)
+
+
+class CheckPredictions(Hook):
+    """Ends a validation or a test at the first prediction that is not finite.
+
+    Weights that are finite can give logits that are not. mmsegmentation takes NaN as the first class: if most pixels
+    are of that class, the model looks better than a good one, and its checkpoint would take the good one's place.
+
+    Raises:
+        UserError: a prediction holds NaN or infinity; the message names the image.
+    """
+
+    def before_val_epoch(self, runner) -> None:
+        model = runner.model
+        while isinstance(getattr(model, "module", None), nn.Module):  # of several processes, or of --tta
+            model = model.module
+        self.handle = model.register_forward_hook(_check_predictions)
+
+    before_test_epoch = before_val_epoch
+
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        self.handle.remove()
+
+    after_test_epoch = after_val_epoch
+
+
+def _check_predictions(model: nn.Module, inputs: tuple, outputs: object) -> None:
+    for sample in outputs if isinstance(outputs, list | tuple) else ():
+        predicted = {name: value for name, value in _tensors_in("", sample) if name.startswith(("seg_logits", "pred_"))}
+        for name, value in predicted.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise UserError(
+                    f"{sample.get('img_path')}: the model's {name} is not finite, so its predictions mean nothing: its "
+                    "weights have grown too large, or float16 is too small for its features; use an earlier "
+                    "checkpoint. To train on from it, lower optim_wrapper.optimizer.lr, or clip gradients "
+                    "(optim_wrapper.clip_grad)"
+                )
+
+
+def _tensors_in(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in the results for an image, with names such as "pred_instances.scores"."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, BaseDataElement):
+        for key, part in value.items():
+            yield from _tensors_in(f"{name}.{key}" if name else key, part)
 
 
 @HOOKS.register_module()

@@ -15,6 +15,7 @@ from classification.openmmlab.config_parts import (
     predicting_head,
     segmentation_heads,
     steps_of,
+    type_of,
     with_pipelines,
     works_as,
 )
@@ -33,7 +34,9 @@ def insert_label_checks(cfg: Config) -> None:
             check = ConfigDict(type="CheckLabels", num_classes=number, ignore_index=ignored, turned=_turns(dataset))
             _insert(dataset.pipeline, _loads_maps, check, after=True)
             _insert(dataset.pipeline, _loads_otherwise, ConfigDict(check, of_file=False), after=True)
-        _insert(dataset.pipeline, _loads_maps, ConfigDict(type="CheckMap"), after=False)
+        for images_only in (True, False):
+            check = ConfigDict(type="CheckMap", images_only=images_only)
+            _insert(dataset.pipeline, partial(_loads_files, images_only), check, after=False)
 
 
 def pass_class_weights(cfg: Config) -> None:
@@ -98,6 +101,12 @@ def _turns(dataset: ConfigDict) -> bool:
 
 def _loads_maps(step: ConfigDict) -> bool:
     return works_as(step, "LoadAnnotations")
+
+
+def _loads_files(images_only: bool, step: ConfigDict) -> bool:
+    """Return whether a step loads maps: by the toolchain's class, or by a subclass, which may read other files too."""
+    of_toolchain = getattr(type_of(step), "__module__", "").startswith(("mmcv.", "mmseg."))
+    return _loads_maps(step) and of_toolchain == images_only
 
 
 def _loads_otherwise(step: ConfigDict) -> bool:

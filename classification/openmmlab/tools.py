@@ -23,7 +23,7 @@ from mmengine.registry import METRICS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from classification.checkpoint_folder import lock_folder
-from classification.errors import UserError, end_with, escape_on_streams, is_dir, is_file, refuse_empty
+from classification.errors import UserError, check_utf8, end_with, escape_on_streams, is_dir, is_file, refuse_empty
 from classification.models import SpatialMamba, optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
 
@@ -61,6 +61,7 @@ from classification.openmmlab.hooks import (
     AverageBatchNorm,
     CheckLabelsOfCategories,
     CheckLength,
+    CheckPredictions,
     CheckResumed,
     CheckSameData,
     NameAbsentClasses,
@@ -726,6 +727,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
             raise UserError(f"{args.config}: has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs")
         cfg.auto_scale_lr.enable = True
     _check_can_be_written(_work_dir(args, cfg))
+    check_utf8(_work_dir(args, cfg))  # or mmengine cannot note the first checkpoint in last_checkpoint
     as_read = _as_read(args, cfg)
     finds = args.resume or (cfg.get("resume") and not cfg.get("load_from"))
     looked = _find_what_to_resume(args, cfg) if finds else None
@@ -750,8 +752,8 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         runner = _build(cfg, as_read)
     _warn_of_unknown_keys(cfg, _unwrapped(runner))
     own = (
-        *(NameAbsentClasses, StopAtInvalidLoss, AverageBatchNorm, CheckLabelsOfCategories, CheckResumed, CheckSameData),
-        *(CheckLength, NoteOtherProcesses),
+        *(NameAbsentClasses, StopAtInvalidLoss, CheckPredictions, AverageBatchNorm, CheckLabelsOfCategories),
+        *(CheckResumed, CheckSameData, CheckLength, NoteOtherProcesses),
     )
     for hook in own:
         if not any(type(one) is hook for one in runner.hooks):  # a config for the toolchain's own train.py names it
@@ -950,7 +952,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     _prepare(cfg, args)
     with _with_advice():
         runner = _build(cfg, as_read, keep=True)
-    for hook in (NameAbsentClasses, CheckLabelsOfCategories, CheckSameData):
+    for hook in (NameAbsentClasses, CheckPredictions, CheckLabelsOfCategories, CheckSameData):
         runner.register_hook(hook())
     meta = check_checkpoint(
         _unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"), reduces=reduces_zero_label(cfg, "test")
@@ -959,7 +961,10 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     folders = [metric.output_dir for metric in runner.test_evaluator.metrics if getattr(metric, "output_dir", None)]
     if folders or args.show_dir:
         written = [*folders, *([drawn] if drawn else [])]
-        check_written_names(runner.test_dataloader.dataset, suffix=not folders, folders=written)
+        draws = bool(args.show_dir) and cfg.default_scope == "mmseg"  # mmdet's drawings are written without OpenCV
+        if draws:
+            check_utf8(args.show_dir)
+        check_written_names(runner.test_dataloader.dataset, suffix=not folders, folders=written, by_opencv=draws)
     if args.out and cfg.default_scope == "mmdet":
         runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
     with _with_advice():
@@ -985,6 +990,7 @@ ADVICE = {
     ),
     "exited unexpectedly": "the lines above may say why; if it could not allocate shared memory, /dev/shm is too small "
     "(docker's --shm-size=16g or --ipc=host); if it was killed, memory is: set a smaller num_workers or batch_size",
+    "'ascii' codec can't": "the locale is ASCII: set PYTHONUTF8=1",
     "No space left on device": "the disk of the work folder or of --out is full, or /dev/shm is (docker's --shm-size)",
     "'NoneType' object has no attribute 'squeeze'": "imdecode_backend of LoadAnnotations does not read a label map: "
     "write it as PNG",

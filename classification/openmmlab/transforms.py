@@ -20,13 +20,13 @@ from classification.data.images import (
     misread_planes,
     misread_samples,
 )
-from classification.errors import UserError
+from classification.errors import UserError, check_utf8
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.palettes import Palettes
 
 EpsImagePlugin.gs_binary = False  # or an EPS file among the data, with any suffix, makes Pillow start Ghostscript
 LARGEST = 255  # of 8 bits
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two for large files
+TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two for large files
 TURNED = range(2, 9)  # orientations of EXIF by which an image is turned or mirrored
 
 
@@ -34,9 +34,15 @@ TURNED = range(2, 9)  # orientations of EXIF by which an image is turned or mirr
 class CheckMap:
     """Checks that a label map is whole before LoadAnnotations, whose error names no file.
 
+    Args:
+        images_only: whether the loader reads images alone; False for one that may read other files too.
+
     Raises:
         UserError: the file is empty or damaged, or no image.
     """
+
+    def __init__(self, images_only: bool = True):
+        self.images_only = images_only
 
     def __call__(self, results: dict) -> dict:
         path = results.get("seg_map_path")
@@ -53,7 +59,7 @@ class CheckMap:
         except UnidentifiedImageError as error:
             if not os.path.getsize(path):
                 raise UserError(f"{path}: is empty; replace it") from error
-            if not _is_read_otherwise(path):
+            if self.images_only and not _is_read_otherwise(path):
                 raise UserError(f"{path}: is no image; replace it") from error
         except Image.DecompressionBombError:  # too large for Pillow alone
             pass
@@ -65,7 +71,10 @@ class CheckMap:
 def _is_read_otherwise(path: str) -> bool:
     """Whether tifffile or OpenCV, which LoadAnnotations can be set to, may read a file that Pillow does not."""
     with open(path, "rb") as file:
-        return file.read(4) in TIFF or cv2.haveImageReader(path)
+        if file.read(4) in TIFF_HEADERS:
+            return True
+    check_utf8(path)  # or OpenCV ends the process
+    return cv2.haveImageReader(path)
 
 
 @TRANSFORMS.register_module()

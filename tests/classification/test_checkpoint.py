@@ -722,6 +722,7 @@ def test_conversions_that_are_refused(tmp_path, monkeypatch):
     for arguments, message in (
         (["ckpt.pth", "there.pth"], "exists; remove it"),
         (["ckpt.pth", "out.bin"], "must end in .safetensors or .pth"),
+        (["ckpt.pth", "caf\udce9.safetensors"], r"udce9\.safetensors: its name is no UTF-8; name another"),
         (["none.pth", "out.pth"], "no such checkpoint file"),
         (["ckpt.pth", "out.pth", "--weights", "model_ema"], "holds no model_ema, only model"),
     ):

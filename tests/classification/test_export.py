@@ -94,7 +94,7 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
     save_checkpoint({"model": spatialmamba_micro(num_classes=10).state_dict()}, path)
     with pytest.raises(UserError, match=r"model\.pt: must end in \.onnx or \.pt2"):
         export_checkpoint(path, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"\\udcff\.pt2: its name is no UTF-8; name another file"):
+    with pytest.raises(UserError, match=r"\\udcff\.pt2: its name is no UTF-8; name another"):
         export_checkpoint(path, tmp_path / "\udcff.pt2")
     with pytest.raises(UserError, match=r"model\.pt2: cannot be written, for .*nowhere is no folder"):
         export_checkpoint(path, tmp_path / "nowhere" / "model.pt2")

@@ -1190,6 +1190,9 @@ def test_what_another_process_leaves_behind_is_one_line(monkeypatch):
         ):
             tools._run(work, argparse.Namespace(), "mmdet")
     assert waits == [20]  # for the first process of the machine to say it
+    monkeypatch.setattr("classification.errors.time.sleep", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="another process"):
+        tools._run(work, argparse.Namespace(), "mmdet")
     error = "of another kind"
     with pytest.raises(RuntimeError, match=error):
         tools._run(work, argparse.Namespace(), "mmdet")
@@ -2049,6 +2052,7 @@ def test_advice_beside_the_libraries_errors(tmp_path):
         (lambda: preprocess(dict(inputs=images, data_samples=None)), "set batch_size=1 of the data loader"),
         (lambda: load(results), "make that of LoadAnnotations, too, equal to it"),
         (lambda: by_opencv({**results, "seg_map_path": str(odd)}), "does not read a label map: write it as PNG"),
+        (lambda: "é".encode("ascii"), "the locale is ASCII: set PYTHONUTF8=1"),
         (lambda: cv2.resize(np.zeros((8, 3000)), (128, 0)), "an image is so thin that no pixel is left"),
         (lambda: torch.ones(11)[torch.tensor(255)], "of images that are smaller than data_preprocessor.size"),
         (lambda: build_optim_wrapper(LAYER, no_decay), "set optim_wrapper.optimizer.weight_decay"),
@@ -2115,9 +2119,14 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
             with pytest.raises(UserError, match=re.escape(message)):
                 checks.check_checkpoint(model, path, classes=other)
             checks.warn_of_a_head_for_other_classes(meta, other, path)
-        started = f"{path}: its class 1 is 'dog', the data set's 'owl': a head of as many classes begins"
-        assert log.text.count(": a head of as many classes") == log.text.count(started) == 1
+        started = f"{path}: its class 1 is 'dog', the data set's 'owl': a head that fits begins"
+        assert log.text.count(": a head that fits") == log.text.count(started) == 1
         log.clear()
+    numbers = {"dataset_meta": {"classes": (0, 1, 2)}}
+    path = save({"meta": numbers, "state_dict": model.state_dict()}, tmp_path / "m.pth")
+    checks.check_checkpoint(model, path, classes=[0, 1, 2])
+    checks.warn_of_a_head_for_other_classes(numbers, [0, 1, 2], path)
+    assert not log.records
     arrays = {"dataset_meta": {"classes": [np.ones(2), np.ones(2), np.ones(2)]}}
     path = save({"meta": arrays, "state_dict": model.state_dict()}, tmp_path / "m.pth")
     with pytest.raises(UserError, match=r"class 0 is '\[1\. 1\.\]' in it and 'cat' in the data set"):
@@ -2127,10 +2136,16 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
     assert "holds no names" not in log.text
     checks.check_checkpoint(model, nameless, classes=["cat"])
     assert log.text.count("n.pth: holds no names of classes; they are taken in the order of the data set's") == 1
-    both = torch.nn.ModuleDict({"backbone": model, "head": torch.nn.Linear(2, 3)})
-    whole = both.state_dict() | {"head.bias": torch.ones(3, dtype=torch.int64)}
-    with pytest.raises(UserError, match=r"hold 'head\.bias' as torch\.int64, which is torch\.float32 in the model"):
-        checks.check_checkpoint(both, save({"meta": {}, "state_dict": whole}, tmp_path / "i.pth"), only_backbone=True)
+    both = torch.nn.ModuleDict({"backbone": model, "head": torch.nn.Linear(2, 3), "slope": torch.nn.PReLU()})
+    for name, fault in (
+        ("slope.weight", "as torch.int64, which is torch.float32 in the model"),
+        ("head.bias", "which is of dtype int64, not of floating point"),
+        ("backbone.weight", "which is of dtype int64, not of floating point"),
+    ):
+        whole = both.state_dict() | {name: torch.ones(3 if name == "head.bias" else 1, dtype=torch.int64)}
+        path = save({"meta": {}, "state_dict": whole}, tmp_path / "i.pth")
+        with pytest.raises(UserError, match=f"hold '{name}'(,)? {fault}"):
+            checks.check_checkpoint(both, path, only_backbone=True)
     cast = {key: value.double() for key, value in both.state_dict().items()}  # the counts of batches as well
     checks.check_checkpoint(both, save({"meta": {}, "state_dict": cast}, tmp_path / "d.pth"))
     meta = {"dataset_meta": {"reduce_zero_label": True}}
@@ -2154,6 +2169,10 @@ def test_files_of_two_images_are_two(tmp_path):
     for paths, suffix in ((["x/1.png", "x/1.jpg"], False), (["x/1.png", "y/1.png"], True)):
         with pytest.raises(UserError, match=rf"{paths[1]}: what is written for it .* that for {paths[0]}"):
             checks.check_written_names(Dataset(paths), suffix)
+    latin = Dataset(["x/caf\udce9.png"])
+    checks.check_written_names(latin, suffix=True)
+    with pytest.raises(UserError, match=r"caf\\udce9\.png: its name is no UTF-8; name another"):
+        checks.check_written_names(latin, suffix=True, by_opencv=True)
 
 
 @pytest.mark.parametrize(
@@ -2344,7 +2363,9 @@ def test_a_loss_that_is_not_finite_ends_training_in_all_processes(monkeypatch):
         part.fill_(value)
         hook.after_train_iter(runner, 6, None, good)  # neither validated nor saved: the next loss tells
         for runner.iter in (3, 9):  # saved; validated
-            with pytest.raises(UserError, match=rf"its update made weights that are not finite \({name}\), so nothing"):
+            with pytest.raises(
+                UserError, match=rf"after its update, .* weights that are not finite \({name}\), so nothing"
+            ):
                 hook.after_train_iter(runner, runner.iter, None, good)
         part.copy_(kept)
         hook.after_train_iter(runner, runner.iter, None, good)
@@ -2860,7 +2881,7 @@ def test_epochs_beside_iterations(monkeypatch):
             tools._check_training(Config({**parts, "train_cfg": loop}))
 
 
-def test_a_damaged_map_is_named(tmp_path):
+def test_a_damaged_map_is_named(tmp_path, monkeypatch):
     """LoadAnnotations' error names no file."""
     path = tmp_path / "map.png"
     Image.fromarray(np.arange(2500, dtype=np.uint8).reshape(50, 50)).save(path)
@@ -2874,6 +2895,13 @@ def test_a_damaged_map_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"map\.png: {fault}.*; replace it"):
             CheckMap()(results)
+    path.write_bytes(b"text")
+    CheckMap(images_only=False)(results)
+    with open(latin := f"{tmp_path}/caf\udce9.png", "wb") as file:
+        file.write(b"<html>")
+    with pytest.raises(UserError, match=r"caf\\udce9\.png: its name is no UTF-8; name another"):
+        CheckMap()({"seg_map_path": latin})  # where OpenCV ends the process
+    monkeypatch.setattr("cv2.haveImageReader", lambda path: False)
     path.write_bytes(b"II*\0 of a kind that tifffile alone may read")
     CheckMap()(results)
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])

@@ -268,6 +268,19 @@ def test_a_loss_that_is_nan_ends_training(monkeypatch, scenes, tmp_path):
     assert not list(tmp_path.glob("*.pth"))
 
 
+def test_predictions_that_are_nan_end_validation_and_test(monkeypatch, scenes, tmp_path):
+    """Of weights that are finite. NaN is the first class, of most pixels: mIoU rises."""
+    more = ("train_cfg.max_iters=1", "train_cfg.val_interval=1", "optim_wrapper.optimizer.lr=60")
+    more += ("optim_wrapper.clip_grad=None", "param_scheduler=None")
+    said = message(monkeypatch, tools.train, MICRO, "--work-dir", tmp_path, *options(scenes, *more))
+    fault = r"error: \S*validation\S*\.png: the model's seg_logits\.data is not finite, so its predictions mean nothing"
+    assert re.match(fault, said), said
+    (saved,) = tmp_path.glob("*.pth")
+    for tta in ([], ["--tta"]):
+        arguments = [saved, "--work-dir", tmp_path, *tta, *options(scenes)]
+        assert re.match(fault, message(monkeypatch, tools.test, MICRO, *arguments))
+
+
 @pytest.mark.parametrize(
     "change", ["backbone.dims=32", "decode_head.in_channels=[16,32,64,256]", "auxiliary_head.in_index=1"]
 )
@@ -471,6 +484,16 @@ def test_labels_are_checked_wherever_they_are_loaded():
         at = steps.index("LoadAnnotations")
         assert steps[at - 1 : at + 2] == ["CheckMap", "LoadAnnotations", "CheckLabels"]
         assert steps.count("CheckMap") == steps.count("CheckLabels") == 1
+        assert loader.dataset.pipeline[at - 1].images_only
+
+    class Own(TRANSFORMS.get("mmseg.LoadAnnotations")):
+        def _load_seg_map(self, results):  # that reads other files as well
+            super()._load_seg_map(results)
+
+    cfg.train_dataloader.dataset.pipeline = [dict(type=Own)]
+    insert_label_checks(cfg)
+    check, _, _ = cfg.train_dataloader.dataset.pipeline
+    assert (check.type, check.images_only) == ("CheckMap", False)
     load = dict(type="LoadAnnotations")
     cfg.model.decode_head.ignore_index = 250
     checked = ["CheckMap", "LoadAnnotations", "CheckLabels"]
