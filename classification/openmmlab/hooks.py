@@ -7,6 +7,7 @@ import math
 import os
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -95,40 +96,64 @@ def _validates_or_saves(hook: Hook, runner, batch_idx: int) -> bool:
 
 
 class CheckPredictions(Hook):
-    """Ends a validation or a test at the first prediction that is not finite.
+    """Ends a validation or a test at the first image for which the model computes numbers that are not finite.
 
     Weights that are finite can give logits that are not. mmsegmentation takes NaN as the first class: if most pixels
     are of that class, the model looks better than a good one, and its checkpoint would take the good one's place.
+    mmdetection drops boxes with scores of NaN. So the outputs of the backbone, of the convolutions and products behind
+    it, and the scores are looked at.
 
     Raises:
-        UserError: a prediction holds NaN or infinity; the message names the image.
+        UserError: an output holds NaN or infinity; the message names the image and the layer.
     """
 
     def before_val_epoch(self, runner) -> None:
         model = runner.model
         while isinstance(getattr(model, "module", None), nn.Module):  # of several processes, or of --tta
             model = model.module
-        self.handle = model.register_forward_hook(_check_predictions)
+        self.finite: dict[str, Tensor] = {}  # whether the outputs of each layer are, for this batch; on their device
+        self.handles = [
+            module.register_forward_hook(partial(self._note, name))
+            for name, module in model.named_modules()
+            if name.endswith("backbone") or (isinstance(module, LAYERS) and "backbone." not in name)
+        ]
+        self.handles.append(model.register_forward_hook(self._check))
 
     before_test_epoch = before_val_epoch
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
     after_test_epoch = after_val_epoch
 
+    def _note(self, name: str, module: nn.Module, inputs: tuple, outputs: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for value in outputs if isinstance(outputs, list | tuple) else [outputs]:
+            if isinstance(value, Tensor):
+                self.finite[name] = value.isfinite().all() & self.finite.get(name, True)
 
-def _check_predictions(model: nn.Module, inputs: tuple, outputs: object) -> None:
-    for sample in outputs if isinstance(outputs, list | tuple) else ():
-        predicted = {name: value for name, value in _tensors_in("", sample) if name.startswith(("seg_logits", "pred_"))}
-        for name, value in predicted.items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise UserError(
-                    f"{sample.get('img_path')}: the model's {name} is not finite, so its predictions mean nothing: its "
-                    "weights have grown too large, or float16 is too small for its features; use an earlier "
-                    "checkpoint. To train on from it, lower optim_wrapper.optimizer.lr, or clip gradients "
-                    "(optim_wrapper.clip_grad)"
-                )
+    def _check(self, model: nn.Module, inputs: tuple, outputs: object) -> None:
+        samples = outputs if isinstance(outputs, list | tuple) else []
+        for name, value in (pair for sample in samples for pair in _tensors_in("", sample)):
+            if name.startswith("seg_logits") or name.endswith("scores"):  # a box may be infinite before it is clipped
+                self._note(name, model, (), value)
+        finite, self.finite = self.finite, {}
+        device = next((one.device for one in finite.values()), None)
+        found = torch.stack([one.to(device) for one in finite.values()]).tolist() if finite else []
+        if not all(found):
+            name = list(finite)[found.index(False)]
+            path = samples[0].get("img_path") if samples and isinstance(samples[0], BaseDataElement) else "an image"
+            raise UserError(
+                f"{path}{' or another image of its batch' if len(samples) > 1 else ''}: what the model computes in "
+                f"{name} is not finite, so its predictions mean nothing: its weights have grown too large, or float16 "
+                "is too small for its features; use an earlier checkpoint. To train on from it, lower "
+                "optim_wrapper.optimizer.lr, or clip gradients (optim_wrapper.clip_grad)"
+            )
+
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def _tensors_in(name: str, value: object) -> Iterator[tuple[str, Tensor]]:

@@ -21,24 +21,29 @@ OURS = "classification."
 PACKAGES = (OURS, "torch.nn.", "torch.optim.")  # whose classes run no text; inferencers run a config's
 BACKENDS = ("disk", "http", "lmdb", "local", "petrel")  # of mmengine's, those that import nothing that a config names
 COMPILE = {"backend", "disable", "dynamic", "fullgraph", "mode"}  # arguments of torch.compile
-EVALUATE_TEXT = ("CameraMotionCompensation", "RFSearchHook")  # registered types that run their arguments as Python
+# Registered types that run their arguments as Python, or read pickles.
+RUN_CODE = ("CameraMotionCompensation", "CIFAR10", "CIFAR100", "RAMNormal", "RAMOpenset", "RFSearchHook")
+# Arguments by which mmengine's memcached and transformers' models import what a config names.
+IMPORT_CODE = ("sys_path", "trust_remote_code")
 
 
 def check_types(value: object, key: str = "") -> None:
     """Check the names of types. mmengine imports dotted ones and calls what they name, for example `subprocess.Popen`.
 
     They are in `type` and other keys that end so, for example EMAHook's `ema_type`, and in `constructor`. mmcv
-    evaluates the type of an NMS as Python. A `backend` of `backend_args` may import a module, too. mmengine writes the
-    config as a Python file, for which it does not escape keys.
+    evaluates the type of an NMS as Python. A `backend` of `backend_args`, or `file_client_args` as it was called, may
+    import a module, too. mmengine writes the config as a Python file, for which it does not escape keys.
 
     Raises:
         UserError: a name is neither a registered one nor a class of PyTorch or of this repository; or it is of a type
-            that evaluates text; or a key or `save_dir` would make a program.
+            that evaluates text; or an argument may import code; or a key or `save_dir` would make a program.
     """
     if key == "compile" and isinstance(value, dict) and (others := value.keys() - COMPILE):
         raise UserError(
             f"compile.{min(map(str, others))} may name a program, which PyTorch runs; write such a config in Python"
         )
+    if key.rpartition(".")[2] in IMPORT_CODE and value:
+        raise UserError(f"{key} is {value!r}, by which code of elsewhere may run; write such a config in Python")
     if isinstance(value, dict | list | tuple):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(name, str) and (not name.isprintable() or set(name) & {"'", '"', "\\"}):
@@ -49,7 +54,7 @@ def check_types(value: object, key: str = "") -> None:
             check_types(item, f"{key}.{name}" if key else str(name))
     elif key.endswith("decode_backend") and value == "pickle":
         raise UserError(f"{key} is 'pickle', which can run code; write the data for 'numpy' or 'nifti'")
-    elif key.endswith("backend_args.backend") and value not in BACKENDS:
+    elif key.endswith(("backend_args.backend", "client_args.backend")) and value not in BACKENDS:
         raise UserError(f"{key} is {value!r}, which may import a module; of {', '.join(BACKENDS)}, name one")
     elif isinstance(value, str) and value.endswith(".py"):
         raise UserError(f"{key} is {value!r}, a program, which mmengine may run; write such a config in Python")
@@ -127,7 +132,7 @@ def make_sizes_tuples(value: object) -> None:
 
 def _is_harmless(name: str) -> bool:
     *scopes, last = name.split(".")
-    if last in EVALUATE_TEXT or not re.fullmatch(r"[\w./ -]*", name):  # no call, as in torchvision/Resize
+    if last in RUN_CODE or not re.fullmatch(r"[\w./ -]*", name):  # no call, as in torchvision/Resize
         return False
     if not scopes:
         return not _is_module(name)

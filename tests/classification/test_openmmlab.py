@@ -735,6 +735,14 @@ CONFIGS = {
         "{model: {}, test_dataloader: {dataset: {backend_args: {backend: memcached, sys_path: evil}}}}",
         "test_dataloader.dataset.backend_args.backend is 'memcached', which may import a module",
     ),
+    "client.yaml": (
+        "{model: {}, default_hooks: {logger: {file_client_args: {backend: memcached, sys_path: evil}}}}",
+        "default_hooks.logger.file_client_args.backend is 'memcached', which may import a module",
+    ),
+    "remote.yaml": (
+        "model: {backbone: {type: mmpretrain.HuggingFaceClassifier, model_name: evil, trust_remote_code: true}}",
+        "model.backbone.trust_remote_code is True, by which code of elsewhere may run",
+    ),
     "function.yaml": (
         "model: {type: mmengine.call_command}",
         "model.type is 'mmengine.call_command', which is no registered name",

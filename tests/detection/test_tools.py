@@ -575,6 +575,13 @@ def test_checkpoints(monkeypatch, scenes, tmp_path):
     sizes = {"model.backbone.depths": (1, 1, 1, 1)}
     path = published(tmp_path / "other.pth", MICRO, **sizes)
     assert "other.pth: its weights are of another model: " in tested(path)
+    content = torch.load(published(tmp_path / "large.pth", MICRO), weights_only=False)  # our own, just written
+    content["state_dict"]["roi_head.bbox_head.fc_cls.weight"].fill_(1e38)  # mmdet drops scores of NaN
+    torch.save(content, tmp_path / "large.pth")
+    assert re.search(
+        r"png or another image of its batch: what the model computes in roi_head\.bbox_head\.fc_cls is not finite, so",
+        tested(tmp_path / "large.pth", *TEST_HERE),
+    )
     path = published(tmp_path / "classes.pth", MICRO, **{"model.roi_head.bbox_head.num_classes": 3})
     assert "bbox_head.fc_cls.weight is (4, 256), not (11, 256)" in tested(path)
     backbone = MODELS.build(dict(type="MM_SpatialMamba", dims=16, depths=(1, 1, 2, 1)))
