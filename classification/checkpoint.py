@@ -262,11 +262,13 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
 def _is_count(key: str, value: Tensor, state: StateDict, counts: str) -> bool:
     """Return whether an entry may be of whole numbers. A loss can keep such weights in a `weight` without `bias`."""
     layer, _, name = key.rpartition(".")
-    of_layer = {f"{layer}.weight", f"{layer}.bias"} <= state.keys() or (name == "weight" and value.ndim > 1)
-    return key.endswith(counts) and name not in OF_A_BLOCK and not (name in ("weight", "bias") and of_layer)
+    if name in ("weight", "bias") and {f"{layer}.weight", f"{layer}.bias"} <= state.keys():
+        return False
+    return key.endswith(counts) and name not in NO_COUNTS and not (name.endswith("weight") and value.ndim > 1)
 
 
-OF_A_BLOCK = ("A_logs", "Ds", "alpha", "dt_projs_bias", "dt_projs_weight", "x_proj_weight")
+NO_COUNTS = {"A_logs", "Ds", "alpha", "dt_projs_bias", "kernel_3", "kernel_3_1", "kernel_3_2"}  # of our blocks
+NO_COUNTS |= {"in_proj_bias", "running_mean", "running_var"}  # of PyTorch's layers
 
 
 def num_classes(state: StateDict) -> int | None:

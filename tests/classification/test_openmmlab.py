@@ -2149,6 +2149,8 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
         ("slope.weight", "as torch.int64, which is torch.float32 in the model"),
         ("head.bias", "which is of dtype int64, not of floating point"),
         ("backbone.weight", "which is of dtype int64, not of floating point"),
+        ("backbone.kernel_3_1", "which is of dtype int64, not of floating point"),
+        ("norm.running_var", "which is of dtype int64, not of floating point"),
     ):
         whole = both.state_dict() | {name: torch.ones(3 if name == "head.bias" else 1, dtype=torch.int64)}
         path = save({"meta": {}, "state_dict": whole}, tmp_path / "i.pth")
