@@ -239,6 +239,11 @@ def _check_annotated(path: str) -> None:
 
 
 def _check_classes(path: str, names: list[str], classes: list[str], key: str) -> None:
+    if others := [name for name in classes if not isinstance(name, str)]:
+        raise UserError(
+            f"{key}.metainfo.classes has {others[0]!r}, which is no text, as the names in {path} are; write it with "
+            "quotes in the config (--cfg-options makes numbers of such texts)"
+        )
     absent = [name for name in classes if name not in names]
     if absent:
         raise UserError(

@@ -727,7 +727,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
             raise UserError(f"{args.config}: has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs")
         cfg.auto_scale_lr.enable = True
     _check_can_be_written(_work_dir(args, cfg))
-    check_utf8(_work_dir(args, cfg))  # or mmengine cannot note the first checkpoint in last_checkpoint
+    check_utf8(_saving_folder(args, cfg))  # or mmengine cannot note the first checkpoint in last_checkpoint
     as_read = _as_read(args, cfg)
     finds = args.resume or (cfg.get("resume") and not cfg.get("load_from"))
     looked = _find_what_to_resume(args, cfg) if finds else None

@@ -21,8 +21,9 @@ OURS = "classification."
 PACKAGES = (OURS, "torch.nn.", "torch.optim.")  # whose classes run no text; inferencers run a config's
 BACKENDS = ("disk", "http", "lmdb", "local", "petrel")  # of mmengine's, those that import nothing that a config names
 COMPILE = {"backend", "disable", "dynamic", "fullgraph", "mode"}  # arguments of torch.compile
-# Registered types that run their arguments as Python, or read pickles.
-RUN_CODE = ("CameraMotionCompensation", "CIFAR10", "CIFAR100", "RAMNormal", "RAMOpenset", "RFSearchHook")
+# Registered types that run their arguments as Python, call what these name, or read pickles.
+RUN_CODE = {"CameraMotionCompensation", "RFSearchHook", "VPD"}
+RUN_CODE |= {"CIFAR10", "CIFAR100", "Detectron2Wrapper", "RAMNormal", "RAMOpenset"}
 # Arguments by which mmengine's memcached and transformers' models import what a config names.
 IMPORT_CODE = ("sys_path", "trust_remote_code")
 

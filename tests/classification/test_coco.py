@@ -233,6 +233,10 @@ def test_valid_files(check):
 
 def test_what_pycocotools_compares(check):
     """COCOeval takes the id 0 for "not matched", and looks up `iscrowd`."""
+    with pytest.raises(
+        UserError, match=r"classes has 0, which is no text, as the names in .*a\.json are; write it with"
+    ):
+        check(coco(), metainfo=dict(classes=(0, 1)))
     with pytest.raises(UserError, match="has no annotations, so there is nothing to test; to write predictions alone"):
         check(coco(annotations=[]), "val", compared=True)
     check(coco(annotations=[]), "val")

@@ -639,6 +639,10 @@ CONFIGS = {
         "model: {type: mmdet.CameraMotionCompensation, warp_mode: print(1)}",
         "model.type is 'mmdet.CameraMotionCompensation', which is no registered name",
     ),
+    "target.yaml": (
+        "model: {backbone: {type: mmseg.VPD, diffusion_cfg: {target: subprocess.Popen}}}",
+        "model.backbone.type is 'mmseg.VPD', which is no registered name",
+    ),
     "inferencer.json": (
         '{"model": {}, "custom_hooks": [{"type": "mmseg.apis.MMSegInferencer", "weights": "a.pth"}]}',
         "custom_hooks.0.type is 'mmseg.apis.MMSegInferencer', which is no registered name",
