@@ -264,11 +264,16 @@ def _is_count(key: str, value: Tensor, state: StateDict, counts: str) -> bool:
     layer, _, name = key.rpartition(".")
     if name in ("weight", "bias") and {f"{layer}.weight", f"{layer}.bias"} <= state.keys():
         return False
-    return key.endswith(counts) and name not in NO_COUNTS and not (name.endswith("weight") and value.ndim > 1)
+    return (
+        key.endswith(counts)
+        and not {name, ".".join(key.split(".")[-2:])} & NO_COUNTS
+        and not (name == "weight" and value.ndim > 1)
+    )
 
 
-NO_COUNTS = {"A_logs", "Ds", "alpha", "dt_projs_bias", "kernel_3", "kernel_3_1", "kernel_3_2"}  # of our blocks
-NO_COUNTS |= {"in_proj_bias", "running_mean", "running_var"}  # of PyTorch's layers
+NO_COUNTS = {"A_logs", "Ds", "dt_projs_bias", "dt_projs_weight", "x_proj_weight"}  # of our blocks
+NO_COUNTS |= {"kernel_3", "kernel_3_1", "kernel_3_2", "state_fusion.alpha"}
+NO_COUNTS |= {"in_proj_bias", "in_proj_weight", "running_mean", "running_var"}  # of PyTorch's layers
 
 
 def num_classes(state: StateDict) -> int | None:

@@ -2154,6 +2154,7 @@ def test_classes_of_a_checkpoint_are_the_data_sets(tmp_path, log):
         ("head.bias", "which is of dtype int64, not of floating point"),
         ("backbone.weight", "which is of dtype int64, not of floating point"),
         ("backbone.kernel_3_1", "which is of dtype int64, not of floating point"),
+        ("state_fusion.alpha", "which is of dtype int64, not of floating point"),
         ("norm.running_var", "which is of dtype int64, not of floating point"),
     ):
         whole = both.state_dict() | {name: torch.ones(3 if name == "head.bias" else 1, dtype=torch.int64)}
