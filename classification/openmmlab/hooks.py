@@ -130,9 +130,11 @@ class CheckPredictions(Hook):
     def _note(self, name: str, module: nn.Module, inputs: tuple, outputs: object) -> None:
         if torch.compiler.is_compiling():
             return
-        for value in outputs if isinstance(outputs, list | tuple) else [outputs]:
-            if isinstance(value, Tensor):
-                self.finite[name] = value.isfinite().all() & self.finite.get(name, True)
+        images = inputs[:1] if name.endswith("backbone") else ()
+        for key, values in ((INPUT, images), (name, outputs if isinstance(outputs, list | tuple) else [outputs])):
+            for value in values:
+                if isinstance(value, Tensor):
+                    self.finite[key] = value.isfinite().all() & self.finite.get(key, True)
 
     def _check(self, model: nn.Module, inputs: tuple, outputs: object) -> None:
         samples = outputs if isinstance(outputs, list | tuple) else []
@@ -145,14 +147,20 @@ class CheckPredictions(Hook):
         if not all(found):
             name = list(finite)[found.index(False)]
             path = samples[0].get("img_path") if samples and isinstance(samples[0], BaseDataElement) else "an image"
+            where = f"{path}{' or another image of its batch' if len(samples) > 1 else ''}"
+            if name == INPUT:
+                raise UserError(
+                    f"{where}: its values are not finite where the model takes them: correct model.data_preprocessor's "
+                    "std, or the steps of the pipeline"
+                )
             raise UserError(
-                f"{path}{' or another image of its batch' if len(samples) > 1 else ''}: what the model computes in "
-                f"{name} is not finite, so its predictions mean nothing: its weights have grown too large, or float16 "
-                "is too small for its features; use an earlier checkpoint. To train on from it, lower "
-                "optim_wrapper.optimizer.lr, or clip gradients (optim_wrapper.clip_grad)"
+                f"{where}: what the model computes in {name} is not finite, so its predictions mean nothing: its "
+                "weights have grown too large, or float16 is too small for its features; use an earlier checkpoint. "
+                "To train on from it, lower optim_wrapper.optimizer.lr, or clip gradients (optim_wrapper.clip_grad)"
             )
 
 
+INPUT = "the input of the backbone"
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 

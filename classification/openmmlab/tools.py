@@ -1090,7 +1090,9 @@ def _augment(args: argparse.Namespace, cfg: Config) -> None:
         )
     for dataset in datasets_of(cfg.test_dataloader.dataset):
         dataset.pipeline = cfg.tta_pipeline
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    # mmengine passes the config's variable of that name to the outermost model, and thereby replaces the model's own.
+    own = {"data_preprocessor": cfg.model.data_preprocessor} if cfg.model.get("data_preprocessor") else {}
+    cfg.model = ConfigDict(own | cfg.tta_model, module=cfg.model)
 
 
 def _unwrapped(runner: Runner) -> torch.nn.Module:

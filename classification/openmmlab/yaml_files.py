@@ -55,7 +55,7 @@ def check_types(value: object, key: str = "") -> None:
             check_types(item, f"{key}.{name}" if key else str(name))
     elif key.endswith("decode_backend") and value == "pickle":
         raise UserError(f"{key} is 'pickle', which can run code; write the data for 'numpy' or 'nifti'")
-    elif key.endswith(("backend_args.backend", "client_args.backend")) and value not in BACKENDS:
+    elif key.endswith(("backend_args.backend", "client_args.backend")) and value not in (None, *BACKENDS):
         raise UserError(f"{key} is {value!r}, which may import a module; of {', '.join(BACKENDS)}, name one")
     elif isinstance(value, str) and value.endswith(".py"):
         raise UserError(f"{key} is {value!r}, a program, which mmengine may run; write such a config in Python")

@@ -279,6 +279,10 @@ def test_predictions_that_are_nan_end_validation_and_test(monkeypatch, scenes, t
     for tta in ([], ["--tta"]):
         arguments = [saved, "--work-dir", tmp_path, *tta, *options(scenes)]
         assert re.match(fault, message(monkeypatch, tools.test, MICRO, *arguments))
+        said = message(monkeypatch, tools.test, MICRO, *arguments, "model.data_preprocessor.std=[58,0,57]")
+        assert re.search(
+            r"png: its values are not finite where the model takes them: correct model\.data_preprocessor", said
+        )
 
 
 @pytest.mark.parametrize(
