@@ -108,9 +108,7 @@ class CheckPredictions(Hook):
     """
 
     def before_val_epoch(self, runner) -> None:
-        model = runner.model
-        while isinstance(getattr(model, "module", None), nn.Module):  # of several processes, or of --tta
-            model = model.module
+        model = unwrapped(runner.model)
         self.finite: dict[str, Tensor] = {}  # whether the outputs of each layer are, for this batch; on their device
         self.handles = [
             module.register_forward_hook(partial(self._note, name))
@@ -158,6 +156,13 @@ class CheckPredictions(Hook):
                 "weights have grown too large, or float16 is too small for its features; use an earlier checkpoint. "
                 "To train on from it, lower optim_wrapper.optimizer.lr, or clip gradients (optim_wrapper.clip_grad)"
             )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return a model without its wrappers for several processes and for test-time augmentation."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 INPUT = "the input of the backbone"
@@ -358,7 +363,7 @@ class CheckResumed(Hook):
 
 def _check_averaged(model: nn.Module, state: object, path: str) -> None:
     """Check what EMAHook has saved: the weights that training goes on from. mmengine would load the part that fits."""
-    own = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
+    own = unwrapped(model).state_dict()
     if not isinstance(state, dict):
         raise UserError(f"{path}: its ema_state_dict is a {type(state).__name__}, not the weights of a model")
     state = {key.removeprefix("module."): value for key, value in state.items() if key != "steps"}

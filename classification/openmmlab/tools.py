@@ -68,6 +68,7 @@ from classification.openmmlab.hooks import (
     NoteOtherProcesses,
     StopAtInvalidLoss,
     saving_folder,
+    unwrapped,
 )
 from classification.openmmlab.messages import print_log
 from classification.openmmlab.pipelines import (
@@ -708,9 +709,9 @@ def _build(cfg: Config, as_read: Config, keep: bool = False) -> Runner:
     for handler in runner.logger.handlers:
         if isinstance(handler, logging.FileHandler):  # opened in the system's encoding
             handler.stream.reconfigure(errors="backslashreplace")
-    check_operators(_unwrapped(runner))
+    check_operators(unwrapped(runner.model))
     if not torch.cuda.is_available():
-        optimise_for_cpu(_unwrapped(runner))
+        optimise_for_cpu(unwrapped(runner.model))
     return runner
 
 
@@ -750,7 +751,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     lock = _lock(args, cfg, looked)  # held until training ends
     with _with_advice():
         runner = _build(cfg, as_read)
-    _warn_of_unknown_keys(cfg, _unwrapped(runner))
+    _warn_of_unknown_keys(cfg, unwrapped(runner.model))
     own = (
         *(NameAbsentClasses, StopAtInvalidLoss, CheckPredictions, AverageBatchNorm, CheckLabelsOfCategories),
         *(CheckResumed, CheckSameData, CheckLength, NoteOtherProcesses),
@@ -762,14 +763,14 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         resumed = bool(cfg.get("resume"))
         classes = data_classes(cfg, "train") if resumed else ()
         reduces = reduces_zero_label(cfg, "train") if resumed else None
-        meta = check_checkpoint(_unwrapped(runner), path, not resumed, classes, reduces)
+        meta = check_checkpoint(unwrapped(runner.model), path, not resumed, classes, reduces)
         if resumed:
             warn_of_other_config(cfg, meta, path, resumed=resumed)
             warn_of_what_goes_on(cfg, meta, path)
         else:
             warn_of_other_start(cfg, meta, path)
             warn_of_a_head_for_other_classes(meta, data_classes(cfg, "train"), path)
-        for module in _unwrapped(runner).modules():
+        for module in unwrapped(runner.model).modules():
             if isinstance(module, MM_SpatialMamba):
                 module.loaded_later = True
     with _with_advice():
@@ -955,7 +956,10 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
     for hook in (NameAbsentClasses, CheckPredictions, CheckLabelsOfCategories, CheckSameData):
         runner.register_hook(hook())
     meta = check_checkpoint(
-        _unwrapped(runner), args.checkpoint, classes=data_classes(cfg, "test"), reduces=reduces_zero_label(cfg, "test")
+        unwrapped(runner.model),
+        args.checkpoint,
+        classes=data_classes(cfg, "test"),
+        reduces=reduces_zero_label(cfg, "test"),
     )
     warn_of_other_config(cfg, meta, args.checkpoint)
     folders = [metric.output_dir for metric in runner.test_evaluator.metrics if getattr(metric, "output_dir", None)]
@@ -1093,14 +1097,6 @@ def _augment(args: argparse.Namespace, cfg: Config) -> None:
     # mmengine passes the config's variable of that name to the outermost model, and thereby replaces the model's own.
     own = {"data_preprocessor": cfg.model.data_preprocessor} if cfg.model.get("data_preprocessor") else {}
     cfg.model = ConfigDict(own | cfg.tta_model, module=cfg.model)
-
-
-def _unwrapped(runner: Runner) -> torch.nn.Module:
-    """Return the model without its wrappers for several processes and for test-time augmentation."""
-    model = runner.model
-    while hasattr(model, "module"):
-        model = model.module
-    return model
 
 
 def _get_flops(args: argparse.Namespace, cfg: Config) -> None:
