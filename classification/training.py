@@ -617,8 +617,9 @@ class Training:
         count = f"{sum(p.numel() for p in self.model.parameters()):,}"
         how = f"{run.describe()}{f', compiled ({self.compile_mode})' if self.compile_mode else ''}"
         logger.info("%s: %s parameters; %s; output in %s", config.MODEL.NAME, count, how, run.folder)
-        left_out = [loader.dataset.folder.left_out for loader in (self.train_loader, self.eval_loader)]
-        messages = [*self.checkpoints.damage_messages, *self.checkpoints.notes, *self.notes, *left_out]
+        train, val = (loader.dataset.folder for loader in (self.train_loader, self.eval_loader))
+        messages = [*self.checkpoints.damage_messages, *self.checkpoints.notes, *self.notes]
+        messages += [train.left_out, val.left_out, val.shared_with(train)]
         for message in filter(None, [*messages, ONE_CLASS if self.model.num_classes == 1 else ""]):
             logger.log(logging.WARNING if run.is_main else logging.DEBUG, "%s", message)
         if self.resumed_from:

@@ -204,7 +204,8 @@ class ImageFolder(Dataset):
 
     Each class has a folder, with images at any depth. A folder counts once, by its real path, however many links lead
     to it. A link to a file is an image of its own, as in torchvision, because tools that store files by content (DVC,
-    git-annex, Hugging Face) make equal files links to the same file. `left_out` counts the files that are left out.
+    git-annex, Hugging Face) make equal files links to the same file. `left_out` counts the files that are left out,
+    and `folders` are the real paths of the class folders and of those in them.
 
     Raises:
         UserError: a folder is missing or may not be entered, there are no class folders, a class folder has no images,
@@ -216,6 +217,7 @@ class ImageFolder(Dataset):
         self.classes = class_names(data_path, split, self.ignored)
         self.root, self.transform = str(Path(data_path, split)), transform
         self.suffixes = image_suffixes()
+        self.folders: set[str] = set()
         self.samples = self._samples()
 
     def __len__(self) -> int:
@@ -232,6 +234,14 @@ class ImageFolder(Dataset):
         found = ", ".join(f"{count} {why}" for why, count in sorted(self.ignored.items()))
         return f"{self.root}: left out: {found}" if found else ""
 
+    def shared_with(self, other: "ImageFolder") -> str:
+        """Say how many folders are those of another split, too, for example by a link; "" if none is."""
+        shared = self.folders & other.folders
+        if not shared:
+            return ""
+        what = f"{len(shared)} of its {len(self.folders)} folders are folders of {other.root}, too, as {min(shared)}"
+        return f"{self.root}: {what}; accuracy on images that are trained on says nothing of others"
+
     def digest(self) -> str:
         """Return the SHA-256 of the images' names in their order, which must be the same for all processes."""
         found = hashlib.sha256()
@@ -246,6 +256,7 @@ class ImageFolder(Dataset):
             found = self._images_of(top, owners)
             samples += [(path, label) for path in found]
             empty += [] if found else [top]
+        self.folders = set(owners)
         if empty:
             raise UserError(
                 f"{', '.join(empty[:5])}: no images in {len(empty)} class folder(s); fill or remove them. "

@@ -211,6 +211,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         _check_learns(cfg.model)
         _check_loads_masks(cfg)
         _check_save_best(cfg)
+        if "val" in splits:
+            _warn_of_shared_images(cfg)
     _check_same_labels(cfg, splits)
     _check_ignored(cfg, splits)
 
@@ -496,6 +498,27 @@ def _check_save_best(cfg: Config) -> None:
                 f"default_hooks.checkpoint.save_best is {name!r}, but the values of {kind_of(metrics[0])} are called "
                 f"{'/'.join(filter(None, (prefixes[0], last)))!r} and the like; write that, or 'auto'"
             )
+
+
+def _warn_of_shared_images(cfg: Config) -> None:
+    """Warn of a data set for validation that is one for training, too, by its real paths."""
+
+    def places(split: str) -> dict[tuple[str, str], str]:
+        loader, found = cfg.get(f"{split}_dataloader"), {}
+        for dataset in datasets_of(loader.dataset) if loader else ():
+            root, prefix = dataset.get("data_root") or "", dataset.get("data_prefix") or {}
+            names = (dataset.get("ann_file"), prefix.get("img_path") or prefix.get("img"))
+            if any(names) and not dataset.get("indices") and all(isinstance(one, str | None) for one in names):
+                paths = tuple(os.path.realpath(os.path.join(root, name)) if name else "" for name in names)
+                found[paths] = os.path.join(root, names[0] or names[1])
+        return found
+
+    trained, validated = places("train"), places("val")
+    if shared := next((validated[one] for one in validated if one in trained), None):
+        _warn(
+            f"val_dataloader.dataset is of the images that are trained on, too ({shared}): its scores say nothing of "
+            "other images"
+        )
 
 
 def _parent_of_maps(dataset: ConfigDict) -> str:

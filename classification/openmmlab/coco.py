@@ -238,12 +238,17 @@ def _check_annotated(path: str) -> None:
                 raise UserError(f"{path}: has no {key}, so there is nothing to train on")
 
 
-def _check_classes(path: str, names: list[str], classes: list[str], key: str) -> None:
+def check_names(path: str, classes: Sequence[str], key: str) -> None:
+    """Raise a UserError if the name of a class is no text, and so equals none of an annotation file."""
     if others := [name for name in classes if not isinstance(name, str)]:
         raise UserError(
             f"{key}.metainfo.classes has {others[0]!r}, which is no text, as the names in {path} are; write it with "
             "quotes in the config (--cfg-options makes numbers of such texts)"
         )
+
+
+def _check_classes(path: str, names: list[str], classes: list[str], key: str) -> None:
+    check_names(path, classes, key)
     absent = [name for name in classes if name not in names]
     if absent:
         raise UserError(

@@ -15,6 +15,7 @@ import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import (
     ConstantParamScheduler,
     LinearParamScheduler,
@@ -48,6 +49,9 @@ class StopAtInvalidLoss(Hook):
     A loss is that of the weights before the update. So the weights themselves are checked before they are validated or
     saved: in a validation, NaN can look like a better model, and the new checkpoint would take the place of a good one.
     CheckPredictions looks at what finite weights predict.
+
+    Raises:
+        UserError: a loss or a weight is not finite; the message says whether the images are not.
     """
 
     priority = "HIGH"  # before the hooks that average or save the weights
@@ -62,6 +66,8 @@ class StopAtInvalidLoss(Hook):
         anywhere = torch.tensor([bad, bool(invalid)], dtype=torch.int64)
         all_reduce(anywhere, "max")
         if anywhere.any():
+            if bad and not _are_finite(getattr(unwrapped(runner.model), "data_preprocessor", None), data_batch):
+                raise UserError(f"iteration {runner.iter + 1}: the loss is not finite, for {INVALID_IMAGES}")
             losses = {name: _number(value) for name, value in named.items() if bad}
             parts = [f"{name} is {value.sum().item()}" for name, value in losses.items() if not value.isfinite().all()]
             after = "after its update, the model has weights that are"  # or statistics of batch norm
@@ -71,6 +77,21 @@ class StopAtInvalidLoss(Hook):
                 "nothing more is learnt; go on from an earlier checkpoint with a lower optim_wrapper.optimizer.lr, "
                 "gradients that are clipped (optim_wrapper.clip_grad), or without --amp"
             )
+
+
+INVALID_IMAGES = (
+    "values of images are not finite where the model takes them: correct model.data_preprocessor's std, the steps of "
+    "the pipeline, or an image that holds such values itself"
+)
+
+
+def _are_finite(preprocessor: nn.Module | None, batch: object) -> bool:
+    """Return whether the images of a batch are finite, and remain so by the mean and std of a data_preprocessor."""
+    numbers = [value for name, value in _tensors_in("", batch) if name.startswith("inputs")]
+    for part in preprocessor.modules() if preprocessor is not None else ():  # one may hold another
+        mean, std = getattr(part, "mean", None), getattr(part, "std", None)
+        numbers += [mean, 1 / std] if isinstance(mean, Tensor) and isinstance(std, Tensor) else []
+    return all(bool(value.isfinite().all()) for value in numbers)
 
 
 def _number(value: torch.Tensor | float) -> torch.Tensor:
@@ -100,8 +121,8 @@ class CheckPredictions(Hook):
 
     Weights that are finite can give logits that are not. mmsegmentation takes NaN as the first class: if most pixels
     are of that class, the model looks better than a good one, and its checkpoint would take the good one's place.
-    mmdetection drops boxes with scores of NaN. So the outputs of the backbone, of the convolutions and products behind
-    it, and the scores are looked at.
+    mmdetection drops boxes with scores of NaN. So the outputs of the backbone and of the heads, of the convolutions and
+    products behind the backbone, and the scores are looked at.
 
     Raises:
         UserError: an output holds NaN or infinity; the message names the image and the layer.
@@ -113,7 +134,7 @@ class CheckPredictions(Hook):
         self.handles = [
             module.register_forward_hook(partial(self._note, name))
             for name, module in model.named_modules()
-            if name.endswith("backbone") or (isinstance(module, LAYERS) and "backbone." not in name)
+            if name.endswith(("backbone", "head")) or (isinstance(module, LAYERS) and "backbone." not in name)
         ]
         self.handles.append(model.register_forward_hook(self._check))
 
@@ -129,10 +150,9 @@ class CheckPredictions(Hook):
         if torch.compiler.is_compiling():
             return
         images = inputs[:1] if name.endswith("backbone") else ()
-        for key, values in ((INPUT, images), (name, outputs if isinstance(outputs, list | tuple) else [outputs])):
-            for value in values:
-                if isinstance(value, Tensor):
-                    self.finite[key] = value.isfinite().all() & self.finite.get(key, True)
+        for key, values in ((INPUT, images), (name, outputs)):
+            for _, value in _tensors_in("", values):
+                self.finite[key] = value.isfinite().all() & self.finite.get(key, True)
 
     def _check(self, model: nn.Module, inputs: tuple, outputs: object) -> None:
         samples = outputs if isinstance(outputs, list | tuple) else []
@@ -147,10 +167,7 @@ class CheckPredictions(Hook):
             path = samples[0].get("img_path") if samples and isinstance(samples[0], BaseDataElement) else "an image"
             where = f"{path}{' or another image of its batch' if len(samples) > 1 else ''}"
             if name == INPUT:
-                raise UserError(
-                    f"{where}: its values are not finite where the model takes them: correct model.data_preprocessor's "
-                    "std, or the steps of the pipeline"
-                )
+                raise UserError(f"{where}: {INVALID_IMAGES}")
             raise UserError(
                 f"{where}: what the model computes in {name} is not finite, so its predictions mean nothing: its "
                 "weights have grown too large, or float16 is too small for its features; use an earlier checkpoint. "
@@ -160,7 +177,7 @@ class CheckPredictions(Hook):
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return a model without its wrappers for several processes and for test-time augmentation."""
-    while hasattr(model, "module"):
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
 
@@ -170,12 +187,15 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def _tensors_in(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in the results for an image, with names such as "pred_instances.scores"."""
+    """Yield the tensors in a batch, in outputs or in the results for an image, as "pred_instances.scores"."""
     if isinstance(value, Tensor):
         yield name, value
-    elif isinstance(value, BaseDataElement):
+    elif isinstance(value, BaseDataElement | dict):
         for key, part in value.items():
-            yield from _tensors_in(f"{name}.{key}" if name else key, part)
+            yield from _tensors_in(f"{name}.{key}" if name else str(key), part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors_in(name, part)
 
 
 @HOOKS.register_module()

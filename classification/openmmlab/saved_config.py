@@ -201,9 +201,9 @@ def _scores(evaluator: dict | list, automatic: bool) -> list[dict]:
 
 
 def _model(cfg: dict | Config) -> dict:
-    model = cfg.get("model") or {}
-    model = model.get("module", model)  # with --tta
-    preprocessor = model.get("data_preprocessor") or cfg.get("data_preprocessor")
+    outer = cfg.get("model") or {}
+    model = outer.get("module", outer)  # with --tta, where mmengine takes the outer data_preprocessor
+    preprocessor = outer.get("data_preprocessor") or model.get("data_preprocessor") or cfg.get("data_preprocessor")
     return {**model, "data_preprocessor": preprocessor} if preprocessor else model
 
 

@@ -51,6 +51,18 @@ def _share(part: object) -> None:
         _share(part.all_values())
 
 
+def end_workers(*loops: object) -> None:
+    """End the workers of mmengine's loops, which may be None; those of `persistent_workers` wait for another epoch.
+
+    If garbage collection did it, the threads that feed them would close their files a second time, and print errors.
+    """
+    for loop in loops:
+        if hasattr(loop, "dataloader_iterator"):  # of training by iterations
+            del loop.dataloader_iterator
+        if isinstance(getattr(loop, "dataloader", None), DataLoader):
+            loop.dataloader._iterator = None
+
+
 def sharing(build: Callable[..., DataLoader]) -> Callable[..., DataLoader]:
     """Return mmengine's `build_dataloader`, but for loaders whose batches are shared so."""
 

@@ -78,7 +78,7 @@ from classification.openmmlab.pipelines import (
     pass_class_weights,
 )
 from classification.openmmlab.saved_config import warn_of_other_config, warn_of_other_start, warn_of_what_goes_on
-from classification.openmmlab.shared_memory import sharing
+from classification.openmmlab.shared_memory import end_workers, sharing
 from classification.openmmlab.unread_variables import settings_of, warn_of_unread_variables
 from classification.run import lost_another, meeting, whole_numbers
 
@@ -775,6 +775,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
                 module.loaded_later = True
     with _with_advice():
         runner.train()
+    end_workers(runner.train_loop, runner.val_loop)
     if lock:
         lock.close()
 
@@ -973,6 +974,7 @@ def _test(args: argparse.Namespace, cfg: Config) -> None:
         runner.test_evaluator.metrics.append(METRICS.build(dict(type="DumpDetResults", out_file_path=args.out)))
     with _with_advice():
         runner.test()
+    end_workers(runner.test_loop)
 
 
 # What to do about errors of the libraries that do not say it, by a part of their message.
@@ -994,7 +996,8 @@ ADVICE = {
     ),
     "exited unexpectedly": "the lines above may say why; if it could not allocate shared memory, /dev/shm is too small "
     "(docker's --shm-size=16g or --ipc=host); if it was killed, memory is: set a smaller num_workers or batch_size",
-    "'ascii' codec can't": "the locale is ASCII: set PYTHONUTF8=1",
+    "'ascii' codec can't": "the locale is ASCII, for which set PYTHONUTF8=1, or an address has other characters, to be "
+    "written as %XX",
     "No space left on device": "the disk of the work folder or of --out is full, or /dev/shm is (docker's --shm-size)",
     "'NoneType' object has no attribute 'squeeze'": "imdecode_backend of LoadAnnotations does not read a label map: "
     "write it as PNG",
@@ -1091,6 +1094,11 @@ def _augment(args: argparse.Namespace, cfg: Config) -> None:
         raise UserError(
             f"{args.config}: tta_pipeline flips images, but the meta_keys of its {kind_of(lacks)} lack 'flip' or "
             "'flip_direction', so that predictions would stay mirrored; add them"
+        )
+    if is_kind(cfg.tta_model, "DetTTAModel") and not flips:
+        raise UserError(
+            f"{args.config}: tta_pipeline has no RandomFlip, which tells DetTTAModel whether an image is mirrored; add "
+            "dict(type='RandomFlip', prob=0.0)"
         )
     for dataset in datasets_of(cfg.test_dataloader.dataset):
         dataset.pipeline = cfg.tta_pipeline

@@ -82,7 +82,7 @@ class CheckLabels:
     """Checks the labels of a segmentation map after LoadAnnotations.
 
     Without this check, a label that is no class ends training in the loss. On a GPU, that is an assertion that names no
-    file.
+    file. If a file's format is not known to keep labels, or its EXIF orientation turns it, a warning says so once.
 
     Args:
         num_classes: labels must be less than this, or `ignore_index`.
@@ -107,6 +107,7 @@ class CheckLabels:
         self.num_classes, self.class_weight, self.ignore_index = num_classes, class_weight, ignore_index
         self.turned, self.of_file = turned, of_file
         self.palettes: Palettes | None = Palettes()  # None after a warning
+        self.warned = not of_file  # of a doubtful file
 
     def __call__(self, results: dict) -> dict:
         if "gt_seg_map" not in results:  # mmseg's inferencer takes LoadAnnotations out of a pipeline
@@ -126,6 +127,9 @@ class CheckLabels:
             )
         reduced = bool(results.get("reduce_zero_label"))  # then LoadAnnotations has subtracted 1
         wrong = _not_of_a_byte(path) if self.of_file else None
+        if not self.warned and (doubt := _doubt(path)):
+            self.warned = True
+            print_log(f"{path}: {doubt}", logger="current", level=logging.WARNING)
         if self.of_file and wrong is None and not results.get("label_map"):
             _check_one_bit(path, labels, reduced)
             meant = {*range(self.num_classes + reduced), self.ignore_index}
@@ -276,6 +280,9 @@ class CheckValues:
 
     If values are not of 8 bits, a warning says so once, as the normalisation must be for these. Whole numbers from 0 to
     255 in floating point (`to_float32`) count as 8 bits.
+
+    Raises:
+        UserError: a value is not finite.
     """
 
     def __init__(self):
@@ -283,6 +290,11 @@ class CheckValues:
 
     def __call__(self, results: dict) -> dict:
         image = results.get("img")
+        if isinstance(image, np.ndarray) and image.dtype.kind == "f" and not np.isfinite(image).all():
+            raise UserError(
+                f"{results.get('img_path')}: has values that are not finite, as those of pixels without data may be: "
+                "replace them by numbers, or leave the image out"
+            )
         if not self.warned and isinstance(image, np.ndarray) and image.dtype != np.uint8:
             small = image.dtype.kind == "f" and ((image >= 0) & (image <= LARGEST) & (image % 1 == 0)).all()
             self.warned = not small
@@ -298,7 +310,7 @@ class CheckValues:
 
 
 PPM = (b"P2", b"P3", b"P5", b"P6")  # the beginnings of PGM and PPM files with more than one bit
-PFM, TIFF, PAM, HDR = (b"PF", b"Pf"), (b"II", b"MM"), b"P7", b"#?"
+PFM, TIFF, PAM, HDR, SUN = (b"PF", b"Pf"), (b"II", b"MM"), b"P7", b"#?", b"\x59\xa6"
 PLAIN = "ppm_plain"  # Pillow's decoder of the two that are text
 SIGNED, BIG = 2, 43  # of TIFF: a SampleFormat for integers with a sign, and BigTIFF's version
 EXTRA_SAMPLES, ALPHA = 338, 2  # of TIFF: a tag, and its value for an alpha that colours are not multiplied by
@@ -315,6 +327,8 @@ def _misread_by_opencv(path: str, kind: bytes, unchanged: bool = False) -> str |
         return None if unchanged else "is a PFM, whose numbers OpenCV rounds to 0 to 255"
     if kind == HDR:
         return None if unchanged else "is a Radiance HDR, whose white OpenCV takes for 1, and clips what is above"
+    if kind == SUN:
+        return "is a Sun raster file, whose greys OpenCV reads as black" if unchanged else None
     if kind == PAM:
         header = dict(re.findall(rb"^(DEPTH|MAXVAL)\s+(\d+)", _head(path, 500), re.MULTILINE))
         right = header.get(b"DEPTH") == b"1" and header.get(b"MAXVAL") in (b"255", b"65535")
@@ -391,6 +405,7 @@ def _check_one_bit(path: str, labels: np.ndarray, reduced: bool) -> None:
 
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 KIND_OF_PAGE, REDUCED, MASK = 254, 1, 4  # of TIFF: a tag, and bits of its value
+KEEP_LABELS = ("PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # if `_changes_labels` names no fault
 LOSSY = ("AVIF", "JPEG", "MPO")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
@@ -419,6 +434,29 @@ def _changes_labels(image: Image.Image, path: str) -> str | None:
     if image.mode in ("1", "L") and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         return "is a TIFF in which 0 is white, so that its labels are inverted as they are read; write it as PNG"
     return misread_planes(image)
+
+
+def _doubt(path: str) -> str | None:
+    """Say why a map's labels may be others than were meant, or turned; None if nothing speaks for that."""
+    kind = None
+    try:
+        with Image.open(path) as image:
+            # Of a PNG without EXIF before its pixels, getexif decodes all pixels.
+            known = image.format == "TIFF" or "exif" in image.info
+            if known and image.getexif().get(ExifTags.Base.Orientation) in TURNED:
+                return (
+                    "has an EXIF orientation by which viewers turn it, but not all readers do: write it without, "
+                    "turned as its image is loaded"
+                )
+            kind = f"the format {image.format}" if image.format not in KEEP_LABELS else None
+    except UnidentifiedImageError:
+        kind = "a format that Pillow lacks" if _head(path, 4) not in TIFF_HEADERS else None
+    except Exception:  # it is not on this disk, or is damaged or too large for Pillow
+        return None
+    return kind and (
+        f"is of {kind}, in which labels may change as they are written or read; {', '.join(KEEP_LABELS)} keep them: "
+        "write the maps as PNG, from what they were made of"
+    )
 
 
 def _count_pages(image: Image.Image) -> int:

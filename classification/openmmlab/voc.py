@@ -11,7 +11,7 @@ from mmengine.config import ConfigDict
 from mmengine.fileio import list_from_file
 
 from classification.errors import UserError
-from classification.openmmlab.coco import report_filtered
+from classification.openmmlab.coco import check_names, report_filtered
 from classification.openmmlab.messages import print_log
 
 NAMED = 3  # names in a message
@@ -35,8 +35,8 @@ def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence
         folder: the folder of the XML files in the folder `data_prefix.sub_data_root`.
 
     Raises:
-        UserError: an XML file is missing or cannot be read, or the name of no object is a class, or most images have
-            boxes that are empty or outside, or no image is left.
+        UserError: the name of a class is no text, an XML file is missing or cannot be read, or the name of no object is
+            a class, or most images have boxes that are empty or outside, or no image is left.
     """
     images = list_from_file(os.path.join(root, dataset.ann_file))
     twice = [name for name, count in Counter(map(os.path.normpath, images)).items() if count > 1]
@@ -47,6 +47,7 @@ def check_objects(dataset: ConfigDict, root: str, folder: str, classes: Sequence
             level=logging.WARNING,
         )
     folder = os.path.join(root, (dataset.get("data_prefix") or {}).get("sub_data_root", ""), folder)
+    check_names(folder, classes, key)
     filters = {} if dataset.get("test_mode") else dataset.get("filter_cfg") or {}
     found: Counter[str | None] = Counter()
     empty, small, smallest = 0, 0, filters.get("min_size", 0)

@@ -352,6 +352,16 @@ def test_each_name_once_and_what_is_left_out_is_counted(tmp_path):
         "1 file(s) that are pipes, sockets or devices, 2 file(s) without a suffix, 1 hidden file(s), "
         "1 hidden folder(s), 6 link(s) to a folder that is there already"
     )
+    (tmp_path / "train" / "b").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / "train" / "b" / "2.png")
+    (tmp_path / "train" / "a").symlink_to(root / "a")
+    train = ImageFolder(str(tmp_path), "train", None)
+    said = f"{root}: 2 of its 4 folders are folders of {tmp_path}/train, too, as {root}/a; accuracy on images that are"
+    assert folder.shared_with(train).startswith(said)
+    (tmp_path / "train" / "a").unlink()
+    (tmp_path / "train" / "a").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "train" / "a" / "2.png")
+    assert folder.shared_with(ImageFolder(str(tmp_path), "train", None)) == ""
     (root / "b" / "of_a").symlink_to(root / "a" / "deeper")
     with pytest.raises(UserError, match=r"b/of_a: is the same folder as .*a/deeper, of another class"):
         ImageFolder(str(tmp_path), "val", None)

@@ -1341,6 +1341,8 @@ def test_images_that_pillow_would_clip_are_named(tmp_path, monkeypatch):
         assert first == dict(type="CheckImage", unchanged=False, ignore_empty=False) | check
         assert load == step
         assert after == [dict(type="CheckValues")] * ("color_type" in step)
+    with pytest.raises(UserError, match=r"a\.tif: has values that are not finite, as those of pixels without data"):
+        transforms.CheckValues()(dict(img=np.float32([[1, np.nan]]), img_path="a.tif"))
     assert isinstance(TRANSFORMS.build(dict(type="CheckBits", unchanged=True)), CheckImage)  # of an older saved config
     assert tools.transforms  # where these steps are registered, whatever the config imports
     results = {"img_path": str(path)}
@@ -1454,6 +1456,13 @@ def test_images_that_opencv_misreads_are_named(tmp_path, monkeypatch):
         CheckImage()({"img_path": str(path)})
         misread = read({"img_path": str(path)})["img"].tolist() != [[truth] * 2]
         assert [f"{path}: is a PAM, of which OpenCV reads greys" in one for one in said] == [True] * misread
+    said.clear()
+    cv2.imwrite(str(tmp_path / "a.ras"), np.full((4, 4), 200, np.uint8))
+    for unchanged, white in ((False, 200), (True, 0)):
+        CheckImage(unchanged=unchanged)({"img_path": str(tmp_path / "a.ras")})
+        flag = cv2.IMREAD_UNCHANGED if unchanged else cv2.IMREAD_COLOR
+        assert (cv2.imread(str(tmp_path / "a.ras"), flag) == white).all()
+        assert ["a.ras: is a Sun raster file, whose greys" in one for one in said] == [True] * unchanged
     for name in ("int16.tif", "P5-4095.ppm"):  # `CheckValues` says what they are
         CheckImage(unchanged=True)({"img_path": str(tmp_path / name)})
     assert len(said) == 1
@@ -1798,6 +1807,11 @@ def test_what_a_checkpoint_was_trained_with_is_compared(changed, note, said, log
     cfg.model = dict(module=cfg.model)
     saved_config.warn_of_other_config(cfg, meta, "a.pth")
     assert len(warnings()) == len(said)
+    cfg.model.data_preprocessor = dict(cfg.model.module.data_preprocessor, mean=[0, 0, 0])  # which mmengine takes
+    saved_config.warn_of_other_config(cfg, meta, "a.pth")
+    assert warnings()[len(said) :] == [
+        "a.pth: was trained with another config: model.data_preprocessor.mean was [123.7, 116, 103], is [0, 0, 0]"
+    ]
 
 
 def test_settings_of_training_alone_matter_to_a_run_that_goes_on(log):
@@ -2064,7 +2078,7 @@ def test_advice_beside_the_libraries_errors(tmp_path):
         (lambda: preprocess(dict(inputs=images, data_samples=None)), "set batch_size=1 of the data loader"),
         (lambda: load(results), "make that of LoadAnnotations, too, equal to it"),
         (lambda: by_opencv({**results, "seg_map_path": str(odd)}), "does not read a label map: write it as PNG"),
-        (lambda: "é".encode("ascii"), "the locale is ASCII: set PYTHONUTF8=1"),
+        (lambda: "é".encode("ascii"), "the locale is ASCII, for which set PYTHONUTF8=1, or an address has other"),
         (lambda: cv2.resize(np.zeros((8, 3000)), (128, 0)), "an image is so thin that no pixel is left"),
         (lambda: torch.ones(11)[torch.tensor(255)], "of images that are smaller than data_preprocessor.size"),
         (lambda: build_optim_wrapper(LAYER, no_decay), "set optim_wrapper.optimizer.weight_decay"),
@@ -2074,6 +2088,36 @@ def test_advice_beside_the_libraries_errors(tmp_path):
             call()
     with pytest.raises(ValueError, match="another"), tools._with_advice():
         raise ValueError("another")
+
+
+class EinsumHead(torch.nn.Module):
+    """As a head of panoptic segmentation: its last product is no layer's."""
+
+    def forward(self, features: torch.Tensor) -> tuple:
+        return [features], [torch.einsum("bchw,bdhw->bcd", features, features)]
+
+
+class ModelOfParts(torch.nn.Module):
+    """With a part called `module`, as wrappers of models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.module, self.panoptic_head = torch.nn.Identity(), EinsumHead()
+
+    def forward(self, images: torch.Tensor) -> list:
+        self.panoptic_head(self.module(images))
+        return []
+
+
+def test_products_of_heads_are_finite():
+    run, hook = argparse.Namespace(model=ModelOfParts()), hooks.CheckPredictions()
+    assert hooks.unwrapped(run.model) is run.model
+    hook.before_test_epoch(run)
+    run.model(torch.ones(1, 3, 4, 4))
+    with pytest.raises(UserError, match="what the model computes in panoptic_head is not finite"):
+        run.model(torch.full((1, 3, 4, 4), 1e25))
+    hook.after_test_epoch(run)
+    run.model(torch.full((1, 3, 4, 4), 1e25))
 
 
 @pytest.mark.parametrize(
@@ -2727,8 +2771,11 @@ def test_synchronised_batch_norm_is_missed_aloud(monkeypatch):
         assert len(said) == 1 + found
 
 
-def test_maps_of_other_images_and_lossy_ones(tmp_path):
+def test_maps_of_other_images_and_lossy_ones(tmp_path, monkeypatch):
     """JPEG makes new labels where two meet; a map of another size is another image's."""
+    cv2 = pytest.importorskip("cv2")
+    said = []
+    monkeypatch.setattr(transforms, "print_log", lambda message, **_: said.append(message))
     labels = np.zeros((16, 8), np.uint8)
     tags = {"four.tif": (0x102, 8, 4), "white.tif": (0x106, 1, 0)}  # bits, and whether 0 is white
     for name, size, message in (
@@ -2738,7 +2785,9 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         ("a.webp", (16, 8), r"a\.webp: is a WEBP, which changes labels"),
         ("lossless.webp", (16, 8), None),
         ("a.jp2", (16, 8), r"a\.jp2: is a JPEG2000, which changes labels"),
-        ("reversible.jp2", (16, 8), None),
+        ("reversible.jp2", (16, 8), None),  # which may be cut all the same
+        ("a.ras", (16, 8), None),  # in which OpenCV reads greys as black
+        ("a.hdr", (16, 8), None),
         ("a.pgm", (16, 8), None),
         ("eight.pgm", (16, 8), r"eight\.pgm: is a PGM whose white is 8, so that its labels are stretched to 255"),
         ("pages.tif", (16, 8), r"pages\.tif: has 2 pages, of which the first alone would be read"),
@@ -2756,7 +2805,11 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
         reduced.encoderinfo = dict(tiffinfo={254: 1})  # as a GeoTIFF has
         options |= {"overview.tif": dict(save_all=True, append_images=[reduced])}.get(name, {})
         options |= {"planes.tif": dict(tiffinfo={284: 2})}.get(name, {})
-        Image.fromarray(labels.astype(np.uint16) if name == "planes.tif" else labels).save(tmp_path / name, **options)
+        if name in ("a.ras", "a.hdr"):
+            assert cv2.imwrite(str(tmp_path / name), labels)
+        else:
+            kind = np.uint16 if name == "planes.tif" else np.uint8
+            Image.fromarray(labels.astype(kind)).save(tmp_path / name, **options)
         if name == "eight.pgm":
             (tmp_path / name).write_bytes(b"P5\n8 16\n8\n" + labels.tobytes())
         if name in tags:
@@ -2769,7 +2822,19 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path):
             with pytest.raises(UserError, match=message):
                 CheckLabels(5)(results)
         else:
+            said.clear()
             assert CheckLabels(5)(results) is results
+            odd = name in ("reversible.jp2", "a.ras", "a.hdr")
+            assert [f"{name}: is of " in one and "labels may change" in one for one in said] == [True] * odd
+    for name in ("turned.png", "turned.tif"):
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        Image.fromarray(labels).save(tmp_path / name, exif=exif)
+        said.clear()
+        check = CheckLabels(5)
+        for _ in range(2):
+            check(dict(seg_map_path=str(tmp_path / name), gt_seg_map=labels))
+        assert [f"{name}: has an EXIF orientation by which viewers turn it" in one for one in said] == [True]
     for check, results in (
         (CheckLabels(5), {"img_path": "a.png"}),
         (CheckImage(), {"img": labels}),
@@ -3154,6 +3219,7 @@ def test_augmentation_in_wrapped_data_sets():
     for wrong, message in (
         (one, "not for a decode_head of one channel"),
         (flipped, "lack 'flip' or 'flip_direction'"),
+        (Config(dict(cfg.to_dict(), tta_model=dict(type="DetTTAModel"))), r"tta_pipeline has no RandomFlip, .*prob=0"),
     ):
         with pytest.raises(UserError, match=rf"^c\.py: .*{message}"):
             tools._augment(argparse.Namespace(config="c.py"), wrong)

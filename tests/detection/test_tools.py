@@ -43,6 +43,7 @@ TINY = CONFIGS / "mask_rcnn_spatialmamba_fpn_coco_tiny.py"
 QUICK = ["train_cfg.max_epochs=2", "train_cfg.val_interval=2", "train_dataloader.batch_size=4"]
 QUICK += ["train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
 QUICK += ["val_dataloader.num_workers=0", "val_dataloader.persistent_workers=False", "default_hooks.logger.interval=1"]
+PERSISTENT = "persistent_workers=True"
 TEST_HERE = ["test_dataloader.num_workers=0", "test_dataloader.persistent_workers=False"]  # or workers stay behind
 
 
@@ -119,9 +120,11 @@ def test_two_processes(scenes, tmp_path):
     command = ["bash", tools_folder / "dist_train.sh", MICRO, 2, "--work-dir", tmp_path / "run"]
     wrapper = "model_wrapper_cfg.type=MMDistributedDataParallel"
     one_epoch = ["train_cfg.max_epochs=1", "train_cfg.val_interval=1"]
-    command += options(scenes, "train_dataloader.batch_size=2", wrapper, *one_epoch)
+    workers = [f"{split}_dataloader.{key}" for split in ("train", "val") for key in ("num_workers=1", PERSISTENT)]
+    command += options(scenes, "train_dataloader.batch_size=2", wrapper, *one_epoch, *workers)
     done = run_command(*command, cwd=tmp_path, PORT=port, **note_threads(tmp_path / "threads"))
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "Traceback" not in done.stderr  # of a queue whose files were closed twice
     assert [len(threads) for threads in threads_left(tmp_path / "threads")] == [1, 1]
     assert "no GPU: 2 processes on the CPU" in done.stdout + done.stderr
     assert re.search(r"Epoch\(train\) *\[1\]\[4/4\]", done.stdout)  # 16 scenes by 2 processes of 2
@@ -130,6 +133,7 @@ def test_two_processes(scenes, tmp_path):
     command += [*arguments, *options(scenes)]
     done = run_command(*command, cwd=tmp_path, PORT=port, **note_threads(tmp_path / "threads_of_test"))
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "Traceback" not in done.stderr
     assert [len(threads) for threads in threads_left(tmp_path / "threads_of_test")] == [1, 1]
     drawn = list((tmp_path / "test").glob("*/drawn/*.png"))
     assert len(drawn) == 2  # mmengine draws the first process's share
@@ -506,6 +510,10 @@ def test_objects_of_voc_that_are_no_class(tmp_path, capsys):
     assert "background; no object is called 'dog' (train_dataloader.dataset)" in said
     assert "no class" not in check("cat", None)
     dataset = cfg.train_dataloader.dataset
+    dataset.metainfo.classes = (0, 1)
+    with pytest.raises(UserError, match=r"classes has 0, which is no text, as the names in .*Annotations are"):
+        check("0", "1")
+    dataset.metainfo.classes = ("cat", "dog")
     dataset.filter_cfg = dict(filter_empty_gt=True)
     assert "filter_cfg leaves out 1 of its 2 images: 1 have no annotation" in check("cat", None).replace("\n", " ")
     assert "more than once" not in check("cat", "dog")

@@ -28,7 +28,7 @@ from mmseg.structures import SegDataSample
 
 from classification.data.digits_scenes import scenes as scenes_of
 from classification.errors import UserError
-from classification.openmmlab import tools
+from classification.openmmlab import checks, tools
 from classification.openmmlab.checks import check_channels, check_data, data_classes
 from classification.openmmlab.config_parts import kind_of
 from classification.openmmlab.pipelines import insert_label_checks
@@ -255,6 +255,26 @@ def test_a_metric_removes_no_folder_of_others(scenes, tmp_path):
     check_data(cfg, ("val",))
 
 
+def test_validation_on_the_images_that_are_trained_on(scenes, tmp_path, monkeypatch):
+    for name in ("images", "annotations"):
+        shutil.copytree(scenes / name, tmp_path / name)
+    (tmp_path / "images/training").rename(tmp_path / "images/moved")
+    (tmp_path / "images/training").symlink_to(tmp_path / "images/moved")
+    said = []
+    monkeypatch.setattr(checks, "print_log", lambda message, **_: said.append(message))
+    cfg = Config.fromfile(MICRO)
+    tools.merge_options(cfg, {"data_root": str(tmp_path)})
+    check_data(cfg, ("train", "val"))
+    assert not said
+    for name in ("images", "annotations"):
+        shutil.rmtree(tmp_path / name / "validation")
+        (tmp_path / name / "validation").symlink_to(tmp_path / name / "training")
+    check_data(cfg, ("train", "val"))
+    assert [one.partition(" (")[0] for one in said] == [
+        "val_dataloader.dataset is of the images that are trained on, too"
+    ]
+
+
 def test_maps_as_images(monkeypatch, scenes):
     same = "train_dataloader.dataset.data_prefix.img_path=annotations/training"
     said = message(monkeypatch, tools.train, MICRO, *options(scenes, same))
@@ -265,6 +285,10 @@ def test_a_loss_that_is_nan_ends_training(monkeypatch, scenes, tmp_path):
     arguments = ["--work-dir", tmp_path, *options(scenes, "optim_wrapper.optimizer.lr=1e38")]
     said = message(monkeypatch, tools.train, MICRO, *arguments)
     assert re.match(r"error: iteration [23]: the loss is not finite \(loss is (nan|inf), decode\.loss_ce is", said)
+    said = message(monkeypatch, tools.train, MICRO, *arguments, "model.data_preprocessor.std=[58,0,57]")
+    assert re.match(
+        r"error: iteration 1: the loss is not finite, for values of images are not .*correct model\.data", said
+    )
     assert not list(tmp_path.glob("*.pth"))
 
 
@@ -281,7 +305,7 @@ def test_predictions_that_are_nan_end_validation_and_test(monkeypatch, scenes, t
         assert re.match(fault, message(monkeypatch, tools.test, MICRO, *arguments))
         said = message(monkeypatch, tools.test, MICRO, *arguments, "model.data_preprocessor.std=[58,0,57]")
         assert re.search(
-            r"png: its values are not finite where the model takes them: correct model\.data_preprocessor", said
+            r"png: values of images are not finite where the model takes them: correct model\.data_preprocessor", said
         )
 
 
