@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classification.errors import prepare_console
 from classification.export import export, write_onnx
 from classification.memory import keep_freed_memory
 from classification.models import VARIANTS, SpatialMamba, optimise_for_cpu, spatialmamba
@@ -354,6 +355,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    prepare_console()
     args = parse_arguments()
     torch.backends.cudnn.allow_tf32 = False
     if args.threads:

@@ -30,7 +30,7 @@ from classification.checkpoint import (
     write_atomically,
 )
 from classification.config import CfgNode, evaluation_config_text, trained_with
-from classification.errors import UserError, check_utf8, escape_on_streams, printable
+from classification.errors import UserError, check_utf8, prepare_console, printable
 
 MMPRETRAIN = "mmpretrain"
 THEIRS = {"DATA.IMG_SIZE": 224, "DATA.INTERPOLATION": "bicubic", "TEST.CROP_PCT": 0.875}  # of configs/mmpretrain
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=("model", "model_ema"), default="model", help="which of a checkpoint's")
     parser.add_argument("--to", choices=(MMPRETRAIN,), help="by whose names; ours by default")
     args = parser.parse_args()
-    escape_on_streams()
+    prepare_console()
     try:
         count = convert(args.source, args.target, args.weights, args.to)
     except UserError as error:

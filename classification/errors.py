@@ -9,6 +9,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable
+from types import TracebackType
 from typing import NoReturn
 
 
@@ -72,11 +73,21 @@ def normalisation_hint(names: Iterable[str], others: Iterable[str]) -> str:
     return ""
 
 
-def escape_on_streams() -> None:
-    """Make the console escape characters that its encoding lacks, so that a name does not cause a traceback."""
+def prepare_console() -> None:
+    """Make a command print no traceback for a character that the console's encoding lacks, nor for Ctrl-C."""
+    sys.excepthook = _say_that_it_is_interrupted
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _say_that_it_is_interrupted(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):  # Python then ends the process by the signal itself
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def check_utf8(path: str | os.PathLike) -> None:

@@ -39,7 +39,7 @@ from classification.checkpoint import (
     variant_of,
 )
 from classification.config import LARGEST_SIZE, trained_with
-from classification.errors import UserError, check_utf8, escape_on_streams, printable
+from classification.errors import UserError, check_utf8, prepare_console, printable
 from classification.models import VARIANTS, SpatialMamba, undo_optimise_for_cpu
 
 ONNX, PT2 = ".onnx", ".pt2"
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="height and width of the images; as trained, or else 224")
     parser.add_argument("--dynamic", nargs="+", choices=("batch", "size"), default=(), help="what may be others later")
     args = parser.parse_args()
-    escape_on_streams()
+    prepare_console()
     try:
         with _without_remarks():
             found = export_checkpoint(args.source, args.target, args.weights, args.size, args.dynamic)

@@ -33,7 +33,7 @@ from classification.compiling import MODES, WITH_CUDA_GRAPHS, compile_in_place
 from classification.config import changed_evaluation_keys, load_config, shared_settings
 from classification.data import build_eval_loader, class_names
 from classification.engine import evaluate
-from classification.errors import UserError, end_with, escape_on_streams, printable, refuse_empty
+from classification.errors import UserError, end_with, prepare_console, printable, refuse_empty
 from classification.flops import flops_table
 from classification.guards import NonFiniteError
 from classification.metrics import ONE_CLASS
@@ -278,7 +278,7 @@ def train(config: CfgNode, run: Run, compile_mode: str | None) -> None:
 
 def main() -> None:
     """Do what the command line asks. A user's error ends the process with one line and status 1."""
-    escape_on_streams()
+    prepare_console()
     try:
         _main(parse_args())
         status = 0

@@ -33,7 +33,7 @@ from classification.config import LARGEST_SIZE, trained_with
 from classification.data import escaped, names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
-from classification.errors import UserError, escape_on_streams, printable, refuse_empty
+from classification.errors import UserError, prepare_console, printable, refuse_empty
 from classification.metrics import COUNT_AS_WRONG, EPOCHS, ONE_CLASS, STEPS, any_unreadable, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
@@ -259,7 +259,7 @@ def main() -> None:
     args = parser.parse_args()
     refuse_empty(parser, args)
     mpl.use("Agg")
-    escape_on_streams()
+    prepare_console()
     try:
         report(args.folder, args.data_path)
     except UserError as error:

@@ -250,7 +250,9 @@ def check_environment() -> int:
             f"{size} is {values[size]}, but {', '.join(missing)} is not set: start the processes by torchrun, or unset "
             f"{size} for a single one"
         )
-    if not 0 <= values.get(rank, 0) < max(values[size], 1):
+    if values[size] < 1:
+        raise UserError(f"{size} is {values[size]}: it is the number of processes, at least 1")
+    if not 0 <= values.get(rank, 0) < values[size]:
         raise UserError(f"{rank} is {values[rank]}, but {size} is {values[size]}: ranks are 0 to {values[size] - 1}")
     return values.get("LOCAL_RANK", values.get("SLURM_LOCALID", 0))
 

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from classification.errors import UserError, escape_on_streams, is_dir, printable
+from classification.errors import UserError, is_dir, prepare_console, printable
 
 SIZE = 32
 VAL_IMAGES = 360
@@ -81,7 +81,7 @@ def main() -> None:
     )
     parser.add_argument("root", type=Path, help="folder to make, e.g. data/digits")
     root = parser.parse_args().root
-    escape_on_streams()
+    prepare_console()
     try:
         written = write_digits(root)
     except UserError as error:

@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from classification.data.digits import split_digits
-from classification.errors import UserError, escape_on_streams, is_dir, printable
+from classification.errors import UserError, is_dir, prepare_console, printable
 
 SIZE = 128
 SCENES = {"train": 480, "val": 96}
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="folder to make, e.g. data/digits_scenes")
     parser.add_argument("--layout", choices=LAYOUTS, default="coco", help="for detection or for segmentation")
     args = parser.parse_args()
-    escape_on_streams()
+    prepare_console()
     try:
         written = write_digits_scenes(args.root, args.layout)
     except UserError as error:

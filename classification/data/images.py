@@ -205,7 +205,7 @@ class ImageFolder(Dataset):
     Each class has a folder, with images at any depth. A folder counts once, by its real path, however many links lead
     to it. A link to a file is an image of its own, as in torchvision, because tools that store files by content (DVC,
     git-annex, Hugging Face) make equal files links to the same file. `left_out` counts the files that are left out,
-    and `folders` are the real paths of the class folders and of those in them.
+    and `folders` are the real paths of the folders that hold images.
 
     Raises:
         UserError: a folder is missing or may not be entered, there are no class folders, a class folder has no images,
@@ -256,7 +256,8 @@ class ImageFolder(Dataset):
             found = self._images_of(top, owners)
             samples += [(path, label) for path in found]
             empty += [] if found else [top]
-        self.folders = set(owners)
+        holding = set(map(os.path.dirname, (path for path, _ in samples)))
+        self.folders = {real for real, (_, folder) in owners.items() if folder in holding}
         if empty:
             raise UserError(
                 f"{', '.join(empty[:5])}: no images in {len(empty)} class folder(s); fill or remove them. "

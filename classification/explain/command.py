@@ -25,7 +25,7 @@ from classification.checkpoint import CFG_NODE, check_weights, read_checkpoint, 
 from classification.config import LARGEST_SIZE, default_config
 from classification.data.build import eval_transform
 from classification.data.images import read_image
-from classification.errors import UserError, escape_on_streams, is_file, printable
+from classification.errors import UserError, is_file, prepare_console, printable
 from classification.explain.compute import (
     States,
     checked_index,
@@ -412,7 +412,7 @@ def _parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = _parse_args()
-    escape_on_streams()
+    prepare_console()
     try:
         (_serve if args.serve else explain)(args)
     except KeyboardInterrupt:

@@ -503,14 +503,16 @@ def _check_save_best(cfg: Config) -> None:
 def _warn_of_shared_images(cfg: Config) -> None:
     """Warn of a data set for validation that is one for training, too, by its real paths."""
 
-    def places(split: str) -> dict[tuple[str, str], str]:
+    def places(split: str) -> dict[str, str]:
         loader, found = cfg.get(f"{split}_dataloader"), {}
         for dataset in datasets_of(loader.dataset) if loader else ():
             root, prefix = dataset.get("data_root") or "", dataset.get("data_prefix") or {}
-            names = (dataset.get("ann_file"), prefix.get("img_path") or prefix.get("img"))
-            if any(names) and not dataset.get("indices") and all(isinstance(one, str | None) for one in names):
-                paths = tuple(os.path.realpath(os.path.join(root, name)) if name else "" for name in names)
-                found[paths] = os.path.join(root, names[0] or names[1])
+            names = [one for one in (dataset.get("ann_file"), *prefix.values()) if isinstance(one, str) and one]
+            paths = sorted(os.path.realpath(os.path.join(root, name)) for name in names)
+            same = {*OF_ANY_SPLIT, *(["indices"] if split == "val" else [])}  # a part of what is trained on, too
+            rest = {key: value for key, value in dataset.items() if key not in same}
+            if paths:
+                found[repr((paths, sorted(rest.items())))] = os.path.join(root, names[0])
         return found
 
     trained, validated = places("train"), places("val")
@@ -519,6 +521,11 @@ def _warn_of_shared_images(cfg: Config) -> None:
             f"val_dataloader.dataset is of the images that are trained on, too ({shared}): its scores say nothing of "
             "other images"
         )
+
+
+# Arguments of data sets that do not say which images they hold; the paths are compared by themselves.
+OF_ANY_SPLIT = {"ann_file", "data_prefix", "data_root", "filter_cfg", "lazy_init", "max_refetch", "metainfo"}
+OF_ANY_SPLIT |= {"pipeline", "serialize_data", "test_mode"}
 
 
 def _parent_of_maps(dataset: ConfigDict) -> str:

@@ -63,11 +63,12 @@ class StopAtInvalidLoss(Hook):
         sums = [outputs["loss"]] if "loss" in outputs else named.values()
         bad = not all(_number(value).isfinite().all() for value in sums)
         invalid = _invalid_weights(runner.model) if _validates_or_saves(self, runner, batch_idx) else []
-        anywhere = torch.tensor([bad, bool(invalid)], dtype=torch.int64)
+        images = bad and not _are_finite(getattr(unwrapped(runner.model), "data_preprocessor", None), data_batch)
+        anywhere = torch.tensor([bad, bool(invalid), images], dtype=torch.int64)
         all_reduce(anywhere, "max")
+        if anywhere[2]:
+            raise UserError(f"iteration {runner.iter + 1}: the loss is not finite, for {INVALID_IMAGES}")
         if anywhere.any():
-            if bad and not _are_finite(getattr(unwrapped(runner.model), "data_preprocessor", None), data_batch):
-                raise UserError(f"iteration {runner.iter + 1}: the loss is not finite, for {INVALID_IMAGES}")
             losses = {name: _number(value) for name, value in named.items() if bad}
             parts = [f"{name} is {value.sum().item()}" for name, value in losses.items() if not value.isfinite().all()]
             after = "after its update, the model has weights that are"  # or statistics of batch norm
@@ -121,8 +122,8 @@ class CheckPredictions(Hook):
 
     Weights that are finite can give logits that are not. mmsegmentation takes NaN as the first class: if most pixels
     are of that class, the model looks better than a good one, and its checkpoint would take the good one's place.
-    mmdetection drops boxes with scores of NaN. So the outputs of the backbone and of the heads, of the convolutions and
-    products behind the backbone, and the scores are looked at.
+    mmdetection drops boxes with scores of NaN. So the outputs of the backbone and of the heads that predict masks, of
+    the convolutions and products behind the backbone, and the scores are looked at.
 
     Raises:
         UserError: an output holds NaN or infinity; the message names the image and the layer.
@@ -134,7 +135,7 @@ class CheckPredictions(Hook):
         self.handles = [
             module.register_forward_hook(partial(self._note, name))
             for name, module in model.named_modules()
-            if name.endswith(("backbone", "head")) or (isinstance(module, LAYERS) and "backbone." not in name)
+            if name.endswith(LOOKED_AT) or (isinstance(module, LAYERS) and "backbone." not in name)
         ]
         self.handles.append(model.register_forward_hook(self._check))
 
@@ -183,6 +184,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 INPUT = "the input of the backbone"
+LOOKED_AT = ("backbone", "decode_head", "mask_head", "panoptic_head")  # other heads' boxes may be infinite, and clipped
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 

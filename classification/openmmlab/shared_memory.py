@@ -57,8 +57,8 @@ def end_workers(*loops: object) -> None:
     If garbage collection did it, the threads that feed them would close their files a second time, and print errors.
     """
     for loop in loops:
-        if hasattr(loop, "dataloader_iterator"):  # of training by iterations
-            del loop.dataloader_iterator
+        if loop is not None:
+            vars(loop).pop("dataloader_iterator", None)  # of training by iterations
         if isinstance(getattr(loop, "dataloader", None), DataLoader):
             loop.dataloader._iterator = None
 

@@ -23,7 +23,7 @@ from mmengine.registry import METRICS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from classification.checkpoint_folder import lock_folder
-from classification.errors import UserError, check_utf8, end_with, escape_on_streams, is_dir, is_file, refuse_empty
+from classification.errors import UserError, check_utf8, end_with, is_dir, is_file, prepare_console, refuse_empty
 from classification.models import SpatialMamba, optimise_for_cpu
 from classification.models.openmmlab import MM_SpatialMamba
 
@@ -179,7 +179,7 @@ def _pixels(text: str) -> int:
 
 def _run(work: Callable[[argparse.Namespace, Config], None], args: argparse.Namespace, scope: str) -> None:
     """Read the config and do the work. A user's error ends the process with one line and status 1."""
-    escape_on_streams()
+    prepare_console()
     try:
         if "launcher" in args:
             _export_ranks(args.launcher, args.local_rank)
@@ -1002,6 +1002,8 @@ ADVICE = {
     "'NoneType' object has no attribute 'squeeze'": "imdecode_backend of LoadAnnotations does not read a label map: "
     "write it as PNG",
     "Unable to locate Ghostscript": "an image is an EPS file, which is not read for safety; convert or remove it",
+    "'flip'": "DetTTAModel needs to know whether an image is mirrored: add a RandomFlip to each alternative of "
+    "tta_pipeline (prob=0.0 for none)",
     "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
     "Expected to have finished reduction in the prior iteration": "some weights get no gradient, as those of a map "
     "that no head reads: leave the map out of model.backbone.out_indices, or set find_unused_parameters=True",
@@ -1017,7 +1019,13 @@ def _with_advice() -> Iterator[None]:
         advice = next((advice for part, advice in ADVICE.items() if part in str(error)), None)
         if advice is None:
             raise
-        raise UserError(f"{str(error).strip().splitlines()[-1]}; {advice}") from error
+        raise UserError(f"{_last_message(str(error).strip())}; {advice}") from error
+
+
+def _last_message(text: str) -> str:
+    """Return the message at the end of a worker's traceback, else the last line. A file's name may have line breaks."""
+    *_, message = re.split(r"^[\w.]*(?:Error|Exception): ", text, flags=re.MULTILINE)
+    return message if message != text else text.splitlines()[-1]
 
 
 def _draw(args: argparse.Namespace, cfg: Config) -> None:
@@ -1094,11 +1102,6 @@ def _augment(args: argparse.Namespace, cfg: Config) -> None:
         raise UserError(
             f"{args.config}: tta_pipeline flips images, but the meta_keys of its {kind_of(lacks)} lack 'flip' or "
             "'flip_direction', so that predictions would stay mirrored; add them"
-        )
-    if is_kind(cfg.tta_model, "DetTTAModel") and not flips:
-        raise UserError(
-            f"{args.config}: tta_pipeline has no RandomFlip, which tells DetTTAModel whether an image is mirrored; add "
-            "dict(type='RandomFlip', prob=0.0)"
         )
     for dataset in datasets_of(cfg.test_dataloader.dataset):
         dataset.pipeline = cfg.tta_pipeline

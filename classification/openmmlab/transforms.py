@@ -131,7 +131,7 @@ class CheckLabels:
             self.warned = True
             print_log(f"{path}: {doubt}", logger="current", level=logging.WARNING)
         if self.of_file and wrong is None and not results.get("label_map"):
-            _check_one_bit(path, labels, reduced)
+            _check_few_bits(path, labels, reduced)
             meant = {*range(self.num_classes + reduced), self.ignore_index}
             if self.palettes and (fault := self.palettes.fault(path, labels, reduced, meant)):
                 self.palettes = None
@@ -280,9 +280,6 @@ class CheckValues:
 
     If values are not of 8 bits, a warning says so once, as the normalisation must be for these. Whole numbers from 0 to
     255 in floating point (`to_float32`) count as 8 bits.
-
-    Raises:
-        UserError: a value is not finite.
     """
 
     def __init__(self):
@@ -290,11 +287,6 @@ class CheckValues:
 
     def __call__(self, results: dict) -> dict:
         image = results.get("img")
-        if isinstance(image, np.ndarray) and image.dtype.kind == "f" and not np.isfinite(image).all():
-            raise UserError(
-                f"{results.get('img_path')}: has values that are not finite, as those of pixels without data may be: "
-                "replace them by numbers, or leave the image out"
-            )
         if not self.warned and isinstance(image, np.ndarray) and image.dtype != np.uint8:
             small = image.dtype.kind == "f" and ((image >= 0) & (image <= LARGEST) & (image % 1 == 0)).all()
             self.warned = not small
@@ -389,23 +381,26 @@ def _not_of_a_byte(path: str) -> int | None:
     return smallest if smallest < 0 else largest if largest > LARGEST else None
 
 
-def _check_one_bit(path: str, labels: np.ndarray, reduced: bool) -> None:
-    """Raise a UserError if a map of one bit was read as 0 and 255, as cv2 reads it."""
+def _check_few_bits(path: str, labels: np.ndarray, reduced: bool) -> None:
+    """Raise a UserError if cv2 has read other labels: 0 and 255 for 1 bit, the greys of a palette for 4 bits of a BMP."""
     try:
         with Image.open(path) as image:
-            ones = int(np.count_nonzero(image)) if image.mode == "1" else None
+            meant = np.asarray(image, np.uint8) if image.mode == "1" or image.format == "BMP" else None
     except Exception:  # LoadAnnotations has read the file by other means
         return
-    if ones is not None and ones != np.count_nonzero(labels == 1 - reduced):
+    if meant is None or meant.shape != labels.shape:
+        return
+    kept = meant < LARGEST  # 255 remains, if labels are reduced
+    if not np.array_equal(meant[kept] - np.uint8(reduced), labels[kept]):
         raise UserError(
-            f"{path}: is a map of 1 bit, in which the loader reads another label than 1; set "
-            "imdecode_backend='pillow' of LoadAnnotations, or write 8 bits"
+            f"{path}: is a map of few bits, in which the loader reads other labels than are in it; set "
+            "imdecode_backend='pillow' of LoadAnnotations, or write 8 bits as PNG"
         )
 
 
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 KIND_OF_PAGE, REDUCED, MASK = 254, 1, 4  # of TIFF: a tag, and bits of its value
-KEEP_LABELS = ("PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # if `_changes_labels` names no fault
+KEEP_LABELS = ("PNG", "BMP", "PPM", "TIFF", "TGA", "WEBP")  # if `_changes_labels` names no fault
 LOSSY = ("AVIF", "JPEG", "MPO")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
@@ -454,8 +449,8 @@ def _doubt(path: str) -> str | None:
     except Exception:  # it is not on this disk, or is damaged or too large for Pillow
         return None
     return kind and (
-        f"is of {kind}, in which labels may change as they are written or read; {', '.join(KEEP_LABELS)} keep them: "
-        "write the maps as PNG, from what they were made of"
+        f"is of {kind}, in which labels may change as they are written or read: write the maps as PNG, from what they "
+        "were made of"
     )
 
 

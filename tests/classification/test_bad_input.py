@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import socket
 import sys
 from itertools import pairwise
@@ -245,6 +246,7 @@ ENVIRONMENTS = {
         dict(WORLD_SIZE="2", RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"),
         "RANK is 2, but WORLD_SIZE is 2: ranks are 0 to 1",
     ),
+    "no process": (dict(WORLD_SIZE="0", RANK="0"), "WORLD_SIZE is 0: it is the number of processes, at least 1"),
     "rank alone": (dict(RANK="1"), "RANK is 1, but WORLD_SIZE is not set"),
     "port": (
         dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="70000"),
@@ -296,6 +298,13 @@ def test_port_in_use(few_digits):
     assert done.returncode == 1
     assert "the port is in use, choose another --master_port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_command_prints_one_line():
+    command = "from classification.errors import prepare_console; prepare_console(); raise {}"
+    done = run_command("python", "-c", command.format("KeyboardInterrupt"))
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+    assert "Traceback" in run_command("python", "-c", command.format("ValueError")).stderr
 
 
 def test_names_that_the_console_lacks(few_digits, tmp_path):

@@ -356,6 +356,7 @@ def test_each_name_once_and_what_is_left_out_is_counted(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "train" / "b" / "2.png")
     (tmp_path / "train" / "a").symlink_to(root / "a")
     train = ImageFolder(str(tmp_path), "train", None)
+    (tmp_path / "train" / "b" / "of_val").symlink_to(root / ".ipynb_checkpoints")  # without images
     said = f"{root}: 2 of its 4 folders are folders of {tmp_path}/train, too, as {root}/a; accuracy on images that are"
     assert folder.shared_with(train).startswith(said)
     (tmp_path / "train" / "a").unlink()

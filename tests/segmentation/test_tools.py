@@ -7,6 +7,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -269,10 +270,14 @@ def test_validation_on_the_images_that_are_trained_on(scenes, tmp_path, monkeypa
     for name in ("images", "annotations"):
         shutil.rmtree(tmp_path / name / "validation")
         (tmp_path / name / "validation").symlink_to(tmp_path / name / "training")
+    cfg.val_dataloader.dataset.indices = 2
     check_data(cfg, ("train", "val"))
     assert [one.partition(" (")[0] for one in said] == [
         "val_dataloader.dataset is of the images that are trained on, too"
     ]
+    cfg.val_dataloader.dataset.img_suffix, cfg.train_dataloader.dataset.img_suffix = "2.png", "1.png"
+    checks._warn_of_shared_images(cfg)
+    assert len(said) == 1
 
 
 def test_maps_as_images(monkeypatch, scenes):
@@ -488,8 +493,23 @@ def test_labels_that_are_scaled_as_they_are_read(bits, tmp_path):
     if bits == 1:
         by_cv2 = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations", imdecode_backend="cv2"))(dict(results))
         assert by_cv2["gt_seg_map"].max() == 255
-        with pytest.raises(UserError, match=r"map\.png: is a map of 1 bit, in which the loader reads another label"):
+        with pytest.raises(UserError, match=r"map\.png: is a map of few bits, in which the loader reads other labels"):
             CheckLabels(2)(by_cv2)
+        greys = Image.fromarray(labels, "P")
+        greys.putpalette([band for grey in range(0, 256, 17) for band in [grey] * 3])
+        greys.save(bmp := tmp_path / "map.bmp")
+        for backend, reduced, largest in (
+            ("pillow", False, 1),
+            ("pillow", True, 255),
+            ("cv2", False, 17),
+            ("cv2", True, 255),
+        ):
+            load = TRANSFORMS.build(dict(type="mmseg.LoadAnnotations", imdecode_backend=backend))
+            read = load({**results, "seg_map_path": str(bmp), "reduce_zero_label": reduced})
+            assert read["gt_seg_map"].max() == largest
+            fails = backend == "cv2"
+            with pytest.raises(UserError, match="is a map of few bits") if fails else nullcontext():
+                CheckLabels(150)(read)
     if bits in (2, 4):
         assert loaded["gt_seg_map"].max() == {2: 85, 4: 17}[bits]  # the reason for this
         with pytest.raises(UserError, match=rf"map\.png: is a grey PNG of {bits} bits, whose labels are multiplied by"):
