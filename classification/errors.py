@@ -84,7 +84,7 @@ def prepare_console() -> None:
 def _say_that_it_is_interrupted(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    if issubclass(kind, KeyboardInterrupt):  # Python then ends the process by the signal itself
+    if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -507,11 +507,12 @@ def _warn_of_shared_images(cfg: Config) -> None:
         loader, found = cfg.get(f"{split}_dataloader"), {}
         for dataset in datasets_of(loader.dataset) if loader else ():
             root, prefix = dataset.get("data_root") or "", dataset.get("data_prefix") or {}
-            names = [one for one in (dataset.get("ann_file"), *prefix.values()) if isinstance(one, str) and one]
+            names = (dataset.get("ann_file"), *(prefix.values() if isinstance(prefix, dict) else ()))
+            names = [one for one in names if isinstance(one, str) and one]
             paths = sorted(os.path.realpath(os.path.join(root, name)) for name in names)
             same = {*OF_ANY_SPLIT, *(["indices"] if split == "val" else [])}  # a part of what is trained on, too
             rest = {key: value for key, value in dataset.items() if key not in same}
-            if paths:
+            if paths and isinstance(dataset.get("ann_file"), str | None):
                 found[repr((paths, sorted(rest.items())))] = os.path.join(root, names[0])
         return found
 

@@ -1002,8 +1002,6 @@ ADVICE = {
     "'NoneType' object has no attribute 'squeeze'": "imdecode_backend of LoadAnnotations does not read a label map: "
     "write it as PNG",
     "Unable to locate Ghostscript": "an image is an EPS file, which is not read for safety; convert or remove it",
-    "'flip'": "DetTTAModel needs to know whether an image is mirrored: add a RandomFlip to each alternative of "
-    "tta_pipeline (prob=0.0 for none)",
     "TTA of instance segmentation does not support": "mmdet augments tests of boxes alone: leave --tta out",
     "Expected to have finished reduction in the prior iteration": "some weights get no gradient, as those of a map "
     "that no head reads: leave the map out of model.backbone.out_indices, or set find_unused_parameters=True",
@@ -1016,6 +1014,11 @@ def _with_advice() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of any type, as OpenCV's own
+        if isinstance(error, KeyError) and error.args[:1] == ("flip",):
+            raise UserError(
+                "'flip' is no key of an image's meta: DetTTAModel needs to know whether an image is mirrored; add a "
+                "RandomFlip to each alternative of tta_pipeline (prob=0.0 for none)"
+            ) from error
         advice = next((advice for part, advice in ADVICE.items() if part in str(error)), None)
         if advice is None:
             raise
@@ -1024,7 +1027,7 @@ def _with_advice() -> Iterator[None]:
 
 def _last_message(text: str) -> str:
     """Return the message at the end of a worker's traceback, else the last line. A file's name may have line breaks."""
-    *_, message = re.split(r"^[\w.]*(?:Error|Exception): ", text, flags=re.MULTILINE)
+    *_, message = re.split(r"^[\w.]*(?:[Ee]rror|Exception): ", text, flags=re.MULTILINE)
     return message if message != text else text.splitlines()[-1]
 
 

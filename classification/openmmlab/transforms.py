@@ -131,7 +131,7 @@ class CheckLabels:
             self.warned = True
             print_log(f"{path}: {doubt}", logger="current", level=logging.WARNING)
         if self.of_file and wrong is None and not results.get("label_map"):
-            _check_few_bits(path, labels, reduced)
+            _check_one_bit(path, labels, reduced)
             meant = {*range(self.num_classes + reduced), self.ignore_index}
             if self.palettes and (fault := self.palettes.fault(path, labels, reduced, meant)):
                 self.palettes = None
@@ -381,20 +381,17 @@ def _not_of_a_byte(path: str) -> int | None:
     return smallest if smallest < 0 else largest if largest > LARGEST else None
 
 
-def _check_few_bits(path: str, labels: np.ndarray, reduced: bool) -> None:
-    """Raise a UserError if cv2 has read other labels: 0 and 255 for 1 bit, the greys of a palette for 4 bits of a BMP."""
+def _check_one_bit(path: str, labels: np.ndarray, reduced: bool) -> None:
+    """Raise a UserError if a map of one bit was read as 0 and 255, as cv2 reads it."""
     try:
         with Image.open(path) as image:
-            meant = np.asarray(image, np.uint8) if image.mode == "1" or image.format == "BMP" else None
+            ones = int(np.count_nonzero(image)) if image.mode == "1" else None
     except Exception:  # LoadAnnotations has read the file by other means
         return
-    if meant is None or meant.shape != labels.shape:
-        return
-    kept = meant < LARGEST  # 255 remains, if labels are reduced
-    if not np.array_equal(meant[kept] - np.uint8(reduced), labels[kept]):
+    if ones is not None and ones != np.count_nonzero(labels == 1 - reduced):
         raise UserError(
-            f"{path}: is a map of few bits, in which the loader reads other labels than are in it; set "
-            "imdecode_backend='pillow' of LoadAnnotations, or write 8 bits as PNG"
+            f"{path}: is a map of 1 bit, in which the loader reads another label than 1; set "
+            "imdecode_backend='pillow' of LoadAnnotations, or write 8 bits"
         )
 
 
@@ -444,6 +441,8 @@ def _doubt(path: str) -> str | None:
                     "turned as its image is loaded"
                 )
             kind = f"the format {image.format}" if image.format not in KEEP_LABELS else None
+            if image.format == "BMP" and image.mode != "L":  # Pillow and OpenCV do not agree on these
+                kind = "the format BMP with a palette"
     except UnidentifiedImageError:
         kind = "a format that Pillow lacks" if _head(path, 4) not in TIFF_HEADERS else None
     except Exception:  # it is not on this disk, or is damaged or too large for Pillow

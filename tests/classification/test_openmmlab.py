@@ -2080,7 +2080,7 @@ def test_advice_beside_the_libraries_errors(tmp_path):
         (lambda: cv2.resize(np.zeros((8, 3000)), (128, 0)), "an image is so thin that no pixel is left"),
         (lambda: torch.ones(11)[torch.tensor(255)], "of images that are smaller than data_preprocessor.size"),
         (lambda: build_optim_wrapper(LAYER, no_decay), "set optim_wrapper.optimizer.weight_decay"),
-        (lambda: {}["flip"], "DetTTAModel needs to know whether an image is mirrored: add a RandomFlip"),
+        (lambda: {}["flip"], "DetTTAModel needs to know whether an image is mirrored; add a RandomFlip"),
         (lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"."), "the disk of the work folder or of --out is full"),
     ):
         with pytest.raises(UserError, match=advice), tools._with_advice():
@@ -2838,6 +2838,15 @@ def test_maps_of_other_images_and_lossy_ones(tmp_path, monkeypatch):
             assert CheckLabels(5)(results) is results
             odd = name in ("reversible.jp2", "a.ras", "a.hdr", "a.gif")
             assert [f"{name}: is of " in one and "labels may change" in one for one in said] == [True] * odd
+    for name in ("grey.bmp", "white.bmp"):
+        image = Image.fromarray(labels)
+        if name == "white.bmp":  # of 8 bits; Pillow reads it as one of 1 bit
+            image = Image.fromarray(labels, "P")
+            image.putpalette([0, 0, 0, 255, 255, 255])
+        image.save(tmp_path / name)
+        said.clear()
+        CheckLabels(5)(dict(seg_map_path=str(tmp_path / name), gt_seg_map=labels))
+        assert [f"{name}: is of the format BMP with a palette" in one for one in said] == [True] * (name == "white.bmp")
     for name in ("turned.png", "turned.tif"):
         exif = Image.Exif()
         exif[0x0112] = 3
