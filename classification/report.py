@@ -74,6 +74,8 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str,
         measured = [evaluated.get(key) for key in ("sha256", "data_path", "images_digest")]
         if measured == [tensors_digest(weights), str(Path(data_path).resolve()), images_digest]:
             again = evaluated["model"]
+            if not 0 <= again["top1"] <= 100:
+                raise ValueError(f"its top1 is {again['top1']:.50g}")
             otherwise = "".join(f", {change}" for change in evaluated.get("otherwise", ()))
             rows.append((f"top-1 evaluated again, {again['images']} images{otherwise}", f"{again['top1']:.3f} %"))
     except (ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:

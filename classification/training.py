@@ -197,6 +197,12 @@ class Training:
         config, run = self.config, self.run
         accumulation = config.TRAIN.ACCUMULATION_STEPS
         global_batch = config.DATA.BATCH_SIZE * run.world_size * accumulation
+        if accumulation > self.batches:
+            self.notes.append(
+                f"an epoch has {self.batches} batches, fewer than TRAIN.ACCUMULATION_STEPS {accumulation}: an update "
+                f"has {global_batch // accumulation * self.batches} images, but the learning rate of {global_batch}; "
+                f"set it to {self.batches} or less"
+            )
         mixup = build_mixup(config, num_classes)
         criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
         optimizer = build_optimizer(config, self.model, global_batch)

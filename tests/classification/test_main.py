@@ -277,7 +277,9 @@ def test_one_class_is_said_to_say_nothing(few_digits, tmp_path, run_main, capsys
         (tmp_path / "one" / split / "3").symlink_to(few_digits / split / "3")
     arguments = ["--data-path", tmp_path / "one", "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS", "1"]
     said = "there is one class, so every prediction is right: accuracy says nothing"
-    assert said in run_main(*arguments, "DATA.BATCH_SIZE", "4")
+    printed = run_main(*arguments, "DATA.BATCH_SIZE", "4", "TRAIN.ACCUMULATION_STEPS", "9")
+    assert said in printed
+    assert "fewer than TRAIN.ACCUMULATION_STEPS 9: an update has 4 images, but the learning rate of 36; set" in printed
     report(tmp_path / "spatialmamba_micro/default", tmp_path / "one")
     assert said in capsys.readouterr().out
 

@@ -60,6 +60,10 @@ def test_report_of_a_run(few_digits, tmp_path, run_main, capsys):
         (run / "evaluation.json").write_text(json.dumps(evaluation | other))
         report(run, few_digits)
         assert "evaluated again" not in capsys.readouterr().out
+    for top1 in (150, float("nan")):
+        (run / "evaluation.json").write_text(json.dumps(evaluation | {"model": {"images": 5, "top1": top1}}))
+        with pytest.raises(UserError, match=r"evaluation\.json: is damaged .*its top1 is (150|nan)"):
+            report(run, few_digits)
     for name in ("learning_curve.png", "predictions.png"):
         picture = imread(run / name)
         assert min(picture.shape[:2]) > 300
