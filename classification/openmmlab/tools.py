@@ -727,6 +727,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
         if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise UserError(f"{args.config}: has no auto_scale_lr.base_batch_size, which --auto-scale-lr needs")
         cfg.auto_scale_lr.enable = True
+    _warn_of_accumulation(cfg)
     _check_can_be_written(_work_dir(args, cfg))
     check_utf8(_saving_folder(args, cfg))  # or mmengine cannot note the first checkpoint in last_checkpoint
     as_read = _as_read(args, cfg)
@@ -778,6 +779,16 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     end_workers(runner.train_loop, runner.val_loop)
     if lock:
         lock.close()
+
+
+def _warn_of_accumulation(cfg: Config) -> None:
+    counts = cfg.optim_wrapper.get("accumulative_counts", 1)
+    if counts > 1 and (cfg.get("auto_scale_lr") or {}).get("enable"):
+        print_log(
+            f"auto_scale_lr scales the learning rate by batch_size and processes, not by optim_wrapper."
+            f"accumulative_counts={counts}: if all images of an update are to count, set its lr {counts} times as high",
+            level=logging.WARNING,
+        )
 
 
 WITH_AMP = ("OptimWrapper", "AmpOptimWrapper")

@@ -2108,6 +2108,16 @@ class ModelOfParts(torch.nn.Module):
         return []
 
 
+def test_rates_are_not_scaled_by_accumulation(monkeypatch):
+    said = []
+    monkeypatch.setattr(tools, "print_log", lambda message, **_: said.append(message))
+    for counts, enable in ((1, True), (4, False), (4, True)):
+        tools._warn_of_accumulation(
+            Config(dict(optim_wrapper=dict(accumulative_counts=counts), auto_scale_lr=dict(enable=enable)))
+        )
+    assert [one.rpartition(", set")[2] for one in said] == [" its lr 4 times as high"]
+
+
 def test_a_message_after_a_traceback():
     """Of a worker, about a file whose name has a line break."""
     worker = "Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback:\n  File ..., in ...\n"
