@@ -56,14 +56,17 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
         }
         for index, parameter in zip(indices, (p for group in parameters for p in group), strict=True)
     }
-    if any(m["step"] < 0 for m in moments.values()):
-        raise ValueError("a step count is negative")
+    if odd := [m["step"].item() for m in moments.values() if not 0 <= m["step"] <= MOST_STEPS]:
+        raise ValueError(f"a step count is {odd[0]:.6g}, not 0 to {MOST_STEPS}")
+    if any(m["step"] == 0 and m["exp_avg_sq"].any() for m in moments.values()):
+        raise ValueError("a step count is 0, but there are moments")
     if any((m["exp_avg_sq"] < 0).any() for m in moments.values()):
         raise ValueError("a mean of squared gradients (exp_avg_sq) is negative")
     new = [{**mine, "params": theirs} for mine, theirs in zip(own, in_order, strict=True)]
     optimizer.load_state_dict({"state": moments, "param_groups": new})
 
 
+MOST_STEPS = 2**24  # PyTorch counts them in float32, which holds no odd number above
 _OPTIMIZER_STATE = {"state": dict, "param_groups": list}
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

@@ -88,10 +88,20 @@ RESUME_LATEST = "auto"
 class _Options(DictAction):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values:
-            key, equals, _ = value.partition("=")
+            key, equals, text = value.partition("=")
             parts = key.split(".")  # mmengine writes them as Python
             if not equals or not all(parts) or not parts[0].isidentifier() or any(map(keyword.iskeyword, parts)):
                 parser.error(f"{option_string} takes KEY=VALUE, got {value!r}")
+            # mmengine drops all spaces, also those of a path, which then leads elsewhere.
+            text = text.strip("'\"").strip()
+            if " " in text and "," not in text and text[0] not in "([":
+                setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), key: text})
+                continue
+            if re.search(r"[^\s,([] +[^\s,)\]]", text):
+                parser.error(
+                    f"{option_string} {value!r}: mmengine drops the spaces in a list's parts; write it in a config of "
+                    "your own"
+                )
             try:
                 super().__call__(parser, namespace, [value], option_string)
             except (AssertionError, RecursionError):  # brackets that are not balanced, and dict(...)

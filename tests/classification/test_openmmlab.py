@@ -801,6 +801,14 @@ def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             tools.train("mmdet")
         assert f"--cfg-options {option!r}: mmengine reads KEY=V1,V2, " in capsys.readouterr().err
+    parser = argparse.ArgumentParser()
+    tools.add_common_arguments(parser)
+    given = ["a.x=/my data/b", "b='/my data'", "c= 3 ", "d=[1, (2, 3)]", "e=1, 2", "f=true"]
+    options = parser.parse_args(["c.py", "--cfg-options", *given]).cfg_options
+    assert options == {"a.x": "/my data/b", "b": "/my data", "c": 3, "d": [1, (2, 3)], "e": [1, 2], "f": True}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["c.py", "--cfg-options", "classes=[back ground,b]"])
+    assert "mmengine drops the spaces in a list's parts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
