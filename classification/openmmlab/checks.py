@@ -438,6 +438,11 @@ def _check_learns(model: ConfigDict) -> None:
             number = None if is_kind(head, *OTHER_CLASSES) else head.get("out_channels") or head.get("num_classes")
             if isinstance(weights, list | tuple) and number not in (None, len(weights)):
                 raise UserError(f"{place}.class_weight has {len(weights)} numbers, but {part} has {number} channels")
+            numbers = weights if isinstance(weights, list | tuple) else []
+            if odd := [one for one in numbers if isinstance(one, int | float) and not one >= 0]:
+                raise UserError(
+                    f"{place}.class_weight has {odd[0]!r}, by which a class is unlearnt; weights are 0 or more"
+                )
         if head.get("num_classes") == 1 and not is_kind(head, *OTHER_CLASSES) and "Depth" not in kind_of(head):
             raise UserError(
                 f"{part} has one class, so each label is 0 or ignored, and any prediction counts as right: make the "

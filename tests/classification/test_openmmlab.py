@@ -3133,6 +3133,7 @@ def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeyp
         (dict(num_classes=2, loss_decode=dict(type="DiceLoss")), None),
         (dict(num_classes=2), None),
         (dict(num_classes=2, loss_decode=dict(softmax, class_weight=[1, 1, 1])), "class_weight has 3 numbers"),
+        (dict(num_classes=2, loss_decode=dict(softmax, class_weight=[1, -1])), "class_weight has -1, by which"),
         (dict(num_classes=2, loss_decode=dict(softmax, class_weight=[1, 1])), None),
         (dict(num_classes=2, out_channels=1, loss_decode=dict(sigmoid, class_weight=[3.0])), None),
         (dict(num_classes=2, out_channels=1, loss_decode=dict(sigmoid, class_weight=[1, 3])), "but .* has 1 channels"),
