@@ -795,7 +795,7 @@ def _warn_of_accumulation(cfg: Config) -> None:
     counts = cfg.optim_wrapper.get("accumulative_counts", 1)
     if counts > 1 and (cfg.get("auto_scale_lr") or {}).get("enable"):
         print_log(
-            f"auto_scale_lr scales the learning rate by batch_size and processes, not by optim_wrapper."
+            "auto_scale_lr scales the learning rate by batch_size and processes, not by optim_wrapper."
             f"accumulative_counts={counts}: if all images of an update are to count, set its lr {counts} times as high",
             level=logging.WARNING,
         )
