@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +30,7 @@ from classification.models import VARIANTS, SpatialMamba
 
 logger = logging.getLogger("spatialmamba")
 
+COUNT = "num_batches_tracked"  # of a batch norm
 CLASSES = "classes"  # names, in the order of the head
 SAFETENSORS = ".safetensors"
 # The stand-in for CfgNode in a pickle: OrderedDict is the only subclass of dict that the safe unpickler fills.
@@ -86,12 +87,18 @@ def read_checkpoint(
                 names = ", ".join(refused[:5])
                 raise UserError(f"{path}: holds pickled objects, which are not loaded for safety: {names}") from error
             if has_checksums:  # undamaged, but not a checkpoint that can be read
-                raise UserError(f"{path}: is not a checkpoint that can be read ({first_line(error)})") from error
+                raise UserError(f"{path}: is not a checkpoint that can be read ({_refusal(error)})") from error
             raise damaged(path) from error
         content = plain(content, path, _without_attributes)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint or state dict")
     return content
+
+
+def _refusal(error: Exception) -> str:
+    """Return the cause that PyTorch's unpickler gives, without its advice to read the file unsafely."""
+    cause = str(error).partition("WeightsUnpickler error:")[2].strip()
+    return first_line(type(error)(cause)) if cause else first_line(error)
 
 
 @contextmanager
@@ -167,6 +174,7 @@ def _read_safetensors(path: Path) -> dict:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             metadata = file.metadata() or {}
+        _check_header(path)
     except (SafetensorError, ValueError) as error:
         raise DamagedCheckpointError(f"{path}: is not a safetensors file, or is damaged ({error})") from error
     digest, text = metadata.get("sha256"), metadata.get(CLASSES, "") + metadata.get("config", "")
@@ -182,6 +190,23 @@ def _read_safetensors(path: Path) -> dict:
         return {"model": tensors, CLASSES: json.loads(metadata.get(CLASSES, "null")), **config}
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: its names of classes are not a JSON list ({error})") from error
+
+
+def _check_header(path: Path) -> None:
+    """Check that each name occurs once in a safetensors header, as its format demands; its reader takes the last.
+
+    Raises:
+        ValueError: a name occurs twice.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        name, times = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+        if times > 1:
+            raise ValueError(f"its header has {name!r} {times} times")
+        return dict(pairs)
+
+    with path.open("rb") as file:
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=once)
 
 
 def class_names_of(content: dict, path: str | Path) -> list[str] | None:
@@ -224,7 +249,7 @@ def state_dicts(content: dict, path: str | Path) -> dict[str, StateDict]:
     return named
 
 
-def check_weights(state: dict, path: str | Path, counts: str = "num_batches_tracked", tied: bool = False) -> None:
+def check_weights(state: dict, path: str | Path, counts: str = COUNT, tied: bool = False) -> None:
     """Check that a state dict holds usable weights.
 
     Args:
@@ -254,6 +279,9 @@ def check_weights(state: dict, path: str | Path, counts: str = "num_batches_trac
     with _reading(path):  # copies of the largest weights may be too much for the memory that is left
         for key, value in state.items():
             if not _finite(value.float() if value.is_floating_point() else value):  # the numbers of a model
+                if key.endswith(COUNT):  # .half() on all tensors
+                    kind = _dtype_name(value.dtype)
+                    raise UserError(f"{path}: {key!r} is a count that {kind} cannot hold; convert only the weights")
                 raise UserError(f"{path}: its weights hold {key!r}, which is not finite; they are not usable")
             if key.endswith("running_var") and (value.float() < 0).any():  # float8 has no comparison
                 raise UserError(f"{path}: its weights hold {key!r}, a variance below 0; they are not usable")
@@ -318,7 +346,9 @@ def load_weights(
 def in_layout_of(own: Tensor, value: object, name: str) -> Tensor:
     """Copy `value`, which a file holds for `own`, to a new tensor of the layout, dtype and device of `own`.
 
-    A tensor in a file can have any strides, even overlapping ones, or be no ordinary tensor at all.
+    A tensor in a file can have any strides, even overlapping ones, or be no ordinary tensor at all. Whole numbers of
+    floating point become integers: whoever calls `.half()` or `.double()` on all tensors converts the counts of batch
+    norms too.
 
     Raises:
         ValueError: `value` has another shape or kind of number than `own`, or is not dense or not finite.
@@ -327,7 +357,7 @@ def in_layout_of(own: Tensor, value: object, name: str) -> Tensor:
         raise ValueError(f"{name} {fault}")
     if value.shape != own.shape and not value.numel() == own.numel() == 1:
         raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(own.shape)}")
-    if value.is_floating_point() != own.is_floating_point():
+    if value.is_floating_point() != own.is_floating_point() and not (value.is_floating_point() and _whole(value)):
         raise ValueError(f"{name} is of dtype {_dtype_name(value.dtype)}, not {_dtype_name(own.dtype)}")
     result = torch.empty_like(own, requires_grad=False).copy_(value.detach().reshape(own.shape))
     if not _finite(result):
@@ -335,10 +365,50 @@ def in_layout_of(own: Tensor, value: object, name: str) -> Tensor:
     return result
 
 
+def moment_like(own: Tensor, value: object, name: str) -> Tensor:
+    """Copy an optimizer's moment or step count from a file, as `in_layout_of` does.
+
+    Raises:
+        ValueError: as there, or `value` is of a coarser dtype than `own`. Means of squared gradients are far below what
+            float16 holds, and after a mean of 0 the next update is a leap.
+    """
+    if isinstance(value, Tensor) and is_coarser(value.dtype, own.dtype):
+        raise ValueError(
+            f"{name} is of dtype {_dtype_name(value.dtype)}, in which small ones of {_dtype_name(own.dtype)} are lost"
+        )
+    return in_layout_of(own, value, name)
+
+
+def is_coarser(dtype: torch.dtype, than: torch.dtype) -> bool:
+    """Return whether `dtype` rounds the numbers of `than`, or holds fewer small ones."""
+    if not (dtype.is_floating_point and than.is_floating_point):
+        return False
+    there, here = torch.finfo(dtype), torch.finfo(than)
+    return there.eps > here.eps or there.tiny > here.tiny
+
+
+def rounded_weights(own: StateDict, state: StateDict) -> str:
+    """Say that training goes on from weights that a file rounds; "" if it goes on from those that it had."""
+    coarser = [value.dtype for name, value in state.items() if name in own and is_coarser(value.dtype, own[name].dtype)]
+    if not coarser:
+        return ""
+    return f"its weights are rounded to {_dtype_name(coarser[0])}, so training does not go on as it would have"
+
+
+def squares_are_lost(mean: Tensor, square: Tensor) -> bool:
+    """Return whether a mean of squared gradients is 0 beside a mean of gradients that is not, as after float16."""
+    return bool(((square == 0) & (mean.abs() > 1e-6)).any())
+
+
 def _finite(value: Tensor) -> bool:
     if not value.is_floating_point():
         return True
     return bool((value if value.element_size() > 1 else value.float()).isfinite().all())
+
+
+def _whole(value: Tensor) -> bool:
+    value = value.double()  # float8 cannot be rounded
+    return bool((value.isfinite() & (value == value.round())).all())
 
 
 def _fault(value: object) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 from yacs.config import CfgNode
 
-from classification.checkpoint import in_layout_of
+from classification.checkpoint import moment_like, squares_are_lost
 
 REFERENCE_BATCH = 512  # the global batch that the config's learning rates are for
 
@@ -34,7 +34,8 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
     the fused update reads them in that layout without checking.
 
     Raises:
-        ValueError: the groups or moments do not fit these parameters, or are not dense, real and finite.
+        ValueError: the groups or moments do not fit these parameters, are not dense, real and finite, or have been
+            stored in a coarser dtype.
     """
     if not isinstance(saved, dict) or not all(isinstance(saved.get(k), t) for k, t in _OPTIMIZER_STATE.items()):
         raise ValueError("it is not {'state': {...}, 'param_groups': [...]}")
@@ -51,7 +52,7 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
     indices = [i for group in in_order for i in group]
     moments = {
         index: {
-            key: in_layout_of(_prototype(key, parameter), _value(key, state[index]), f"{key} of parameter {index}")
+            key: moment_like(_prototype(key, parameter), _value(key, state[index]), f"{key} of parameter {index}")
             for key in _MOMENTS
         }
         for index, parameter in zip(indices, (p for group in parameters for p in group), strict=True)
@@ -62,6 +63,8 @@ def load_moments(optimizer: AdamW, saved: dict) -> None:
         raise ValueError("a step count is 0, but there are moments")
     if any((m["exp_avg_sq"] < 0).any() for m in moments.values()):
         raise ValueError("a mean of squared gradients (exp_avg_sq) is negative")
+    if any(squares_are_lost(m["exp_avg"], m["exp_avg_sq"]) for m in moments.values()):
+        raise ValueError("a mean of squared gradients (exp_avg_sq) is 0, but that of gradients (exp_avg) is not")
     new = [{**mine, "params": theirs} for mine, theirs in zip(own, in_order, strict=True)]
     optimizer.load_state_dict({"state": moments, "param_groups": new})
 

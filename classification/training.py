@@ -23,6 +23,7 @@ from classification.checkpoint import (
     in_layout_of,
     load_weights,
     read_checkpoint,
+    rounded_weights,
     state_dicts,
 )
 from classification.checkpoint_archive import DamagedCheckpointError
@@ -284,6 +285,8 @@ class Training:
             load_weights(self.ema.module, weights.get("model_ema", weights["model"]), path)
             if "model_ema" not in weights:
                 self.notes.append(f"{path}: has no model_ema; the average begins anew, at its model's weights")
+        if rounded := rounded_weights(self.model.state_dict(), weights["model"]):
+            self.notes.append(f"{path}: {rounded}")
         context = self.context
         try:
             load_moments(context.optimizer, content["optimizer"])

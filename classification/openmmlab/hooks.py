@@ -28,7 +28,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, V
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from classification.checkpoint import differences, in_layout_of
+from classification.checkpoint import differences, in_layout_of, moment_like, rounded_weights, squares_are_lost
 from classification.errors import UserError
 from classification.openmmlab.coco import check_labels, check_order
 from classification.openmmlab.config_parts import kind_of
@@ -359,6 +359,10 @@ class CheckResumed(Hook):
         if not schedules:
             scheduled = set()
         _check_optimizer(runner.optim_wrapper, checkpoint["optimizer"], path, scheduled)
+        weights = {**checkpoint.get("state_dict", {}), **checkpoint.get("ema_state_dict", {})}
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+        if rounded := rounded_weights(unwrapped(runner.model).state_dict(), weights):
+            _warn(f"{path}: {rounded}")
         if not isinstance(runner.optim_wrapper, OptimWrapperDict):
             _check_rates(checkpoint["optimizer"], states, path)
         _forget_other_best(runner, hub["runtime_info"], path, meta)
@@ -665,11 +669,13 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
             moments = _moments(wrapper.optimizer, parameter) if state or from_start else {}
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and (value.shape == parameter.shape or name in moments):
-                    state[name] = in_layout_of(moments.get(name, parameter), value, f"state[{i}].{name}")
+                    state[name] = moment_like(moments.get(name, parameter), value, f"state[{i}].{name}")
                 elif isinstance(value, torch.Tensor) and (name in OF_EACH_WEIGHT or not value.isfinite().all()):
                     in_layout_of(parameter, value, f"state[{i}].{name}")  # raises an error that says what is wrong
             if lacking := [name for name in moments if not isinstance(state.get(name), torch.Tensor)]:
                 raise ValueError(f"state[{i}] has no {lacking[0]}")
+            if {"exp_avg", "exp_avg_sq"} <= moments.keys() and squares_are_lost(state["exp_avg"], state["exp_avg_sq"]):
+                raise ValueError(f"state[{i}].exp_avg_sq, a mean of squares, is 0, but exp_avg is not")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: its optimizer does not fit the config's optim_wrapper ({error!s:.300}); set the one that it was "

@@ -621,6 +621,10 @@ def test_moments_take_the_parameters_layout(few_digits, tmp_path, run_main, caps
         "exp_avg_sq of parameter 3 is not finite": lambda s: s["exp_avg_sq"].fill_(torch.nan),
         "exp_avg of parameter 3 is of dtype complex64": lambda s: s.update(exp_avg=s["exp_avg"] + 0j),
         "exp_avg of parameter 3 is of dtype int64": lambda s: s.update(exp_avg=s["exp_avg"].long()),
+        "exp_avg_sq of parameter 3 is of dtype float16, in which small ones of float32 are lost": lambda s: s.update(
+            exp_avg_sq=s["exp_avg_sq"].half()
+        ),
+        "(exp_avg_sq) is 0, but that of gradients (exp_avg) is not": lambda s: s["exp_avg_sq"].mul_(1e-60),
         "plain dense ones are read": lambda s: s.update(exp_avg=torch.nested.nested_tensor([s["step"]])),
         "step of parameter 3 is of type str": lambda s: s.update(step="4"),
         "a step count is -1, not 0 to 16777216": lambda s: s["step"].fill_(-1),
@@ -654,7 +658,9 @@ NO_WEIGHTS = {
     "infinite": lambda w: w + torch.inf,
     **({"float4": lambda w: w.to(torch.uint8).view(torch.float4_e2m1fn_x2)} if FLOAT4 else {}),
     "float count": None,
+    "count beyond": None,
 }
+COUNTS = {"float count": torch.tensor(0.5), "count beyond": torch.tensor(375_000).half()}
 
 
 @pytest.mark.parametrize("kind", NO_WEIGHTS)
@@ -662,8 +668,8 @@ def test_weights_are_dense_floating_and_finite(kind, tmp_path):
     """Or an error, wherever they go: into a model, or another file."""
     model = spatialmamba_micro(num_classes=4)
     state = dict(model.state_dict())
-    name = "patch_embed.conv1.norm.num_batches_tracked" if kind == "float count" else "norm.weight"
-    state[name] = torch.tensor(0.5) if kind == "float count" else NO_WEIGHTS[kind](state[name])
+    name = "patch_embed.conv1.norm.num_batches_tracked" if kind in COUNTS else "norm.weight"
+    state[name] = COUNTS[kind] if kind in COUNTS else NO_WEIGHTS[kind](state[name])
     path = tmp_path / "w.pth"
     torch.save({"model": state}, path)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -674,6 +680,18 @@ def test_weights_are_dense_floating_and_finite(kind, tmp_path):
     if kind != "float count":
         with pytest.raises(UserError, match=r"w\.pth: "):
             convert(path, tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e5m2])
+def test_all_tensors_may_be_of_one_dtype(dtype, tmp_path):
+    """Even the counts of batch norms, as `{name: value.half() for name, value in state.items()}` has them."""
+    model, path = spatialmamba_micro(num_classes=4), tmp_path / "w.pth"
+    count = "patch_embed.conv1.norm.num_batches_tracked"
+    state = {**model.state_dict(), count: torch.tensor(1024)}
+    torch.save({"model": {name: value.to(dtype) for name, value in state.items()}}, path)
+    load_weights(model, state_dicts(read_checkpoint(path), path)["model"], path)
+    assert model.state_dict()[count].equal(torch.tensor(1024))
+    assert differences(model.state_dict(), state) == []
 
 
 # ----- safetensors
@@ -742,7 +760,10 @@ def test_damaged_safetensors(tmp_path):
     path = tmp_path / "w.safetensors"
     convert(tmp_path / "ckpt.pth", path)
     whole = path.read_bytes()
-    for damaged in (b"", whole[:100], whole[:-10], whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:]):
+    one = b'"w":{"dtype":"F32","shape":[1],"data_offsets":['
+    header = b"{" + one + b"0,4]}," + one + b"4,8]}}"
+    twice = len(header).to_bytes(8, "little") + header + bytes(8)
+    for damaged in (b"", whole[:100], whole[:-10], whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:], twice):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{path}: is "):
             read_checkpoint(path)

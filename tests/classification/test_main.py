@@ -485,14 +485,18 @@ def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):
 
 
 def test_optimizer_state_that_was_not_fused_is_resumed(few_digits, tmp_path, run_main):
+    """And weights that were shrunk, which is said."""
     arguments = ["--data-path", few_digits, "--output", tmp_path, "--opts", *QUICK, "TRAIN.EPOCHS"]
     run_main(*arguments, "1")
     path = tmp_path / name_of(".") / "latest.pth"
     content = read_checkpoint(path)
     for group in content["optimizer"]["param_groups"]:
         group["fused"] = None
+    content["model"] = {name: value.half() for name, value in content["model"].items()}
     save_checkpoint(content, path)
-    assert "epoch 1 step 5/5" in run_main(*arguments, "2")
+    printed = run_main(*arguments, "2")
+    assert "epoch 1 step 5/5" in printed
+    assert "latest.pth: its weights are rounded to float16, so training does not go on as it would have" in printed
 
 
 def test_moments_of_another_shape_are_refused(few_digits, tmp_path, run_main):

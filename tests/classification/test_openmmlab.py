@@ -2595,6 +2595,14 @@ RESUMED = {
         NOT_ITS_OWN + r"state\[0\]\.exp_avg is \(3,\), not \(1, 2\)",
     ),
     "NaN": (optimizer_of(exp_avg=torch.full((1, 2), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.exp_avg is not finite"),
+    "coarse moments": (
+        optimizer_of(exp_avg=torch.ones(1, 2).bfloat16()),
+        NOT_ITS_OWN + r"state\[0\]\.exp_avg is of dtype bfloat16, in which small",
+    ),
+    "lost squares": (
+        optimizer_of(exp_avg=torch.ones(1, 2), exp_avg_sq=torch.zeros(1, 2)),
+        NOT_ITS_OWN + r"state\[0\]\.exp_avg_sq, a mean of squares, is 0, but exp_avg is not",
+    ),
     "a negative step": (optimizer_of(step=torch.tensor(-3.0)), NOT_ITS_OWN + r"state\[0\]\.step is tensor\(-3\.\)"),
     "a complex step": (optimizer_of(step=torch.tensor(1j)), NOT_ITS_OWN),
     "NaN elsewhere": (optimizer_of(row=torch.full((1,), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.row is"),
@@ -2657,6 +2665,9 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     whole["optimizer"]["param_groups"][0] |= {"eps": 1e10, "betas": [0.9, 0.999], "weight_decay": 0.01}
     hook.after_load_checkpoint(runner, whole)
     assert said == ["c.pth: its optimizer goes on with eps=10000000000.0, whatever the config says (1e-08)"]
+    said.clear()
+    hook.after_load_checkpoint(runner, resumable(state_dict={"weight": torch.ones(1, 2).half()}))
+    assert said[-1:] == ["c.pth: its weights are rounded to float16, so training does not go on as it would have"]
     said.clear()
     hook.after_load_checkpoint(runner, resumable(param_schedulers=[COSINE.state_dict() | {"last_step": -(10**6)}]))
     assert "c.pth: its CosineAnnealingLR is at step -1000000, not at 1 as after 1 epochs" in said[0]
