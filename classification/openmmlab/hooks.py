@@ -184,7 +184,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 INPUT = "the input of the backbone"
-LOOKED_AT = ("backbone", "decode_head", "mask_head", "panoptic_head")  # other heads' boxes may be infinite, and clipped
+# Other heads' boxes may be infinite, and clipped; but not the mean of a distribution (GFLHead.integral): its softmax
+# makes NaN of infinity, and mmdet drops all boxes.
+LOOKED_AT = ("backbone", "decode_head", "mask_head", "panoptic_head", "integral")
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 

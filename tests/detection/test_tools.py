@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
@@ -26,6 +27,7 @@ from scenes import enlarged, write_coco, write_few_scenes
 pytest.importorskip("mmdet", reason="make install-openmmlab")
 import mmdet.datasets
 import mmdet.evaluation
+from mmdet.models.dense_heads.gfl_head import Integral
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.logging import MessageHub
@@ -36,6 +38,7 @@ from classification.data.digits_scenes import scenes as scenes_of
 from classification.errors import UserError
 from classification.openmmlab import tools
 from classification.openmmlab.checks import check_channels, check_data, data_classes
+from classification.openmmlab.hooks import CheckPredictions
 
 CONFIGS = ROOT / "detection/configs/spatialmamba"
 MICRO = CONFIGS / "mask_rcnn_spatialmamba_micro_digits.py"
@@ -682,6 +685,17 @@ def test_missing_parts_of_a_config(monkeypatch, scenes, tmp_path):
     assert "has no tta_model" in message(monkeypatch, tools.test, MICRO, path, "--tta", *options(scenes))
     arguments = [path, "--show-dir", "drawn", *options(scenes, "default_hooks.visualization=None")]
     assert "has no default_hooks.visualization" in message(monkeypatch, tools.test, MICRO, *arguments)
+
+
+def test_distances_of_a_distribution_are_finite():
+    """mmdet drops boxes of NaN: a detector whose distances are infinite would find nothing, without a word."""
+    model, hook = torch.nn.ModuleDict(dict(bbox_head=torch.nn.Module())), CheckPredictions()
+    model.bbox_head.integral = Integral(8)
+    model.forward = lambda distances: [model.bbox_head.integral(distances)][:0]
+    hook.before_test_epoch(Namespace(model=model))
+    model(torch.zeros(2, 36))
+    with pytest.raises(UserError, match=r"what the model computes in bbox_head\.integral is not finite"):
+        model(torch.full((2, 36), torch.inf))
 
 
 def test_arguments(monkeypatch, scenes, tmp_path):
