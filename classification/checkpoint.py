@@ -9,6 +9,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,8 @@ from classification.checkpoint_archive import (
     unreadable_now,
     unsafe_names,
 )
-from classification.errors import UserError, check_utf8, is_file
+from classification.digests import DIGESTS, changed_parts, digests_of
+from classification.errors import UserError, check_utf8, is_file, printable
 from classification.models import VARIANTS, SpatialMamba
 
 logger = logging.getLogger("spatialmamba")
@@ -45,11 +47,13 @@ def read_checkpoint(
     map_location: str | torch.device = "cpu",
     stand_ins: Sequence[StandIn] = (CFG_NODE,),
     others: Callable[[str], object] | None = None,
+    warn: Callable[[str], object] = logger.warning,
 ) -> dict:
     """Read a checkpoint file; unpickle only tensors and containers.
 
     A yacs CfgNode, as in the published checkpoints, becomes a dict, as does every other subclass of dict. Files of
-    torch.save carry checksums, which are compared. No object becomes larger than the data that the file holds for it. A
+    torch.save carry checksums, which are compared; of our checkpoints, digests of the parts too, and a part that was
+    changed and saved again is a warning. No object becomes larger than the data that the file holds for it. A
     .safetensors file is read as a bare state dict; or, if it also holds the names of its classes or a config, as
     {"model": state dict, "classes": names, "config": text}. If it has a digest (see `classification.convert`), the
     digest is compared.
@@ -59,6 +63,7 @@ def read_checkpoint(
         map_location: where the tensors go.
         stand_ins: replacements for further names in the pickle; the pickle may call each with arguments of its choice.
         others: returns the replacement for any other name; without it such a name is an error.
+        warn: receives the warning, once for each file.
 
     Raises:
         UserError: the file is missing, cannot be read now, or is not a checkpoint that can be read safely.
@@ -90,9 +95,18 @@ def read_checkpoint(
                 raise UserError(f"{path}: is not a checkpoint that can be read ({_refusal(error)})") from error
             raise damaged(path) from error
         content = plain(content, path, _without_attributes)
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint or state dict")
+        if not isinstance(content, dict) or not content:
+            raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint or state dict")
+        if changed := changed_parts(content, path.stat().st_size):
+            parts = printable(", ".join(changed))
+            _warn_once(warn, f"{path}: a tool has changed what was saved in it ({parts}), so numbers may be others")
+    content.pop(DIGESTS, None)
     return content
+
+
+@cache
+def _warn_once(warn: Callable[[str], object], message: str) -> None:
+    warn(message)
 
 
 def _refusal(error: Exception) -> str:
@@ -455,7 +469,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def save_checkpoint(content: dict, path: Path) -> None:
-    """Save like `torch.save`, but write the whole file or nothing; see `write_atomically`."""
+    """Save like `torch.save`, with digests of the parts; write the whole file or nothing; see `write_atomically`."""
+    content = {**content, DIGESTS: digests_of(content)}
     write_atomically(path, lambda file: torch.save(content, file))
 
 

@@ -4,6 +4,7 @@ mmengine 0.10.7 calls `torch.load` with its defaults. Since PyTorch 2.6, this re
 testing and resuming, because they hold logs as HistoryBuffers of NumPy arrays.
 """
 
+import logging
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from classification.checkpoint import CFG_NODE, StateDict, check_weights, plain,
 from classification.checkpoint_archive import is_momentary
 from classification.download import SCHEMES, discard, download
 from classification.errors import UserError
+from classification.openmmlab.messages import print_log
 
 
 class _DType:
@@ -101,7 +103,7 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
         UserError: no such file, or damaged, or no checkpoint.
     """
     path = Path(filename).expanduser()
-    content = read_checkpoint(path, map_location or "cpu", STAND_INS, others=lambda name: _Inert)
+    content = read_checkpoint(path, map_location or "cpu", STAND_INS, others=lambda name: _Inert, warn=_warn)
     content = plain(content, path, lambda value: value.array if isinstance(value, _Array) else value)
     if "param_schedulers" in content:
         content["param_schedulers"] = _without_functions(content["param_schedulers"])
@@ -112,6 +114,10 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
         if isinstance(content.get(key), dict):
             check_weights(content[key], path, counts="", tied=True)
     return content
+
+
+def _warn(message: str) -> None:
+    print_log(message, logger="current", level=logging.WARNING)
 
 
 def _without_functions(state: object) -> object:

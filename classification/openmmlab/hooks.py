@@ -29,6 +29,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from classification.checkpoint import differences, in_layout_of, moment_like, rounded_weights, squares_are_lost
+from classification.digests import DIGESTS, digests_of
 from classification.errors import UserError
 from classification.openmmlab.coco import check_labels, check_order
 from classification.openmmlab.config_parts import kind_of
@@ -305,6 +306,16 @@ class NoteOtherProcesses(Hook):
                 "processes or images per batch are others, or it was saved within an epoch, which begins anew. "
                 f"Training ends at iteration {end}{_schedules(checkpoint, done, end)}"
             )
+
+
+class SaveDigests(Hook):
+    """Saves digests of the weights and of the optimizer, so that whoever reads a changed checkpoint is told."""
+
+    priority = "LOWEST"  # after EMAHook, which exchanges the weights
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        parts = checkpoint.keys() & {"state_dict", "ema_state_dict", "optimizer"}
+        checkpoint[DIGESTS] = digests_of(checkpoint, parts)
 
 
 class CheckResumed(Hook):

@@ -66,6 +66,7 @@ from classification.openmmlab.hooks import (
     CheckSameData,
     NameAbsentClasses,
     NoteOtherProcesses,
+    SaveDigests,
     StopAtInvalidLoss,
     saving_folder,
     unwrapped,
@@ -765,7 +766,7 @@ def _train(args: argparse.Namespace, cfg: Config) -> None:
     _warn_of_unknown_keys(cfg, unwrapped(runner.model))
     own = (
         *(NameAbsentClasses, StopAtInvalidLoss, CheckPredictions, AverageBatchNorm, CheckLabelsOfCategories),
-        *(CheckResumed, CheckSameData, CheckLength, NoteOtherProcesses),
+        *(CheckResumed, CheckSameData, CheckLength, NoteOtherProcesses, SaveDigests),
     )
     for hook in own:
         if not any(type(one) is hook for one in runner.hooks):  # a config for the toolchain's own train.py names it

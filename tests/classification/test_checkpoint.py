@@ -504,6 +504,42 @@ def test_harmless_objects_are_read_without_their_attributes(tmp_path):
         assert not vars(value)
 
 
+def test_what_was_changed_and_saved_again_is_named(tmp_path):
+    """The file's checksums are new ones then. The order of keys and the layout of tensors change no number."""
+    torch.manual_seed(0)
+    path, said = tmp_path / "epoch_1.pth", []
+    moments = {i: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 5)} for i in range(2)}
+    content = {
+        "model": {"a.weight": torch.randn(3, 5), "b": torch.randn(4).bfloat16(), "c": torch.randn(0, 2)},
+        "optimizer": {"state": moments, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.99), "params": [0, 1]}]},
+        "classes": ["a", "\udce9"],
+        "epoch": 2,
+        "odd": {1, 2},  # has no digest
+    }
+    save_checkpoint(content, path)
+    saved = torch.load(path, weights_only=True)
+    assert saved["sha256"].keys() == content.keys() - {"odd"}
+    assert differences(read_checkpoint(path, warn=said.append)["model"], content["model"]) == []
+
+    def changed(**parts) -> list[str]:
+        torch.save({**saved, **parts}, path)
+        said.clear()
+        assert "sha256" not in read_checkpoint(path, warn=said.append)
+        read_checkpoint(path, warn=said.append)  # is said once
+        return said
+
+    same = dict(reversed(saved["model"].items())) | {"a.weight": saved["model"]["a.weight"].t().contiguous().t()}
+    assert changed(model=same) == []
+    half = {**saved["optimizer"], "state": {i: {**s, "exp_avg": s["exp_avg"].half()} for i, s in moments.items()}}
+    message = f"{path}: a tool has changed what was saved in it (%s), so numbers may be others"
+    assert changed(optimizer=half) == [message % "optimizer"]
+    assert changed(epoch=3, model={**same, "b": same["b"] * 2}) == [message % "epoch, model"]
+    assert changed(model={**same, "b": torch.ones(1).expand(4)}) == [message % "model"]
+    assert changed(sha256={"\x1b[31m": "", "epoch": "", 3: ""}) == [message % "epoch"]
+    del saved["optimizer"]
+    assert changed() == []  # a part that is gone is missed where it is needed
+
+
 def encrypted(archive: bytes) -> bytes:
     """With the flag of encryption set in the first entry's header and in the directory."""
     content = bytearray(archive)
