@@ -146,6 +146,16 @@ def _drop_partial_line(path: Path) -> None:
         file.truncate(content.rfind(b"\n") + 1)
 
 
+def accuracy_on_all(m: dict[str, float]) -> float:
+    """Return the top-1 accuracy by which epochs are compared: images that could not be read count as wrong.
+
+    Otherwise, if a disk were away during one validation, a high accuracy on the few remaining images would make that
+    epoch the best one.
+    """
+    unreadable = m.get("unreadable", 0)
+    return m["top1"] * m["images"] / (m["images"] + unreadable) if unreadable else m["top1"]
+
+
 def any_unreadable(metrics: dict) -> bool:
     """Whether validation of an epoch lacked images."""
     return any(metrics.get(name, {}).get("unreadable") for name in ("model", "model_ema"))

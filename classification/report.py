@@ -9,6 +9,7 @@ predictions.png.
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ from classification.data import escaped, names_differ
 from classification.data.build import eval_transform
 from classification.data.images import ImageFolder, UnreadableImageError, read_image
 from classification.errors import UserError, prepare_console, printable, refuse_empty
-from classification.metrics import COUNT_AS_WRONG, EPOCHS, ONE_CLASS, STEPS, any_unreadable, read_lines
+from classification.metrics import COUNT_AS_WRONG, EPOCHS, ONE_CLASS, STEPS, accuracy_on_all, any_unreadable, read_lines
 from classification.models import VARIANTS, SpatialMamba
 
 WEIGHTS = {"model": "model", "model_ema": "EMA"}  # the weights that are validated every epoch, and their labels
@@ -62,7 +63,10 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str,
     weights = state_dicts(checkpoint, folder / "best.pth")["model"]
     trained = float(checkpoint["max_accuracy"])  # from the checkpoint: a resumed run may have repeated the epoch
     epoch = checkpoint["epoch"]
-    of_all = "".join(f", {COUNT_AS_WRONG}" for m in metrics if m["epoch"] == epoch and any_unreadable(m))
+    of_epoch = [m for m in metrics if m["epoch"] == epoch]
+    of_all = "".join(f", {COUNT_AS_WRONG}" for m in of_epoch if any_unreadable(m))
+    if not any("model" in m and math.isclose(accuracy_on_all(m["model"]), trained, abs_tol=1e-6) for m in of_epoch):
+        of_all += ", of a pass that the run has given up"  # for it went back, or repeated the epoch
     rows = [
         ("parameters", f"{sum(v.numel() for k, v in weights.items() if _is_parameter(k)):,}"),
         ("epochs", f"{len(metrics)} in {sum(m['seconds'] for m in metrics):.0f} s of training"),

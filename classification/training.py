@@ -40,7 +40,7 @@ from classification.data import (
 from classification.engine import EpochProgress, TrainContext, evaluate, train_one_epoch
 from classification.errors import UserError, is_file
 from classification.guards import NonFiniteError, NonFiniteGuard
-from classification.metrics import COUNT_AS_WRONG, ONE_CLASS, MetricsLog
+from classification.metrics import COUNT_AS_WRONG, ONE_CLASS, MetricsLog, accuracy_on_all
 from classification.models import VARIANTS, SpatialMamba
 from classification.optim import build_optimizer, build_scheduler, load_moments
 from classification.run import Preempted, Preemption, Run
@@ -248,6 +248,8 @@ class Training:
         if path and (is_in_folder or not holds_a_run):
             content = read_checkpoint(path)
             _check_resumable(content, path)
+            if goes_back:
+                self._note_lost_checkpoints(path)
             return content, path
         if not holds_a_run:
             return None
@@ -276,6 +278,18 @@ class Training:
                 )
                 return content, path
         return None
+
+    def _note_lost_checkpoints(self, path: Path) -> None:
+        """Note that a run that goes back to `path` gives up its later checkpoints."""
+        others = [other for other in self.checkpoints.numbered() if not other.samefile(path)]
+        latest = self.run.folder / LATEST
+        if others and not (is_file(latest) and latest.samefile(path)):
+            names = ", ".join(other.name for other in others)
+            self.notes.append(
+                f"{self.run.folder}: the run goes back to {path.name}. As it goes on, it writes over {LATEST} and the "
+                f"checkpoints whose names it comes to, and removes all but the last {self.config.KEEP_LAST} "
+                f"({names} beside it now); {BEST} stays until a better one comes. Pass another --tag to keep both"
+            )
 
     def _resume(self, content: dict, path: Path) -> None:
         """Restore what `_save` wrote. Best accuracies count only if the checkpoint is in the output folder."""
@@ -642,15 +656,6 @@ class Training:
             logger.info("starting from the weights of %s%s", config.MODEL.PRETRAINED, head)
         else:
             logger.info("starting from scratch")
-
-
-def accuracy_on_all(m: dict[str, float]) -> float:
-    """Return the top-1 accuracy by which epochs are compared: images that could not be read count as wrong.
-
-    Otherwise, if a disk were away during one validation, a high accuracy on the few remaining images would make that
-    epoch the best one.
-    """
-    return m["top1"] * m["images"] / (m["images"] + m.get("unreadable", 0))
 
 
 def _differing(saved: object, own: dict[str, int | str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from classification.engine import EpochProgress, TrainContext, evaluate, train_one_epoch
 from classification.guards import NonFiniteError, NonFiniteGuard
-from classification.training import accuracy_on_all
+from classification.metrics import accuracy_on_all
 
 
 def trainer(model, lr=0.1, limit=3, scaled=False, **options) -> TrainContext:

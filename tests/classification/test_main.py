@@ -447,8 +447,13 @@ def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_pat
         assert expected in printed
 
     back = [*arguments, "--tag", "more", "--resume", more / "epoch_2.pth", "--opts", *QUICK, "TRAIN.EPOCHS", "3"]
-    assert f"resuming from {more / 'epoch_2.pth'}, epoch 2, step 0" in run_main(*back)
     printed = run_main(*back)
+    assert f"resuming from {more / 'epoch_2.pth'}, epoch 2, step 0" in printed
+    expected = f"{more}: the run goes back to epoch_2.pth. As it goes on, it writes over latest.pth and the checkpoints"
+    assert expected in printed
+    assert "removes all but the last 3 (epoch_3.pth beside it now); best.pth stays until" in printed
+    printed = run_main(*back)
+    assert "the run goes back" not in printed
     assert "latest.pth: the run has gone back to epoch_2.pth before, and goes on from here" in printed
     assert "all 3 epochs are done" in printed
     latest = [more / "latest.pth" if one == more / "epoch_2.pth" else one for one in back[:-1]] + ["4"]

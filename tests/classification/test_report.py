@@ -149,11 +149,16 @@ def test_an_accuracy_that_counts_unreadable_images_says_so(few_digits, tmp_path,
     assert f"top-1 in training, epoch 0, images that could not be read count as wrong {best:.3f} %" in " ".join(
         capsys.readouterr().out.split()
     )
-    whole = {key: {"top1": one["top1"]} if isinstance(one, dict) else one for key, one in line.items()}
+    whole = {key: {"top1": best} if isinstance(one, dict) else one for key, one in line.items()}
     others = [whole, {**line, "epoch": 1}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in others))
     report(run, data)
     assert f"top-1 in training, epoch 0 {best:.3f} %" in " ".join(capsys.readouterr().out.split())
+    others[0] = {**whole, "model": {"top1": best - 1}}  # of a second pass; best.pth is of the first
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in others))
+    report(run, data)
+    expected = f"top-1 in training, epoch 0, of a pass that the run has given up {best:.3f} %"
+    assert expected in " ".join(capsys.readouterr().out.split())
 
 
 def test_updates_of_other_batches_are_on_the_way(tmp_path):
