@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import warnings
 from collections import Counter, OrderedDict
@@ -112,7 +113,7 @@ def _warn_once(warn: Callable[[str], object], message: str) -> None:
 def _refusal(error: Exception) -> str:
     """Return the cause that PyTorch's unpickler gives, without its advice to read the file unsafely."""
     cause = str(error).partition("WeightsUnpickler error:")[2].strip()
-    return first_line(type(error)(cause)) if cause else first_line(error)
+    return first_line(pickle.UnpicklingError(cause)) if cause else first_line(error)
 
 
 @contextmanager
@@ -386,11 +387,11 @@ def moment_like(own: Tensor, value: object, name: str) -> Tensor:
         ValueError: as there, or `value` is of a coarser dtype than `own`. Means of squared gradients are far below what
             float16 holds, and after a mean of 0 the next update is a leap.
     """
-    if isinstance(value, Tensor) and is_coarser(value.dtype, own.dtype):
-        raise ValueError(
-            f"{name} is of dtype {_dtype_name(value.dtype)}, in which small ones of {_dtype_name(own.dtype)} are lost"
-        )
-    return in_layout_of(own, value, name)
+    result = in_layout_of(own, value, name)
+    if is_coarser(value.dtype, own.dtype):
+        there, here = _dtype_name(value.dtype), _dtype_name(own.dtype)
+        raise ValueError(f"{name} is of dtype {there}, which loses small numbers of {here}")
+    return result
 
 
 def is_coarser(dtype: torch.dtype, than: torch.dtype) -> bool:

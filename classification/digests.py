@@ -53,27 +53,32 @@ def _digest(content: object, limit: int | None = None) -> str:
     """Return the SHA-256 of nested containers, whatever the order of their keys and the layout of their tensors.
 
     Raises:
-        TypeError: they hold anything but numbers, texts and dense tensors, or more than `limit` bytes of numbers.
+        TypeError: they hold anything but numbers, texts and dense tensors, or more than `limit` bytes.
     """
     digest = hashlib.sha256()
     read = 0
 
-    def add(value: object) -> None:
+    def count(size: int) -> None:
         nonlocal read
+        read += size
+        if limit is not None and read > limit:
+            raise TypeError("more than the file can hold")
+
+    def add(value: object) -> None:
         if isinstance(value, Tensor):
             dense = value.layout == torch.strided and not (value.is_nested or value.is_meta or value.is_quantized)
             size = value.numel() * value.element_size() if dense else 0
             if not dense or size > value.untyped_storage().nbytes():
                 raise TypeError("not a dense tensor")
-            read += size
-            if limit is not None and read > limit:
-                raise TypeError("more than the file can hold")
+            count(size)
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             numbers = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             digest.update(numbers.view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
+            if not all(isinstance(key, str | int) for key in value):
+                raise TypeError("a key that is neither a name nor a number")
             digest.update(f"dict {len(value)}".encode())
-            for key in sorted(value, key=repr):
+            for key in sorted(value, key=lambda key: (isinstance(key, str), key)):
                 add(key)
                 add(value[key])
         elif isinstance(value, list | tuple):
@@ -82,10 +87,12 @@ def _digest(content: object, limit: int | None = None) -> str:
                 add(item)
         elif isinstance(value, float):
             digest.update(float(value).hex().encode())
-        elif value is None or isinstance(value, bool | int):
-            digest.update(f"{value!r};".encode())
-        elif isinstance(value, str):
-            digest.update(f"{len(value)} {value}".encode(errors="surrogatepass"))
+        elif value is None or isinstance(value, bool):
+            digest.update(f"{value} ".encode())
+        elif isinstance(value, int | str):
+            text = f"{len(value)} {value}" if isinstance(value, str) else f"{value:x} "  # Python bounds decimal digits
+            count(len(text))
+            digest.update(text.encode(errors="surrogatepass"))
         else:
             raise TypeError(f"a {type(value).__name__}")
 

@@ -539,6 +539,7 @@ def test_what_was_changed_and_saved_again_is_named(tmp_path):
     assert changed(epoch=3, model={**same, "b": same["b"] * 2}) == [message % "epoch, model"]
     assert changed(model={**same, "b": torch.ones(1).expand(4)}) == [message % "model"]
     assert changed(sha256={"\x1b[31m": "", "epoch": "", 3: ""}) == [message % "epoch"]
+    assert changed(epoch=2**500, classes={("a",): 1}) == [message % "classes, epoch"]
     del saved["optimizer"]
     assert changed() == []  # a part that is gone is missed where it is needed
 
@@ -660,7 +661,7 @@ def test_moments_take_the_parameters_layout(few_digits, tmp_path, run_main, caps
         "exp_avg_sq of parameter 3 is not finite": lambda s: s["exp_avg_sq"].fill_(torch.nan),
         "exp_avg of parameter 3 is of dtype complex64": lambda s: s.update(exp_avg=s["exp_avg"] + 0j),
         "exp_avg of parameter 3 is of dtype int64": lambda s: s.update(exp_avg=s["exp_avg"].long()),
-        "exp_avg_sq of parameter 3 is of dtype float16, in which small ones of float32 are lost": lambda s: s.update(
+        "exp_avg_sq of parameter 3 is of dtype float16, which loses small numbers of float32": lambda s: s.update(
             exp_avg_sq=s["exp_avg_sq"].half()
         ),
         "(exp_avg_sq) is 0, but that of gradients (exp_avg) is not": lambda s: s["exp_avg_sq"].mul_(1e-60),

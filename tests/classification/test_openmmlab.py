@@ -2597,7 +2597,7 @@ RESUMED = {
     "NaN": (optimizer_of(exp_avg=torch.full((1, 2), torch.nan)), NOT_ITS_OWN + r"state\[0\]\.exp_avg is not finite"),
     "coarse moments": (
         optimizer_of(exp_avg=torch.ones(1, 2).bfloat16()),
-        NOT_ITS_OWN + r"state\[0\]\.exp_avg is of dtype bfloat16, in which small",
+        NOT_ITS_OWN + r"state\[0\]\.exp_avg is of dtype bfloat16, which loses small numbers of float32",
     ),
     "lost squares": (
         optimizer_of(exp_avg=torch.ones(1, 2), exp_avg_sq=torch.zeros(1, 2)),
