@@ -35,14 +35,17 @@ class _DType:
 
 
 class _Array:
-    """Stands for the result of `numpy._core.multiarray._reconstruct`: holds the array that a pickle describes."""
+    """Stands for the result of `numpy._core.multiarray._reconstruct`: holds the array that a pickle describes.
+
+    The array is a view of the pickle's bytes, for thousands of arrays can name the same bytes.
+    """
 
     def __init__(self, *_: object):
         self.array = np.empty(0)
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran_order, data = state
-        self.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran_order else "C").copy()
+        self.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _no_bytes() -> bytes:
@@ -57,7 +60,11 @@ class _History(HistoryBuffer):
     """Fills a HistoryBuffer, but does not call the functions that mmengine pickles with it."""
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["_log_history"].array, state["_count_history"].array, state["max_length"])
+        logs, counts, length = state["_log_history"].array, state["_count_history"].array, state["max_length"]
+        self.__init__(logs[:0], counts[:0], length)
+        if len(logs) != len(counts):
+            raise ValueError("a log has not as many counts as values")
+        self._log_history, self._count_history = logs[-length:], counts[-length:]  # no copies; an update makes new ones
         self.__class__ = HistoryBuffer
 
 
@@ -72,6 +79,28 @@ class _Inert:
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+class _Arrays:
+    """Returns the arrays of a checkpoint, each copied once; any other value as it is.
+
+    Raises:
+        UserError: the arrays and logs, each copied, would come to four times the bytes of their file.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.left, self.seen = path, 4 * path.stat().st_size, {}
+
+    def __call__(self, value: object) -> object:
+        if not isinstance(value, _Array | HistoryBuffer):
+            return value
+        if id(value) not in self.seen:
+            arrays = value.data if isinstance(value, HistoryBuffer) else [value.array]
+            self.left -= sum(array.nbytes for array in arrays)
+            if self.left < 0:
+                raise UserError(f"{self.path}: its arrays claim more bytes than the file holds")
+            self.seen[id(value)] = value if isinstance(value, HistoryBuffer) else value.array.copy()
+        return self.seen[id(value)]
 
 
 class _ArrayType:
@@ -104,7 +133,7 @@ def load_from_local(filename: str, map_location: str | torch.device | None = Non
     """
     path = Path(filename).expanduser()
     content = read_checkpoint(path, map_location or "cpu", STAND_INS, others=lambda name: _Inert, warn=_warn)
-    content = plain(content, path, lambda value: value.array if isinstance(value, _Array) else value)
+    content = plain(content, path, _Arrays(path))
     if "param_schedulers" in content:
         content["param_schedulers"] = _without_functions(content["param_schedulers"])
     if isinstance(content.get("meta"), dict):

@@ -455,6 +455,37 @@ def test_arrays_of_objects_are_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+class OfBytes:
+    """An array of bytes that others can name too."""
+
+    def __init__(self, held: bytes):
+        self.held = held
+
+    def __reduce__(self):
+        state = (1, (len(self.held) // 8,), np.dtype(float), False, self.held)
+        return np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), state
+
+
+def test_names_for_the_same_numbers_have_a_bound(tmp_path):
+    """A file of 1 MB would fill gigabytes of memory, or be looked at for minutes."""
+    held, weight = bytes(2**20), torch.zeros(2**18)
+    log = HistoryBuffer([1.0], [1])
+    log._log_history = log._count_history = np.zeros(2**17)
+    logs = [copy.copy(log) for _ in range(20)]
+    for content, message in (
+        ({"a": [OfBytes(held)]}, None),
+        ({"a": [OfBytes(held) for _ in range(20)]}, "its arrays claim more bytes than the file holds"),
+        ({"message_hub": logs[:1] * 20}, None),
+        ({"message_hub": logs}, "its arrays claim more bytes than the file holds"),
+        ({"state_dict": {f"{i}.weight": weight for i in range(50)}}, None),
+        ({"state_dict": {f"{i}.weight": weight for i in range(100)}}, "its weights claim 104857600 bytes, of which"),
+    ):
+        path = save(content, tmp_path / "a.pth")
+        assert Path(path).stat().st_size < 2**21
+        with pytest.raises(UserError, match=rf"a\.pth: {message}") if message else nullcontext():
+            load_from_local(path)
+
+
 class Forged:
     """A NumPy type whose state has been made up; NumPy believes it, and follows what it takes for pointers."""
 
