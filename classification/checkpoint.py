@@ -74,6 +74,19 @@ def read_checkpoint(
     if not is_file(path):
         is_address = re.match(r"(?!file:)\w\w+:/", str(path))  # of whose two slashes Path leaves one
         raise UserError(f"{path}: no such checkpoint file" + "; download it first" * bool(is_address))
+    try:
+        return _read_file(path, map_location, stand_ins, others, warn)
+    except DamagedCheckpointError:  # a damaged file fails twice; a disk or a network may fail once
+        return _read_file(path, map_location, stand_ins, others, warn)
+
+
+def _read_file(
+    path: Path,
+    map_location: str | torch.device,
+    stand_ins: Sequence[StandIn],
+    others: Callable[[str], object] | None,
+    warn: Callable[[str], object],
+) -> dict:
     with _reading(path):
         if path.suffix == SAFETENSORS:
             return _read_safetensors(path)

@@ -15,6 +15,7 @@ import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -159,6 +160,7 @@ def test_nothing_is_loaded_from_a_state_dict_that_does_not_fit():
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 import torch
 from classification.checkpoint import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
@@ -296,6 +298,12 @@ def test_an_invalid_argument_is_damage_only_if_the_file_can_be_read(tmp_path, mo
         patch.setattr("torch._C.PyTorchFileReader", fail)
         with pytest.raises(DamagedCheckpointError, match=r"latest\.pth: is not a checkpoint .* or is damaged"):
             read_checkpoint(tmp_path / "latest.pth")
+    once = Mock(side_effect=[OSError(errno.EINVAL, "Invalid argument"), DEFAULT], wraps=zipfile.ZipFile.testzip)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "testzip", lambda archive: once(archive))
+        assert folder.read_last(lambda *_: None)[1].name == "latest.pth"
+    assert once.call_count == 2
+    assert sorted(f.name for f in tmp_path.iterdir()) == files
 
 
 @pytest.mark.parametrize("fault", ["memory", "torch"])
