@@ -330,6 +330,9 @@ def _hint(key: str, known: list[str]) -> str:
 def _set(config: CfgNode, key: str, value: object, source: str) -> None:
     """Set one key to a value, which must be of the type of the key's default."""
     known = [k for k, _ in _flatten(config)]
+    section = [one for one in known if one.startswith(f"{key}.")]
+    if section and key not in AUTHORS_KEYS:
+        raise UserError(f"{source}: {key} is a section of keys; set one of them, such as {section[0]}, or leave it out")
     if key not in known:
         raise UserError(f"{source}: no config key {key}{_hint(key, known)}")
     *sections, leaf = key.split(".")

@@ -156,6 +156,22 @@ def _near(value: object, expected: Sequence[float]) -> bool:
         return False
 
 
+# Shares of 1: of an overlap (intersection over union), a score or a mask's probability.
+SHARES = ("iou_thr", "iou_threshold", "pos_iou_thr", "neg_iou_thr", "min_pos_iou", "score_thr", "conf_thr")
+SHARES += ("mask_thr_binary", "nms_thr")
+
+
+def check_thresholds(cfg: object, place: str) -> None:
+    """Raise a UserError if a threshold of overlaps or scores is above 1, such as one in percent: nothing reaches it."""
+    for key, value in cfg.items() if isinstance(cfg, dict) else enumerate(cfg):
+        where = f"{place}.{key}" if isinstance(cfg, dict) else f"{place}[{key}]"
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if key in SHARES and any(isinstance(one, int | float) and not one <= 1 for one in numbers):
+            raise UserError(f"{where} is {value!r}, but an overlap or a score is at most 1")
+        if isinstance(value, dict | list | tuple):
+            check_thresholds(value, where)
+
+
 def check_operators(model: nn.Module) -> None:
     """Raise a UserError if a layer needs a compiled operator that mmcv-lite does not have."""
     advice = getattr(sys.modules.get("mmcv._ext"), "INSTALL_FULL", None)
@@ -176,6 +192,7 @@ def check_operators(model: nn.Module) -> None:
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
     """Raise a UserError if a dataset of `splits` ("train", "val", "test") lacks a file, a folder or a class."""
     _check_no_pickles(cfg.get("custom_hooks") or [], "custom_hooks")  # which may have a pipeline
+    check_thresholds(cfg.model, "model")
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         if loader:
@@ -190,6 +207,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             _check_loads_maps(metric, its, split)
             _check_packs_what_is_written(metric, its, split)
             _check_removes_nothing(metric, split)
+            check_thresholds(metric, f"{split}_evaluator")
             if isinstance(metric.get("output_dir"), str):
                 check_is_no_data(cfg, metric.output_dir, f"{split}_evaluator.output_dir={metric.output_dir}")
             if metric.get("ann_file"):

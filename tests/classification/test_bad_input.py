@@ -331,7 +331,7 @@ def test_names_that_the_console_lacks(few_digits, tmp_path):
         (["--accumulation-steps", "0"], "TRAIN.ACCUMULATION_STEPS (--accumulation-steps) must be at least 1"),
         (["--opts", "TRAIN.EPOCHS"], "pairs of KEY VALUE"),
         (["--opts", "TRAIN.EPOCHS", "many"], "TRAIN.EPOCHS must be of type int, got 'many'"),
-        (["--opts", "TRAIN", "3"], "no config key TRAIN"),
+        (["--opts", "TRAIN", "3"], "TRAIN is a section of keys; set one of them, such as TRAIN.EPOCHS, or leave"),
         (["--opts", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "2"], "TRAIN.WARMUP_EPOCHS must be in"),
         (["--opts", "TRAIN.BASE_LR", "5e-5"], "TRAIN.MIN_LR is 0.0001, above TRAIN.BASE_LR, 5e-05: the rate would run"),
         (["--opts", "TRAIN.WARMUP_LR", "0.1"], "TRAIN.WARMUP_LR is 0.1, above TRAIN.BASE_LR, 0.02: the rate would run"),

@@ -3110,6 +3110,17 @@ def test_batches_that_shared_memory_does_not_hold(monkeypatch, capfd):
     assert re.search(r"a worker cannot hand over a batch: \w+Error: .* local object", capfd.readouterr().err)
 
 
+@pytest.mark.parametrize(("value", "refused"), [(0.5, False), (1, False), (-1, False), (50, True), (math.nan, True)])
+def test_overlaps_and_scores_are_at_most_1(value, refused):
+    """Suppression at 50, in percent, suppresses nothing; a score of 5 finds nothing."""
+    model = dict(test_cfg=dict(rcnn=[dict(nms=dict(type="nms", iou_threshold=value), max_per_img=100)]))
+    message = rf"^model\.test_cfg\.rcnn\[0\]\.nms\.iou_threshold is {value}, but an overlap or a score is at most 1"
+    with pytest.raises(UserError, match=message) if refused else nullcontext():
+        checks.check_data(Config(dict(model=model)), ())
+    with pytest.raises(UserError, match=r"^model\.neg_iou_thr is ") if refused else nullcontext():
+        checks.check_thresholds(dict(neg_iou_thr=(0.1, value)), "model")
+
+
 def test_images_that_would_not_be_tested_and_models_that_would_not_learn(monkeypatch):
     loader = dict(dataset=dict(type="BaseSegDataset"))
     for name, dropping in itertools.product(("val", "test"), ({}, {"batch_sampler": dict(type="A", drop_last=True)})):
