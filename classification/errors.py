@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import logging
 import os
 import stat
 import sys
@@ -74,11 +75,22 @@ def normalisation_hint(names: Iterable[str], others: Iterable[str]) -> str:
 
 
 def prepare_console() -> None:
-    """Make a command print no traceback for a character that the console's encoding lacks, nor for Ctrl-C."""
+    """Make a command print no traceback for a character that the console's encoding lacks, nor for Ctrl-C.
+
+    Nor one for each line of a log that cannot be written, on a full disk or after `| head`.
+    """
     sys.excepthook = _say_that_it_is_interrupted
+    logging.Handler.handleError = _say_once_that_a_log_is_lost
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _say_once_that_a_log_is_lost(handler: logging.Handler, record: logging.LogRecord) -> None:
+    if not getattr(handler, "is_lost", False):
+        handler.is_lost = True
+        place = getattr(handler, "baseFilename", "the standard output")  # a log file has a name
+        print(printable(f"{place}: cannot be written to ({sys.exc_info()[1]})"), file=sys.stderr)
 
 
 def _say_that_it_is_interrupted(

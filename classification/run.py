@@ -142,13 +142,15 @@ class Run:
         log.txt gets every reported step; a terminal shows the steps in its progress bar instead.
         """
         logger.setLevel(logging.DEBUG if self.is_main else logging.WARNING)
-        console = _Console(sys.stdout)
+        console = logging.StreamHandler(sys.stdout)
         console.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
         handlers = [console]
         if self.is_main and to_file:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                handlers.append(_LogFile(self.folder / "log.txt", encoding="utf-8", errors="backslashreplace"))
+                handlers.append(
+                    logging.FileHandler(self.folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+                )
             except OSError as error:
                 raise UserError(f"{self.folder}: cannot be written to ({error}); choose another --output") from error
         for handler in handlers:
@@ -171,22 +173,6 @@ def _first_difference(there: object, here: object) -> tuple[object, object]:
 class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=getattr(record, "lines", False))
-
-
-class _Console(logging.StreamHandler):
-    """If it can no longer be written to, for example after `| head`, it says so once on stderr; the run goes on."""
-
-    failed = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self.failed:
-            self.failed = True
-            place = getattr(self, "baseFilename", "the standard output")  # a log file has a name
-            print(printable(f"{place}: cannot be written to ({sys.exc_info()[1]})"), file=sys.stderr)
-
-
-class _LogFile(_Console, logging.FileHandler):
-    """A log file that does the same."""
 
 
 WHOLE_NUMBERS = (

@@ -28,6 +28,9 @@ RUN_CODE |= {"CIFAR10", "CIFAR100", "Detectron2Wrapper", "RAMNormal", "RAMOpense
 IMPORT_CODE = ("sys_path", "trust_remote_code")
 
 
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
 def check_types(value: object, key: str = "") -> None:
     """Check the names of types. mmengine imports dotted ones and calls what they name, for example `subprocess.Popen`.
 
@@ -37,12 +40,15 @@ def check_types(value: object, key: str = "") -> None:
 
     Raises:
         UserError: a name is neither a registered one nor a class of PyTorch or of this repository; or it is of a type
-            that evaluates text; or an argument may import code; or a key or `save_dir` would make a program.
+            that evaluates text; or an argument may import code; or a key or `save_dir` would make a program; or a text
+            has control characters.
     """
     if key == "compile" and isinstance(value, dict) and (others := value.keys() - COMPILE):
         raise UserError(
             f"compile.{min(map(str, others))} may name a program, which PyTorch runs; write such a config in Python"
         )
+    if isinstance(value, str) and CONTROLS.search(value):  # mmengine and mmseg print names of classes as they are
+        raise UserError(f"{key} is {value!a}, whose control characters would steer a terminal; leave them out")
     if key.rpartition(".")[2] in IMPORT_CODE and value:
         raise UserError(f"{key} is {value!r}, by which code of elsewhere may run; write such a config in Python")
     if isinstance(value, dict | list | tuple):

@@ -53,7 +53,7 @@ from mmengine.structures import BaseDataElement, PixelData
 from torch.utils.data import DataLoader
 
 from classification.checkpoint import read_checkpoint
-from classification.errors import UserError
+from classification.errors import UserError, prepare_console
 from classification.models import VARIANTS, SpatialMamba, spatialmamba_micro
 from classification.models.openmmlab import MM_SpatialMamba
 from classification.openmmlab import (
@@ -439,6 +439,17 @@ def test_schedules_keep_the_functions_of_the_config(tmp_path):
     assert optimizer.param_groups[0]["lr"] == whole.get_last_value()[0]
 
 
+def test_a_log_on_a_full_disk_is_one_line(monkeypatch, capsys):
+    """mmengine's would print a traceback for each line of the log."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(logging.Handler, "handleError", logging.Handler.handleError)
+    prepare_console()
+    logger = MMLogger("full", log_file="/dev/full")
+    for _ in range(3):
+        logger.info("a line")
+    assert capsys.readouterr().err == "/dev/full: cannot be written to ([Errno 28] No space left on device)\n"
+
+
 def test_functions_in_a_log_are_left_out(tmp_path):
     """mmengine pickles a log's statistics with it, and calls what it finds there."""
     buffer = HistoryBuffer([1.0, 3.0], [1, 1])
@@ -693,8 +704,8 @@ CONFIGS = {
         "custom_hooks.0.switch_pipeline.0.decode_backend is 'pickle', which can run code",
     ),
     "file.yaml": (
-        "{model: {}, custom_hooks: [{type: classification.run._LogFile, filename: mine.txt, mode: w}]}",
-        "custom_hooks.0.type is 'classification.run._LogFile', which is no registered name",
+        "{model: {}, custom_hooks: [{type: logging.FileHandler, filename: mine.txt, mode: w}]}",
+        "custom_hooks.0.type is 'logging.FileHandler', which is no registered name",
     ),
     "memcached.json": (
         '{"model": {"type": "mmengine.MemcachedBackend", "sys_path": "stranger"}}',
@@ -709,6 +720,10 @@ CONFIGS = {
         '{"default_scope": "mmdet", "model": {}, "train_cfg": {}, "train_dataloader": {}, "optim_wrapper": '
         '{"optimizer": 3}}',
         "a part of it is not what configs have there (AttributeError",
+    ),
+    "escapes.yaml": (
+        'model: {metainfo: {classes: [ok, "\\e[31mX", b]}}',
+        r"model.metainfo.classes.1 is '\x1b[31mX', whose control characters would steer a terminal; leave them out",
     ),
     "module.yaml": ("model: {type: on_path}", "model.type is 'on_path', which is no registered name"),
     "scope.yaml": ("model: {type: A, _scope_: on_path}", "model._scope_ is 'on_path', which mmengine may import"),
