@@ -281,10 +281,10 @@ class Training:
 
     def _note_lost_checkpoints(self, path: Path) -> None:
         """Note that a run that goes back to `path` gives up its later checkpoints."""
-        others = [other for other in self.checkpoints.numbered() if not other.samefile(path)]
-        latest = self.run.folder / LATEST
-        if others and not (is_file(latest) and latest.samefile(path)):
-            names = ", ".join(other.name for other in others)
+        numbered, latest = self.checkpoints.numbered(), self.run.folder / LATEST
+        newest = [*numbered[-1:], *filter(is_file, [latest])]  # two names of a file, or of its copy
+        if newest and not any(one.samefile(path) for one in newest):
+            names = ", ".join(one.name for one in numbered if not one.samefile(path))
             self.notes.append(
                 f"{self.run.folder}: the run goes back to {path.name}. As it goes on, it writes over {LATEST} and the "
                 f"checkpoints whose names it comes to, and removes all but the last {self.config.KEEP_LAST} "

@@ -681,7 +681,8 @@ def _check_optimizer(wrapper: OptimWrapper | OptimWrapperDict, saved: dict, path
                     raise ValueError(f"state[{i}].{name}, a mean of squares, is negative or no number")
             moments = _moments(wrapper.optimizer, parameter) if state or from_start else {}
             for name, value in state.items():
-                if isinstance(value, torch.Tensor) and (value.shape == parameter.shape or name in moments):
+                is_moment = name != "step" and isinstance(value, torch.Tensor)  # PyTorch counts in float32
+                if is_moment and (value.shape == parameter.shape or name in moments):
                     state[name] = moment_like(moments.get(name, parameter), value, f"state[{i}].{name}")
                 elif isinstance(value, torch.Tensor) and (name in OF_EACH_WEIGHT or not value.isfinite().all()):
                     in_layout_of(parameter, value, f"state[{i}].{name}")  # raises an error that says what is wrong

@@ -462,6 +462,11 @@ def test_an_interrupted_resume_goes_on_with_the_same_command(few_digits, tmp_pat
     latest = [more / "latest.pth" if one == more / "epoch_2.pth" else one for one in back[:-1]] + ["4"]
     assert f"resuming from {more / 'latest.pth'}, epoch 3" in run_main(*latest)
     assert "has gone back to epoch_2.pth before, and goes on" in run_main(*back)  # which --resume latest.pth keeps
+    copied = shutil.copytree(more, more.with_name("copied"))  # where latest.pth is a file of its own
+    newest = [*arguments, "--tag", "copied", "--resume", copied / "epoch_4.pth", "--opts", *QUICK, "TRAIN.EPOCHS", "4"]
+    printed = run_main(*newest)
+    assert f"resuming from {copied / 'epoch_4.pth'}, epoch 4" in printed
+    assert "the run goes back" not in printed
 
 
 def test_another_config_is_named_in_one_line(few_digits, tmp_path, run_main):

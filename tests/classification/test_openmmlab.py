@@ -2712,6 +2712,11 @@ def test_a_run_goes_on_from_whole_checkpoints_alone(kind, monkeypatch):
     hook.after_load_checkpoint(runner, whole)
     assert said == ["c.pth: its optimizer goes on with eps=10000000000.0, whatever the config says (1e-08)"]
     said.clear()
+    scale = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))  # as mmdet's Scale; its step count is float32
+    wrapper = OptimWrapper(torch.optim.AdamW([scale]))
+    scale.grad = torch.ones_like(scale)
+    wrapper.optimizer.step()
+    hooks._check_optimizer(wrapper, wrapper.optimizer.state_dict(), "c.pth", set())
     hook.after_load_checkpoint(runner, resumable(state_dict={"weight": torch.ones(1, 2).half()}))
     assert said[-1:] == ["c.pth: its weights are rounded to float16, so training does not go on as it would have"]
     said.clear()
