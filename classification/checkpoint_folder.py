@@ -82,6 +82,11 @@ class CheckpointFolder:
         listed = {name: i for i, name in enumerate(self._read_order())}
         return sorted(places, key=lambda path: (listed.get(path.name, -1), places[path]))
 
+    def own(self) -> list[Path]:
+        """Return those of `numbered` that checkpoints.txt lists: the others are never removed."""
+        listed = self._read_order()
+        return [path for path in self.numbered() if path.name in listed]
+
     def _read_order(self) -> list[str]:
         path = self.folder / ORDER_FILE
         try:

@@ -20,7 +20,7 @@ def digests_of(content: dict, parts: Iterable[str] | None = None) -> dict[str, s
         parts: the names of the parts; by default all.
     """
     found = {}
-    for name in content.keys() - {DIGESTS} if parts is None else parts:
+    for name in [name for name in content if name != DIGESTS] if parts is None else parts:  # in one order
         try:
             found[name] = _digest(content[name])
         except TypeError:
@@ -38,10 +38,10 @@ def changed_parts(content: dict, size: int) -> list[str]:
     saved = content.get(DIGESTS)
     if not isinstance(saved, dict):
         return []
-    changed = []
+    changed, left = [], [16 * size + 2**20]  # texts can be shared, too
     for name in sorted(name for name in saved.keys() & content.keys() if isinstance(name, str)):
         try:
-            same = _digest(content[name], 16 * size) == saved[name]
+            same = _digest(content[name], left) == saved[name]
         except TypeError:
             same = False
         if not same:
@@ -49,20 +49,23 @@ def changed_parts(content: dict, size: int) -> list[str]:
     return changed
 
 
-def _digest(content: object, limit: int | None = None) -> str:
+def _digest(content: object, left: list[int] | None = None) -> str:
     """Return the SHA-256 of nested containers, whatever the order of their keys and the layout of their tensors.
 
+    Args:
+        content: the containers.
+        left: the bytes that may be read, which become fewer; by default any number.
+
     Raises:
-        TypeError: they hold anything but numbers, texts and dense tensors, or more than `limit` bytes.
+        TypeError: they hold anything but numbers, texts and dense tensors, or more bytes than may be read.
     """
     digest = hashlib.sha256()
-    read = 0
 
     def count(size: int) -> None:
-        nonlocal read
-        read += size
-        if limit is not None and read > limit:
-            raise TypeError("more than the file can hold")
+        if left is not None:
+            left[0] -= size
+            if left[0] < 0:
+                raise TypeError("more than the file can hold")
 
     def add(value: object) -> None:
         if isinstance(value, Tensor):

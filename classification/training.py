@@ -284,7 +284,7 @@ class Training:
         numbered, latest = self.checkpoints.numbered(), self.run.folder / LATEST
         newest = [*numbered[-1:], *filter(is_file, [latest])]  # two names of a file, or of its copy
         if newest and not any(one.samefile(path) for one in newest):
-            names = ", ".join(one.name for one in numbered if not one.samefile(path))
+            names = ", ".join(one.name for one in self.checkpoints.own() if not one.samefile(path))
             self.notes.append(
                 f"{self.run.folder}: the run goes back to {path.name}. As it goes on, it writes over {LATEST} and the "
                 f"checkpoints whose names it comes to, and removes all but the last {self.config.KEEP_LAST} "

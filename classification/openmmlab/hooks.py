@@ -314,7 +314,7 @@ class SaveDigests(Hook):
     priority = "LOWEST"  # after EMAHook, which exchanges the weights
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        parts = checkpoint.keys() & {"state_dict", "ema_state_dict", "optimizer"}
+        parts = [part for part in ("state_dict", "ema_state_dict", "optimizer") if part in checkpoint]
         checkpoint[DIGESTS] = digests_of(checkpoint, parts)
 
 

@@ -159,6 +159,9 @@ def test_an_accuracy_that_counts_unreadable_images_says_so(few_digits, tmp_path,
     report(run, data)
     expected = f"top-1 in training, epoch 0, of a pass that the run has given up {best:.3f} %"
     assert expected in " ".join(capsys.readouterr().out.split())
+    (run / "metrics.jsonl").write_text(json.dumps(others[1]) + "\n")  # of a run that began from copied checkpoints
+    report(run, data)
+    assert f"top-1 in training, epoch 0 {best:.3f} %" in " ".join(capsys.readouterr().out.split())
 
 
 def test_updates_of_other_batches_are_on_the_way(tmp_path):
