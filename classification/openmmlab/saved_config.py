@@ -51,7 +51,9 @@ def _is_plain(text: str) -> bool:
     """
     if len(text) > LONGEST or "'''" in text or '"""' in text:
         return False
-    rest = re.sub(r"(?:\bb)?(?:'(?:[^'\\\n\r]|\\.)*'|\"(?:[^\"\\\n\r]|\\.)*\")", "0", text)
+    # A string without an end leaves a quote, which is refused. A pattern that did not match it would try at each quote.
+    strings = r"(?:\bb)?(?:'(?:[^'\\\n\r]|\\.)*('?)|\"(?:[^\"\\\n\r]|\\.)*(\"?))"
+    rest = re.sub(strings, lambda found: "0" if found[1] or found[2] else "'", text)
     rest = re.sub(r"\b\d+(?:\.\d*)?(?:[eE][+-]?\d+)?j?", "0", rest)
     rest = re.sub(r"\bdict\(", "(", rest)
     names = re.sub(r"\b(?:[A-Za-z_]\w*\s*=|True\b|False\b|None\b|inf\b|nan\b)", "", rest)

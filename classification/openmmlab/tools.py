@@ -221,6 +221,7 @@ def _read_config(args: argparse.Namespace, scope: str) -> Config:
         raise UserError(f"{args.config}: no such config file")
     of_data = args.config.lower().endswith(yaml_files.OF_DATA)
     try:
+        yaml_files.check_bases(args.config)
         cfg = Config.fromfile(args.config, import_custom_modules=not of_data)
         if of_data:
             yaml_files.check_types(cfg.to_dict())

@@ -83,6 +83,28 @@ def check_types(value: object, key: str = "") -> None:
         )
 
 
+def check_bases(path: str) -> None:
+    """Check the configs of data that a config in Python inherits: what they name is not the program's.
+
+    Raises:
+        UserError: one of them is refused as it would be by itself; the message names it.
+    """
+    for base in [] if path.lower().endswith(OF_DATA) else Config._get_base_files(path):
+        here = os.path.dirname(os.path.abspath(path))
+        file, _ = Config._get_cfg_path(re.sub(r"{{\s*fileDirname\s*}}", lambda _, here=here: here, base), path)
+        if not os.path.isfile(file):
+            continue  # Config.fromfile says so
+        if not file.lower().endswith(OF_DATA):
+            check_bases(file)
+            continue
+        try:
+            cfg = Config.fromfile(file, import_custom_modules=False)
+            check_types(cfg.to_dict())
+            import_modules(cfg, file)
+        except UserError as error:
+            raise UserError(f"its _base_ {file}: {error}") from error
+
+
 def import_modules(cfg: Config, path: str) -> None:
     """Import what `custom_imports` names, as `Config.fromfile` would: modules of this repository and the toolchains.
 

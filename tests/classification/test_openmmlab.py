@@ -822,6 +822,37 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "{custom_hooks: [{type: subprocess.Popen, args: touch ran, shell: true}]}",
+            "custom_hooks.0.type is 'subprocess.Popen', which is no registered name",
+        ),
+        ("{custom_imports: {imports: [on_path]}}", "custom_imports has 'on_path', which is no module of this"),
+        ("{model: {type: MaskRCNN}}", None),
+    ],
+)
+def test_a_config_of_data_that_a_program_inherits(text, message, tmp_path, monkeypatch):
+    """The one who names it as `_base_` need not be the one who wrote it."""
+    (tmp_path / "strange.yaml").write_text(text)
+    (tmp_path / "between.py").write_text("_base_ = './strange.yaml'\n")
+    (tmp_path / "mine.py").write_text("_base_ = ['{{ fileDirname }}/between.py']\n")
+    (tmp_path / "on_path.py").write_text("open('ran', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "mine.py"])
+    with pytest.raises(SystemExit) as stop:
+        tools.train("mmdet")
+    file = f"{tmp_path}/strange.yaml"
+    assert (
+        f"mine.py: its _base_ {file}: {message}" in stop.value.code.replace("/./", "/")
+        if message
+        else ("is a config of None, this is a tool for mmdet" in stop.value.code)
+    )
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_that_are_none(name, tmp_path, monkeypatch, capsys):
     """As the tools read them: a line, and nothing is run but what a Python config is."""
@@ -1885,8 +1916,8 @@ DEEP = 10**5
      "a = " + "-" * DEEP, "a = " + "(" * DEEP, "a = 1" + "+1" * DEEP, "a = a" + ".a" * DEEP, "a = a" + "()" * DEEP,
      "a = 1" + "[0]" * DEEP, "a = " + "not " * DEEP + "1", "a = " + "lambda: " * DEEP + "1", "a = 1" + ", 1" * 10**6,
      "a = TTTx'0TTT ((( '0'".replace("T", "'"), "a = dict(1)", "a = dict(**{})", "a =", "a\0= 1", "\ud800 = 1",
-     "a = {[]: 1}"],
-    ids=range(23),
+     "a = {[]: 1}", "a = '" + r"\'" * 2**17],
+    ids=range(24),
 )  # fmt: skip
 def test_a_saved_config_is_read_as_data(text):
     """It is Python's text, of whoever made the checkpoint."""
