@@ -66,7 +66,8 @@ def summary(folder: Path, metrics: list[dict], checkpoint: dict, data_path: str,
     of_epoch = [m for m in metrics if m["epoch"] == epoch]
     of_all = "".join(f", {COUNT_AS_WRONG}" for m in of_epoch if any_unreadable(m))
     top1 = [accuracy_on_all(m["model"]) for m in of_epoch if "model" in m]
-    if not all(math.isclose(one, trained, abs_tol=1e-6) for one in top1) or all(m["epoch"] < epoch for m in metrics):
+    beyond = isinstance(epoch, int) and all(m["epoch"] < epoch for m in metrics)
+    if beyond or not all(math.isclose(one, trained, abs_tol=1e-6) for one in top1):
         of_all += ", of a pass that the run has given up"  # for it went back, or repeated the epoch
     rows = [
         ("parameters", f"{sum(v.numel() for k, v in weights.items() if _is_parameter(k)):,}"),
