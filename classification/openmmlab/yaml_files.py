@@ -92,6 +92,8 @@ def check_bases(path: str) -> None:
     for base in [] if path.lower().endswith(OF_DATA) else Config._get_base_files(path):
         here = os.path.dirname(os.path.abspath(path))
         file, _ = Config._get_cfg_path(re.sub(r"{{\s*fileDirname\s*}}", lambda _, here=here: here, base), path)
+        if "{{" in file and file.lower().endswith(OF_DATA):
+            raise UserError(f"its _base_ {base!r} names a config of data by a variable, so it is not checked; name it")
         if not os.path.isfile(file):
             continue  # Config.fromfile says so
         if not file.lower().endswith(OF_DATA):
@@ -139,6 +141,7 @@ def _imports_of_programs(path: str) -> set[str]:
         folder = os.path.dirname(os.path.abspath(path))
         file = os.path.join(folder, re.sub(r"{{\s*fileDirname\s*}}", lambda _, here=folder: here, base))
         if "::" not in base and not base.lower().endswith(OF_DATA):
+            check_bases(file)  # what its own configs of data import does not count
             names = (Config.fromfile(file, import_custom_modules=False).get("custom_imports") or {}).get("imports", [])
             found |= {names} if isinstance(names, str) else set(names)
         elif "::" not in base:

@@ -841,6 +841,12 @@ def test_a_config_of_data_that_a_program_inherits(text, message, tmp_path, monke
     (tmp_path / "on_path.py").write_text("open('ran', 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "over.json").write_text('{"_base_": "between.py"}')
+    (tmp_path / "named.py").write_text("_base_ = './{{$NOT_SET:strange}}.yaml'\n")
+    for name, there in (("over.json", "which is no" if message else "is a config of"), ("named.py", "by a variable")):
+        monkeypatch.setattr("sys.argv", ["train.py", name])
+        with pytest.raises(SystemExit, match=there):
+            tools.train("mmdet")
     monkeypatch.setattr("sys.argv", ["train.py", "mine.py"])
     with pytest.raises(SystemExit) as stop:
         tools.train("mmdet")
